@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sarm.config import ROOT
+from sarm.config import ROOT, load_config
+from sarm.run import RunDir
 from tests import tiny
+from tests.fakes.site import Site
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +38,12 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SARM_TEST_DATA")
     return folder
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A pretended Slurm and a run whose models and data are fetched."""
+    site = Site(tmp_path, monkeypatch)
+    RunDir.create(site.path, load_config(site.config))
+    site.do("fetch")
+    return site
