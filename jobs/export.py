@@ -16,10 +16,11 @@ import torch
 from sarm.config import Config
 from sarm.datasets import load_data, texts_to_encode
 from sarm.delphi import reward_windows, write_cache
-from sarm.model import load_sae, load_tokenizer, tokenize_conversations
+from sarm.model import load_sae, load_tokenizer
 from sarm.probing.effects import read_encoded
 from sarm.run import Attempt, RunDir
 from sarm.sae import SaelensDifference, saelens_difference, to_saelens
+from sarm.tokens import tokenize_conversations
 
 COMPARED_TEXTS = 256
 WINDOW_TOKENS = 128

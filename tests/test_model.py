@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import LlamaModel, PreTrainedTokenizerFast
 
 from sarm.config import SarmConfig, UserError
-from sarm.model import SarmModel, encode_texts, end_of_turn_id, length_batches, load_sarm, template_ids, tokenize_conversation
+from sarm.model import SarmModel, load_sarm
+from sarm.scoring import encode_texts, length_batches
+from sarm.tokens import end_of_turn_id, template_ids, tokenize_conversation
 from tests import tiny
 
 EOT, BOS, PAD = "<|eot_id|>", "<|begin_of_text|>", "<|pad|>"
