@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sarm.config import ROOT
+from sarm.run import RunDir
 from tests import tiny
 
 
@@ -36,3 +37,16 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SARM_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def selected_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A tiny run with encode, probe and select done; read only."""
+    from jobs.__main__ import run_unit
+
+    folder = tmp_path_factory.mktemp("selected")
+    run = RunDir.create(folder / "run", tiny.tiny_config(folder))
+    for phase in ("fetch", "encode", "probe", "select"):
+        for unit in run.config.units(phase):  # type: ignore[arg-type]
+            run_unit(run, phase, unit)
+    return run
