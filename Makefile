@@ -20,7 +20,7 @@ PHASES := fetch encode probe select steer ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow check bench run status verify cancel unlock sbatch submit-all train-sarm lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo test test-slow check bench run status verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -81,6 +81,9 @@ unlock: login  ## remove a run's locks that an owner on another host left behind
 
 train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=outputs/train
 	@$(PY) -m jobs train_sarm --config $(CONFIG) --run $(RUN)
+
+export: setup  ## a run's SAE and latents for SAELens, delphi and upstream's scripts: RUN=...
+	@$(PY) -m jobs export --run $(RUN)
 
 test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
 	$(PY) -m pytest $(PYTEST_ARGS)

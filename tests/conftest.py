@@ -47,3 +47,16 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     RunDir.create(site.path, load_config(site.config))
     site.do("fetch")
     return site
+
+
+@pytest.fixture(scope="session")
+def selected_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A tiny run with encode, probe and select done; read only."""
+    from jobs.__main__ import run_unit
+
+    folder = tmp_path_factory.mktemp("selected")
+    run = RunDir.create(folder / "run", tiny.tiny_config(folder))
+    for phase in ("fetch", "encode", "probe", "select"):
+        for unit in run.config.units(phase):  # type: ignore[arg-type]
+            run_unit(run, phase, unit)
+    return run
