@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,9 +171,41 @@ def load_sarm(config: SarmConfig, device: torch.device | str | None = None) -> t
     """The configured SARM and its tokenizer, on the current GPU where there is one; without network. Raises UserError."""
     folder = model_folder(config.model, config.revision, local_files_only=True)
     model = SarmModel.from_pretrained(folder, dtype=config.dtype, use_topk=config.use_topk, local_files_only=True)
-    own_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    if not own_tokenizer and model.config.backbone:
-        folder = model_folder(model.config.backbone["model"], model.config.backbone.get("revision"), local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(config)
     nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, tokenizer
+
+
+class SaeAndHead(NamedTuple):
+    """The part of a SARM after its backbone, on the CPU in float32."""
+
+    sae: TopKSae
+    head_weight: Tensor
+    """(d_sae,)"""
+    config: SarmModelConfig
+
+
+def load_sae(config: SarmConfig) -> SaeAndHead:
+    """The configured SARM without its decoder layers, which are not read. Raises UserError."""
+    folder = model_folder(config.model, config.revision, local_files_only=True)
+    keys, weights = read_config(folder), [Weights(folder)]
+    if backbone := keys.get("backbone"):
+        keys = read_config(model_folder(backbone["model"], backbone.get("revision"), local_files_only=True)) | keys
+    settings = model_config(keys, folder, use_topk=config.use_topk, decoder="sae.decoder.weight" in weights[0])
+    sae = TopKSae(settings.hidden_size, settings.d_sae, settings.k, decoder=settings.has_decoder)
+    wanted = {f"sae.{name}": parameter.shape for name, parameter in sae.named_parameters()} | {"score.weight": torch.Size([1, settings.d_sae])}
+    state = {name: tensor.float() for name, tensor in read_tensors(wanted, weights, folder).items()}
+    head_weight = state.pop("score.weight")[0]
+    sae.load_state_dict({name.removeprefix("sae."): tensor for name, tensor in state.items()})
+    return SaeAndHead(sae, head_weight, settings)
+
+
+def load_tokenizer(config: SarmConfig) -> PreTrainedTokenizerBase:
+    """The configured SARM's tokenizer: its own, else its backbone's."""
+    folder = model_folder(config.model, config.revision, local_files_only=True)
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    backbone = read_config(folder).get("backbone")
+    if not own and backbone:
+        folder = model_folder(backbone["model"], backbone.get("revision"), local_files_only=True)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
