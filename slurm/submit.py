@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 import sys
 import uuid
@@ -68,7 +69,10 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
     Raises UserError where a phase's needs are not done, or where Slurm refuses any job: then none is left behind.
     """
     before = last_journal(run)
-    if before is not None:
+    if before is not None and before["state"] == "submitting":
+        # Whoever was submitting is gone, or the lock would not be ours; its first jobs may be held for ever.
+        cancel_all(run, before)
+    elif before is not None:
         alive = queue.live_jobs(before["jobs"].values())
         reports = {before["jobs"].get("report")}
         if {job.id.partition("_")[0] for job in alive} - reports:
@@ -104,9 +108,7 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
         roots = [ids[batch.name] for batch in batches if not batch.needs]
         queue.release(roots)
     except BaseException as error:
-        lost = [id_ for batch in batches if batch.name not in ids for id_ in _by_name(job_name(run, batch, journal["id"]))]
-        queue.cancel([*ids.values(), *lost])
-        record(run, {**journal, "state": "cancelled"})
+        cancel_all(run, journal)
         if not isinstance(error, (UserError, FailedJobError, FailedSubmissionError, OSError, KeyboardInterrupt)):
             raise
         cause = " ".join(str(error).split()) or type(error).__name__
@@ -132,15 +134,15 @@ def chosen(config: Config, profile: Profile, todo: set[Node], phase: str | None)
 
 def send(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], folder: Path, submission: str) -> str:
     """One sbatch through submitit; returns the job id. Roots go in held."""
-    executor = submitit.SlurmExecutor(folder, python=python_command(profile, batch.phase, binds(run), sys.executable))
-    executor.update_parameters(**parameters(run, profile, batch, ids, submission))
+    executor = submitit.SlurmExecutor(folder, python=python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run), sys.executable))
+    executor.update_parameters(**parameters(run, profile, batch, ids, submission, folder))
     specs = [str(write_spec(run, batch, element, folder)) for element in batch.elements]
     # A map over one element would not be an array; submitted alone it is no array either.
     jobs = executor.map_array(run_spec, specs) if len(specs) > 1 else [executor.submit(run_spec, specs[0])]
     return jobs[0].job_id.partition("_")[0]
 
 
-def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], submission: str) -> dict[str, Any]:
+def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], submission: str, folder: Path) -> dict[str, Any]:
     """submitit's parameters for a batch. Every sbatch flag comes from `slurm.profile.flags`."""
     more: dict[str, Any] = {flag.replace("-", "_"): value for flag, value in flags(profile, batch.phase).items()}
     # submitit counts tasks itself, and names a wckey of its own unless told None.
@@ -155,12 +157,12 @@ def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str],
     return {
         **counts,
         **named,
-        "job_name": job_name(run, batch, submission),
+        "job_name": job_name(run, batch.name, submission),
         "additional_parameters": more,
         "array_parallelism": profile.array_throttle,
         "stderr_to_stdout": True,
         "setup": setup_lines(profile, outside(run, profile, batch)),
-        "teardown": teardown_lines(profile, batch.phase),
+        "teardown": teardown_lines(profile, batch.phase, f'{shlex.quote(str(folder))}/told."$SLURM_JOB_ID"."${{SLURM_RESTART_COUNT:-0}}"'),
         "srun_args": srun_args(profile, batch.phase),
     }
 
@@ -179,9 +181,9 @@ def write_spec(run: RunDir, batch: Batch, element: tuple[str, ...], folder: Path
     return path
 
 
-def job_name(run: RunDir, batch: Batch, submission: str) -> str:
+def job_name(run: RunDir, batch: str, submission: str) -> str:
     """Unique to a submission, so that a job whose sbatch answer was lost can be found by it."""
-    return f"{run.config.name}-{hashlib.sha256(str(run.path).encode()).hexdigest()[:6]}-{submission}.{batch.name}"
+    return f"{run.config.name}-{hashlib.sha256(str(run.path).encode()).hexdigest()[:6]}-{submission}.{batch}"
 
 
 def binds(run: RunDir) -> list[Path]:
@@ -213,10 +215,11 @@ def outside(run: RunDir, profile: Profile, batch: Batch) -> dict[str, str]:
 
 
 def image_of(profile: Profile, phase: str) -> Path | None:
+    """The image file itself, where the profile names a link to it: a later `make images` is not to change pending jobs."""
     box = profile.container
     if box is None:
         return None
-    return ROOT / (box.light_image if phase == "report" and box.light_image else box.image)
+    return (ROOT / (box.light_image if phase == "report" and box.light_image else box.image)).resolve()
 
 
 def image_sha256(image: Path) -> str:
@@ -232,14 +235,14 @@ def image_sha256(image: Path) -> str:
 
 def open_run(path: str, config: Config) -> RunDir:
     """The run, private to its owner: submitit unpickles what lies in it. Raises UserError where it is not."""
-    folder = Path(path)
+    folder = Path(path).resolve()  # jobs in an image see the folder itself, not a link that leads there
     if folder.exists():
         state = folder.stat()
         if state.st_uid != os.getuid():
             raise UserError(f"{folder} belongs to another user (uid {state.st_uid}); use a RUN of your own")
         if state.st_mode & stat.S_IWOTH:
             raise UserError(f"{folder} is writable by everybody, who could then run code as you; chmod o-w it")
-    return RunDir.create(path, config)
+    return RunDir.create(folder, config)
 
 
 def preflight(run: RunDir, profile: Profile) -> list[str]:
@@ -287,6 +290,14 @@ def last_journal(run: RunDir) -> dict[str, Any] | None:
         return None
 
 
+def cancel_all(run: RunDir, journal: dict[str, Any]) -> None:
+    """Cancel a submission: the jobs it knows, and those, found by name, whose sbatch answer it never heard."""
+    ids = journal["jobs"]
+    unheard = [entry["name"] for entry in journal["batches"] if entry["name"] not in ids]
+    queue.cancel([*ids.values(), *(id_ for name in unheard for id_ in _by_name(job_name(run, name, journal["id"])))])
+    record(run, {**journal, "state": "cancelled"})
+
+
 def _by_name(name: str) -> list[str]:
     try:
         return queue.ids_by_name(name)
@@ -306,8 +317,9 @@ def dry_run(config: Config, profile: Profile, path: Path, phase: str | None) -> 
     batches = chosen(config, profile, todo, phase)
     ids = {batch.name: f"<{batch.name}>" for batch in batches}
     for batch in batches:
-        given = parameters(run, profile, batch, ids, "dry-run")
-        command = f"{python_command(profile, batch.phase, binds(run), sys.executable)} -u -m submitit.core._submit {run.path / 'submissions'}"
+        given = parameters(run, profile, batch, ids, "dry-run", run.path / "submissions")
+        python = python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run), sys.executable)
+        command = f"{python} -u -m submitit.core._submit {run.path / 'submissions'}"
         array: dict[str, Any] = {"map_count": len(batch.elements)} if len(batch.elements) > 1 else {}
         text = submitit_slurm._make_sbatch_string(command=command, folder=run.path / "submissions", **given, **array)
         print(f"### {batch.name}: {', '.join(unit for element in batch.elements for unit in element)}")
