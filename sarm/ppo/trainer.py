@@ -31,24 +31,10 @@ from sarm.config import PpoConfig, UserError
 from sarm.datasets import Prompt
 from sarm.ppo import objective
 from sarm.ppo.checkpoint import engine_tensors, restore_engine
+from sarm.ppo.decoders import CacheDecoder, Decoder, base_model, decoder_for, gathered, merged_weight
 from sarm.ppo.optimizer import StochasticAdamW
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, calibrate_random, fires
-from sarm.ppo.rollout import (
-    CacheDecoder,
-    Decoder,
-    LlamaDecoder,
-    Rollout,
-    base_model,
-    decoder_for,
-    forced,
-    gathered,
-    generate,
-    merged_weight,
-    packs,
-    prompt_ids,
-    response_text,
-    stop_ids,
-)
+from sarm.ppo.rollout import Rollout, forced, generate, packs, prompt_ids, response_text, stop_ids
 from sarm.ppo.world import World
 
 
@@ -322,8 +308,7 @@ class Trainer:
         with clock("update"):
             metrics |= self.update(experience, step, forward)
         with clock("sync"):
-            if isinstance(self.decoder, LlamaDecoder):
-                self.decoder.refresh()
+            self.decoder.refresh()
         kl_coef = objective.next_kl_coef(
             self.progress.kl_coef, metrics["objective/kl"], len(drawn), self.ppo.kl_controller, self.ppo.kl_target, self.ppo.kl_horizon
         )
@@ -587,8 +572,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.world.device)
-        if isinstance(self.decoder, LlamaDecoder):
-            self.decoder.refresh()
+        self.decoder.refresh()
         self.progress = Progress(**(state | {"running": objective.RunningSd(**state["running"])}))
 
     @torch.no_grad()
