@@ -29,7 +29,9 @@ STOPPED = 75
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Train, then save the policy and publish from rank 0. Raises SystemExit(75) where asked to stop."""
     from sarm.ppo import checkpoint
-    from sarm.ppo.trainer import Calibration, Rated, save_policy, train
+    from sarm.ppo.calibration import Calibration, Rated, calibrate
+    from sarm.ppo.export import policy_weights, save_policy
+    from sarm.ppo.trainer import train
     from sarm.ppo.world import start_world
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
@@ -46,7 +48,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
         candidates = [int(c["latent"]) for c in features["random_candidates"]] if arm == "random" else []
-        calibration = trainer.calibrate(config.ppo.calibration_prompts, candidates, config.seed)
+        calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]
         calibration = Calibration(kept["n"], [Rated(*r) for r in kept["harming"]], [Rated(*r) for r in kept["random"]])
@@ -65,7 +67,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         finished = train(trainer, save=save, log=log.write if log else lambda line: None, stop_requested=stop_requested)
     if not finished:
         raise SystemExit(STOPPED)
-    weights = trainer.policy_weights()
+    weights = policy_weights(trainer.actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:
         log.close()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sarm.kernels import add_rms_norm, rms_norm, silu_mul
-from sarm.ppo.decoders import Decoded, LlamaWeights, Progress, Sampling, rotary, rotated
+from sarm.ppo.decoders import Decoded, LlamaWeights, Progress, Sampling, empty_decoded, rotary, rotated
 from sarm.ppo.kernels import advance, attend, draw
 from sarm.ppo.sampling import sample, uniforms
 
@@ -169,9 +169,7 @@ class GraphDecoder:
         """`Decoder.decode`: every prompt once a slot is free, longest first."""
         n = len(prompts)
         if not n:
-            return Decoded(
-                torch.zeros(0, sampling.max_new_tokens, dtype=torch.int64), torch.zeros(0, sampling.max_new_tokens), torch.zeros(0, dtype=torch.int64)
-            )
+            return empty_decoded(0, sampling.max_new_tokens)
         slots = self._slots(Shape.holding(prompts, sampling, rows))
         slots.stops.copy_(torch.tensor(sampling.stops, dtype=torch.int64))
         slots.limit.fill_(sampling.max_new_tokens)

@@ -162,9 +162,8 @@ def draw(logits: Tensor, noise: Tensor, counts: Tensor, temperature: float) -> t
 
 
 @triton.jit
-def _advance(
-    drawn, drawn_logprobs, stops, limit, tokens, positions, counts, alive, responses, logprobs, WIDTH: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _advance(drawn, drawn_logprobs, stops, limit, tokens, positions, counts, alive, responses, logprobs,
+             WIDTH: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     lives = tl.load(alive + row) != 0
     token, count = tl.load(drawn + row), tl.load(counts + row)

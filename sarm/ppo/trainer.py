@@ -13,28 +13,28 @@ Notation: B sequences of a step, b of a micro-batch, t response positions, n res
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sarm.config import PpoConfig, UserError
 from sarm.datasets import Prompt
 from sarm.ppo import objective
+from sarm.ppo.actor import Forward, make_actor
+from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.checkpoint import engine_tensors, restore_engine
-from sarm.ppo.decoders import CacheDecoder, Decoder, base_model, decoder_for, gathered, merged_weight
-from sarm.ppo.optimizer import StochasticAdamW
-from sarm.ppo.reward import CompoundReward, Penalised, Scores, calibrate_random, fires
-from sarm.ppo.rollout import Rollout, forced, generate, packs, prompt_ids, response_text, stop_ids
+from sarm.ppo.clock import Clock
+from sarm.ppo.decoders import CacheDecoder, Decoder, decoder_for
+from sarm.ppo.engine import start_engine
+from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
+from sarm.ppo.rollout import Rollout, forced, generate, prompt_ids, response_text, stop_ids
 from sarm.ppo.world import World
 
 
@@ -51,14 +51,6 @@ class Judged(NamedTuple):
 
     old_logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
-
-
-class Forward(NamedTuple):
-    """The actor's outputs for one micro-batch, each (n,) float32."""
-
-    logprobs: Tensor
-    entropy: Tensor
     values: Tensor
 
 
@@ -93,158 +85,6 @@ class NotFinite(Exception):
     def __init__(self, what: str, updated: bool) -> None:
         super().__init__(what)
         self.updated = updated
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-class ValueHead(nn.Module):
-    """A linear map from the trunk's last state to a value, in float32; it starts at 0 everywhere."""
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(1, d_model)), nn.Parameter(torch.zeros(1))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
-
-
-class Actor(nn.Module):
-    """A policy and a value head on its trunk. With LoRA, the reference is the policy with its adapter off."""
-
-    def __init__(self, policy: Any) -> None:
-        super().__init__()
-        self.policy = policy
-        self.value_head = ValueHead(base_model(policy).config.hidden_size)
-        self.mixed = len({p.dtype for p in policy.parameters()}) > 1
-        """Float32 LoRA on a bf16 model: multiplied in bf16."""
-
-    def forward(self, ids: Tensor, predicts: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """What `Forward` holds; the arguments are `rollout.forced`'s."""
-        base = base_model(self.policy)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.mixed):
-            hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
-        of_labels = objective.logprobs_from_hidden(hidden, base.lm_head, labels, temperature)
-        return of_labels.logprobs, of_labels.entropy, self.value_head(hidden)
-
-    def trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.parameters() if p.requires_grad]
-
-
-def make_actor(policy: Any, ppo: PpoConfig, seed: int) -> Actor:
-    """Wrap a policy for training: LoRA where configured, in float32, and no dropout anywhere."""
-    if ppo.lora is not None:
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(seed)
-        policy = get_peft_model(policy, LoraConfig(r=ppo.lora.rank, lora_alpha=ppo.lora.alpha, target_modules="all-linear"))
-    for module in policy.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-        if hasattr(module, "cast_input_dtype_enabled"):  # peft's copy of each input to float32; autocast does without
-            module.cast_input_dtype_enabled = False
-    return Actor(policy)
-
-
-def start_engine(actor: Actor, ppo: PpoConfig, seed: int, world: World) -> Any:
-    """A DeepSpeed engine around the actor.
-
-    Trainable float32 weights (LoRA, or a float32 model) are stepped as they are. A bf16 model trained in full keeps
-    float32 master weights in ZeRO's optimizer, of stage 1 at least, or has its weights rounded stochastically.
-    """
-    import deepspeed
-
-    low_precision = any(p.dtype == torch.bfloat16 for p in actor.trainable())
-    stochastic = low_precision and ppo.weights == "stochastic_rounding"
-    stage = max(ppo.zero_stage, 1) if low_precision and not stochastic else ppo.zero_stage
-    cuda = world.device.type == "cuda"
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # boundaries are set by hand, and losses scaled by hand
-        "gradient_clipping": ppo.max_grad_norm,
-        "steps_per_print": 1_000_000_000,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "overlap_comm": cuda, "contiguous_gradients": cuda},
-    }
-    if low_precision and stage > 0:
-        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    if stochastic:
-        optimizer: torch.optim.Optimizer = StochasticAdamW(
-            actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, seed=seed * 1009 + world.rank
-        )
-    else:
-        optimizer = torch.optim.AdamW(actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, fused=cuda)
-    if cuda:
-        base_model(actor.policy).gradient_checkpointing_enable({"use_reentrant": False})
-    engine, *_ = deepspeed.initialize(model=actor, optimizer=optimizer, model_parameters=actor.trainable(), config=settings, dist_init_required=False)
-    if stage == 3:
-        # The log-probabilities read the head's weight without calling its module.
-        deepspeed.zero.register_external_parameter(actor, base_model(actor.policy).lm_head.weight)
-    return engine
-
-
-# --- which prompts, which rows, which rank ----------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(ids: tuple[str, ...], seed: int, epoch: int) -> list[int]:
-    return sorted(range(len(ids)), key=lambda i: hashlib.sha256(f"{seed}/{epoch}/{ids[i]}".encode()).digest())
-
-
-def rows_of_step(ids: Sequence[str], seed: int, step: int, batch_size: int) -> list[int]:
-    """Which prompts step `step` draws: pass after pass over all of them, each pass in an order of its own."""
-    drawn = range(step * batch_size, (step + 1) * batch_size)
-    return [_epoch_order(tuple(ids), seed, at // len(ids))[at % len(ids)] for at in drawn]
-
-
-def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Rows for each rank, about as many tokens each: the longest first, back and forth over the ranks."""
-    hands: list[list[int]] = [[] for _ in range(ranks)]
-    for at, row in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
-        turn, seat = divmod(at, ranks)
-        hands[seat if turn % 2 == 0 else ranks - 1 - seat].append(row)
-    return hands
-
-
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], tokens: int, ranks: int) -> list[list[list[int]]]:
-    """For each rank its micro-batches of `rows`, as many on every rank: ZeRO needs every rank at every backward pass.
-
-    Those that fill up the count are empty. `lengths` are those of all rows.
-    """
-    hands = [[rows[i] for i in hand] for hand in deal([lengths[row] for row in rows], ranks)]
-    batches = [[[hand[i] for i in pack] for pack in packs([lengths[row] for row in hand], tokens)] for hand in hands]
-    most = max(map(len, batches))
-    return [own + [[]] * (most - len(own)) for own in batches]
-
-
-def mini_batches(n: int, parts: int, seed: int, step: int, epoch: int) -> list[list[int]]:
-    """`n` rows in `parts` equal random parts; as they are where there is one part."""
-    if parts == 1:
-        return [list(range(n))]
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{step}/{epoch}".encode()).digest()[:6], "little"))
-    order = torch.randperm(n, generator=generator).tolist()
-    return [order[part * n // parts : (part + 1) * n // parts] for part in range(parts)]
-
-
-# --- the trainer ------------------------------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -352,7 +192,7 @@ class Trainer:
 
     def score(self, drawn: Sequence[Drawn], rollout: Rollout) -> Scores:
         """Each response's reward, penalty and latents, scored by all ranks and gathered on each. Raises NotFinite."""
-        hands = self._hands(rollout)
+        hands = self.hands(rollout)
         scores = self.reward.score([self.conversation(drawn[i], rollout.ids(i)) for i in hands[self.world.rank]])
         whole = Scores(*(self.world.gather(field, hands) for field in scores))
         if not bool(torch.isfinite(whole.total).all()):
@@ -362,7 +202,7 @@ class Trainer:
     def conversation(self, drawn: Drawn, ids: Sequence[int]) -> list[dict[str, str]]:
         return [*drawn.prompt.messages, {"role": "assistant", "content": response_text(self.tokenizer, ids)}]
 
-    def _hands(self, rollout: Rollout) -> list[list[int]]:
+    def hands(self, rollout: Rollout) -> list[list[int]]:
         return deal([len(p) + int(n) for p, n in zip(rollout.prompts, rollout.mask.sum(1), strict=True)], self.world.size)
 
     def judge(self, rollout: Rollout) -> tuple[Judged, Forward | None]:
@@ -533,27 +373,7 @@ class Trainer:
             "time/step": seconds,
         }
 
-    # Calibration, checkpoints, export
-
-    def calibrate(self, n: int, candidates: Sequence[int], seed: int) -> Calibration:
-        """Latents on `n` responses of the untrained policy; the same for every arm and seed of a run. A collective."""
-        drawn = self.draw([row % len(self.prompts) for row in range(n)])
-        rollout = self.roll_out(drawn, step=-1, seed=seed)
-        hands = self._hands(rollout)
-        conversations = [self.conversation(drawn[i], rollout.ids(i)) for i in hands[self.world.rank]]
-        latents = [*(p.latent for p in self.tracked), *candidates]
-        z = self.world.gather(self.reward.measure(conversations, latents), hands)
-        z_penalised, z_candidates = z[:, : len(self.tracked)], z[:, len(self.tracked) :]
-        random = calibrate_random(z_candidates, candidates, z_penalised, self.tracked, self.reward.kind) if len(candidates) else []
-        columns = [latents.index(r.latent, len(self.tracked)) for r in random]
-        return Calibration(
-            n,
-            [Rated(*p, rate) for p, rate in zip(self.tracked, self._rates(z_penalised, self.tracked), strict=True)],
-            [Rated(*r, rate) for r, rate in zip(random, self._rates(z[:, columns], random), strict=True)],
-        )
-
-    def _rates(self, z: Tensor, penalised: Sequence[Penalised]) -> list[float]:
-        return [float(rate) for rate in fires(z, penalised, self.reward.kind).double().mean(0)]
+    # Checkpoints
 
     def state(self) -> dict[str, Any]:
         """JSON that, with `tensors`, says all that the next steps depend on."""
@@ -574,50 +394,6 @@ class Trainer:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.world.device)
         self.decoder.refresh()
         self.progress = Progress(**(state | {"running": objective.RunningSd(**state["running"])}))
-
-    @torch.no_grad()
-    def policy_weights(self) -> dict[str, Tensor]:
-        """The policy's weights under the names of a plain model, LoRA merged, in bf16 on rank 0's CPU. A collective."""
-        weights: dict[str, Tensor] = {}
-        for name, module in base_model(self.actor.policy).named_modules():
-            if ".lora_" in name or name.endswith(".base_layer"):
-                continue
-            own = {"weight": None} if hasattr(module, "get_delta_weight") else dict(module.named_parameters(recurse=False))
-            with gathered(module) if own else nullcontext():
-                for leaf, parameter in own.items():
-                    whole = merged_weight(module, torch.bfloat16) if parameter is None else parameter
-                    if self.world.rank == 0:
-                        weights[f"{name}.{leaf}"] = whole.detach().to("cpu", torch.bfloat16, copy=True)
-        return weights
-
-
-class Rated(NamedTuple):
-    """A penalised latent and how often it fires in the untrained policy's responses."""
-
-    latent: int
-    tau: float
-    alpha: float
-    base_rate: float
-
-
-class Calibration(NamedTuple):
-    n: int
-    """Responses of the untrained policy."""
-    harming: list[Rated]
-    """The latents that the penalty arm penalises."""
-    random: list[Rated]
-    """Those matched to them for the random arm; none where there were no candidates."""
-
-
-def save_policy(source: Path, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A bf16 model that AutoModelForCausalLM opens: the source's architecture and settings, these weights."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or {})
-    if unexpected or set(missing) - tied:
-        raise RuntimeError(f"trained weights do not fit the model: missing {missing}, unexpected {unexpected}")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def train(trainer: Trainer, *, save: Callable[[], Path], log: Callable[[dict[str, Any]], None], stop_requested: Callable[[], bool]) -> bool:
