@@ -35,7 +35,7 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plain_attend(qkv, keys, values, cos, sin, positions, scale):
-    b, kv, _, d = keys.shape
+    kv, d = keys.shape[1], keys.shape[3]
     out = []
     for row, n in enumerate(positions.tolist()):
         q, k, v = qkv[row].view(-1, d).split([qkv.shape[1] // d - 2 * kv, kv, kv])

@@ -8,8 +8,8 @@ import torch
 
 from sarm.config import PpoConfig
 from sarm.ppo.actor import Actor
-from sarm.ppo.optimizer import StochasticAdamW
 from sarm.ppo.decoders import base_model
+from sarm.ppo.optimizer import StochasticAdamW
 from sarm.ppo.world import World
 
 
