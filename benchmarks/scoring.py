@@ -25,10 +25,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
+from sarm.checkpoint import SarmModelConfig  # noqa: E402
 from sarm.config import DataConfig, SourceConfig  # noqa: E402
 from sarm.datasets import load_data, texts_to_encode  # noqa: E402
-from sarm.model import SarmModel, SarmModelConfig, encode_texts, length_batches, tokenize_conversations  # noqa: E402
+from sarm.model import SarmModel  # noqa: E402
 from sarm.sae import TopKSae  # noqa: E402
+from sarm.scoring import encode_texts, length_batches  # noqa: E402
+from sarm.tokens import tokenize_conversations  # noqa: E402
 
 SHAPES: dict[str, dict[str, int]] = {
     "smollm2": {

@@ -35,7 +35,9 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
 
 def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, stop_requested: Callable[[], bool]) -> None:
     from sarm.ppo import checkpoint
-    from sarm.ppo.trainer import Calibration, Rated, save_policy, train
+    from sarm.ppo.calibration import Calibration, Rated, calibrate
+    from sarm.ppo.export import policy_weights, save_policy
+    from sarm.ppo.trainer import train
     from sarm.ppo.world import start_world
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
@@ -52,7 +54,7 @@ def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, 
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
         candidates = [int(c["latent"]) for c in features["random_candidates"]] if arm == "random" else []
-        calibration = trainer.calibrate(config.ppo.calibration_prompts, candidates, config.seed)
+        calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]
         calibration = Calibration(kept["n"], [Rated(*r) for r in kept["harming"]], [Rated(*r) for r in kept["random"]])
@@ -70,7 +72,7 @@ def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, 
     finished = train(trainer, save=save, log=log.write if log else lambda line: None, stop_requested=stop_requested)
     if not finished:
         raise SystemExit(STOPPED)
-    weights = trainer.policy_weights()
+    weights = policy_weights(trainer.actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:
         log.close()

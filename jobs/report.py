@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 import numpy as np
 import pandas as pd
 
-from reports.frames import figures, read_run, without_nan
+from reports.figures import figures, without_nan
+from reports.frames import read_run
 from reports.text import final_report
 from sarm.config import Config
 from sarm.run import Attempt, Published, RunDir, patience_s, write_atomic

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from sarm.config import Config, SarmConfig, UserError
+from sarm.datasets import load_data
 from sarm.hub import local_model
-from sarm.probing.effects import read_encoded
-from sarm.probing.select import select_features
+from sarm.probing.effects import contrasts_of, read_encoded
+from sarm.probing.select import judged, select_features
+from sarm.probing.upstream import compared_rankings, selection_scores, summed_latents
 from sarm.run import Attempt, RunDir
 
 
@@ -28,7 +30,9 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         if stale:
             raise UserError(f"probe/{name} cannot be merged: {stale}; run it again")
     table = pd.concat([pd.read_parquet(shard.path("table.parquet")) for shard in shards], ignore_index=True)
+    table["upstream_s"] = selection_scores(*summed_latents(encoded.ranks, contrasts_of(load_data(config.data), encoded)["discovery"]))
     features = select_features(table, encoded, config, lambda latents: latent_directions(config.sarm, latents))
+    features["rankings"] = compared_rankings(judged(table, config.select), config.select.listed)
     for warning in features["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     attempt.path("features.json").write_text(json.dumps(features, indent=1, allow_nan=False), encoding="utf-8")

@@ -25,8 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sarm.config import TrainSarmConfig, UserError
 from sarm.datasets import Data, Pair
-from sarm.model import SarmModel, length_batches, tokenize_conversation
+from sarm.model import SarmModel
 from sarm.sae import TopKSae
+from sarm.scoring import length_batches
+from sarm.tokens import tokenize_conversation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -23,9 +23,10 @@ from jobs.__main__ import run_unit
 from sarm.config import ROOT, UserError, load_config
 from sarm.datasets import load_data, pairs_in
 from sarm.intervene import Ablate, reward_changes
-from sarm.model import SarmModel, encode_texts
+from sarm.model import SarmModel
 from sarm.probing.effects import read_encoded
 from sarm.run import RunDir
+from sarm.scoring import encode_texts
 from tests.tiny import tiny_config
 
 

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from jobs.__main__ import main, run_unit
 from sarm.config import ROOT, TrainSarmConfig, UserError
 from sarm.datasets import Pair, Prompt, load_data
-from sarm.model import SarmModel, encode_texts, load_sarm, tokenize_conversation
+from sarm.model import SarmModel, load_sarm
 from sarm.run import RunDir
+from sarm.scoring import encode_texts
+from sarm.tokens import tokenize_conversation
 from sarm.train import (
     Folds,
     Latents,
