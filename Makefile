@@ -20,7 +20,7 @@ PHASES := fetch encode probe select steer ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow check bench run status verify cancel sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo test test-slow check bench run status verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -48,12 +48,15 @@ demo: setup  ## the whole pipeline on SmolLM2-135M on this machine's CPU
 run: setup  ## the whole pipeline on this machine: CONFIG=... RUN=...
 	@$(PY) -m slurm.local --config $(CONFIG) --run $(RUN)
 
-$(PHASES): setup
+$(filter-out fetch,$(PHASES)): setup
 	@$(PY) -m jobs $@ --config $(CONFIG) --run $(RUN)
 
 # Any environment will do: the full one where there is one.
 login:
 	@test -x $(PY) || $(MAKE) --no-print-directory setup-light
+
+fetch: login  ## models and data, as the cluster's profile says (HF_TOKEN for a gated model): CLUSTER=... CONFIG=... RUN=...
+	@$(PY) -m slurm.fetch --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
 
 submit-all: login  ## the whole run as dependent Slurm jobs: CLUSTER=... CONFIG=... RUN=..., DRY_RUN=1 to look first
 	@$(PY) -m slurm.submit --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN) $(if $(DRY_RUN),--dry-run)
@@ -72,6 +75,9 @@ verify: login  ## hash every published file of a run: RUN=...
 
 cancel: login  ## cancel a run's Slurm jobs: RUN=...
 	@$(PY) -m slurm.status --run $(RUN) --cancel
+
+unlock: login  ## remove a run's locks that an owner on another host left behind: RUN=...
+	@$(PY) -m slurm.lock --run $(RUN)
 
 train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=outputs/train
 	@$(PY) -m jobs train_sarm --config $(CONFIG) --run $(RUN)
