@@ -37,7 +37,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     attempt.path("features.json").write_text(json.dumps(features, indent=1, allow_nan=False), encoding="utf-8")
     attempt.path("steering.json").write_text(json.dumps(features["steering_file"]), encoding="utf-8")
-    table.to_parquet(attempt.path("table.parquet"), index=False)
+    judged(table, config.select).to_parquet(attempt.path("table.parquet"), index=False)
     attempt.publish(n_tested=features["n_tested"], n_discoveries=features["n_discoveries"])
 
 

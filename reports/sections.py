@@ -33,13 +33,20 @@ class Section(NamedTuple):
 
 def verdict(figures: dict[str, Any]) -> list[Block]:
     """The word, with what keeps it from saying more than the intervals do, and the figures behind it."""
-    v, rule = figures["verdict"], figures["rule"]
+    v = figures["verdict"]
     word = v["word"] + (f" ({v['qualifier']})" if v["qualifier"] else "")
     blocks: list[Block] = [Prose(f"Verdict: {word}"), Prose(f"Because {v['reason']}.")]
     if v["caution"]:
         blocks.append(Prose(f"{v['caution']}."))
     if v["word"] == "not available":
         blocks.append(Prose("RESULTS above therefore rests on the training log alone."))
+    return blocks + verdict_figures(figures)
+
+
+def verdict_figures(figures: dict[str, Any]) -> list[Block]:
+    """What the word rests on, and the rule."""
+    v, rule = figures["verdict"], figures["rule"]
+    blocks: list[Block] = []
     rows = [c for c in v["changes"] if c["n"] and c["arm"] in ("penalty", "penalty - random") and c["measure"] != "n_tokens"]
     if rows:
         blocks.append(

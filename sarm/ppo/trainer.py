@@ -30,10 +30,11 @@ from sarm.ppo.actor import Forward, lay_side_by_side, make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.checkpoint import engine_tensors, restore_engine
 from sarm.ppo.clock import BusyGpu, Clock, read_later
+from sarm.ppo.decoders import CacheDecoder, Decoder, decoder_for
 from sarm.ppo.engine import start_engine
 from sarm.ppo.reference import Reference
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
-from sarm.ppo.rollout import CacheDecoder, Decoder, LlamaDecoder, Rollout, decoder_for, forced, generate, prompt_ids, response_text, stop_ids
+from sarm.ppo.rollout import Rollout, forced, generate, prompt_ids, response_text, stop_ids
 from sarm.ppo.world import World
 
 
@@ -112,7 +113,7 @@ class Trainer:
         if world.device.type == "cpu":
             # On short texts its backward pass takes a fifth of the time of SDPA's.
             policy.set_attn_implementation("eager")
-        self.reference = None if ppo.lora else Reference(policy, int(__import__("os").environ.get("STREAMED", "0")) if world.device.type == "cuda" else 0)
+        self.reference = None if ppo.lora else Reference(policy)
         cuda = world.device.type == "cuda"
         if cuda:
             lay_side_by_side(policy)
@@ -151,8 +152,7 @@ class Trainer:
         experience, running, metrics = self.credit(rollout, scores, judged)
         metrics |= self.update(experience, step, forward)
         self.clock.mark("refresh")
-        if isinstance(self.decoder, LlamaDecoder):
-            self.decoder.refresh()
+        self.decoder.refresh()
         kl_coef = objective.next_kl_coef(
             self.progress.kl_coef, metrics["objective/kl"], len(drawn), self.ppo.kl_controller, self.ppo.kl_target, self.ppo.kl_horizon
         )
@@ -409,8 +409,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.world.device)
-        if isinstance(self.decoder, LlamaDecoder):
-            self.decoder.refresh()
+        self.decoder.refresh()
         self.progress = Progress(**(state | {"running": objective.RunningSd(**state["running"])}))
 
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from sarm import kernels
-from sarm.ppo.rollout import base_model
+from sarm.ppo.decoders import base_model
 
 
 def knows(policy: nn.Module) -> bool:
