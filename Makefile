@@ -14,13 +14,15 @@ TORCH_INDEX ?=
 # A profile in slurm/clusters/, or a path.
 CLUSTER ?= generic
 DRY_RUN ?=
+# How many, and how much memory each has in GiB: for `make plan`.
+GPUS    ?= 4x80
 
 PY := $(VENV)/bin/python
 PHASES := fetch encode probe select steer ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow check bench run status verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo test test-slow check bench run status verify cancel unlock sbatch submit-all plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -78,6 +80,9 @@ cancel: login  ## cancel a run's Slurm jobs: RUN=...
 
 unlock: login  ## remove a run's locks that an owner on another host left behind: RUN=...
 	@$(PY) -m slurm.lock --run $(RUN)
+
+plan: login  ## memory, disk and GPU-hours of PPO, and how it would be cut: CONFIG=... GPUS=4x80
+	@$(PY) -m sarm.ppo.plan --config $(CONFIG) --gpus $(GPUS)
 
 train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=outputs/train
 	@$(PY) -m jobs train_sarm --config $(CONFIG) --run $(RUN)
