@@ -16,7 +16,7 @@ CLUSTER ?= generic
 DRY_RUN ?=
 
 PY := $(VENV)/bin/python
-PHASES := fetch encode probe select steer ppo evaluate report
+PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
