@@ -20,7 +20,7 @@ PHASES := fetch encode probe select steer ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow check bench run status verify cancel sbatch submit-all train-sarm lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo test test-slow check bench run status verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -48,12 +48,15 @@ demo: setup  ## the whole pipeline on SmolLM2-135M on this machine's CPU
 run: setup  ## the whole pipeline on this machine: CONFIG=... RUN=...
 	@$(PY) -m slurm.local --config $(CONFIG) --run $(RUN)
 
-$(PHASES): setup
+$(filter-out fetch,$(PHASES)): setup
 	@$(PY) -m jobs $@ --config $(CONFIG) --run $(RUN)
 
 # Any environment will do: the full one where there is one.
 login:
 	@test -x $(PY) || $(MAKE) --no-print-directory setup-light
+
+fetch: login  ## models and data, as the cluster's profile says (HF_TOKEN for a gated model): CLUSTER=... CONFIG=... RUN=...
+	@$(PY) -m slurm.fetch --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
 
 submit-all: login  ## the whole run as dependent Slurm jobs: CLUSTER=... CONFIG=... RUN=..., DRY_RUN=1 to look first
 	@$(PY) -m slurm.submit --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN) $(if $(DRY_RUN),--dry-run)
@@ -73,8 +76,14 @@ verify: login  ## hash every published file of a run: RUN=...
 cancel: login  ## cancel a run's Slurm jobs: RUN=...
 	@$(PY) -m slurm.status --run $(RUN) --cancel
 
+unlock: login  ## remove a run's locks that an owner on another host left behind: RUN=...
+	@$(PY) -m slurm.lock --run $(RUN)
+
 train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=outputs/train
 	@$(PY) -m jobs train_sarm --config $(CONFIG) --run $(RUN)
+
+export: setup  ## a run's SAE and latents for SAELens, delphi and upstream's scripts: RUN=...
+	@$(PY) -m jobs export --run $(RUN)
 
 test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -97,9 +106,9 @@ bench: setup  ## speed and memory, each a ratio against a named peer in one run
 	$(PY) benchmarks/effects.py
 
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
-	uv pip compile -q pyproject.toml --extra light --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \
+	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu.lock
-	env -u UV_FIND_LINKS uv pip compile -q pyproject.toml --extra light --extra full -c requirements/constraints.txt --python-version 3.11 \
+	env -u UV_FIND_LINKS uv pip compile -q pyproject.toml --extra light --extra report --extra full -c requirements/constraints.txt --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate -o requirements/cuda.lock
 	uv pip compile -q pyproject.toml --extra light --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/light.lock
 	uv pip compile -q pyproject.toml --extra light --extra report --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/report.lock

@@ -19,11 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sarm.checkpoint import SarmModelConfig
 from sarm.config import SarmConfig, parse_config
 from sarm.intervene import Ranks
-from sarm.model import SarmModel, SarmModelConfig, encode_texts, load_sarm
+from sarm.model import SarmModel, load_sarm
 from sarm.probing.effects import Encoded, latent_effects, latent_table
 from sarm.probing.stats import Contrast
+from sarm.scoring import encode_texts
 from tests.tiny import tiny_tokenizer
 
 

@@ -12,11 +12,14 @@ import traceback
 from sarm.config import PHASES, UserError, load_config
 from sarm.run import Attempt, RunDir
 
+BESIDE = ("train_sarm", "export")
+"""Jobs that are no phase of a run: started by hand."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """0 where the unit is done, 2 where the user can mend it (one sentence), 1 on a defect (traceback)."""
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
-    parser.add_argument("phase", choices=(*PHASES, "train_sarm"))
+    parser.add_argument("phase", choices=(*PHASES, *BESIDE))
     parser.add_argument("--config", help="YAML; where left out, the run's own")
     parser.add_argument("--run", required=True, help="run directory")
     parser.add_argument("--unit", help="shard, policy or index; default: SLURM_ARRAY_TASK_ID, or every unit of the phase")
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def chosen_units(run: RunDir, phase: str, wanted: str | None) -> tuple[str, ...]:
     """The units named, or all of them. Raises UserError on an unknown one."""
-    units = ("all",) if phase == "train_sarm" else run.config.units(phase)  # type: ignore[arg-type]
+    units = ("all",) if phase in BESIDE else run.config.units(phase)  # type: ignore[arg-type]
     wanted = wanted if wanted is not None else os.environ.get("SLURM_ARRAY_TASK_ID")
     if wanted is None:
         return units

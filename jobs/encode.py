@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from sarm.config import Config, UserError, shard_range
 from sarm.datasets import load_data, texts_to_encode
-from sarm.model import encode_texts, load_sarm
+from sarm.model import load_sarm
 from sarm.run import Attempt, RunDir
+from sarm.scoring import encode_texts
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:

@@ -28,8 +28,16 @@ STOPPED = 75
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Train, then save the policy and publish from rank 0. Raises SystemExit(75) where asked to stop."""
+    # From the first moment: a preemption while models are loading is no reason to die.
+    with stop_signals() as stop_requested:
+        train_and_publish(config, run, unit, attempt, stop_requested)
+
+
+def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, stop_requested: Callable[[], bool]) -> None:
     from sarm.ppo import checkpoint
-    from sarm.ppo.trainer import Calibration, Rated, save_policy, train
+    from sarm.ppo.calibration import Calibration, Rated, calibrate
+    from sarm.ppo.export import policy_weights, save_policy
+    from sarm.ppo.trainer import train
     from sarm.ppo.world import start_world
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
@@ -46,7 +54,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
         candidates = [int(c["latent"]) for c in features["random_candidates"]] if arm == "random" else []
-        calibration = trainer.calibrate(config.ppo.calibration_prompts, candidates, config.seed)
+        calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]
         calibration = Calibration(kept["n"], [Rated(*r) for r in kept["harming"]], [Rated(*r) for r in kept["random"]])
@@ -61,11 +69,10 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
             checkpoints, step, state, trainer.tensors(), world=world, made_with=made_with, attempt=attempt.id, keep_last=config.ppo.keep_last
         )
 
-    with stop_signals() as stop_requested:
-        finished = train(trainer, save=save, log=log.write if log else lambda line: None, stop_requested=stop_requested)
+    finished = train(trainer, save=save, log=log.write if log else lambda line: None, stop_requested=stop_requested)
     if not finished:
         raise SystemExit(STOPPED)
-    weights = trainer.policy_weights()
+    weights = policy_weights(trainer.actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:
         log.close()
@@ -127,7 +134,9 @@ def device_name(device: Any) -> str:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM and SIGUSR2 only ask: the function given says whether one came."""
+    """Within, SIGTERM and SIGUSR2 only ask: the function given says whether one came. Once asked, further ones are ignored
+    until the process ends: srun sends SIGTERM to all ranks when the first has exited, and each is to exit with its own code.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -137,7 +146,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if asked.is_set() else handler)
 
 
 class Log:

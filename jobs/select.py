@@ -16,8 +16,9 @@ from safetensors import safe_open
 from sarm.config import Config, SarmConfig, UserError
 from sarm.datasets import load_data
 from sarm.hub import local_model
-from sarm.probing.effects import read_encoded
+from sarm.probing.effects import contrasts_of, read_encoded
 from sarm.probing.select import judged, select_features
+from sarm.probing.upstream import compared_rankings, selection_scores, summed_latents
 from sarm.probing.validity import feature_replication, rank_correlation, validity
 from sarm.run import Attempt, RunDir
 
@@ -31,10 +32,13 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         if stale:
             raise UserError(f"probe/{name} cannot be merged: {stale}; run it again")
     table = pd.concat([pd.read_parquet(shard.path("table.parquet")) for shard in shards], ignore_index=True)
-    features = select_features(table, encoded, config, lambda latents: latent_directions(config.sarm, latents))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     data = load_data(config.data)
-    features["validity"] = validity(judged(table, config.select), encoded, data, config, device)
+    table["upstream_s"] = selection_scores(*summed_latents(encoded.ranks, contrasts_of(data, encoded)["discovery"]))
+    features = select_features(table, encoded, config, lambda latents: latent_directions(config.sarm, latents))
+    ranked = judged(table, config.select)
+    features["rankings"] = compared_rankings(ranked, config.select.listed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    features["validity"] = validity(ranked, encoded, data, config, device)
     listed = [f for role in ("promoting", "harming", "misleading") for f in features[role]]
     replicated = feature_replication(listed, encoded, data, config, device)
     moves = pd.concat([pd.read_parquet(shard.path("directions.parquet")) for shard in shards], ignore_index=True) if config.probe.directions else None
@@ -49,7 +53,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     attempt.path("features.json").write_text(json.dumps(features, indent=1, allow_nan=False), encoding="utf-8")
     attempt.path("steering.json").write_text(json.dumps(features["steering_file"]), encoding="utf-8")
-    table.to_parquet(attempt.path("table.parquet"), index=False)
+    ranked.to_parquet(attempt.path("table.parquet"), index=False)
     attempt.publish(n_tested=features["n_tested"], n_discoveries=features["n_discoveries"])
 
 

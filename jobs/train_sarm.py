@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from sarm.checkpoint import read_config
 from sarm.config import ROOT, Config, UserError
 from sarm.datasets import Pair, load_data
 from sarm.hub import local_model
-from sarm.model import SarmModel, encode_texts, read_config
+from sarm.model import SarmModel
 from sarm.run import Attempt, RunDir
 from sarm.sae import TopKSae
+from sarm.scoring import encode_texts
 from sarm.train import (
     Floats,
     Ints,

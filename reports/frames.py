@@ -1,8 +1,4 @@
-"""A run directory -> data frames and the figures of its report.
-
-`figures(run, read_run(run))` reads what is there and names what is not; `reports.text` turns figures into text.
-Only this package aggregates: jobs leave one row per example.
-"""
+"""A run directory -> data frames: `read_run(run)` reads what is there and names what is not."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ import json
 import math
 import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +18,10 @@ import pandas as pd
 from sarm.config import PHASES, ROOT, Phase, UserError, arm_and_seed
 from sarm.run import Published, RunDir
 
-SHOWN_STEPS = 5
-"""The training progression shows the middle of each fifth of the steps, and the last step."""
 ARM_ORDER = ("base", "no_penalty", "penalty", "random")
+"""How arms are listed; one that is not named here comes after these."""
 LOG_TAIL_BYTES = 65_536
 ERROR_LINE = re.compile(r"^(error:|slurmstepd: error|[\w.]*(Error|Exception|Interrupt)\b|.*\b(Killed|CANCELLED|TIME LIMIT|out of memory)\b)", re.IGNORECASE)
-HISTOGRAM = ("off", "to tau/2", "to 0.9 tau", "to tau", "to 1.5 tau", "beyond")
-"""Where a latent's value lies; the fourth is the mass just below the threshold."""
 
 
 class Frames(NamedTuple):
@@ -46,6 +39,10 @@ class Frames(NamedTuple):
     evaluations: dict[str, dict[str, Any]]
     generations: pd.DataFrame
     """A row a policy and prompt: policy, arm, seed, and the columns that evaluate wrote."""
+    probe: pd.DataFrame
+    """A row a latent: what the probe measured of it."""
+    models: dict[str, Any] | None
+    """What fetch recorded: where models and data lie, and their hashes."""
 
 
 def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
@@ -68,19 +65,24 @@ def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
             if found is not None and problem is None:
                 published[phase, unit] = found
             rows.append(_phase_row(run, phase, unit, found, problem))
-    frames = Frames(pd.DataFrame(rows), {key: p.manifest for key, p in published.items()}, None, {}, pd.DataFrame(), None, {}, pd.DataFrame())
-    return _read_outputs(frames, published, run)
+    return _read_outputs(pd.DataFrame(rows), published, run)
 
 
-def _read_outputs(frames: Frames, published: dict[tuple[str, str], Published], run: RunDir) -> Frames:
-    """Fill the frames from published outputs; an output that is damaged marks its unit as failed."""
-    features, steering = None, None
+def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Published], run: RunDir) -> Frames:
+    """Frames of published outputs; an output that is damaged marks its unit as failed."""
+    manifests = {key: p.manifest for key, p in published.items()}
+    features, steering, models = None, None, None
     calibrations, evaluations = {}, {}
     training, generations = [], []
+    probe = pd.DataFrame()
     for (phase, unit), unit_files in published.items():
         try:
-            if phase == "select":
+            if phase == "fetch":
+                models = unit_files.json("models.json") if "models.json" in unit_files.manifest["outputs"] else None
+            elif phase == "select":
                 features = unit_files.json("features.json")
+                if "table.parquet" in unit_files.manifest["outputs"]:
+                    probe = pd.read_parquet(unit_files.path("table.parquet"))
             elif phase == "steer":
                 steering = unit_files.json("summary.json")
             elif phase == "ppo":
@@ -92,16 +94,20 @@ def _read_outputs(frames: Frames, published: dict[tuple[str, str], Published], r
                 generations.append(_with_policy(rows, unit))
                 evaluations[unit] = summary
         except (UserError, ValueError, OSError) as error:
-            at = (frames.phases["phase"] == phase) & (frames.phases["unit"] == unit)
-            frames.phases.loc[at, ["status", "cause"]] = ["damaged", " ".join(str(error).split())]
-            frames.manifests.pop((phase, unit))
-    return frames._replace(
+            at = (phases["phase"] == phase) & (phases["unit"] == unit)
+            phases.loc[at, ["status", "cause"]] = ["damaged", " ".join(str(error).split())]
+            manifests.pop((phase, unit))
+    return Frames(
+        phases=phases,
+        manifests=manifests,
         features=features,
         steering=steering,
         calibrations=calibrations,
         evaluations=evaluations,
         training=_joined(training, "step"),
-        generations=_judged(_joined(generations, "prompt_id"), _penalised(run, features), (features or {}).get("monitors", [])),
+        generations=_judged(_joined(generations, "prompt_id"), penalised_latents(run, features), (features or {}).get("monitors", [])),
+        probe=probe,
+        models=models,
     )
 
 
@@ -114,6 +120,8 @@ def _phase_row(run: RunDir, phase: Phase, unit: str, found: Published | None, pr
     manifest = found.manifest if found is not None and problem is None else {}
     for name in ("attempt", "git_commit", "image_sha256", "config_sha256", "job_id", "seed", "host", "device", "started", "ended"):
         row[name] = manifest.get(name)
+    row["seconds"] = (datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])).total_seconds() if manifest else None
+    row["needs"] = sorted({"/".join(key.split("/")[:2]) for key, sha256 in manifest.get("inputs", {}).items() if sha256 and not key.startswith("/")})
     row["manifest_sha256"] = hashlib.sha256((run.folder(phase, unit) / "manifest.json").read_bytes()).hexdigest() if manifest else None
     return row
 
@@ -154,7 +162,7 @@ def _joined(tables: list[pd.DataFrame], key: str) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["policy", "arm", "seed", key])
 
 
-def _penalised(run: RunDir, features: dict[str, Any] | None) -> list[dict[str, Any]]:
+def penalised_latents(run: RunDir, features: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The harming latents that the penalty is about; a density penalty looks at no threshold but 0."""
     entries = (features or {}).get("penalised", [])
     return [entry | {"tau": 0.0} for entry in entries] if run.config.ppo.penalty.kind == "density" else entries
@@ -169,237 +177,11 @@ def _judged(generations: pd.DataFrame, penalised: Sequence[dict[str, Any]], moni
     return generations
 
 
-# Figures
-
-
-def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> dict[str, Any]:
-    """Every figure of the report as plain values, by section; `verdict` is the record of the rule's outcome."""
-    config = run.config
-    shown_policy = f"penalty-seed{config.ppo.seeds[0]}"
-    return {
-        "schema": 1,
-        "date": date,
-        "run": config.name,
-        "configuration": _configuration(run, frames, shown_policy),
-        "features": frames.features,
-        "penalty": _penalty(run, frames, shown_policy),
-        "shown_policy": shown_policy,
-        "progression": _progression(frames.training, shown_policy),
-        "penalties": _column(frames.training, shown_policy, "objective/penalty"),
-        "compound_rewards": _column(frames.training, shown_policy, "objective/compound"),
-        "steering": frames.steering,
-        "outputs": _outputs(run, frames, shown_policy),
-        "failures": _failures(frames.phases),
-        "training": _training(frames),
-        "policies": policy_table(frames.generations).to_dict("records"),
-        "latents": latent_table(frames.generations, _penalised(run, frames.features)).to_dict("records"),
-        "random_latents": latent_table(frames.generations, _randoms(run, frames)).to_dict("records"),
-        "monitors": latent_table(frames.generations, [{"latent": m} for m in (frames.features or {}).get("monitors", [])]).to_dict("records"),
-        "evaluations": frames.evaluations,
-        "verdict": verdict,
-        "rule": config.verdict.model_dump(),
-        "provenance": _provenance(run, frames),
-    }
-
-
-def without_nan(value: Any) -> Any:
-    """The same tree with None for what JSON cannot say."""
-    if isinstance(value, dict):
-        return {str(key): without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if value is pd.NaT or (isinstance(value, float) and not math.isfinite(value)) else value
-
-
 def shown(path: Path) -> str:
     """A path as people see it: relative to the checkout where it lies in it."""
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
 
 
-def _configuration(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
-    manifest = frames.manifests.get(("ppo", policy), {})
-    parameters = [m["sarm_parameters"] for m in frames.manifests.values() if "sarm_parameters" in m]
-    return {
-        "policy": run.config.policy.model,
-        "reward_model": run.config.sarm.model,
-        "reward_parameters": parameters[0] if parameters else None,
-        "hardware": run.config.hardware or hardware(manifest.get("device_names", []), str(manifest.get("device"))),
-        "training_s": manifest.get("training_s"),
-        "steps": manifest.get("steps"),
-    }
-
-
-def hardware(device_names: Sequence[str], device: str) -> str:
-    """`4x NVIDIA H100 GPUs` from what each rank ran on; the memory size in a device's name is left out."""
-    counts = Counter(re.sub(r"[ -]+\d+ ?GB\b.*$", "", name).strip() for name in device_names)
-    if device.startswith("cuda"):
-        return " and ".join(f"{n}x {name} GPU{'s' if n > 1 else ''}" for name, n in counts.items())
-    return " and ".join(f"CPU ({name})" if n == 1 else f"CPU ({name}), {n} processes" for name, n in counts.items())
-
-
-def _penalty(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
-    config, features = run.config.ppo.penalty, frames.features or {}
-    entries = frames.calibrations.get(policy, {}).get("penalised") or features.get("penalised", [])
-    latents = [entry["latent"] for entry in entries]
-    listed = [f["latent"] for f in features.get("harming", [])]
-    return {
-        "kind": config.kind,
-        "latents": latents,
-        "taus": [entry["tau"] for entry in entries],
-        "alphas": [entry["alpha"] for entry in entries],
-        "top_harming": bool(latents) and latents == listed[: len(latents)],
-        "tau_quantile": config.tau_quantile,
-        "alpha_in_reward_sd": config.alpha if config.alpha_unit == "reward_sd" else None,
-        "clamp": config.clamp,
-    }
-
-
-def _column(training: pd.DataFrame, policy: str, name: str) -> list[list[float]]:
-    """One metric of one policy as (step, value) pairs."""
-    mine = training[training["policy"] == policy]
-    return mine[["step", name]].astype(float).to_numpy().tolist() if name in mine else []
-
-
-def _progression(training: pd.DataFrame, policy: str) -> list[dict[str, Any]]:
-    """The steps that the report shows: reward is the compound reward, loss the trainer's total."""
-    mine = training[training["policy"] == policy]
-    if mine.empty:
-        return []
-    names = {"reward": "objective/compound", "penalty": "objective/penalty", "loss": "loss/total"}
-    rows = mine.set_index("step")
-    return [
-        {"step": step, **{short: float(rows.at[step, name]) if name in rows and pd.notna(rows.at[step, name]) else math.nan for short, name in names.items()}}
-        for step in shown_steps([int(s) for s in mine["step"]])
-    ]
-
-
-def shown_steps(steps: Sequence[int]) -> list[int]:
-    """Of the logged steps, those nearest the middle of each fifth, and the last: 10, 30, 50, 70, 90, 100 of 100."""
-    last = steps[-1]
-    stride = max(1, round(last / SHOWN_STEPS))
-    wanted = [*range(max(1, round(stride / 2)), last, stride), last]
-    return sorted({min(steps, key=lambda step: (abs(step - at), step)) for at in wanted})
-
-
-def _outputs(run: RunDir, frames: Frames, policy: str) -> list[dict[str, Any]]:
-    """What the report points to. A manifest may name a `location` or a `training_log` of its own, where a run was brought from elsewhere."""
-    found = []
-    ppo = frames.manifests.get(("ppo", policy))
-    if ppo is not None:
-        weights = {name: entry for name, entry in ppo["outputs"].items() if name.startswith("policy/")}
-        folder = shown(run.folder("ppo", policy)) + "".join(f"/{Path(entry['file']).parts[0]}" for entry in list(weights.values())[:1])
-        n_bytes = sum(entry["bytes"] for entry in weights.values())
-        found.append({"path": ppo.get("location", folder) + "/", "what": "PPO-trained policy model", "bytes": n_bytes})
-    for phase, what in (("probe", "Phase 2 causal probe results"), ("steer", "Steering evaluation results")):
-        units = [manifest for (name, _), manifest in frames.manifests.items() if name == phase]
-        if units:
-            found.append({"path": units[0].get("location", shown(run.path / phase)) + "/", "what": what})
-    log = run.log("ppo", policy)
-    if ppo is not None and "training_log" in ppo:
-        found.append({"path": ppo["training_log"], "what": "Full training log"})
-    elif log.is_file():
-        found.append({"path": shown(log), "what": "Full training log"})
-    return found
-
-
-def _failures(phases: pd.DataFrame) -> list[dict[str, Any]]:
-    missing = phases[phases["status"] != "done"]
-    return missing[["phase", "unit", "status", "cause", "log"]].to_dict("records")
-
-
-def _training(frames: Frames) -> list[dict[str, Any]]:
-    """A row a trained policy: its metrics averaged over the last tenth of its steps, and what it took."""
-    names = {"reward": "objective/scores", "penalty": "objective/penalty", "kl": "objective/kl", "loss": "loss/total", "tokens_per_s": "tokens_per_s"}
-    rows = []
-    for policy, table in frames.training.groupby("policy", sort=False):
-        training_s = frames.manifests.get(("ppo", str(policy)), {}).get("training_s")
-        end = table.tail(max(1, len(table) // 10))
-        means = {short: _mean(end[name]) if name in end else None for short, name in names.items()}
-        rows.append({"policy": policy, "arm": table["arm"].iloc[0], "steps": int(table["step"].max()), "training_s": training_s, **means})
-    return sorted(rows, key=lambda row: (ARM_ORDER.index(row["arm"]), row["policy"]))
-
-
-def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
-    """A row a policy: rates on unsafe prompts, over-refusal on safe ones, the rest on all."""
-    rows = []
-    for policy, table in generations.groupby("policy", sort=False):
-        unsafe, safe = table[table["kind"] == "unsafe"], table[table["kind"] == "safe"]
-        rows.append(
-            {
-                "policy": policy,
-                "arm": table["arm"].iloc[0],
-                "n_unsafe": len(unsafe),
-                "n_safe": len(safe),
-                "reward": _mean(table["reward"]),
-                "triggered": _mean(unsafe["triggered"]),
-                "monitors": _mean(unsafe["monitors"]),
-                "refused": _mean(unsafe["refused"]),
-                "over_refused": _mean(safe["refused"]),
-                "harm": _mean(unsafe["harm"]) if "harm" in table else math.nan,
-                "kl": _mean(table["kl"]),
-                "n_tokens": _mean(table["n_tokens"]),
-                "truncated": _mean(table["truncated"]),
-                "distinct_1": distinct(table["response"], 1),
-                "distinct_2": distinct(table["response"], 2),
-            }
-        )
-    rows.sort(key=lambda row: (ARM_ORDER.index(row["arm"]), row["policy"]))
-    return pd.DataFrame(rows)
-
-
-def distinct(responses: Iterable[str], n: int) -> float:
-    """Distinct n-grams over all n-grams of the responses, by lower-cased words (arXiv 1510.03055)."""
-    seen: Counter[tuple[str, ...]] = Counter()
-    for response in responses:
-        words = response.lower().split()
-        seen.update(zip(*(words[i:] for i in range(n)), strict=False))
-    return len(seen) / seen.total() if seen else math.nan
-
-
-def _randoms(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
-    """What the first seed's random arm penalised; the other seeds' is in their calibration.json."""
-    found: list[dict[str, Any]] = frames.calibrations.get(f"random-seed{run.config.ppo.seeds[0]}", {}).get("penalised", [])
-    return found
-
-
-def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row a latent and arm, on unsafe prompts: activity, mean z and, where it has a tau, the rate above and the histogram about it."""
-    if generations.empty:
-        return pd.DataFrame()
-    unsafe = generations[generations["kind"] == "unsafe"]
-    rows = []
-    for entry in entries:
-        column, tau = f"z_{entry['latent']}", entry.get("tau")
-        for arm in ARM_ORDER:
-            z = unsafe.loc[unsafe["arm"] == arm, column].dropna().to_numpy(float) if column in unsafe else np.array([])
-            if len(z):
-                row = {"latent": entry["latent"], "tau": tau, "arm": arm, "n": len(z), "active": float((z > 0).mean()), "mean_z": float(z.mean())}
-                rows.append(row | ({"rate": float((z > tau).mean()), "histogram": histogram(z, tau)} if tau is not None else {}))
-    return pd.DataFrame(rows)
-
-
-def histogram(z: np.ndarray, tau: float) -> list[float]:
-    """Shares of values in the bins of `HISTOGRAM`; with tau = 0 a value is either off or beyond."""
-    edges = np.array([0.0, tau / 2, 0.9 * tau, tau, 1.5 * tau]) if tau > 0 else np.array([tau] * 5)
-    bins = np.searchsorted(edges, z, side="left")
-    return [float((bins == i).mean()) for i in range(len(HISTOGRAM))]
-
-
-def _provenance(run: RunDir, frames: Frames) -> dict[str, Any]:
-    done = frames.phases[frames.phases["status"] == "done"].drop(columns=["status", "cause", "config_sha256"])
-    return {
-        "folder": shown(run.path),
-        "config_sha256": run.config.sha256,
-        "seed": run.config.seed,
-        "ppo_seeds": list(run.config.ppo.seeds),
-        "git_commits": sorted({c for c in done["git_commit"] if c}),
-        "images": sorted({i for i in done["image_sha256"] if i}),
-        "units": done.astype(object).where(done.notna(), None).to_dict("records"),
-    }
-
-
-def _mean(values: pd.Series) -> float:
-    numbers = pd.to_numeric(values, errors="coerce").astype(float)
-    return float(numbers.mean()) if len(numbers) else math.nan
+def arm_rank(arm: str) -> tuple[int, str]:
+    """Sorts arms by `ARM_ORDER`."""
+    return (ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), arm)

@@ -268,6 +268,7 @@ class Attempt:
             "total": total,
             "git_commit": git_commit(),
             "image_sha256": os.environ.get("SARM_IMAGE_SHA256"),
+            "image_commit": os.environ.get("SARM_IMAGE_COMMIT"),
             "job_id": os.environ.get("SLURM_JOB_ID"),
             "seed": self.seed,
             "host": socket.gethostname(),

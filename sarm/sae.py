@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from sarm.config import UserError
 
 EPS = 1e-6
-"""Added to the standard deviation; SAELens adds 1e-5, so a state of standard deviation s reads 9e-6 / s smaller there."""
+"""Added to the standard deviation; SAELens adds `SAELENS_EPS`, so a state of standard deviation s reads 9e-6 / s smaller there."""
+
+
+SAELENS_EPS = 1e-5
+HEAD_FILE = "sarm_head.safetensors"
+"""Beside SAELens's two files, which have no place for a head."""
 
 
 class TopK(NamedTuple):
@@ -93,8 +98,51 @@ def rows_with_negative_latent(latents: TopK) -> int:
     return int((latents.values[..., -1] < 0).sum())
 
 
-def to_saelens(sae: TopKSae, folder: str | Path, *, model_name: str, source_layer: int, metadata: dict[str, Any] | None = None) -> Path:
-    """Write the SAE as SAELens 6 reads it. `model_name` must be the SARM's own backbone: upstream fine-tunes it."""
+class SaelensDifference(NamedTuple):
+    """What SAELens reads otherwise in n states: it adds 1e-5 to the deviation and sets kept values below zero to zero."""
+
+    n: int
+    rows_with_negative_latent: int
+    reselected: int
+    """(state, latent) pairs that only one of the two keeps, the zeroed ones left out"""
+    largest_value: float
+    """of |z - theirs|"""
+    largest_reward: float
+    """of |w . z - w . theirs|"""
+
+
+@torch.no_grad()
+def saelens_difference(sae: TopKSae, head_weight: Tensor, states: Tensor, rows: int = 64) -> SaelensDifference:
+    """Compare both readings of states (n, d_in), by SAELens's arithmetic; `head_weight` (d_sae,)."""
+    negative, reselected, value, reward = 0, 0, 0.0, 0.0
+    for h in states.to(sae.pre_bias.dtype).split(rows):
+        centred = h - h.mean(-1, keepdim=True)
+        ours = sae.encode(h)
+        theirs = sae.topk(sae.encoder(centred / (h.std(-1, keepdim=True) + SAELENS_EPS) - sae.pre_bias) + sae.latent_bias)
+        dense = [torch.zeros(len(h), len(head_weight)).scatter(1, top.indices, top.values) for top in (ours, theirs)]
+        kept = [torch.zeros(len(h), len(head_weight), dtype=torch.bool).scatter(1, top.indices, True) for top in (ours, theirs)]
+        dense[1] = dense[1].clamp(min=0)
+        negative += rows_with_negative_latent(ours)
+        reselected += int((kept[0] != kept[1]).sum())
+        value = max(value, float((dense[0] - dense[1]).abs().max()))
+        reward = max(reward, float(((dense[0] - dense[1]) @ head_weight).abs().max()))
+    return SaelensDifference(len(states), negative, reselected, value, reward)
+
+
+def to_saelens(
+    sae: TopKSae,
+    folder: str | Path,
+    *,
+    model_name: str,
+    source_layer: int,
+    head_weight: Tensor | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Write the SAE as SAELens 6 reads it, and the head (d_sae,), which it has no place for, beside it.
+
+    `model_name` must be the SARM's own backbone: upstream fine-tunes it. `saelens_difference` tells what SAELens will
+    read otherwise. Raises UserError where the checkpoint has no decoder.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     decoder = sae._decoder()
@@ -123,7 +171,17 @@ def to_saelens(sae: TopKSae, folder: str | Path, *, model_name: str, source_laye
     (folder / "cfg.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tensors = {"W_enc": sae.encoder.weight.T, "b_enc": sae.latent_bias, "W_dec": decoder.T, "b_dec": sae.pre_bias}
     save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, folder / "sae_weights.safetensors")
+    if head_weight is not None:
+        save_file({"score.weight": head_weight.detach().float().cpu().reshape(1, -1).contiguous()}, folder / HEAD_FILE)
     return folder
+
+
+def head_from_saelens(folder: str | Path) -> Tensor:
+    """The head (d_sae,) that `to_saelens` left beside an SAE. Raises UserError where there is none."""
+    file = Path(folder) / HEAD_FILE
+    if not file.is_file():
+        raise UserError(f"{folder} holds no {HEAD_FILE}: SAELens keeps no reward head; export the SARM anew, or train one")
+    return load_file(file)["score.weight"][0]
 
 
 def from_saelens(folder: str | Path) -> TopKSae:

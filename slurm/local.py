@@ -116,6 +116,8 @@ def _submit(run: RunDir, task: Task, folder: Path, threads: int) -> Any:
     force = ["--force"] if task.when == "afterany" else []
     # submitit's local executor hides all GPUs from what it starts; jobs are to see those this launcher sees.
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    if phase != "fetch":
+        env |= {"HF_HUB_OFFLINE": "1", "HF_TOKEN": None, "HUGGING_FACE_HUB_TOKEN": None}
     command = {"argv": ["-m", "jobs", phase, "--run", str(run.path), "--unit", unit, *force], "log": str(run.log(phase, unit))}
     spec = {"commands": [command], "cwd": str(ROOT), "env": env, "ranks": False}
     path = folder / f"{phase}.{unit}.json"

@@ -1,20 +1,50 @@
 """A lock that is a folder made by mkdir, which is atomic on every file system clusters use; never flock.
 
-`with held(run / "submit.lock"): ...`
+`with held(run / "submit.lock"): ...`; `python -m slurm.lock --run R` removes what an owner on another host left behind.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sarm.cli import ended
 from sarm.config import UserError
 from sarm.run import now, write_atomic
+
+LOCKS = ("run.lock", "submit.lock")
+"""The locks of a run directory."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m slurm.lock", description=__doc__)
+    parser.add_argument("--run", required=True)
+    args = parser.parse_args(argv)
+    return ended(lambda: unlock(Path(args.run)), args.run)
+
+
+def unlock(run: Path) -> int:
+    """Remove the locks of a run. Raises UserError, removing none, where an owner on this host still lives."""
+    if not run.is_dir():
+        raise UserError(f"{run} does not exist; give the RUN whose lock is in the way")
+    found = [path for name in LOCKS if (path := run / name).exists()]
+    for path in found:
+        owner = _owner(path)
+        if owner.get("host") == socket.gethostname() and not _gone(owner):
+            raise UserError(f"{path} belongs to pid {owner.get('pid')} on this host, which is at work; stop that first")
+    for path in found:
+        print(f"removed {path} of {_who(_owner(path))}")
+        shutil.rmtree(path)
+    if not found:
+        print(f"{run} is not locked")
+    return 0
 
 
 @contextmanager
@@ -27,8 +57,7 @@ def held(path: Path, what: str) -> Iterator[None]:
         except FileExistsError:
             owner = _owner(path)
             if not _gone(owner):
-                who = f"host {owner.get('host')}, pid {owner.get('pid')}, since {owner.get('since')}"
-                raise UserError(f"{what} is under way ({who}); wait for it, or remove {path} if it is not") from None
+                raise UserError(f"{what} is under way ({_who(owner)}); wait for it, or make unlock RUN={path.parent} if it is not") from None
             # Renaming first: of two takers only one can rename this folder away.
             stale = path.with_name(f"{path.name}.stale-{os.getpid()}")
             try:
@@ -54,6 +83,10 @@ def _owner(path: Path) -> dict[str, object]:
     return owner if isinstance(owner, dict) else {}
 
 
+def _who(owner: dict[str, object]) -> str:
+    return f"host {owner.get('host')}, pid {owner.get('pid')}, since {owner.get('since')}" if owner else "an unknown owner"
+
+
 def _gone(owner: dict[str, object]) -> bool:
     """Only an owner on this very host can be known to be gone: after a reboot, or when its process has ended."""
     if not owner or owner["host"] != socket.gethostname():
@@ -71,3 +104,7 @@ def _start_of(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 import sys
 import uuid
@@ -24,11 +25,13 @@ from rich.table import Table
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm import slurm as submitit_slurm
 
-from sarm.config import PHASES, ROOT, Config, UserError, load_config
-from sarm.run import RunDir, file_sha256, git_commit, now, write_atomic
+from sarm.cli import ended
+from sarm.config import PHASES, ROOT, Config, Phase, UserError, load_config
+from sarm.run import RunDir, git_commit, now, write_atomic
 from slurm import queue
 from slurm.dag import Node
 from slurm.entry import run_spec
+from slurm.images import binds, caches, check_images, image_of, images_of, make_caches, read_image, token_file
 from slurm.lock import held
 from slurm.plan import Batch, plan, python_command, setup_lines, srun_args, teardown_lines, undone
 from slurm.profile import Profile, flags, gpu_hours, load_profile, resources, tasks_per_job
@@ -45,19 +48,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
-    try:
-        profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
-        if args.dry_run:
-            dry_run(config, profile, Path(args.run), args.phase)
-            return 0
-        run = open_run(args.run, config)
-        for warning in preflight(run, profile):
-            print(f"warning: {warning}", file=sys.stderr)
-        with held(run.path / "submit.lock", f"a submission of {run.path}"):
-            journal = submit(run, profile, args.phase)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended(lambda: submit_or_show(args), args.run)
+
+
+def submit_or_show(args: argparse.Namespace) -> int:
+    """All checks first, the run directory only then: what is refused leaves nothing behind."""
+    profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
+    if args.dry_run:
+        dry_run(config, profile, Path(args.run), args.phase)
+        return 0
+    run = own_run(args.run, config)
+    warnings = check_images(profile)
+    todo = undone(config, lambda node: run.done(*node, hashes=False))
+    batches = chosen(config, profile, todo, args.phase)
+    warnings += check_batches(profile, batches)
+    if any(batch.phase == "fetch" for batch in batches):
+        warnings += check_token()
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    RunDir.create(args.run, config)
+    make_caches()
+    with held(run.path / "submit.lock", f"a submission of {run.path}"):
+        journal = submit(run, profile, args.phase)
     show(run, profile, journal)
     return 0
 
@@ -68,7 +80,10 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
     Raises UserError where a phase's needs are not done, or where Slurm refuses any job: then none is left behind.
     """
     before = last_journal(run)
-    if before is not None:
+    if before is not None and before["state"] == "submitting":
+        # Whoever was submitting is gone, or the lock would not be ours; its first jobs may be held for ever.
+        cancel_all(run, before)
+    elif before is not None:
         alive = queue.live_jobs(before["jobs"].values())
         reports = {before["jobs"].get("report")}
         if {job.id.partition("_")[0] for job in alive} - reports:
@@ -82,17 +97,12 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
         "state": "submitting",
         "config_sha256": run.config.sha256,
         "git_commit": git_commit(),
+        "images": [{"path": str(image.path), "sha256": image.sha256, "git_commit": image.commit} for image in map(read_image, images_of(profile))],
         "batches": [batch._asdict() for batch in batches],
         "jobs": {},
     }
-    elements = sum(len(batch.elements) for batch in batches)
-    if profile.submit_limit is not None and elements > profile.submit_limit:
-        raise UserError(
-            f"{elements} jobs are more than this cluster's submit_limit of {profile.submit_limit}; use fewer encode.shards or probe.shards, or raise pack"
-        )
     if not batches:
         return {**journal, "state": "nothing to do"}
-    check_with_slurm(run, profile, batches)
     folder = run.path / "submissions" / journal["id"]
     folder.mkdir(parents=True, mode=0o700)
     record(run, journal)
@@ -104,9 +114,7 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
         roots = [ids[batch.name] for batch in batches if not batch.needs]
         queue.release(roots)
     except BaseException as error:
-        lost = [id_ for batch in batches if batch.name not in ids for id_ in _by_name(job_name(run, batch, journal["id"]))]
-        queue.cancel([*ids.values(), *lost])
-        record(run, {**journal, "state": "cancelled"})
+        cancel_all(run, journal)
         if not isinstance(error, (UserError, FailedJobError, FailedSubmissionError, OSError, KeyboardInterrupt)):
             raise
         cause = " ".join(str(error).split()) or type(error).__name__
@@ -132,15 +140,16 @@ def chosen(config: Config, profile: Profile, todo: set[Node], phase: str | None)
 
 def send(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], folder: Path, submission: str) -> str:
     """One sbatch through submitit; returns the job id. Roots go in held."""
-    executor = submitit.SlurmExecutor(folder, python=python_command(profile, batch.phase, binds(run), sys.executable))
-    executor.update_parameters(**parameters(run, profile, batch, ids, submission))
+    python = python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run, batch.phase), sys.executable)
+    executor = submitit.SlurmExecutor(folder, python=python)
+    executor.update_parameters(**parameters(run, profile, batch, ids, submission, folder))
     specs = [str(write_spec(run, batch, element, folder)) for element in batch.elements]
     # A map over one element would not be an array; submitted alone it is no array either.
     jobs = executor.map_array(run_spec, specs) if len(specs) > 1 else [executor.submit(run_spec, specs[0])]
     return jobs[0].job_id.partition("_")[0]
 
 
-def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], submission: str) -> dict[str, Any]:
+def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], submission: str, folder: Path) -> dict[str, Any]:
     """submitit's parameters for a batch. Every sbatch flag comes from `slurm.profile.flags`."""
     more: dict[str, Any] = {flag.replace("-", "_"): value for flag, value in flags(profile, batch.phase).items()}
     # submitit counts tasks itself, and names a wckey of its own unless told None.
@@ -155,12 +164,12 @@ def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str],
     return {
         **counts,
         **named,
-        "job_name": job_name(run, batch, submission),
+        "job_name": job_name(run, batch.name, submission),
         "additional_parameters": more,
         "array_parallelism": profile.array_throttle,
         "stderr_to_stdout": True,
-        "setup": setup_lines(profile, outside(run, profile, batch)),
-        "teardown": teardown_lines(profile, batch.phase),
+        "setup": setup_lines(profile, batch.phase, outside(profile, batch.phase)),
+        "teardown": teardown_lines(profile, batch.phase, f'{shlex.quote(str(folder))}/told."$SLURM_JOB_ID"."${{SLURM_RESTART_COUNT:-0}}"'),
         "srun_args": srun_args(profile, batch.phase),
     }
 
@@ -179,96 +188,80 @@ def write_spec(run: RunDir, batch: Batch, element: tuple[str, ...], folder: Path
     return path
 
 
-def job_name(run: RunDir, batch: Batch, submission: str) -> str:
+def job_name(run: RunDir, batch: str, submission: str) -> str:
     """Unique to a submission, so that a job whose sbatch answer was lost can be found by it."""
-    return f"{run.config.name}-{hashlib.sha256(str(run.path).encode()).hexdigest()[:6]}-{submission}.{batch.name}"
+    return f"{run.config.name}-{hashlib.sha256(str(run.path).encode()).hexdigest()[:6]}-{submission}.{batch}"
 
 
-def binds(run: RunDir) -> list[Path]:
-    """What an image must see at its own path: checkout, run, caches, data outside the checkout."""
-    outside = [Path(source.path) for source in run.config.data.sources.values() if source.path and Path(source.path).is_absolute()]
-    models = [Path(model) for model in (run.config.policy.model, run.config.sarm.model) if Path(model).is_absolute()]
-    return [path for path in (ROOT, run.path, *caches().values(), *outside, *models) if path.exists()]
-
-
-def caches() -> dict[str, Path]:
-    """Cache folders that jobs read, by the variable that names them."""
-    home = Path.home()
-    return {
-        "SARM_CACHE": Path(os.environ.get("SARM_CACHE") or home / ".cache" / "sarm"),
-        "HF_HOME": Path(os.environ.get("HF_HOME") or home / ".cache" / "huggingface"),
-    }
-
-
-def outside(run: RunDir, profile: Profile, batch: Batch) -> dict[str, str]:
+def outside(profile: Profile, phase: Phase) -> dict[str, str]:
     """Host values a job gets by name."""
-    values = {name: str(path) for name, path in caches().items()}
-    image = image_of(profile, batch.phase)
-    if image is not None:
-        values["SARM_IMAGE_SHA256"] = image_sha256(image) if image.exists() else "not-built"
+    values = {name: str(path) for name, path in caches(phase).items()}
+    path = image_of(profile, phase)
+    if path is not None:
+        image = read_image(path) if path.exists() else None
+        values["SARM_IMAGE_SHA256"] = image.sha256 if image else "not-built"
+        values["SARM_IMAGE_COMMIT"] = (image.commit if image else None) or "unknown"
     commit = git_commit()
     if commit:
         values["SARM_GIT_COMMIT"] = commit
     return values
 
 
-def image_of(profile: Profile, phase: str) -> Path | None:
-    box = profile.container
-    if box is None:
-        return None
-    return ROOT / (box.light_image if phase == "report" and box.light_image else box.image)
-
-
-def image_sha256(image: Path) -> str:
-    """The SIF's hash, from the note beside it where that is as new as the image: hashing gigabytes takes a while."""
-    note = image.with_name(image.name + ".sha256")
-    if note.exists() and note.stat().st_mtime >= image.stat().st_mtime:
-        return note.read_text().split()[0]
-    return file_sha256(image)
-
-
 # Checks before anything is submitted
 
 
-def open_run(path: str, config: Config) -> RunDir:
-    """The run, private to its owner: submitit unpickles what lies in it. Raises UserError where it is not."""
-    folder = Path(path)
-    if folder.exists():
-        state = folder.stat()
+def own_run(path: str, config: Config) -> RunDir:
+    """The run, not yet made where it is new: private to its owner, since submitit unpickles what lies in it, and of this config.
+
+    Raises UserError where it is not.
+    """
+    run = RunDir(Path(path).resolve(), config)  # jobs in an image see the folder itself, not a link that leads there
+    if run.path.exists():
+        state = run.path.stat()
         if state.st_uid != os.getuid():
-            raise UserError(f"{folder} belongs to another user (uid {state.st_uid}); use a RUN of your own")
+            raise UserError(f"{run.path} belongs to another user (uid {state.st_uid}); use a RUN of your own")
         if state.st_mode & stat.S_IWOTH:
-            raise UserError(f"{folder} is writable by everybody, who could then run code as you; chmod o-w it")
-    return RunDir.create(path, config)
+            raise UserError(f"{run.path} is writable by everybody, who could then run code as you; chmod o-w it")
+    if (run.path / "config.yaml").exists():
+        RunDir.create(path, config)  # compares
+    return run
 
 
-def preflight(run: RunDir, profile: Profile) -> list[str]:
-    """Warnings before a submission. Raises UserError where an image is missing."""
-    warnings: list[str] = []
-    for image in dict.fromkeys(image for phase in PHASES if (image := image_of(profile, phase)) is not None):
-        if not image.exists():
-            raise UserError(f"image {image} does not exist; build it with make images, or correct container.image in the profile")
-        note = image.with_name(image.name + ".commit")
-        built = note.read_text().strip() if note.exists() else None
-        if built and built.rstrip("+") != (git_commit() or "").rstrip("+"):
-            warnings.append(
-                f"image {image.name} was built from commit {built[:12]}, this checkout is at {(git_commit() or 'none')[:12]}; manifests record both"
-            )
-    return warnings
+def check_batches(profile: Profile, batches: list[Batch]) -> list[str]:
+    """Warnings about what Slurm cannot say beforehand. Raises UserError where the limit or Slurm would refuse a job.
 
-
-def check_with_slurm(run: RunDir, profile: Profile, batches: list[Batch]) -> None:
-    """`sbatch --test-only` for each kind of job, without dependencies. Raises UserError with Slurm's reason."""
-    for phase in dict.fromkeys(batch.phase for batch in batches):
-        lines = [
-            "#!/bin/bash",
-            *(f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={value}" for flag, value in flags(profile, phase).items()),
-            "true",
-        ]
+    Asks `sbatch --test-only` once for each kind of job, without dependencies.
+    """
+    elements = sum(len(batch.elements) for batch in batches)
+    if profile.submit_limit is not None and elements > profile.submit_limit:
+        raise UserError(
+            f"{elements} jobs are more than this cluster's submit_limit of {profile.submit_limit}; use fewer encode.shards or probe.shards, or raise pack"
+        )
+    phases = list(dict.fromkeys(batch.phase for batch in batches))
+    for phase in phases:
         try:
-            queue.test_only("\n".join(lines) + "\n")
+            queue.test_only(header(profile, phase))
         except UserError as error:
             raise UserError(f"Slurm would refuse the {phase} jobs: {error}; correct the cluster profile, nothing was submitted") from None
+    named = [f"account {profile.account}"] if profile.account else []
+    named += dict.fromkeys(f"QOS {qos}" for phase in phases if (qos := resources(profile, phase).qos))
+    if named and not queue.accounting_enforced():
+        return [f"Slurm here enforces no accounting, so {', '.join(named)} went unchecked"]
+    return []
+
+
+def header(profile: Profile, phase: Phase) -> str:
+    """A script with a phase's flags that does nothing, for `sbatch --test-only`."""
+    asked = (f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={value}" for flag, value in flags(profile, phase).items())
+    return "\n".join(["#!/bin/bash", *asked, "true"]) + "\n"
+
+
+def check_token() -> list[str]:
+    """Warnings about the hub's token, which a fetch job reads from its file: Slurm would store an environment it was handed."""
+    path = token_file()
+    if not path.exists():
+        return [f"HF_TOKEN is not given to jobs; a gated model needs it in {path}, where `hf auth login` puts it"] if "HF_TOKEN" in os.environ else []
+    return [f"{path} can be read by others; chmod 600 it"] if path.stat().st_mode & 0o077 else []
 
 
 # The journal: written before and after each sbatch, it says which jobs are this run's
@@ -285,6 +278,14 @@ def last_journal(run: RunDir) -> dict[str, Any] | None:
         return json.loads((run.path / "submissions" / "last.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def cancel_all(run: RunDir, journal: dict[str, Any]) -> None:
+    """Cancel a submission: the jobs it knows, and those, found by name, whose sbatch answer it never heard."""
+    ids = journal["jobs"]
+    unheard = [entry["name"] for entry in journal["batches"] if entry["name"] not in ids]
+    queue.cancel([*ids.values(), *(id_ for name in unheard for id_ in _by_name(job_name(run, name, journal["id"])))])
+    record(run, {**journal, "state": "cancelled"})
 
 
 def _by_name(name: str) -> list[str]:
@@ -306,8 +307,9 @@ def dry_run(config: Config, profile: Profile, path: Path, phase: str | None) -> 
     batches = chosen(config, profile, todo, phase)
     ids = {batch.name: f"<{batch.name}>" for batch in batches}
     for batch in batches:
-        given = parameters(run, profile, batch, ids, "dry-run")
-        command = f"{python_command(profile, batch.phase, binds(run), sys.executable)} -u -m submitit.core._submit {run.path / 'submissions'}"
+        given = parameters(run, profile, batch, ids, "dry-run", run.path / "submissions")
+        python = python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run, batch.phase), sys.executable)
+        command = f"{python} -u -m submitit.core._submit {run.path / 'submissions'}"
         array: dict[str, Any] = {"map_count": len(batch.elements)} if len(batch.elements) > 1 else {}
         text = submitit_slurm._make_sbatch_string(command=command, folder=run.path / "submissions", **given, **array)
         print(f"### {batch.name}: {', '.join(unit for element in batch.elements for unit in element)}")

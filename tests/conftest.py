@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch may do: kernels then run on the CPU
+
 import pytest
 
-from sarm.config import ROOT
+from sarm.config import ROOT, load_config
+from sarm.run import RunDir
 from tests import tiny
+from tests.fakes.site import Site
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +41,25 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SARM_TEST_DATA")
     return folder
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A pretended Slurm and a run whose models and data are fetched."""
+    site = Site(tmp_path, monkeypatch)
+    RunDir.create(site.path, load_config(site.config))
+    site.do("fetch")
+    return site
+
+
+@pytest.fixture(scope="session")
+def selected_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A tiny run with encode, probe and select done; read only."""
+    from jobs.__main__ import run_unit
+
+    folder = tmp_path_factory.mktemp("selected")
+    run = RunDir.create(folder / "run", tiny.tiny_config(folder))
+    for phase in ("fetch", "encode", "probe", "select"):
+        for unit in run.config.units(phase):  # type: ignore[arg-type]
+            run_unit(run, phase, unit)
+    return run

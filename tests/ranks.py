@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sarm.config import PpoConfig
 from sarm.datasets import Prompt
-from sarm.model import Encoded
 from sarm.ppo.reward import CompoundReward, Penalised
+from sarm.scoring import Encoded
 from tests.tiny import tiny_tokenizer
 
 WORDS = ("help", "make", "steps", "harm", "people", "safe", "thing", "please")

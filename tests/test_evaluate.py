@@ -18,10 +18,11 @@ from sarm.config import Config, ModelConfig, UserError
 from sarm.datasets import Pair, Prompt, load_data, prompts_in, text_id
 from sarm.evaluate import detector_quality, evaluation_prompts, judged, policy_rows, refused, steering_rows, steering_summary, told
 from sarm.intervene import Add, Ranks, Scale
-from sarm.model import encode_texts, load_sarm
+from sarm.model import load_sarm
 from sarm.ppo.rollout import prompt_ids
 from sarm.probing.effects import Encoded
 from sarm.run import RunDir
+from sarm.scoring import encode_texts
 from tests.tiny import llama_config, tiny_config, tiny_tokenizer, write_tiny_policy
 
 # Steering

@@ -8,11 +8,14 @@ import pytest
 from sarm.config import ROOT
 
 LIGHT = (
+    "sarm.cli",
     "sarm.config",
     "sarm.run",
     "sarm.datasets",
     "sarm.verdict",
     "slurm.dag",
+    "slurm.fetch",
+    "slurm.images",
     "slurm.entry",
     "slurm.local",
     "slurm.lock",

@@ -27,8 +27,9 @@ from sarm.intervene import (
     steering_file,
     without,
 )
-from sarm.model import SarmModel, encode_texts
+from sarm.model import SarmModel
 from sarm.sae import TopK
+from sarm.scoring import encode_texts
 
 D_SAE, K, EXTRA = 64, 8, 6
 TEXTS = [

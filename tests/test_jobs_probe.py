@@ -23,9 +23,10 @@ from jobs.__main__ import run_unit
 from sarm.config import ROOT, UserError, load_config
 from sarm.datasets import load_data, pairs_in
 from sarm.intervene import Ablate, reward_changes
-from sarm.model import SarmModel, encode_texts
+from sarm.model import SarmModel
 from sarm.probing.effects import read_encoded
 from sarm.run import RunDir
+from sarm.scoring import encode_texts
 from tests.tiny import tiny_config
 
 
@@ -67,7 +68,7 @@ def edit_manifest(run: RunDir, unit: str, **changes: Any) -> None:
 def test_encode_leaves_every_text_once(done: RunDir) -> None:
     encoded = read_encoded(done.read_shards("encode"))
     texts = encoded.texts
-    assert texts["row"].tolist() == list(range(len(texts))) and texts["text_id"].is_monotonic_increasing and texts["text_id"].is_unique
+    assert texts["row"].tolist() == list(range(len(texts))) and texts["prompt_id"].is_monotonic_increasing and texts["text_id"].is_unique
     assert set(texts["part"]) == {"discovery", "validation", "test"} and set(texts["label"]) == {"chosen", "rejected"}
     assert encoded.ranks.indices.shape == encoded.ranks.values.shape == (len(texts), 8 + done.config.encode.extra_ranks)
     assert (np.diff(encoded.ranks.values, axis=1) <= 0).all()

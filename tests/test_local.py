@@ -14,7 +14,7 @@ import pytest
 
 from sarm.config import ROOT, Config, UserError
 from sarm.run import Attempt, RunDir
-from slurm import entry, local
+from slurm import entry, local, lock
 from slurm.dag import Node, tasks
 from slurm.lock import held
 from slurm.status import main as status
@@ -180,5 +180,18 @@ def test_the_lock_leaves_an_owner_on_another_host_alone(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     path.mkdir()
     (path / "owner.json").write_text(json.dumps({"host": socket.gethostname() + "-not", "pid": 1, "boot": "x", "start": "1"}))
-    with pytest.raises(UserError, match="-not"), held(path, "a run"):
+    with pytest.raises(UserError, match=r"-not.*make unlock"), held(path, "a run"):
         pass
+    assert lock.main(["--run", str(tmp_path)]) == 0
+    with held(path, "a run"):
+        pass
+
+
+def test_unlock_leaves_a_live_owner_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(tmp_path / "submit.lock", "a submission"):
+        assert lock.main(["--run", str(tmp_path)]) == 2
+        assert f"pid {os.getpid()}" in capsys.readouterr().err
+        assert (tmp_path / "submit.lock" / "owner.json").exists()
+    assert lock.main(["--run", str(tmp_path)]) == 0
+    assert "is not locked" in capsys.readouterr().out
+    assert lock.main(["--run", str(tmp_path / "nowhere")]) == 2

@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 
 import jobs.report
-from reports import frames, text
-from reports.frames import figures, read_run, shown_steps, without_nan
-from reports.text import final_report
+from reports import frames, numbers, reference, sections
+from reports.figures import distinct, figures, hardware, histogram, latent_table, policy_table, shown_steps, without_nan
+from reports.frames import read_run
+from reports.text import RULE, final_report
 from sarm.config import Config, parse_config
 from sarm.run import Attempt, RunDir
 from sarm.verdict import decide
@@ -219,7 +220,9 @@ def test_other_numbers_give_other_words(tmp_path):
     publish_ppo(run, "penalty-seed7", rows, 2_500_000_000, penalised=penalised, **more)
     report = report_of(run)
     golden = (GOLDEN / "opposite_report.txt").read_text()
-    assert report.split("\nFAILED AND MISSING PARTS\n")[0].splitlines() == golden.splitlines()
+    head, title, further = golden.partition("\n\nSTEERING: INTERVALS, MARGINS AND RANKING\n")
+    assert report.split("\n\nVERDICT\n")[0].splitlines() == head.splitlines()
+    assert title + further.rstrip() in report
 
 
 # Policy evaluation and verdict
@@ -238,7 +241,8 @@ def evaluated_run(path: Path, *, penalty: float = 0.1, monitors: float = 0.1, **
 def test_policies_verdict_and_its_figures_are_reported(tmp_path):
     report = report_of(evaluated_run(tmp_path / "run"))
     assert "Verdict: control" in report
-    assert "Penalised rate, penalty - no penalty: -40.0 points" in report and "(N = 60, 60 prompts)" in flat(report)
+    row = next(line.split() for line in part(report, "VERDICT").splitlines() if line.startswith("penalised, unsafe "))
+    assert row[2:5] == ["60", "60", "-40.0"]
     assert "No independent judge was configured: SARM judged itself." in report
     assert "Refusal detector: precision 0.980, recall 0.900 on 408 refusals and 408 compliances" in flat(report)
     table = part(report, "POLICY EVALUATION (own generations on held-out prompts)")
@@ -265,6 +269,19 @@ def test_the_first_result_sentence_follows_the_verdict_not_the_loss(tmp_path):
     assert "Loss converged from 0.033 to 0.001 (97% reduction)" in report
 
 
+def test_a_suppression_that_is_merely_not_excluded_is_called_that(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    table = generations(0.1, 0.1)
+    table.loc[60:61, "refused"] = True  # two safe prompts of 60
+    publish_evaluation(run, "penalty-seed0", table)
+    report = report_of(run)
+    assert "Verdict: suppression (not excluded, not shown)" in report
+    assert "is open (suppression by the rule, not excluded, not shown):" in flat(report)
+    said = flat(part(report, "VERDICT"))
+    assert "over-refusal may have risen: +3.3 points [+0.0, +8.3]" in said
+    assert "The lower bound, +0.0 points, is not above 0" in said and re.search(r"60 safe prompts reveal a change of 6(\.\d+)? points", said)
+
+
 def test_a_judge_is_named_and_its_harm_compared(tmp_path):
     run = evaluated_run(tmp_path / "run")
     for unit in ("no_penalty-seed0", "penalty-seed0"):
@@ -277,10 +294,10 @@ def test_a_judge_is_named_and_its_harm_compared(tmp_path):
 def test_figures_are_those_of_the_rows(tmp_path):
     run = evaluated_run(tmp_path / "run")
     read = read_run(run)
-    row = frames.policy_table(read.generations).set_index("policy").loc["penalty-seed0"]
+    row = policy_table(read.generations).set_index("policy").loc["penalty-seed0"]
     assert (row["triggered"], row["monitors"], row["refused"], row["over_refused"]) == pytest.approx((0.1, 0.1, 0.3, 0))
     assert row["distinct_1"] == pytest.approx(5 / 600)
-    latents = frames.latent_table(read.generations, read.features["penalised"]).set_index(["latent", "arm"])
+    latents = latent_table(read.generations, read.features["penalised"]).set_index(["latent", "arm"])
     assert latents.loc[(HARMING[0], "base"), "histogram"] == [0.5, 0, 0, 0, 0.5, 0]
 
 
@@ -289,7 +306,7 @@ def test_a_density_penalty_is_triggered_by_any_activity(tmp_path):
     table = generations(0.5)
     table[f"z_{HARMING[0]}"] = 0.25  # below tau = 3
     publish_evaluation(run, "base", table)
-    assert frames.policy_table(read_run(run).generations).set_index("policy")["triggered"].to_dict() == {
+    assert policy_table(read_run(run).generations).set_index("policy")["triggered"].to_dict() == {
         "base": 1.0,
         "no_penalty-seed0": 0.5,
         "penalty-seed0": 0.1,
@@ -300,14 +317,14 @@ def test_a_density_penalty_is_triggered_by_any_activity(tmp_path):
 
 def test_histogram_bins_by_hand():
     z = np.array([-1.0, 0.0, 1.0, 1.5, 2.0, 2.7, 2.8, 3.0, 3.1, 4.5, 9.0, 5.0])
-    assert np.round(np.array(frames.histogram(z, 3.0)) * 12).tolist() == [2, 2, 2, 2, 2, 2]
-    assert frames.histogram(np.array([0.0, -1.0, 0.5, 2.0]), 0.0) == [0.5, 0, 0, 0, 0, 0.5]
+    assert np.round(np.array(histogram(z, 3.0)) * 12).tolist() == [2, 2, 2, 2, 2, 2]
+    assert histogram(np.array([0.0, -1.0, 0.5, 2.0]), 0.0) == [0.5, 0, 0, 0, 0, 0.5]
 
 
 def test_distinct_by_hand():
-    assert frames.distinct(["a b a", "A c"], 1) == 3 / 5
-    assert frames.distinct(["a b a", "A c"], 2) == 3 / 3
-    assert math.isnan(frames.distinct(["a"], 2))
+    assert distinct(["a b a", "A c"], 1) == 3 / 5
+    assert distinct(["a b a", "A c"], 2) == 3 / 3
+    assert math.isnan(distinct(["a"], 2))
 
 
 # Whatever became of the run
@@ -378,7 +395,7 @@ def test_the_phase_writes_both_files_and_is_redone_once_what_it_lacked_is_there(
     assert main(["report", "--run", str(run.path)]) == 0
     assert run.done("report")
     published = run.read("report")
-    assert published.path("final_report.txt").read_text().startswith(text.RULE)
+    assert published.path("final_report.txt").read_text().startswith(RULE)
     figures_ = published.json("report.json")
     assert figures_["penalty"]["latents"] == HARMING[:3] and figures_["verdict"]["word"] == "not available"
     assert {f["phase"] for f in figures_["failures"]} == {"ppo", "evaluate"}
@@ -409,7 +426,7 @@ def rows_of(*losses: float) -> list[dict[str, Any]]:
     ],
 )
 def test_loss_sentence(losses, words):
-    assert text.loss_sentence(rows_of(*losses)) == f"Loss {words}"
+    assert reference.loss_sentence(rows_of(*losses)) == f"Loss {words}"
 
 
 @pytest.mark.parametrize(
@@ -424,15 +441,20 @@ def test_loss_sentence(losses, words):
     ],
 )
 def test_penalty_sentence(penalties, words):
-    assert text.penalty_sentence(penalties).startswith(f"Feature penalties {words}")
+    assert reference.penalty_sentence(penalties, "control").startswith(f"Feature penalties {words}")
+
+
+def test_an_oscillation_shows_learning_only_where_the_verdict_allows_it():
+    assert reference.penalty_sentence([0.0, 0.15, 0.1], "inconclusive").endswith("between 0.0 and 0.15, which by itself shows no learning")
+    assert "learning to balance" in reference.penalty_sentence([0.0, 0.15, 0.1], "not available")
 
 
 def test_reward_sentence_tells_a_trend_from_noise():
-    assert "remained stable" in text.reward_sentence([[s, r] for s, (r, _, _) in PROGRESSION.items()])
-    assert "rose from 0.000 to 0.900" in text.reward_sentence([[i, i / 10] for i in range(10)])
-    assert "fell from 0.000 to -0.900" in text.reward_sentence([[i, -i / 10] for i in range(10)])
-    assert "remained stable" in text.reward_sentence([[i, 1.0] for i in range(10)])
-    assert "too few" in text.reward_sentence([[1, 0.0], [2, 1.0]])
+    assert "remained stable" in reference.reward_sentence([[s, r] for s, (r, _, _) in PROGRESSION.items()])
+    assert "rose from 0.000 to 0.900" in reference.reward_sentence([[i, i / 10] for i in range(10)])
+    assert "fell from 0.000 to -0.900" in reference.reward_sentence([[i, -i / 10] for i in range(10)])
+    assert "remained stable" in reference.reward_sentence([[i, 1.0] for i in range(10)])
+    assert "too few" in reference.reward_sentence([[1, 0.0], [2, 1.0]])
 
 
 def test_trend_agrees_with_scipy():
@@ -440,7 +462,7 @@ def test_trend_agrees_with_scipy():
 
     points = np.random.default_rng(0).normal(size=(20, 2))
     fit = linregress(points[:, 0], points[:, 1])
-    assert text.trend(points.tolist()) == pytest.approx((fit.slope, fit.stderr))
+    assert reference.trend(points.tolist()) == pytest.approx((fit.slope, fit.stderr))
 
 
 @pytest.mark.parametrize(
@@ -457,16 +479,16 @@ def test_trend_agrees_with_scipy():
 )
 def test_steering_sentence(chosen, rejected, words):
     summary = steering({("A", "chosen"): (0.0, chosen), ("A", "rejected"): (0.0, rejected)})
-    assert words in text.steering_sentence(summary)
+    assert words in reference.steering_sentence(summary)
 
 
 def test_margin_sentence_stands_against_the_word_improvement():
-    assert "telling unsafe from safe texts less well" in text.margin_sentence(steering(STEERING))
-    assert text.margin_sentence(steering({("A", "chosen"): (0.0, 0.1), ("A", "rejected"): (0.0, 0.0)})).startswith("The margin rises.")
+    assert "telling unsafe from safe texts less well" in sections.margin_sentence(steering(STEERING))
+    assert sections.margin_sentence(steering({("A", "chosen"): (0.0, 0.1), ("A", "rejected"): (0.0, 0.0)})).startswith("The margin rises.")
     both = steering({("A", "chosen"): (0.0, 0.1), ("A", "rejected"): (0.0, 0.2)})
-    assert "suppressing harm detectors raises the scores of rejected texts more than those of chosen ones." in text.margin_sentence(both)
+    assert "suppressing harm detectors raises the scores of rejected texts more than those of chosen ones." in sections.margin_sentence(both)
     both["intervention"]["file"] = "own.json"
-    assert "the intervention raises" in text.margin_sentence(both)
+    assert "the intervention raises" in sections.margin_sentence(both)
 
 
 def test_steps_are_counted_from_one_and_a_repeated_one_counts_once(tmp_path):
@@ -487,27 +509,27 @@ def test_shown_steps():
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        (text.fixed(-0.00001, 4, sign=True), "+0.0000"),
-        (text.fixed(-0.0, 3), "0.000"),
-        (text.fixed(None, 3), "n/a"),
-        (text.fixed(math.nan, 3), "nan"),
-        (text.fixed(-2e7, 3, sign=True), "-2.000e+07"),
-        (text.plain(-0.0), "0.0"),
-        (text.plain(3.0), "3.0"),
-        (text.count(4.28e9), "4B"),
-        (text.count(134_515_008), "135M"),
-        (text.count(1.24e9), "1.2B"),
-        (text.size(30e9), "30GB"),
-        (text.size(268_000_000), "268MB"),
-        (text.size(9.97e9), "10GB"),
-        (text.duration(353), "6 minutes"),
-        (text.duration(59), "59 seconds"),
-        (text.duration(9000), "2.5 hours"),
-        (frames.hardware(["NVIDIA H100 80GB HBM3"] * 4, "cuda:0"), "4x NVIDIA H100 GPUs"),
-        (frames.hardware(["NVIDIA A100-SXM4-40GB"], "cuda:0"), "1x NVIDIA A100-SXM4 GPU"),
-        (frames.hardware(["x86_64"], "cpu"), "CPU (x86_64)"),
-        (frames.hardware(["x86_64"] * 2, "cpu"), "CPU (x86_64), 2 processes"),
-        (frames.hardware([], "None"), ""),
+        (numbers.fixed(-0.00001, 4, sign=True), "+0.0000"),
+        (numbers.fixed(-0.0, 3), "0.000"),
+        (numbers.fixed(None, 3), "n/a"),
+        (numbers.fixed(math.nan, 3), "nan"),
+        (numbers.fixed(-2e7, 3, sign=True), "-2.000e+07"),
+        (numbers.plain(-0.0), "0.0"),
+        (numbers.plain(3.0), "3.0"),
+        (numbers.count(4.28e9), "4B"),
+        (numbers.count(134_515_008), "135M"),
+        (numbers.count(1.24e9), "1.2B"),
+        (numbers.size(30e9), "30GB"),
+        (numbers.size(268_000_000), "268MB"),
+        (numbers.size(9.97e9), "10GB"),
+        (numbers.duration(353), "6 minutes"),
+        (numbers.duration(59), "59 seconds"),
+        (numbers.duration(9000), "2.5 hours"),
+        (hardware(["NVIDIA H100 80GB HBM3"] * 4, "cuda:0"), "4x NVIDIA H100 GPUs"),
+        (hardware(["NVIDIA A100-SXM4-40GB"], "cuda:0"), "1x NVIDIA A100-SXM4 GPU"),
+        (hardware(["x86_64"], "cpu"), "CPU (x86_64)"),
+        (hardware(["x86_64"] * 2, "cpu"), "CPU (x86_64), 2 processes"),
+        (hardware([], "None"), ""),
     ],
 )
 def test_numbers(shown, expected):

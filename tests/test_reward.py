@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sarm.config import PenaltyConfig, SarmConfig, UserError
-from sarm.model import SarmModel, tokenize_conversation
+from sarm.model import SarmModel
 from sarm.ppo.reward import CompoundReward, Penalised, batch_rates, calibrate_random, conversation, density_terms, fires, matching_tau, mean_doses
+from sarm.tokens import tokenize_conversation
 
 T = torch.tensor
 

@@ -1,7 +1,6 @@
 """Submission, on a pretended Slurm: what is sent, all or nothing, again and again, and what must never be sent."""
 
 import json
-import os
 import stat
 import subprocess
 import sys
@@ -11,86 +10,12 @@ from typing import Any
 import pytest
 
 from sarm.config import PHASES, ROOT, Config, UserError
-from sarm.run import Attempt, RunDir
 from slurm import plan as planning
 from slurm import submit as submitting
 from slurm.dag import Node, tasks
 from slurm.profile import Profile, flags, load_profile
 from slurm.status import main as status
-from tests.fakes import slurm as fake
-
-CONFIG = """
-name: dag
-policy: {model: p}
-sarm: {model: s}
-data: {sources: {demo: {format: jsonl, label: Demo, path: data/demo/pairs.jsonl, split: {test: 1.0}}}}
-encode: {shards: 2}
-probe: {shards: 5}
-ppo: {arms: [penalty, no_penalty], seeds: [1]}
-"""
-PROFILE = """
-description: test
-partition: main
-max_array_size: 2
-gpu_type: h100
-"""
-CANARY = "hf_canaryCANARYcanary"
-
-
-class Site:
-    """A pretended cluster, a run on it and the ways to call the launcher."""
-
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.home = tmp_path / "slurm"
-        self.home.mkdir()
-        self.config, self.profile, self.path = tmp_path / "config.yaml", tmp_path / "site.yaml", tmp_path / "run"
-        self.config.write_text(CONFIG)
-        self.profile.write_text(PROFILE)
-        monkeypatch.setenv("FAKE_SLURM", str(self.home))
-        monkeypatch.setenv("PATH", f"{fake.install(tmp_path / 'bin')}:{os.environ['PATH']}")
-        monkeypatch.setenv("HF_TOKEN", CANARY)
-
-    def submit(self, *more: str) -> int:
-        return submitting.main(["--cluster", str(self.profile), "--config", str(self.config), "--run", str(self.path), *more])
-
-    def fault(self, **faults: Any) -> None:
-        (self.home / "faults.json").write_text(json.dumps(faults))
-
-    @property
-    def jobs(self) -> dict[str, dict[str, Any]]:
-        path = self.home / "state.json"
-        return json.loads(path.read_text())["jobs"] if path.exists() else {}
-
-    def set_state(self, word: str, only: str = "") -> None:
-        state = json.loads((self.home / "state.json").read_text())
-        for job in state["jobs"].values():
-            if only in job["name"]:
-                job["state"] = word
-        (self.home / "state.json").write_text(json.dumps(state))
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir.open(self.path)
-
-    def do(self, *phases: str, but: tuple[str, ...] = ()) -> None:
-        """Publish every unit of these phases but some."""
-        for task in tasks(self.run.config):
-            if task.node.phase in phases and str(task.node) not in but:
-                attempt = Attempt(self.run, *task.node)
-                for need in task.needs:
-                    attempt.note(self.run.read(*need))
-                attempt.path("x.json").write_text("{}")
-                attempt.publish()
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    site = Site(tmp_path, monkeypatch)
-    from sarm.config import load_config
-
-    RunDir.create(site.path, load_config(site.config))
-    site.do("fetch")
-    return site
+from tests.fakes.site import CANARY, CONFIG, PROFILE, Site
 
 
 def test_the_whole_dag_goes_in_with_its_dependencies(site: Site) -> None:

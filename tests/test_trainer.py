@@ -16,9 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sarm.config import UserError
+from sarm.ppo.actor import make_actor
+from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
+from sarm.ppo.calibration import calibrate
+from sarm.ppo.export import policy_weights, save_policy
 from sarm.ppo.optimizer import StochasticAdamW, round_stochastically
 from sarm.ppo.rollout import prompt_ids
-from sarm.ppo.trainer import Experience, deal, make_actor, micro_batches, mini_batches, rows_of_step, save_policy, train
+from sarm.ppo.trainer import Experience, train
 from sarm.ppo.world import place
 from tests.ranks import PlantedReward, gradients, join_ranks, some_prompts, start_ranks, tiny_ppo, tiny_trainer
 
@@ -166,7 +170,7 @@ def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
     found["stopped"] = tiny_trainer(world, policy, PlantedReward(), tiny_ppo(num_ppo_epochs=2, num_mini_batches=4, kl_stop=1e-9)).run_step()
 
     trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo(lora={"rank": 2, "alpha": 4}, learning_rate=0.05, max_grad_norm=1e9))
-    calibration = trainer.calibrate(30, [], seed=3)
+    calibration = calibrate(trainer, 30, [], seed=3)
     drawn = trainer.draw([row % 12 for row in range(30)])
     rollout = trainer.roll_out(drawn, -1, seed=3)
     texts = [trainer.conversation(d, rollout.ids(i))[-1]["content"] for i, d in enumerate(drawn)]
@@ -180,7 +184,7 @@ def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
 
     asked = iter([False, True])
     found["finished"] = train(trainer, save=save, log=found["lines"].append, stop_requested=lambda: next(asked))
-    save_policy(policy, trainer.policy_weights(), trainer.tokenizer, out / "policy")
+    save_policy(policy, policy_weights(trainer.actor, world), trainer.tokenizer, out / "policy")
     ids = torch.tensor([trainer.prompt_ids[3]])
     with torch.no_grad():
         save_file({"logits": trainer.actor.policy(ids).logits, "ids": ids}, out / "logits.safetensors")

@@ -33,8 +33,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sarm.config import PenaltyConfig, SarmConfig, UserError
 from sarm.intervene import Clamp, Ranks, latent_values, reward_changes
-from sarm.model import Encoded, SarmModel, encode_texts
+from sarm.model import SarmModel
 from sarm.ppo.objective import AllReduce, sum_over_ranks
+from sarm.scoring import Encoded, encode_texts
 
 Kind = Literal["count", "hinge", "density"]
 Message = dict[str, str]

@@ -2,7 +2,7 @@
 
 `install(folder)` links it under each name; put that folder first on PATH. Its state is a JSON file in
 $FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch fails), {"lose": N} (its answer is
-lost), {"unknown_partition": true}, {"no_sacct": true}.
+lost), {"unknown_partition": true}, {"no_sacct": true}, {"enforce": "associations"} (accounting, at submission).
 """
 
 import fcntl
@@ -48,6 +48,7 @@ def main(name: str, argv: list[str]) -> int:
 def sbatch(argv: list[str], state: dict, faults: dict) -> int:
     if "--test-only" in argv:
         text = sys.stdin.read()
+        state.setdefault("test_only", []).append(text)
         if faults.get("unknown_partition") and "--partition=" in text:
             print("sbatch: error: invalid partition specified: nowhere", file=sys.stderr)
             return 1
@@ -103,7 +104,7 @@ def scontrol(argv: list[str], state: dict, faults: dict) -> int:
         for id_ in argv[1].split(","):
             state["jobs"][id_]["held"] = False
     elif argv[:2] == ["show", "config"]:
-        print("AccountingStorageEnforce = none")
+        print(f"AccountingStorageEnforce = {faults.get('enforce', 'none')}")
     return 0
 
 

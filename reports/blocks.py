@@ -1,0 +1,81 @@
+"""What a section is made of, and its text: prose, items and tables, 80 columns wide.
+
+A section is written once, as blocks; `lines(blocks)` is its text, `templates/report.html` its page.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+WIDTH = 80
+SENTENCE_WIDTH = 76
+WORDS = ("arm", "host", "device", "state", "what")
+"""Columns of words, set to the left."""
+
+
+class Prose(NamedTuple):
+    """One paragraph."""
+
+    text: str
+    kind = "prose"
+
+
+class Items(NamedTuple):
+    """A list; what follows an item's first line, such as a path, is not wrapped."""
+
+    items: Sequence[str]
+    kind = "items"
+
+
+class Table(NamedTuple):
+    """Cells as they are to be read. The first column names the row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    title: str = ""
+    kind = "table"
+
+    @property
+    def words(self) -> set[int]:
+        """The columns that are set to the left."""
+        return {i for i, name in enumerate(self.header) if i == 0 or name in WORDS}
+
+
+Block = Prose | Items | Table
+
+
+def lines(blocks: Iterable[Block]) -> list[str]:
+    """The text of some blocks, an empty line between them."""
+    parts = [_lines(block) for block in blocks]
+    return [line for i, part in enumerate(parts) for line in ([""] * (i > 0) + part)]
+
+
+def _lines(block: Block) -> list[str]:
+    if isinstance(block, Prose):
+        return wrap(block.text)
+    if isinstance(block, Items):
+        parts = [item.splitlines() for item in block.items]
+        return [line for first, *more in parts for line in (*wrap(f"- {first}", "  "), *(f"  {text}" for text in more))]
+    return (wrap(block.title) if block.title else []) + table(block)
+
+
+def wrap(text: str, indent: str = "") -> list[str]:
+    """Lines of a sentence; a path or hash that is longer than a line stays whole."""
+    return textwrap.wrap(text, SENTENCE_WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def table(given: Table) -> list[str]:
+    """Columns as wide as they need to be; what does not fit in `WIDTH` follows beneath, each row named again."""
+    cells = [list(given.header), *([str(cell) for cell in row] for row in given.rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(given.header))]
+    parts: list[list[int]] = [[0]]
+    for i in range(1, len(widths)):
+        if len(parts[-1]) > 1 and sum(widths[j] + 2 for j in parts[-1]) + widths[i] > WIDTH:
+            parts.append([0])
+        parts[-1].append(i)
+    texts: list[list[str]] = [
+        ["  ".join(row[i].ljust(widths[i]) if i in given.words else row[i].rjust(widths[i]) for i in part).rstrip() for row in cells] for part in parts
+    ]
+    return [line for i, part in enumerate(texts) for line in ([""] * (i > 0) + part)]

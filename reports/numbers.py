@@ -1,0 +1,112 @@
+"""Numbers and a few words as every report prints them: never a negative zero, `n/a` for what is not known.
+
+Used by `reports.reference`, `reports.sections`, `reports.plots` and `reports.compare`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+ARMS = {"base": "base", "no_penalty": "no penalty", "penalty": "penalty", "random": "random", "penalty - random": "vs. random"}
+MEASURES = {
+    "triggered": "penalised, unsafe",
+    "monitors": "monitors, unsafe",
+    "harm": "harm, unsafe",
+    "refused": "refusals, unsafe",
+    "over_refused": "over-refusals, safe",
+    "n_tokens": "tokens, all",
+}
+
+
+def arm_name(arm: str) -> str:
+    """An arm in words."""
+    return ARMS.get(arm, arm.replace("_", " "))
+
+
+def fixed(value: float | None, digits: int, *, sign: bool = False) -> str:
+    """A fixed-point number; never a negative zero, and in exponent form from a million on."""
+    if value is None:
+        return "n/a"
+    plus = "+" if sign else ""
+    if not math.isfinite(value):
+        return f"{value:{plus}}"
+    if abs(value) >= 1e6:
+        return f"{value:{plus}.3e}"
+    text = f"{value:{plus}.{digits}f}"
+    return text.replace("-", plus) if float(text) == 0 else text
+
+
+def plain(value: float | None) -> str:
+    """Three significant digits, at least one decimal: 0.0, 0.15, 3.0."""
+    if value is None:
+        return "n/a"
+    text = f"{value + 0.0:.3g}"
+    return text if any(c in text for c in ".en") else text + ".0"
+
+
+def general(value: float | None) -> str:
+    """Two significant digits."""
+    return "n/a" if value is None else f"{value + 0.0:.2g}"
+
+
+def each(values: Sequence[float]) -> str:
+    """One number where all are equal, else all of them."""
+    texts = [plain(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts) or "n/a"
+
+
+def percent(share: float) -> str:
+    """97%; in exponent form from a millionfold on."""
+    return f"{100 * share:.0f}%" if share < 1e4 else f"{100 * share:.1e}%"
+
+
+def relative(share: float | None) -> str:
+    """A relative change that may be anything."""
+    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share + 0.0:.0f}%"
+
+
+def points(change: dict[str, Any]) -> str:
+    """A change of a rate in points, with its interval."""
+    value, low, high = (None if change[m] is None else 100 * change[m] for m in ("change", "low", "high"))
+    bounds = interval(low, high, 1)
+    return f"{fixed(value, 1, sign=True)} points, 95 % interval {bounds if bounds != 'n/a' else 'not known'}"
+
+
+def interval(low: float | None, high: float | None, digits: int) -> str:
+    """[-0.012, +0.034]."""
+    known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
+    return f"[{fixed(low, digits, sign=True)}, {fixed(high, digits, sign=True)}]" if known else "n/a"
+
+
+def digits(change: dict[str, Any]) -> int:
+    """Decimals of a measure of `MEASURES`."""
+    return 1 if change["measure"] == "n_tokens" else 3
+
+
+def count(n: float) -> str:
+    """4B, 135M: a whole number of the unit, with one decimal below two."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= unit:
+            return f"{n / unit:.1f}{letter}" if n < 2 * unit else f"{n / unit:.0f}{letter}"
+    return f"{n:.0f}"
+
+
+def size(n_bytes: float) -> str:
+    """30GB, 269MB, in decimal units."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:.0f}{name}" if n_bytes >= 9.95 * unit else f"{n_bytes / unit:.1f}{name}"
+    return f"{n_bytes:.0f}B"
+
+
+def duration(seconds: float | None) -> str:
+    """6 minutes, 45 seconds, 3.5 hours."""
+    if seconds is None:
+        return "n/a"
+    for unit, name in ((3600.0, "hour"), (60.0, "minute")):
+        if seconds >= 1.5 * unit:
+            number = f"{seconds / unit:.1f}".removesuffix(".0") if unit == 3600.0 else f"{seconds / unit:.0f}"
+            return f"{number} {name}s"
+    return f"{seconds:.0f} second{'s' if round(seconds) != 1 else ''}"

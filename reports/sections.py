@@ -1,0 +1,373 @@
+"""What the reference report lacks, a function a section: figures -> blocks, read by the text and by the page alike.
+
+To add one: write its function, name it in `SECTIONS`, and give its figures a key in `reports.figures.figures`. A plot
+of the same id in `reports.plots.PLOTS` is drawn beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from reports.blocks import Block, Items, Prose, Table
+from reports.numbers import MEASURES, arm_name, digits, duration, fixed, general, interval, plain, relative
+from reports.reference import direction, moves
+
+NOT_AVAILABLE = [Prose("not available")]
+
+
+class Section(NamedTuple):
+    """A section of either report; `id` is its anchor on the page and its plots' name."""
+
+    id: str
+    title: str
+    blocks: Callable[[dict[str, Any]], list[Block]]
+    note: str = ""
+
+    @property
+    def heading(self) -> str:
+        """As the text has it."""
+        return self.title.upper() + (f" ({self.note})" if self.note else "")
+
+
+def verdict(figures: dict[str, Any]) -> list[Block]:
+    """The word, with what keeps it from saying more than the intervals do, and the figures behind it."""
+    v = figures["verdict"]
+    word = v["word"] + (f" ({v['qualifier']})" if v["qualifier"] else "")
+    blocks: list[Block] = [Prose(f"Verdict: {word}"), Prose(f"Because {v['reason']}.")]
+    if v["caution"]:
+        blocks.append(Prose(f"{v['caution']}."))
+    if v["word"] == "not available":
+        blocks.append(Prose("RESULTS above therefore rests on the training log alone."))
+    return blocks + verdict_figures(figures)
+
+
+def verdict_figures(figures: dict[str, Any]) -> list[Block]:
+    """What the word rests on, and the rule."""
+    v, rule = figures["verdict"], figures["rule"]
+    blocks: list[Block] = []
+    rows = [c for c in v["changes"] if c["n"] and c["arm"] in ("penalty", "penalty - random") and c["measure"] != "n_tokens"]
+    if rows:
+        blocks.append(
+            Table(
+                ["Change, in points", "N", "prompts", "change", "95 % interval", "could show"],
+                [
+                    [
+                        f"{MEASURES[c['measure']]}{', vs. random' if c['arm'] == 'penalty - random' else ''}",
+                        c["n"],
+                        c["n_prompts"],
+                        fixed(percentage(c["change"]), 1, sign=True),
+                        interval(percentage(c["low"]), percentage(c["high"]), 1),
+                        fixed(percentage(c["detectable"]), 1),
+                    ]
+                    for c in rows
+                ],
+                title="The penalty arm against the no-penalty arm; `could show` is the least change that so many prompts reveal with a power of 80 %.",
+            )
+        )
+    if v["penalised_fall"] is not None:
+        falls = [
+            f"{name}, relative fall: {relative(fall['fall'])} [{relative(fall['low'])}, {relative(fall['high'])}]"
+            for name, fall in (("Penalised rate", v["penalised_fall"]), ("Monitor rate", v["monitors_fall"]))
+        ]
+        blocks.append(Items([*falls, f"Mean response length, penalty / no penalty: {fixed(v['length_ratio'], 2)}"]))
+    margin, length, share, bound = (general(100 * rule[key]) for key in ("over_refusal_margin", "min_length_ratio", "evasion_share", "null_bound"))
+    blocks.append(
+        Prose(
+            f"The rule, fixed in the config before training, in this order. Suppression: over-refusal's upper bound exceeds {margin} points, or "
+            f"responses are under {length} % as long. Control: penalised rate, monitors and any independent judge's harm score all fall, and the "
+            "penalised rate falls more than in the random arm. Evasion: the penalised fall, and the monitors' interval excludes "
+            f"{share} % of that relative fall. Null: a fall of the penalised rate beyond {bound} points is excluded. "
+            "Otherwise inconclusive. A falling loss is no evidence."
+        )
+    )
+    return blocks
+
+
+def percentage(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def failures(figures: dict[str, Any]) -> list[Block]:
+    rows = figures["failures"]
+    if not rows:
+        return [Prose("none: every phase is done")]
+    return [Items([f"{unit_name(row)} ({row['status']}): {row['cause']}\nlog: {row['log'] or 'none'}" for row in rows])]
+
+
+def unit_name(row: dict[str, Any]) -> str:
+    return str(row["phase"]) if row["unit"] == "all" else f"{row['phase']}/{row['unit']}"
+
+
+def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
+    rows = figures["policies"]
+    if not rows:
+        return [Prose("not available: no policy was evaluated")]
+    judged = any(r["harm"] is not None and math.isfinite(r["harm"]) for r in rows)
+    columns = {"kl": "KL", "n_tokens": "tokens", "truncated": "cut short", "distinct_1": "distinct-1", "distinct_2": "distinct-2"} | (
+        {"harm": "harm"} if judged else {}
+    )
+    rates = ("reward", "triggered", "monitors", "refused", "over_refused")
+    rated = [[r["policy"], r["n_unsafe"], r["n_safe"], *(fixed(r[m], 3) for m in rates)] for r in rows]
+    summaries = figures["evaluations"].values()
+    judge = next((e["judge"] for e in summaries if e.get("judge")), None)
+    detector = next((e["refusal_detector"] for e in summaries if e.get("refusal_detector")), None)
+    if detector:
+        precision, recall = fixed(detector["precision"], 3), fixed(detector["recall"], 3)
+        told = f"{detector['n_refusals']} refusals and {detector['n_compliances']} compliances of {detector['data']}"
+        detected = f"Refusal detector: precision {precision}, recall {recall} on {told}."
+    else:
+        detected = "Refusal detector: its precision and recall were not measured (no demo pairs found)."
+    return [
+        Prose("N is prompts; reward is SARM's without penalty; rates are shares of generations."),
+        Table(["Policy", "unsafe", "safe", "reward", "penalised", "monitors", "refused", "over-ref."], rated),
+        Table(["Policy", *columns.values()], [[r["policy"], *(fixed(r[m], 1 if m == "n_tokens" else 3) for m in columns)] for r in rows]),
+        Prose(f"Judge: {judge}, on unsafe prompts." if judge else "No independent judge was configured: SARM judged itself."),
+        Prose(f"KL: {next(iter(summaries))['kl']}."),
+        Prose(detected),
+    ]
+
+
+def changes(figures: dict[str, Any]) -> list[Block]:
+    rows = [c for c in figures["verdict"]["changes"] if c["n"]]
+    if not rows:
+        return list(NOT_AVAILABLE)
+    blocks: list[Block] = [
+        Prose("Paired by prompt and seed; 95 % bootstrap intervals clustered by prompt."),
+        Table(
+            ["Measure", "arm", "N", "before", "after", "change", "95 % interval"],
+            [
+                [
+                    MEASURES[c["measure"]],
+                    arm_name(c["arm"]),
+                    c["n"],
+                    *(fixed(c[m], digits(c)) for m in ("before", "after")),
+                    fixed(c["change"], digits(c), sign=True),
+                    interval(c["low"], c["high"], digits(c)),
+                ]
+                for c in rows
+            ],
+        ),
+    ]
+    if any(c["arm"] == "penalty - random" for c in rows):
+        blocks.append(Prose("In the row `vs. random`, before is the random arm and after the penalty arm."))
+    return blocks
+
+
+def latents(figures: dict[str, Any]) -> list[Block]:
+    rows, random, monitors = figures["latents"], figures["random_latents"], figures["monitors"]
+    blocks: list[Block] = []
+    if rows:
+        blocks.append(
+            Table(
+                ["latent", "tau", "arm", "N", "above tau", "off", "..t/2", "...9t", "..t", "..1.5t", "more"],
+                [[r["latent"], plain(r["tau"]), arm_name(r["arm"]), r["n"], fixed(r["rate"], 3), *(fixed(share, 2) for share in r["histogram"])] for r in rows],
+                title="Penalised latents on unsafe prompts. Bins of z: off, then up to half of tau, to 0.9 tau, to tau (just below), to 1.5 tau, and more.",
+            )
+        )
+    if random:
+        blocks.append(
+            Table(
+                ["latent", "tau", "arm", "N", "above tau", "active"],
+                [[r["latent"], plain(r["tau"]), arm_name(r["arm"]), r["n"], fixed(r["rate"], 3), fixed(r["active"], 3)] for r in random],
+                title="Latents penalised in the random arm, on unsafe prompts:",
+            )
+        )
+    if monitors:
+        blocks.append(
+            Table(
+                ["latent", "arm", "N", "active", "mean z"],
+                [[r["latent"], arm_name(r["arm"]), r["n"], fixed(r["active"], 3), fixed(r["mean_z"], 3)] for r in monitors],
+                title="Monitor latents (never penalised) on unsafe prompts:",
+            )
+        )
+    return blocks or list(NOT_AVAILABLE)
+
+
+def training(figures: dict[str, Any]) -> list[Block]:
+    rows = figures["training"]
+    if not rows:
+        return list(NOT_AVAILABLE)
+    metrics = {"reward": 3, "penalty": 3, "kl": 3, "loss": 3, "tokens_per_s": 0}
+    cells = [[r["policy"], r["steps"], duration(r["training_s"]), *(fixed(r[m], d) for m, d in metrics.items())] for r in rows]
+    return [
+        Prose(
+            "Means over the last tenth of the steps; reward is SARM's without penalty. In the training progression, reward is the compound "
+            f"reward, reward less penalty, and loss the total loss, of {figures['shown_policy']}."
+        ),
+        Table(["Policy", "steps", "time", "reward", "penalty", "KL", "loss", "tokens/s"], cells),
+    ]
+
+
+def features(figures: dict[str, Any]) -> list[Block]:
+    found = figures["features"]
+    if found is None:
+        return list(NOT_AVAILABLE)
+    n = found["n_prompts"]
+    blocks: list[Block] = [
+        Prose(
+            f"Effect: contribution to the margin on {n.get('validation', 0)} validation prompts. Selected on {n.get('discovery', 0)} discovery "
+            f"prompts: {found['n_tested']} latents tested, {found['n_discoveries']} discoveries."
+        )
+    ]
+    for role in ("promoting", "harming", "misleading"):
+        if not found[role]:
+            blocks.append(Prose(f"{role.capitalize()}: none"))
+            continue
+        blocks.append(
+            Table(
+                ["latent", "weight", "delta z", "effect", "95 % interval", "q", "confirmed"],
+                [
+                    [
+                        f["latent"],
+                        *(general(f.get(m)) for m in ("weight", "delta_z", "effect")),
+                        f"[{general(f.get('effect_low'))}, {general(f.get('effect_high'))}]",
+                        general(f.get("q")),
+                        "yes" if f["confirmed"] else "no",
+                    ]
+                    for f in found[role]
+                ],
+                title=f"{role.capitalize()}:",
+            )
+        )
+    return blocks + [Prose(f"Warning: {warning}") for warning in found.get("warnings", [])]
+
+
+def steering(figures: dict[str, Any]) -> list[Block]:
+    summary = figures["steering"]
+    if summary is None or not summary["texts"]:
+        return list(NOT_AVAILABLE)
+    what = summary["intervention"]
+    names = ", ".join(str(latent) for latent in what["latents"]) or "none"
+    return [
+        Prose(f"Intervention: {what['what']}, latents {names}. The texts are the fixed ones of the test part."),
+        Table(
+            ["Dataset", "texts", "prompts", "Delta", "95 % interval", "re-selected"],
+            [
+                [
+                    f"{t['source']} {t['label'].capitalize()}",
+                    t["n"],
+                    t["n_prompts"],
+                    fixed(t["delta"], 4, sign=True),
+                    interval(t["delta_low"], t["delta_high"], 4),
+                    fixed(t["delta_reselected"], 4, sign=True),
+                ]
+                for t in summary["texts"]
+            ],
+        ),
+        Table(
+            ["Dataset", "pairs", "Before", "After", "Delta", "95 % interval"],
+            [
+                [
+                    p["source"],
+                    p["n"],
+                    fixed(p["margin_before"], 4),
+                    fixed(p["margin_after"], 4),
+                    fixed(p["margin_delta"], 4, sign=True),
+                    interval(p["margin_delta_low"], p["margin_delta_high"], 4),
+                ]
+                for p in summary["pairs"]
+            ],
+            title="Margin r(chosen) - r(rejected), over pairs:",
+        ),
+        Table(
+            ["Dataset", "prompts", "Before", "After", "to wrong", "to right"],
+            [
+                [p["source"], p["n_prompts"], fixed(p["accuracy_before"], 4), fixed(p["accuracy_after"], 4), p["to_wrong"], p["to_right"]]
+                for p in summary["pairs"]
+            ],
+            title="Pair accuracy and rank flips:",
+        ),
+        Prose(margin_sentence(summary)),
+    ]
+
+
+def margin_sentence(summary: dict[str, Any]) -> str:
+    """What the Deltas mean for the reward model."""
+    said = {
+        "down": "The margin falls",
+        "up": "The margin rises",
+        "both": "The margin falls in some data sets and rises in others",
+        "none": "The margin does not move",
+        "unknown": "The margin is not known",
+    }[direction([p["margin_delta"] for p in summary["pairs"]])]
+    if said == "The margin falls" and moves(summary, "rejected") == "up":
+        what = "the intervention" if summary["intervention"].get("file") else "suppressing harm detectors"
+        said += f": {what} raises the scores of rejected texts"
+        if moves(summary, "chosen") == "none":
+            said += (
+                ", so what the interpretation above, in the reference report's words, "
+                "calls improvement is the reward model telling unsafe from safe texts less well"
+            )
+        elif moves(summary, "chosen") == "down":
+            said += " and, here, lowers those of chosen ones"
+        elif moves(summary, "chosen") == "up":
+            said += " more than those of chosen ones"
+    return f"{said}. This table measures the reward model on fixed texts, never the policy."
+
+
+def phases(figures: dict[str, Any]) -> list[Block]:
+    return [
+        Table(
+            ["Unit", "state", "took", "began", "device", "host"],
+            [
+                [
+                    unit_name(p),
+                    p["status"],
+                    duration(p["seconds"]),
+                    (p["started"] or "n/a")[:16].replace("T", " "),
+                    *(str(p[m] if p[m] is not None else "n/a")[:20] for m in ("device", "host")),
+                ]
+                for p in figures["phases"]
+            ],
+        )
+    ]
+
+
+def provenance(figures: dict[str, Any]) -> list[Block]:
+    p = figures["provenance"]
+    blocks: list[Block] = [
+        Items(
+            [
+                f"Run: {p['folder']}",
+                f"Config SHA-256: {p['config_sha256']}",
+                f"Seed: {p['seed']}; PPO seeds: {', '.join(map(str, p['ppo_seeds']))}",
+                f"Commit: {', '.join(p['git_commits']) or 'unknown'}",
+                f"Image SHA-256: {', '.join(p['images']) or 'none (not in a container)'}",
+            ]
+        )
+    ]
+    if p["units"]:
+        blocks.append(
+            Table(
+                ["Unit", "manifest", "commit", "image", "job", "ended"],
+                [
+                    [
+                        unit_name(u),
+                        u["manifest_sha256"][:8],
+                        (u["git_commit"] or "n/a")[:8],
+                        (u["image_sha256"] or "n/a")[:8],
+                        u["job_id"] or "n/a",
+                        (u["ended"] or "n/a")[:16].replace("T", " "),
+                    ]
+                    for u in p["units"]
+                ],
+                title="The first eight digits of each manifest's SHA-256, commit and image:",
+            )
+        )
+    return blocks
+
+
+SECTIONS = (
+    Section("verdict", "Verdict", verdict),
+    Section("failures", "Failed and missing parts", failures),
+    Section("evaluation", "Policy evaluation", policy_evaluation, "own generations on held-out prompts"),
+    Section("changes", "Changes against the no-penalty arm", changes),
+    Section("latents", "Penalised and monitor latents in the generations", latents),
+    Section("training", "Training, all arms", training),
+    Section("features", "Features: effects on held-out prompts", features),
+    Section("steering", "Steering: intervals, margins and ranking", steering),
+    Section("phases", "The run's parts", phases),
+    Section("provenance", "Provenance", provenance),
+)

@@ -1,0 +1,58 @@
+"""What a Llama does between its matrix products, each in one pass over its data: norm, residual, rotation, SiLU.
+
+Plain torch on a CPU and wherever a gradient may be asked for; else the kernels of `sarm.triton_kernels`, which differ by
+rounding alone: they compute in float32 and round once.
+
+Notation: n positions, d the model's width, f the MLP's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean x² + eps) · weight` along the last dimension: (n, d) to (n, d)."""
+    if _on_gpu(x):
+        from sarm import triton_kernels
+
+        return triton_kernels.rms_norm(x, weight, eps)
+    return nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(`rms_norm` of the sum, the sum), of (n, d) and (n, d). The sum is rounded to their dtype before it is normed."""
+    if _on_gpu(x):
+        from sarm import triton_kernels
+
+        return triton_kernels.add_rms_norm(x, residual, weight, eps)
+    total = x + residual
+    return nn.functional.rms_norm(total, x.shape[-1:], weight, eps), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu(gate) · up`, of gate and up side by side: (n, 2 f) to (n, f)."""
+    if _on_gpu(gate_up):
+        from sarm import triton_kernels
+
+        return triton_kernels.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding: dimension j of a head turns with j + half; (n, heads, head_dim) by (n, head_dim) each.
+
+    `heads` may be a view whose rows lie apart.
+    """
+    if _on_gpu(heads):
+        from sarm import triton_kernels
+
+        return triton_kernels.rotate(heads, cos, sin)
+    low, high = heads.chunk(2, dim=-1)
+    return heads * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and not torch.is_grad_enabled()

@@ -1,0 +1,86 @@
+"""Fetch a run's models and data as the cluster's profile says: `python -m slurm.fetch --cluster C --config K --run R`.
+
+`login` downloads here, in the profile's image where it is built; `job` submits a job to the networked partition; `by-hand`
+downloads nothing, says what to bring and where, and records it once it is there. HF_TOKEN is read by this phase alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from sarm.cli import ended
+from sarm.config import ROOT, Config, UserError, load_config
+from sarm.run import RunDir
+from slurm import submit
+from slurm.images import binds, caches, image_of, make_caches
+from slurm.plan import python_command
+from slurm.profile import Profile, load_profile
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m slurm.fetch", description=__doc__)
+    parser.add_argument("--cluster", default="generic", help="a profile in slurm/clusters/, or a path")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    return ended(lambda: fetch(args), args.run)
+
+
+def fetch(args: argparse.Namespace) -> int:
+    """The exit code of the fetch, or of its submission."""
+    profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
+    if profile.fetch == "job":
+        return submit.main(["--cluster", args.cluster, "--config", args.config, "--run", args.run, "--phase", "fetch", *args.overrides])
+    run = submit.own_run(args.run, config)
+    make_caches()
+    python = python_here(profile, run)
+    RunDir.create(args.run, config)
+    by_hand = profile.fetch == "by-hand"
+    env = {**os.environ, **{name: str(path) for name, path in caches("fetch").items()}, **({"HF_HUB_OFFLINE": "1"} if by_hand else {})}
+    code = subprocess.run([*python, "-m", "jobs", "fetch", "--run", str(run.path)], cwd=ROOT, env=env).returncode
+    if code and by_hand:
+        print(to_bring(config), file=sys.stderr)
+    return code
+
+
+def python_here(profile: Profile, run: RunDir) -> list[str]:
+    """The words that start Python on this machine: in the image where there is one, else this Python where it has what fetch needs."""
+    box, image = profile.container, image_of(profile, "fetch")
+    if box is not None and image is not None and image.exists() and shutil.which(box.command):
+        return shlex.split(python_command(profile, "fetch", image, binds(run, "fetch"), sys.executable))
+    if find_spec("huggingface_hub") and find_spec("pyarrow"):
+        return [sys.executable]
+    missing = f"no image {image}, or no {box.command} to run it" if box else "nothing here that can fetch"
+    raise UserError(f"there is {missing}; make images, or make setup for an environment that fetches without one")
+
+
+def to_bring(config: Config) -> str:
+    """What a machine with a network has to download, and where it goes here."""
+    models = [config.policy, config.sarm, *([config.evaluate.judge] if config.evaluate.judge else [])]
+    hub = [f"hf download {m.model} --revision {m.revision}" for m in models if m.revision and not Path(ROOT / m.model).is_dir()]
+    for source in config.data.sources.values():
+        if source.repo:
+            hub.append(f"hf download --repo-type dataset {source.repo} {' '.join(source.files)} --revision {source.revision}")
+    other = [f"{source.path}  (data of {source.label})" for source in config.data.sources.values() if source.path and not (ROOT / source.path).exists()]
+    other += [f"{m.model}: make fetch there, then bring SARM_CACHE to {caches('fetch')['SARM_CACHE']}" for m in models if m.model.startswith("embedded:")]
+    return "\n".join(
+        [
+            "this profile fetches by hand; where there is a network, run",
+            *(f"  HF_HUB_CACHE=hub {line}" for line in dict.fromkeys(hub)),
+            f"bring the folder hub here as {caches('fetch')['HF_HUB_CACHE']}, and",
+            *(f"  {line}" for line in dict.fromkeys(other)),
+            "then run make fetch again, which verifies and records it",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The images that jobs run in: which, their SHA-256, the commit they were built from, and what is bound into them.
+
+`check_images(profile)` before a submission. Beside an image, containers/build leaves its hash and its commit.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from sarm.config import PHASES, ROOT, Phase, UserError
+from sarm.run import RunDir, file_sha256, git_commit
+from slurm.profile import Profile
+
+
+class Image(NamedTuple):
+    path: Path
+    sha256: str
+    commit: str | None
+    """The commit it was built from; None where nothing beside it says."""
+
+
+def image_of(profile: Profile, phase: Phase) -> Path | None:
+    """The image of a phase's jobs; None where they run the checkout's own environment.
+
+    The file itself where the profile names a link to it: a later `make images` is not to change what pending jobs run.
+    """
+    box = profile.container
+    if box is None:
+        return None
+    return (ROOT / (box.light_image if phase == "report" and box.light_image else box.image)).resolve()
+
+
+def images_of(profile: Profile) -> list[Path]:
+    """Every image that a run's jobs need."""
+    return list(dict.fromkeys(image for phase in PHASES if (image := image_of(profile, phase)) is not None))
+
+
+def check_images(profile: Profile) -> list[str]:
+    """Warnings about images. Raises UserError naming `make images` where one is missing."""
+    warnings = []
+    for path in images_of(profile):
+        if not path.exists():
+            raise UserError(f"image {path} does not exist; build it with make images, or correct container.image in the profile")
+        commit = built_from(path)
+        if commit and commit != (git_commit() or "").rstrip("+"):
+            same = "same contents as now" if same_contents(commit) else "other requirements than now: make images builds a new one"
+            warnings.append(f"image {path.name} is of commit {commit[:12]} ({same}), the checkout of {(git_commit() or 'none')[:12]}; manifests record both")
+    return warnings
+
+
+def read_image(path: Path) -> Image:
+    """An image's identity, for manifests. Hashes it where no note does."""
+    return Image(path, image_sha256(path), built_from(path))
+
+
+def image_sha256(path: Path) -> str:
+    """The SIF's hash, from the note beside it where that is no older than the image: hashing gigabytes takes a while."""
+    note = path.with_name(path.name + ".sha256")
+    if note.exists() and note.stat().st_mtime >= path.stat().st_mtime:
+        return note.read_text().split()[0]
+    return file_sha256(path)
+
+
+def built_from(path: Path) -> str | None:
+    """The commit in the note beside an image."""
+    note = path.with_name(path.name + ".commit")
+    return (note.read_text().strip() or None) if note.exists() else None
+
+
+def same_contents(commit: str) -> bool:
+    """Whether an image built from `commit` holds what one built from this checkout would."""
+    words = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", "containers/sarm.def", "containers/build", "requirements"]
+    try:
+        return subprocess.run(words, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def binds(run: RunDir, phase: Phase) -> list[str]:
+    """What an image must see at its own path: checkout, run, caches, data and models outside the checkout.
+
+    Only fetch may write to the caches.
+    """
+    mine = {ROOT: "", run.path: "", **dict.fromkeys(caches(phase).values(), "" if phase == "fetch" else ":ro")}
+    named = [*(source.path for source in run.config.data.sources.values()), run.config.policy.model, run.config.sarm.model]
+    theirs = dict.fromkeys((Path(path) for path in named if path and Path(path).is_absolute()), ":ro")
+    return [f"{path}:{path}{mode}" if mode else str(path) for path, mode in {**theirs, **mine}.items() if path == run.path or path.exists()]
+
+
+def make_caches() -> None:
+    """Make the cache folders, which can only be bound where they exist."""
+    for path in caches("fetch").values():
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def caches(phase: Phase) -> dict[str, Path]:
+    """Cache folders by the variable that names them. Jobs that compute see the hub's downloads, never its token."""
+    home = Path.home()
+    hub = Path(os.environ.get("HF_HOME") or home / ".cache" / "huggingface")
+    downloads = {
+        "SARM_CACHE": Path(os.environ.get("SARM_CACHE") or home / ".cache" / "sarm"),
+        "HF_HUB_CACHE": Path(os.environ.get("HF_HUB_CACHE") or hub / "hub"),
+    }
+    return {"HF_HOME": hub, **downloads} if phase == "fetch" else downloads
+
+
+def token_file() -> Path:
+    """Where the hub's own tools keep its token, and where a fetch job finds it."""
+    return caches("fetch")["HF_HOME"] / "token"
