@@ -131,6 +131,19 @@ class ProbeConfig(Strict):
     """Label-blind filter: a latent is tested if it is active on at least this many discovery prompts."""
     permutations: Positive = 20_000
     bootstrap: Positive = 1000
+    directions: tuple[float, ...] = (3.0, -3.0)
+    """Standard deviations c by which validation's states are moved along each latent's decoder direction; none skips that."""
+
+    @field_validator("directions", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(float(c) if isinstance(c, int) and not isinstance(c, bool) else c for c in value) if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _distinct_moves(self) -> ProbeConfig:
+        if 0.0 in self.directions or len(set(self.directions)) < len(self.directions):
+            raise ValueError("directions must be distinct and not zero")
+        return self
 
 
 class SelectConfig(Strict):
@@ -141,6 +154,8 @@ class SelectConfig(Strict):
     penalised: Positive = 3
     monitors: Count = 5
     monitor_max_cosine: Fraction = 0.5
+    redraws: Count = 3
+    """Repetitions of the selection with other seeds, splits, sizes and shuffled labels; 0 leaves them out."""
     random_candidates: Positive = 30
     """Matched random latents offered to the random arm, which keeps the first with the right dose."""
 
