@@ -239,8 +239,8 @@ class PpoConfig(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] = 0
-    weights: Literal["float32_master", "stochastic_rounding"] = "float32_master"
-    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step."""
+    weights: Literal["float32_master", "compact"] = "float32_master"
+    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 16 bytes a parameter, or 7; see `sarm/ppo/optimizer.py`."""
     learning_rate: Nonnegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 0
@@ -282,10 +282,8 @@ class PpoConfig(Strict):
     def _trainable(self) -> PpoConfig:
         if self.top_p < 1:
             raise ValueError("training with top_p < 1 is refused: old log-probabilities would not be the sampler's; set ppo.top_p=1")
-        if self.weights == "stochastic_rounding" and (self.lora or self.zero_stage):
-            raise ValueError(
-                "weights=stochastic_rounding is for full fine-tuning without ZeRO, whose optimizers keep float32 copies; set lora=null and zero_stage=0"
-            )
+        if self.weights == "compact" and (self.lora or self.zero_stage):
+            raise ValueError("weights=compact is for full fine-tuning without ZeRO, whose optimizers keep float32 copies; set lora=null and zero_stage=0")
         if self.batch_size % self.num_mini_batches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of num_mini_batches {self.num_mini_batches}")
         if not self.arms or not self.seeds:
