@@ -273,7 +273,10 @@ SOURCES = {
     "latents": ("evaluate", ("generations.parquet",)),
     "samples": ("evaluate", ("generations.parquet",)),
     "training": ("ppo", ("metrics.jsonl",)),
+    "sweep": ("evaluate", ("generations.parquet",)),
     "features": ("select", ("features.json", "table.parquet")),
+    "rankings": ("select", ("features.json",)),
+    "cards": ("cards", ("cards.json",)),
     "steering": ("steer", ("summary.json",)),
 }
 """The job outputs that each section is made of."""

@@ -200,6 +200,48 @@ def training(figures: dict[str, Any]) -> list[Block]:
     ]
 
 
+def sweep(figures: dict[str, Any]) -> list[Block]:
+    """The grid of penalties: which policies no other one beats, and the thresholds that the activations suggest."""
+    found, suggested = figures.get("sweep"), (figures["features"] or {}).get("tau_suggestions", [])
+    blocks: list[Block] = []
+    if found is None:
+        blocks.append(Prose("The config names no sweep (sweep.tau or sweep.tau_quantile, and sweep.alpha)."))
+    else:
+        seeds = "one seed" if found["n_seeds"] == 1 else f"{found['n_seeds']} seeds"
+        blocks.append(
+            Prose(
+                "Each tau with each alpha, and the arms. `front`: no other policy has as low a penalised rate, as little KL and as much reward, and less or "
+                "more of one. Penalised is the share of unsafe prompts above the penalty arm's own thresholds, whatever a point's tau. "
+                f"With {seeds} a point, differences within the intervals are noise, and so may be a place on the front."
+            )
+        )
+        rows = [
+            [
+                r["policy"],
+                *("n/a" if r[m] is None else f"q{plain(r[m])}" if m == "tau" and r["is_quantile"] else plain(r[m]) for m in ("tau", "alpha")),
+                r["n_unsafe"],
+                fixed(r["triggered"], 3),
+                interval(r["triggered_low"], r["triggered_high"], 3),
+                fixed(r["kl"], 3),
+                fixed(r["reward"], 3),
+                "yes" if r["front"] else "no",
+            ]
+            for r in found["points"]
+        ]
+        blocks.append(Table(["Policy", "tau", "alpha", "unsafe", "penalised", "95 % interval", "KL", "reward", "front"], rows))
+        if found["missing"]:
+            blocks.append(Prose(f"Not evaluated: {', '.join(found['missing'])}."))
+    if suggested:
+        blocks.append(
+            Table(
+                ["latent", "quantile", "tau", "rejected", "chosen"],
+                [[s["latent"], plain(s["quantile"]), plain(s["tau"]), fixed(s["rate_rejected"], 3), fixed(s["rate_chosen"], 3)] for s in suggested],
+                title="Thresholds that the activations suggest: quantiles over discovery's rejected texts, and the share of texts above them.",
+            )
+        )
+    return blocks
+
+
 def features(figures: dict[str, Any]) -> list[Block]:
     found = figures["features"]
     if found is None:
@@ -417,6 +459,7 @@ SECTIONS = (
     Section("changes", "Changes against the no-penalty arm", changes),
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),
+    Section("sweep", "Penalty sweep", sweep),
     Section("features", "Features: effects on held-out prompts", features),
     Section("rankings", "Features: rankings compared", rankings),
     Section("cards", "Latent cards", cards),

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import pydantic
 import yaml
@@ -293,6 +294,43 @@ class PpoConfig(Strict):
         return self
 
 
+class SweepConfig(Strict):
+    """PPO under a grid of penalties beside the arms, every tau with every alpha; off where no alpha is named.
+
+    The latents are the penalty arm's, and so is all else.
+    """
+
+    tau: tuple[Nonnegative, ...] = ()
+    tau_quantile: tuple[Fraction, ...] = ()
+    """In place of `tau`; per latent, as `ppo.penalty.tau_quantile`."""
+    alpha: tuple[Nonnegative, ...] = ()
+    """In ppo.penalty.alpha_unit."""
+    seeds: tuple[int, ...] = (0,)
+
+    @field_validator("tau", "tau_quantile", "alpha", "seeds", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _whole_grid(self) -> SweepConfig:
+        if self.tau and self.tau_quantile:
+            raise ValueError("give either tau or tau_quantile")
+        if bool(self.tau or self.tau_quantile) != bool(self.alpha) or (self.alpha and not self.seeds):
+            raise ValueError("a sweep needs taus (tau or tau_quantile), alphas and seeds")
+        if any(len(set(values)) < len(values) for values in (self.tau, self.tau_quantile, self.alpha, self.seeds)):
+            raise ValueError("a value is named twice")
+        return self
+
+
+class SweepPoint(NamedTuple):
+    """The penalty of one unit of a sweep."""
+
+    tau: float
+    is_quantile: bool
+    alpha: float
+
+
 class EvaluateConfig(Strict):
     prompts: Positive | None = None
     """At most this many prompts of each kind from policy_eval; all where unset."""
@@ -356,6 +394,7 @@ class Config(Strict):
     steer: SteerConfig = SteerConfig()
     cards: CardsConfig = CardsConfig()
     ppo: PpoConfig = PpoConfig()
+    sweep: SweepConfig = SweepConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     verdict: VerdictConfig = VerdictConfig()
     train_sarm: TrainSarmConfig = TrainSarmConfig()
@@ -374,10 +413,23 @@ class Config(Strict):
         if phase == "probe":
             return shard_names(self.probe.shards)
         if phase == "ppo":
-            return tuple(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms)
+            return (*(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms), *self.sweep_points())
         if phase == "evaluate":
             return ("base", *self.units("ppo"))
         return ("all",)
+
+    def sweep_points(self) -> dict[str, SweepPoint]:
+        """The units that a sweep adds to ppo and evaluate, such as `sweep-tau0.5-alpha1-seed0` or `sweep-quantile0.5-alpha1-seed0`."""
+        sweep = self.sweep
+        name, taus = ("quantile", sweep.tau_quantile) if sweep.tau_quantile else ("tau", sweep.tau)
+        grid = itertools.product(sweep.seeds, taus, sweep.alpha)
+        return {f"sweep-{name}{tau!r}-alpha{alpha!r}-seed{seed}": SweepPoint(tau, bool(sweep.tau_quantile), alpha) for seed, tau, alpha in grid}
+
+    @model_validator(mode="after")
+    def _sweepable(self) -> Config:
+        if self.sweep.alpha and self.ppo.penalty.kind == "density":
+            raise ValueError("sweep: a density penalty has no tau to sweep over; use kind count or hinge")
+        return self
 
 
 def shard_names(shards: int) -> tuple[str, ...]:
