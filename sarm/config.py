@@ -185,6 +185,8 @@ class PpoConfig(Strict):
     num_ppo_epochs: Positive = 1
     micro_batch_tokens: Positive = 16384
     """Padded tokens in one forward and backward of one rank."""
+    gradient_checkpointing: bool | None = None
+    """Compute each layer again in the backward pass instead of keeping what it left; where unset, as the plan has it."""
     max_prompt_tokens: Positive = 512
     max_new_tokens: Positive = 128
     temperature: Annotated[float, Field(gt=0)] = 1.0

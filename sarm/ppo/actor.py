@@ -46,7 +46,7 @@ class Actor(nn.Module):
         """What `Forward` holds; the arguments are `rollout.forced`'s."""
         base = base_model(self.policy)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.mixed):
-            hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
+            hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, predicts)
         of_labels = objective.logprobs_from_hidden(hidden, base.lm_head, labels, temperature)
         return of_labels.logprobs, of_labels.entropy, self.value_head(hidden)
 

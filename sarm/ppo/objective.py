@@ -301,7 +301,7 @@ def policy_loss(
 
 def policy_means(sums: PolicySums) -> dict[str, float]:
     """Under TRL's metric names. `val/ratio_var` is over tokens (TRL's is over minibatch means)."""
-    tokens, loss, approxkl, clipfrac, clipfrac_lower, ratio_less_1, squared, entropy = (float(s) for s in sums)
+    tokens, loss, approxkl, clipfrac, clipfrac_lower, ratio_less_1, squared, entropy = torch.stack(sums).tolist()
     tokens = max(tokens, 1.0)
     return {
         "loss/policy_avg": loss / tokens,
@@ -342,8 +342,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 def value_means(sums: ValueSums) -> dict[str, float]:
     """Under TRL's metric names."""
-    tokens = max(float(sums.tokens), 1.0)
-    return {"loss/value_avg": float(sums.loss) / tokens, "val/clipfrac_avg": float(sums.clipfrac) / tokens}
+    tokens, loss, clipfrac = torch.stack(sums).tolist()
+    tokens = max(tokens, 1.0)
+    return {"loss/value_avg": loss / tokens, "val/clipfrac_avg": clipfrac / tokens}
 
 
 Sums = TypeVar("Sums", PolicySums, ValueSums)

@@ -416,7 +416,7 @@ class Teacher(NamedTuple):
     ids: Tensor
     """(b, s) int64."""
     predicts: Tensor
-    """(b, s) bool: positions whose next token is a response token, n in all, row by row."""
+    """(n,) int64: positions of `ids.flatten()` whose next token is a response token, row by row."""
     labels: Tensor
     """(n,) int64, those tokens."""
 
@@ -430,7 +430,8 @@ def forced(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
         ids[row, : len(p) + len(r)] = torch.tensor([*p, *r])
         predicts[row, len(p) - 1 : len(p) + len(r) - 1] = True
     labels = torch.tensor([token for r in responses for token in r], dtype=torch.int64)
-    return Teacher(ids.to(device), predicts.to(device), labels.to(device))
+    # As numbers: indexing with booleans on a GPU would wait for it to count them.
+    return Teacher(ids.to(device), predicts.flatten().nonzero().squeeze(1).to(device), labels.to(device))
 
 
 @torch.no_grad()
@@ -444,7 +445,7 @@ def response_logprobs(
     for batch in packs([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], tokens_per_batch):
         teacher = forced([prompts[i] for i in batch], [responses[i] for i in batch], 0, device)
         base: Any = base_model(model)
-        hidden = base.model(input_ids=teacher.ids, use_cache=False).last_hidden_state[teacher.predicts]
+        hidden = base.model(input_ids=teacher.ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, teacher.predicts)
         logprobs = logprobs_from_hidden(hidden, base.lm_head, teacher.labels, temperature).logprobs.cpu()
         for i, part in zip(batch, logprobs.split([len(responses[i]) for i in batch]), strict=True):
             found[i] = part

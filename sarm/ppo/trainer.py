@@ -1,4 +1,4 @@
-"""PPO on a DeepSpeed engine: a policy with a value head, rewarded by a `CompoundReward`.
+"""PPO: a policy with a value head, rewarded by a `CompoundReward`.
 
 `python -m jobs ppo --run R --unit penalty-seed0` trains one arm. One step, in `Trainer.run_step`: draw prompts, roll
 out, score, judge (old and reference log-probabilities, values), assign credit, update.
@@ -30,7 +30,7 @@ from sarm.ppo import objective
 from sarm.ppo.actor import Forward, make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.checkpoint import engine_tensors, restore_engine
-from sarm.ppo.clock import Clock
+from sarm.ppo.clock import BusyGpu, Clock, read_later
 from sarm.ppo.engine import start_engine
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
 from sarm.ppo.rollout import CacheDecoder, Decoder, LlamaDecoder, Rollout, decoder_for, forced, generate, prompt_ids, response_text, stop_ids
@@ -116,9 +116,10 @@ class Trainer:
         self.actor = make_actor(policy, ppo, seed)
         self.engine = start_engine(self.actor, ppo, seed, world)
         self.decoder: Decoder = decoder_for(self.actor.policy)
-        if isinstance(self.decoder, CacheDecoder) and self.engine.zero_optimization_stage() == 3:
+        if isinstance(self.decoder, CacheDecoder) and self.engine.zero_stage == 3:
             # Its forward would gather weights at every token, and ranks decode for different numbers of tokens.
             raise UserError(f"ZeRO 3 samples from Llama models only, and the policy is a {policy.config.model_type}; set ppo.zero_stage=2")
+        self.clock, self.busy = Clock(world.device), BusyGpu(world.device)
         self.progress = Progress(0, ppo.kl_coef, objective.RunningSd(), 0.0)
 
     def _short_prompts(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]]]:
@@ -133,28 +134,28 @@ class Trainer:
 
     def run_step(self) -> dict[str, float]:
         """One PPO step; its metrics. Raises NotFinite."""
-        clock, started = Clock(self.world.device), time.perf_counter()
+        self.clock, started = Clock(self.world.device), time.perf_counter()
+        self.busy.share()
         step = self.progress.step
+        self.clock.mark("rollout")
         drawn = self.draw(rows_of_step([p.id for p in self.prompts], self.seed, step, self.ppo.batch_size))
-        with clock("rollout"):
-            rollout = self.roll_out(drawn, step)
-        with clock("score"):
-            scores = self.score(drawn, rollout)
-        with clock("judge"):
-            judged, forward = self.judge(rollout)
-        with clock("credit"):
-            experience, running, metrics = self.credit(rollout, scores, judged)
-        with clock("update"):
-            metrics |= self.update(experience, step, forward)
-        with clock("sync"):
-            if isinstance(self.decoder, LlamaDecoder):
-                self.decoder.refresh()
+        rollout = self.roll_out(drawn, step)
+        self.clock.mark("score")
+        scores = self.score(drawn, rollout)
+        judged, forward = self.judge(rollout)
+        self.clock.mark("credit")
+        experience, running, metrics = self.credit(rollout, scores, judged)
+        metrics |= self.update(experience, step, forward)
+        self.clock.mark("refresh")
+        if isinstance(self.decoder, LlamaDecoder):
+            self.decoder.refresh()
         kl_coef = objective.next_kl_coef(
             self.progress.kl_coef, metrics["objective/kl"], len(drawn), self.ppo.kl_controller, self.ppo.kl_target, self.ppo.kl_horizon
         )
+        phases = self.clock.seconds()
         seconds = time.perf_counter() - started
         self.progress = Progress(step + 1, kl_coef, running, self.progress.training_s + seconds)
-        return metrics | self._pace(rollout, clock, seconds)
+        return metrics | self._pace(rollout, phases, seconds)
 
     def draw(self, rows: Sequence[int]) -> list[Drawn]:
         """The sequences to sample; a prompt drawn twice has two keys."""
@@ -215,21 +216,25 @@ class Trainer:
         batches = micro_batches(range(len(lengths)), lengths, self.ppo.micro_batch_tokens, self.world.size)
         updates = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches
         # ZeRO 3 lets go of the weights between a forward and a backward pass in an order that it has learnt.
-        once = updates == 1 and len(batches[0]) == 1 and self.engine.zero_optimization_stage() < 3
+        once = updates == 1 and len(batches[0]) == 1 and self.engine.zero_stage < 3
         self.engine.train(once)
-        found, forward = torch.zeros(3, *rollout.mask.shape), None
+        parts, forward = [], None
         for rows in batches[self.world.rank]:
+            self.clock.mark("reference")
             inputs = self._forced(rollout.prompts, rollout.responses, rollout.mask, rows)
             with torch.no_grad():
                 ref_logprobs = self._reference_logprobs(inputs)
+            self.clock.mark("judge")
             with torch.set_grad_enabled(once):
                 forward = Forward(*self.engine(*inputs, self.ppo.temperature))
             if rows:
-                part = torch.zeros(3, *rollout.mask[rows].shape)
-                part[:, rollout.mask[rows]] = torch.stack([forward.logprobs, ref_logprobs, forward.values]).detach().cpu()
-                found[:, rows] = part
+                parts.append(torch.stack([forward.logprobs, ref_logprobs, forward.values]).detach())
         hands = [[row for rows in own for row in rows] for own in batches]
-        judged = Judged(*(self.world.gather(found[i, hands[self.world.rank]], hands) for i in range(3)))
+        mine = hands[self.world.rank]
+        found = torch.zeros(3, len(mine), rollout.mask.shape[1])
+        if mine:
+            found[:, rollout.mask[mine]] = torch.cat(parts, 1).cpu()
+        judged = Judged(*(self.world.gather(values, hands) for values in found))
         return judged, forward if once else None
 
     def _reference_logprobs(self, forward: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -238,7 +243,7 @@ class Trainer:
             with self.actor.policy.disable_adapter():
                 return self.engine(*forward, self.ppo.temperature)[0]
         ids, predicts, labels = forward
-        hidden = self.reference.model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
+        hidden = self.reference.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, predicts)
         return objective.logprobs_from_hidden(hidden, self.reference.lm_head, labels, self.ppo.temperature).logprobs
 
     def _forced(self, prompts: Sequence[list[int]], responses: Tensor, mask: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,7 +300,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         sums: list[tuple[objective.PolicySums, objective.ValueSums]] = []
-        norms: list[float] = []
+        norms: list[Tensor] = []
         stopped = False
         for epoch in range(ppo.num_ppo_epochs):
             for rows in mini_batches(len(experience.prompts), ppo.num_mini_batches, self.seed, step, epoch):
@@ -304,18 +309,18 @@ class Trainer:
                 sums.append(self.accumulate(experience, rows, updated=bool(norms), forward=forward))
                 norms.append(self.optimizer_step())
                 stopped = objective.kl_stop(sums[-1][0], ppo.kl_stop, _alone)
-        metrics = objective.policy_means(objective.total_sums([p for p, _ in sums], _alone)) | objective.value_means(
-            objective.total_sums([v for _, v in sums], _alone)
-        )
+        metrics = objective.policy_means(objective.total_sums([p for p, _ in sums], _alone))
+        metrics |= objective.value_means(objective.total_sums([v for _, v in sums], _alone))
+        norm = float(torch.stack(norms).mean())
+        if not math.isfinite(norm):
+            raise NotFinite("the gradient", updated=True)
         metrics["loss/total"] = metrics["loss/policy_avg"] + ppo.vf_coef * metrics["loss/value_avg"]
-        return metrics | {"lr": lr, "policy/grad_norm": sum(norms) / len(norms), "policy/updates": float(len(norms)), "policy/kl_stopped": float(stopped)}
+        return metrics | {"lr": lr, "policy/grad_norm": norm, "policy/updates": float(len(norms)), "policy/kl_stopped": float(stopped)}
 
-    def optimizer_step(self) -> float:
-        """Clip, step, clear; the norm of the gradient before clipping."""
-        plain = [p.grad for p in self.actor.trainable() if p.grad is not None] if self.engine.zero_optimization_stage() == 0 else []
-        norm = torch.nn.utils.get_total_norm(plain) if plain else None  # which DeepSpeed tells of ZeRO only
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+    def optimizer_step(self) -> Tensor:
+        """The norm of the gradient before clipping."""
+        self.clock.mark("optimizer")
+        return self.engine.step()
 
     def accumulate(
         self, experience: Experience, rows: Sequence[int], *, updated: bool, forward: Forward | None = None
@@ -323,17 +328,19 @@ class Trainer:
         """Gradients of one optimizer step over `rows` of the batch; sums over all ranks. Raises NotFinite."""
         lengths = [experience.length(row) for row in range(len(experience.prompts))]
         batches = micro_batches(rows, lengths, self.ppo.micro_batch_tokens, self.world.size)[self.world.rank]
+        self.clock.mark("update")
         tokens = int(experience.mask[list(rows)].sum())
         parts = []
         for at, micro in enumerate(batches):
-            self.engine.set_gradient_accumulation_boundary(at == len(batches) - 1)
-            loss, policy_sums, value_sums = self.loss(experience, micro, forward)
-            parts.append((policy_sums, value_sums))
-            # The engine averages over ranks; every rank's tokens shall count alike.
-            self.engine.backward(loss * (self.world.size / tokens), scale_wrt_gas=False)
-        policy_sums = objective.total_sums([p for p, _ in parts], self.world.sum)
-        value_sums = objective.total_sums([v for _, v in parts], self.world.sum)
-        if not math.isfinite(float(policy_sums.loss + value_sums.loss)):
+            loss, policy, value = self.loss(experience, micro, forward)
+            parts.append((policy, value))
+            last = at == len(batches) - 1
+            if last:
+                policy_sums = objective.total_sums([p for p, _ in parts], self.world.sum)
+                value_sums = objective.total_sums([v for _, v in parts], self.world.sum)
+                total = read_later(policy_sums.loss + value_sums.loss)
+            self.engine.backward(loss / tokens, last)
+        if not math.isfinite(float(total())):
             raise NotFinite("the loss", updated)
         return policy_sums, value_sums
 
@@ -361,7 +368,7 @@ class Trainer:
         value = objective.value_loss(values, old_values, returns, counts, cliprange_value=ppo.cliprange_value)
         return policy.loss + ppo.vf_coef * value.loss, policy.sums, value.sums
 
-    def _pace(self, rollout: Rollout, clock: Clock, seconds: float) -> dict[str, float]:
+    def _pace(self, rollout: Rollout, phases: dict[str, float], seconds: float) -> dict[str, float]:
         responses = int(rollout.mask.sum())
         tokens = sum(map(len, rollout.prompts)) + responses
         return {
@@ -369,9 +376,17 @@ class Trainer:
             "eps": len(rollout.prompts) / seconds,
             "tokens_per_s": tokens / seconds,
             "response_tokens_per_s": responses / seconds,
-            **{f"time/{phase}": s for phase, s in clock.seconds.items()},
+            **{f"time/{phase}": s for phase, s in phases.items()},
             "time/step": seconds,
-        }
+            "time/unnamed": seconds - sum(phases.values()),
+        } | self._gpu()
+
+    def _gpu(self) -> dict[str, float]:
+        if self.world.device.type != "cuda":
+            return {}
+        busy = self.busy.share()
+        peak = torch.cuda.max_memory_reserved(self.world.device) / 2**30
+        return {"gpu/reserved_peak_gib": peak} | ({} if busy is None else {"gpu/busy": busy})
 
     # Checkpoints
 

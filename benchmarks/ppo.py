@@ -1,0 +1,219 @@
+"""Time and memory of a PPO step on one GPU: `python benchmarks/ppo.py --shape 8b --mode full --steps 4`, `--shape tiny` on a CPU.
+
+The real `Trainer` on a policy and a SARM of the given shapes with random bf16 weights, prompts of exactly `--prompt`
+tokens and responses of exactly `--new`: no token ends them. Medians over `--steps` after `--warmup`; warm-up is shown
+apart. Floors come from bytes and operations at the copy rate and bf16 matrix rate measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from sarm.config import PpoConfig, set_key  # noqa: E402
+from sarm.datasets import Prompt  # noqa: E402
+from sarm.model import SarmModel, SarmModelConfig  # noqa: E402
+from sarm.ppo.reward import CompoundReward, Penalised  # noqa: E402
+from sarm.ppo.rollout import base_model  # noqa: E402
+from sarm.ppo.trainer import Trainer  # noqa: E402
+from sarm.ppo.world import start_world  # noqa: E402
+
+SPECIAL = ("<bos>", "<eot>", "<pad>")
+TEMPLATE = "<bos> {% for m in messages %}{{ m['content'] | trim }} <eot> {% endfor %}"
+
+LLAMA = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+LLAMA_1B = {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
+LLAMA_8B = {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+TINY = {**LLAMA, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "1b": (
+        {**LLAMA_1B, "num_hidden_layers": 16, "tie_word_embeddings": True},
+        {**LLAMA_1B, "num_hidden_layers": 8, "d_sae": 16384, "k": 64},
+    ),
+    "8b": (
+        {**LLAMA_8B, "num_hidden_layers": 32, "tie_word_embeddings": False},
+        {**LLAMA_8B, "num_hidden_layers": 16, "d_sae": 65536, "k": 192},
+    ),
+    "tiny": (
+        {**TINY, "num_hidden_layers": 2, "tie_word_embeddings": False},
+        {**TINY, "num_hidden_layers": 1, "d_sae": 128, "k": 8},
+    ),
+}
+MODES: dict[str, dict[str, Any]] = {"lora": {"lora": {"rank": 16, "alpha": 32}}, "full": {"lora": None}}
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """One token a word, `w17` being the 17th, so that texts have exactly as many tokens as they are given words."""
+    vocab = {token: i for i, token in enumerate(SPECIAL)} | {f"w{i}": i for i in range(len(SPECIAL), vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=f"w{len(SPECIAL)}"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eot>", pad_token="<pad>", chat_template=TEMPLATE)
+
+
+def random_prompts(count: int, tokens: int, vocab_size: int) -> list[Prompt]:
+    """Each of `tokens` tokens under the template, which adds two."""
+    generator = random.Random(0)
+    texts = [" ".join(f"w{generator.randrange(len(SPECIAL), vocab_size)}" for _ in range(tokens - 2)) for _ in range(count)]
+    return [Prompt(f"{i:016x}", ({"role": "user", "content": text},), "bench", "unsafe", "", "ppo") for i, text in enumerate(texts)]
+
+
+def on_device(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A model made where it is to live: 8 B random weights on a CPU would take minutes."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(0)
+    try:
+        with device:
+            return make()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def make_trainer(args: argparse.Namespace, world: Any) -> Trainer:
+    policy_shape, sarm_shape = SHAPES[args.shape]
+    tokenizer = word_tokenizer(policy_shape["vocab_size"])
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    policy = on_device(lambda: LlamaForCausalLM(LlamaConfig(**policy_shape, pad_token_id=2, dtype=dtype)), world.device, dtype)
+    sarm = on_device(lambda: SarmModel(SarmModelConfig(**sarm_shape, has_decoder=False)), world.device, dtype).eval()
+    sarm.sae.float()
+    sarm.score.float()
+    reward = CompoundReward(sarm, tokenizer, [Penalised(i, 3.0, 0.1) for i in range(3)], monitors=range(3, 8), all_reduce=world.sum)
+    settings: dict[str, Any] = {"ppo": {"batch_size": args.batch, "max_new_tokens": args.new, "max_prompt_tokens": args.prompt, **MODES[args.mode]}}
+    for override in args.set:
+        set_key(settings, f"ppo.{override}")
+    prompts = random_prompts(4 * args.batch, args.prompt, policy_shape["vocab_size"])
+    trainer = Trainer(PpoConfig.model_validate(settings["ppo"]), policy, tokenizer, reward, prompts, seed=0, world=world)
+    trainer.stops = (-1,)  # no token ends a response
+    return trainer
+
+
+# --- ceilings and floors ----------------------------------------------------------------------------------------------
+
+
+def median_s(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
+    call()
+    found = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """(bytes/s of a copy, read and written; FLOP/s of a matrix product), the latter in what the policy computes in."""
+    cuda = device.type == "cuda"
+    side, size = (8192, 1 << 30) if cuda else (1024, 1 << 24)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32) for _ in range(2))
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / median_s(lambda: target.copy_(source), device), 2 * side**3 / median_s(lambda: a @ b, device)
+
+
+def matmul_parameters(model: Any) -> tuple[int, int]:
+    """(of the decoder layers, of the language-model head)."""
+    layers = sum(p.numel() for name, p in base_model(model).model.layers.named_parameters() if p.ndim == 2 and "lora_" not in name)
+    return layers, base_model(model).lm_head.weight.numel()
+
+
+def floors(trainer: Trainer, args: argparse.Namespace, bandwidth: float, rate: float) -> dict[str, float]:
+    """Seconds a phase cannot go below."""
+    layers, head = matmul_parameters(trainer.actor.policy)
+    element = 2 if trainer.world.device.type == "cuda" else 4
+    tokens, responses = args.batch * (args.prompt + args.new), args.batch * args.new
+    forward = 2 * (layers * tokens + head * responses) / rate
+    sarm = sum(p.numel() for p in trainer.reward.model.model.layers.parameters())
+    full = args.mode == "full"
+    return {
+        "rollout": (layers + head) * element * args.new / bandwidth,
+        "score": 2 * sarm * tokens / rate,
+        "reference": forward,
+        "judge": forward,
+        "update": forward * (2 if full else 1),
+        "optimizer": (layers + head) * 12 / bandwidth if full else 0.0,
+    }
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def profile(trainer: Trainer) -> None:
+    """One step under the profiler: the share of it with any kernel running, and the kernels that took most."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds = trainer.run_step()["time/step"]
+    kernels = [(e.time_range.start, e.time_range.end, e.name) for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy, until = 0.0, 0.0
+    totals: dict[str, list[float]] = {}
+    for start, end, name in sorted(kernels):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+        totals.setdefault(name[:110], []).append(end - start)
+    print(f"profiled step {seconds:.3f} s, {busy / 1e6:.3f} s of it with a kernel running ({busy / 1e6 / seconds:.1%})")
+    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:45]:
+        print(f"{sum(times) / 1e3:9.1f} ms {len(times):6d} x {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--mode", choices=MODES, default="lora")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config's section ppo")
+    parser.add_argument("--profile", action="store_true", help="one more step, kernel by kernel")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    world = start_world()
+    started = time.perf_counter()
+    bandwidth, rate = ceilings(world.device)
+    trainer = make_trainer(args, world)
+    print(f"ready in {time.perf_counter() - started:.1f} s; copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s")
+    lines = [trainer.run_step() for _ in range(args.warmup)]
+    print("warm-up steps: " + ", ".join(f"{line['time/step']:.2f} s" for line in lines))
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+    lines = [trainer.run_step() for _ in range(args.steps)]
+    floor = floors(trainer, args, bandwidth, rate)
+    median = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
+    print(f"{args.shape} {args.mode}, {args.batch} x ({args.prompt} + {args.new}) tokens, median of {args.steps} steps")
+    print(f"{'phase':12} {'s':>8} {'floor':>8} {'ratio':>6}")
+    for key, seconds in median.items():
+        phase = key.removeprefix("time/")
+        if key.startswith("time/"):
+            least = floor.get(phase, 0.0) if phase != "step" else sum(floor.values())
+            print(f"{phase:12} {seconds:8.4f} {least:8.4f} {seconds / least if least else float('nan'):6.2f}")
+    trained = median["time/judge"] + median["time/update"]
+    print(f"forward-backward at {(floor['judge'] + floor['update']) / trained:.1%} of the product rate ({'6' if args.mode == 'full' else '4'}·N·D)")
+    print(f"{median['tokens_per_s']:.0f} tokens/s, {median['eps']:.2f} sequences/s, named {1 - median['time/unnamed'] / median['time/step']:.2%}")
+    print("  ".join(f"{key} {value:.3f}" for key, value in median.items() if key.startswith(("gpu/", "rollout/logprob", "policy/", "loss/"))))
+    if args.profile:
+        profile(trainer)
+
+
+if __name__ == "__main__":
+    main()
