@@ -27,8 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 from sarm.config import PpoConfig, set_key  # noqa: E402
 from sarm.datasets import Prompt  # noqa: E402
 from sarm.model import SarmModel, SarmModelConfig  # noqa: E402
+from sarm.ppo.decoders import base_model  # noqa: E402
 from sarm.ppo.reward import CompoundReward, Penalised  # noqa: E402
-from sarm.ppo.rollout import base_model  # noqa: E402
 from sarm.ppo.trainer import Trainer  # noqa: E402
 from sarm.ppo.world import start_world  # noqa: E402
 

@@ -28,6 +28,12 @@ STOPPED = 75
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Train, then save the policy and publish from rank 0. Raises SystemExit(75) where asked to stop."""
+    # From the first moment: a preemption while models are loading is no reason to die.
+    with stop_signals() as stop_requested:
+        train_and_publish(config, run, unit, attempt, stop_requested)
+
+
+def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, stop_requested: Callable[[], bool]) -> None:
     from sarm.ppo import checkpoint
     from sarm.ppo.calibration import Calibration, Rated, calibrate
     from sarm.ppo.export import policy_weights, save_policy
@@ -63,8 +69,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
             checkpoints, step, state, trainer.tensors(), world=world, made_with=made_with, attempt=attempt.id, keep_last=config.ppo.keep_last
         )
 
-    with stop_signals() as stop_requested:
-        finished = train(trainer, save=save, log=log.write if log else lambda line: None, stop_requested=stop_requested)
+    finished = train(trainer, save=save, log=log.write if log else lambda line: None, stop_requested=stop_requested)
     if not finished:
         raise SystemExit(STOPPED)
     weights = policy_weights(trainer.actor, world)
@@ -129,7 +134,9 @@ def device_name(device: Any) -> str:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM and SIGUSR2 only ask: the function given says whether one came."""
+    """Within, SIGTERM and SIGUSR2 only ask: the function given says whether one came. Once asked, further ones are ignored
+    until the process ends: srun sends SIGTERM to all ranks when the first has exited, and each is to exit with its own code.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -139,7 +146,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if asked.is_set() else handler)
 
 
 class Log:

@@ -25,6 +25,7 @@ def run_spec(path: str) -> None:
 
     Signals go on to the command. Exits with its code, 128 + n where signal n ended it.
     """
+    _sweep()
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
     task = int(os.environ.get("SLURM_PROCID", "0"))
     if not spec["ranks"] and task >= len(spec["commands"]):
@@ -35,18 +36,27 @@ def run_spec(path: str) -> None:
     log_path = Path(command["log"] if not spec["ranks"] or task == 0 else f"{command['log']}.rank{task}")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with open(log_path, "ab") as log:
-        process = subprocess.Popen([sys.executable, *command["argv"]], cwd=spec["cwd"], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        code = wait_forwarding(process)
+        # In this process's own group: where Slurm tells a job's processes by that, another one would outlive its job.
+        process = subprocess.Popen([sys.executable, *command["argv"]], cwd=spec["cwd"], env=env, stdout=log, stderr=subprocess.STDOUT)
+        code = wait_forwarding(process, told_file(Path(path).parent, os.environ) if spec["ranks"] else None)
     if code:
         raise SystemExit(code)
 
 
-def wait_forwarding(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in time once told."""
+def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None = None) -> int:
+    """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in time once told.
+
+    SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint: it makes the file
+    `told_path`, by which the batch script knows to requeue. Without that path the signal is ignored.
+    """
     told = False
 
     def forward(signum: int, frame: Any) -> None:
         nonlocal told
+        if signum == signal.SIGUSR2:
+            if told_path is None:
+                return
+            told_path.touch()
         told = True
         process.send_signal(signum)
 
@@ -58,7 +68,21 @@ def wait_forwarding(process: subprocess.Popen[bytes]) -> int:
             return code if code >= 0 else 128 - code
         except subprocess.TimeoutExpired:
             if told:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+
+
+def told_file(folder: Path, env: Mapping[str, str]) -> Path:
+    """Says that this try of this job was told to checkpoint. `slurm.plan.teardown_lines` looks for the same name."""
+    return folder / f"told.{env.get('SLURM_JOB_ID', 'local')}.{env.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def _sweep() -> None:
+    """Remove a half-written result of submitit's: it refuses to write over one that an earlier try of this job left."""
+    if "SLURM_JOB_ID" in os.environ and "SUBMITIT_EXECUTOR" in os.environ:
+        import submitit
+
+        result = submitit.JobEnvironment().paths.result_pickle
+        result.with_suffix(".pkl.save_tmp").unlink(missing_ok=True)
 
 
 def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -77,7 +101,8 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": env["SLURM_NTASKS"],
         "MASTER_ADDR": host,
         # Jobs that share a node must not meet on one port; a requeued job's old ranks must not be met either.
-        "MASTER_PORT": str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", "0"))) % 40000),
+        # Below 32768, where Linux begins to give ports to outgoing connections.
+        "MASTER_PORT": str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", "0"))) % 12000),
     }
 
 

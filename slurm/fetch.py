@@ -55,7 +55,7 @@ def python_here(profile: Profile, run: RunDir) -> list[str]:
     """The words that start Python on this machine: in the image where there is one, else this Python where it has what fetch needs."""
     box, image = profile.container, image_of(profile, "fetch")
     if box is not None and image is not None and image.exists() and shutil.which(box.command):
-        return shlex.split(python_command(profile, "fetch", binds(run, "fetch"), sys.executable))
+        return shlex.split(python_command(profile, "fetch", image, binds(run, "fetch"), sys.executable))
     if find_spec("huggingface_hub") and find_spec("pyarrow"):
         return [sys.executable]
     missing = f"no image {image}, or no {box.command} to run it" if box else "nothing here that can fetch"

@@ -23,11 +23,14 @@ class Image(NamedTuple):
 
 
 def image_of(profile: Profile, phase: Phase) -> Path | None:
-    """The image of a phase's jobs; None where they run the checkout's own environment."""
+    """The image of a phase's jobs; None where they run the checkout's own environment.
+
+    The file itself where the profile names a link to it: a later `make images` is not to change what pending jobs run.
+    """
     box = profile.container
     if box is None:
         return None
-    return ROOT / (box.light_image if phase == "report" and box.light_image else box.image)
+    return (ROOT / (box.light_image if phase == "report" and box.light_image else box.image)).resolve()
 
 
 def images_of(profile: Profile) -> list[Path]:

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from sarm.config import ROOT, Config, Phase
 from slurm.dag import Node, tasks
 from slurm.profile import Profile, flags, requeues, resources, tasks_per_job
 
-EXIT_REQUEUE = 75
-"""What a job returns that has checkpointed on a signal and wants to go on later (EX_TEMPFAIL)."""
+EXIT_STOPPED = 75
+"""What a job returns that has checkpointed on a signal and can go on later (EX_TEMPFAIL)."""
+
+EXIT_TOLD_EARLY = 128 + 12
+"""What srun returns where that signal, SIGUSR2, came before Python was up to catch it."""
+
+NO_TOKEN = "unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_TOKEN_PATH"
 
 
 class Batch(NamedTuple):
@@ -94,30 +100,41 @@ def environment(profile: Profile, phase: Phase, outside: dict[str, str]) -> dict
 def setup_lines(profile: Profile, phase: Phase, outside: dict[str, str]) -> list[str]:
     """Host-side lines before srun. Any that fails ends the job; afterwards a failing srun must reach the teardown."""
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment(profile, phase, outside).items()]
-    return ["set -euo pipefail", "umask 077", *(f"module load {module}" for module in profile.modules), *exports, "set +e"]
+    # A login's start-up files may set one, whatever --export says.
+    secrets = [] if phase == "fetch" else [NO_TOKEN]
+    return ["set -eo pipefail", "umask 077", *secrets, *exports, *module_lines(profile), "set +e"]
 
 
-def teardown_lines(profile: Profile, phase: Phase) -> list[str]:
-    """Host-side lines after srun: requeue where the job asks for it, and hand on its exit code.
+def module_lines(profile: Profile) -> list[str]:
+    """After PATH is set, which modules add to; a batch shell is no login shell, so `module` may not be there yet."""
+    if not profile.modules:
+        return []
+    return ["command -v module >/dev/null || . /etc/profile", *(f"module load {module}" for module in profile.modules)]
 
-    scontrol runs here because images hold none; a requeue from the running script keeps dependents waiting.
+
+def teardown_lines(profile: Profile, phase: Phase, told: str | None = None) -> list[str]:
+    """Host-side lines after srun: requeue a job that was told to checkpoint and has not finished, hand on its exit code.
+
+    scontrol runs here because images hold none; a requeue from the running script keeps dependents waiting. `told` is the
+    shell word of the file by which `slurm.entry` says that the signal came. The exit code alone says less: srun returns
+    the highest of all ranks, and kills the others when the first has ended.
     """
     lines = ["rc=$?"]
     if requeues(phase) and profile.max_requeues:
+        asked = f'[ "$rc" -eq {EXIT_STOPPED} ]' if told is None else f'[ "$rc" -ne 0 ] && [ -e {told} ]'
         lines += [
-            f'if [ "$rc" -eq {EXIT_REQUEUE} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {profile.max_requeues} ]; then',
+            f'if {{ {asked} || [ "$rc" -eq {EXIT_TOLD_EARLY} ]; }} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {profile.max_requeues} ]; then',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",
         ]
     return [*lines, "exit $rc"]
 
 
-def python_command(profile: Profile, phase: Phase, binds: Iterable[str], own_python: str) -> str:
+def python_command(profile: Profile, phase: Phase, image: Path | None, binds: Iterable[str], own_python: str) -> str:
     """The shell words that start Python for a job: inside the image, or the checkout's own where there is none."""
     box = profile.container
-    if box is None:
+    if box is None or image is None:
         return shlex.quote(own_python)
-    image = ROOT / (box.light_image if phase == "report" and box.light_image else box.image)
     bound = dict.fromkeys([*binds, *box.binds])
     words = [box.command, "exec", *(["--nv"] if box.nv and resources(profile, phase).gpus else []), "--no-home", "--pwd", str(ROOT)]
     words += [word for bind in bound for word in ("--bind", bind)]
@@ -146,13 +163,13 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         "",
         'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
         ': "${CONFIG:?give --export=ALL,CONFIG=...,RUN=...}" "${RUN:?give --export=ALL,CONFIG=...,RUN=...}"',
-        *(f"module load {module}" for module in profile.modules),
+        *module_lines(profile),
         *(f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()),
         "export PYTHONPATH=$PWD PYTHONNOUSERSITE=1 TOKENIZERS_PARALLELISM=false",
         "if commit=$(git describe --always --abbrev=40 --exclude='*' --dirty=+ 2>/dev/null); then export SARM_GIT_COMMIT=$commit; fi",
         "export SARM_CACHE=${SARM_CACHE:-$HOME/.cache/sarm} HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}",
         "export HF_HUB_CACHE=${HF_HUB_CACHE:-$HF_HOME/hub}",
-        *([] if phase == "fetch" else ["export HF_HUB_OFFLINE=1", "unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_TOKEN_PATH"]),
+        *([] if phase == "fetch" else ["export HF_HUB_OFFLINE=1", NO_TOKEN]),
         'mkdir -p "$RUN" "$SARM_CACHE" "$HF_HUB_CACHE"',
     ]
     box = profile.container
@@ -166,7 +183,7 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         caches = writable if phase == "fetch" else ' --bind "$SARM_CACHE:$SARM_CACHE:ro" --bind "$HF_HUB_CACHE:$HF_HUB_CACHE:ro"'
         python = f'{box.command} exec{nv} --no-home --pwd "$PWD" --bind "$PWD" --bind "$(realpath "$RUN")"{caches}{binds} "$image" {box.python}'
         lines += [
-            f"image={image}",
+            f"image=$(realpath {image})",
             # The note is trusted only where the image is no younger.
             'if [ "$image.sha256" -ot "$image" ]; then SARM_IMAGE_SHA256=$(sha256sum "$image"); else SARM_IMAGE_SHA256=$(cat "$image.sha256"); fi',
             "export SARM_IMAGE_SHA256=${SARM_IMAGE_SHA256%% *}",

@@ -109,7 +109,7 @@ def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str],
     if node in local:
         return Unit(node, local[node])
     if past is not None and past.state not in GOOD_ENDS:
-        return Unit(node, f"{past.state} (exit {past.exit_code})")
+        return Unit(node, past.state, f"exit {past.exit_code}")
     return Unit(node, "failed" if run.log(*node).exists() else "waiting", why)
 
 

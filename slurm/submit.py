@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 import sys
 import uuid
@@ -79,7 +80,10 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
     Raises UserError where a phase's needs are not done, or where Slurm refuses any job: then none is left behind.
     """
     before = last_journal(run)
-    if before is not None:
+    if before is not None and before["state"] == "submitting":
+        # Whoever was submitting is gone, or the lock would not be ours; its first jobs may be held for ever.
+        cancel_all(run, before)
+    elif before is not None:
         alive = queue.live_jobs(before["jobs"].values())
         reports = {before["jobs"].get("report")}
         if {job.id.partition("_")[0] for job in alive} - reports:
@@ -110,9 +114,7 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
         roots = [ids[batch.name] for batch in batches if not batch.needs]
         queue.release(roots)
     except BaseException as error:
-        lost = [id_ for batch in batches if batch.name not in ids for id_ in _by_name(job_name(run, batch, journal["id"]))]
-        queue.cancel([*ids.values(), *lost])
-        record(run, {**journal, "state": "cancelled"})
+        cancel_all(run, journal)
         if not isinstance(error, (UserError, FailedJobError, FailedSubmissionError, OSError, KeyboardInterrupt)):
             raise
         cause = " ".join(str(error).split()) or type(error).__name__
@@ -138,15 +140,16 @@ def chosen(config: Config, profile: Profile, todo: set[Node], phase: str | None)
 
 def send(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], folder: Path, submission: str) -> str:
     """One sbatch through submitit; returns the job id. Roots go in held."""
-    executor = submitit.SlurmExecutor(folder, python=python_command(profile, batch.phase, binds(run, batch.phase), sys.executable))
-    executor.update_parameters(**parameters(run, profile, batch, ids, submission))
+    python = python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run, batch.phase), sys.executable)
+    executor = submitit.SlurmExecutor(folder, python=python)
+    executor.update_parameters(**parameters(run, profile, batch, ids, submission, folder))
     specs = [str(write_spec(run, batch, element, folder)) for element in batch.elements]
     # A map over one element would not be an array; submitted alone it is no array either.
     jobs = executor.map_array(run_spec, specs) if len(specs) > 1 else [executor.submit(run_spec, specs[0])]
     return jobs[0].job_id.partition("_")[0]
 
 
-def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], submission: str) -> dict[str, Any]:
+def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], submission: str, folder: Path) -> dict[str, Any]:
     """submitit's parameters for a batch. Every sbatch flag comes from `slurm.profile.flags`."""
     more: dict[str, Any] = {flag.replace("-", "_"): value for flag, value in flags(profile, batch.phase).items()}
     # submitit counts tasks itself, and names a wckey of its own unless told None.
@@ -161,12 +164,12 @@ def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str],
     return {
         **counts,
         **named,
-        "job_name": job_name(run, batch, submission),
+        "job_name": job_name(run, batch.name, submission),
         "additional_parameters": more,
         "array_parallelism": profile.array_throttle,
         "stderr_to_stdout": True,
         "setup": setup_lines(profile, batch.phase, outside(profile, batch.phase)),
-        "teardown": teardown_lines(profile, batch.phase),
+        "teardown": teardown_lines(profile, batch.phase, f'{shlex.quote(str(folder))}/told."$SLURM_JOB_ID"."${{SLURM_RESTART_COUNT:-0}}"'),
         "srun_args": srun_args(profile, batch.phase),
     }
 
@@ -185,9 +188,9 @@ def write_spec(run: RunDir, batch: Batch, element: tuple[str, ...], folder: Path
     return path
 
 
-def job_name(run: RunDir, batch: Batch, submission: str) -> str:
+def job_name(run: RunDir, batch: str, submission: str) -> str:
     """Unique to a submission, so that a job whose sbatch answer was lost can be found by it."""
-    return f"{run.config.name}-{hashlib.sha256(str(run.path).encode()).hexdigest()[:6]}-{submission}.{batch.name}"
+    return f"{run.config.name}-{hashlib.sha256(str(run.path).encode()).hexdigest()[:6]}-{submission}.{batch}"
 
 
 def outside(profile: Profile, phase: Phase) -> dict[str, str]:
@@ -212,7 +215,7 @@ def own_run(path: str, config: Config) -> RunDir:
 
     Raises UserError where it is not.
     """
-    run = RunDir(path, config)
+    run = RunDir(Path(path).resolve(), config)  # jobs in an image see the folder itself, not a link that leads there
     if run.path.exists():
         state = run.path.stat()
         if state.st_uid != os.getuid():
@@ -277,6 +280,14 @@ def last_journal(run: RunDir) -> dict[str, Any] | None:
         return None
 
 
+def cancel_all(run: RunDir, journal: dict[str, Any]) -> None:
+    """Cancel a submission: the jobs it knows, and those, found by name, whose sbatch answer it never heard."""
+    ids = journal["jobs"]
+    unheard = [entry["name"] for entry in journal["batches"] if entry["name"] not in ids]
+    queue.cancel([*ids.values(), *(id_ for name in unheard for id_ in _by_name(job_name(run, name, journal["id"])))])
+    record(run, {**journal, "state": "cancelled"})
+
+
 def _by_name(name: str) -> list[str]:
     try:
         return queue.ids_by_name(name)
@@ -296,8 +307,9 @@ def dry_run(config: Config, profile: Profile, path: Path, phase: str | None) -> 
     batches = chosen(config, profile, todo, phase)
     ids = {batch.name: f"<{batch.name}>" for batch in batches}
     for batch in batches:
-        given = parameters(run, profile, batch, ids, "dry-run")
-        command = f"{python_command(profile, batch.phase, binds(run, batch.phase), sys.executable)} -u -m submitit.core._submit {run.path / 'submissions'}"
+        given = parameters(run, profile, batch, ids, "dry-run", run.path / "submissions")
+        python = python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run, batch.phase), sys.executable)
+        command = f"{python} -u -m submitit.core._submit {run.path / 'submissions'}"
         array: dict[str, Any] = {"map_count": len(batch.elements)} if len(batch.elements) > 1 else {}
         text = submitit_slurm._make_sbatch_string(command=command, folder=run.path / "submissions", **given, **array)
         print(f"### {batch.name}: {', '.join(unit for element in batch.elements for unit in element)}")

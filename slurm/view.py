@@ -143,10 +143,13 @@ class View:
 
     def update(self, units: Sequence[Unit]) -> None:
         """Say what has changed since the last time, and show how it stands."""
+        # On a screen the first look is all there; without one it is said line by line.
+        told = bool(self.seen) or self.live is None
         for unit in units:
-            if self.seen.get(unit.node, "waiting") != unit.kind:
+            kind = "waiting" if unit.kind == "pending" else unit.kind
+            if told and self.seen.get(unit.node, "waiting") != kind:
                 self.say(f"{unit.node!s:28} {unit.state}{f', {unit.note}' if unit.note else ''}")
-            self.seen[unit.node] = unit.kind
+            self.seen[unit.node] = kind
         if self.live:
             self.live.update(screen(self.run, units, self.console, time.monotonic() - self.began), refresh=True)
         elif time.monotonic() - self.spoke > PLAIN_EVERY_S:
@@ -168,44 +171,48 @@ def screen(run: RunDir, units: Sequence[Unit], console: Console, watched_s: floa
     counts = {kind: sum(unit.kind == kind for unit in units) for kind in ("done", "skipped", "running", "failed")}
     head = f"{run.config.name}  {counts['done'] + counts['skipped']} of {len(units)} done, {counts['running']} running"
     head += f", {counts['failed']} failed" if counts["failed"] else ""
-    rows: list[tuple[str, str, Text, str]] = []
+    rows: list[tuple[str, Text, str]] = []
+
+    def add(name: str, state: str, kind: str, unit: Unit | None) -> None:
+        told = unit_lines(run, unit, ascii_only) if unit else [""]
+        told = ["  ".join(told)] if console.width >= 120 else told
+        rows.append((name, Text(state, COLOURS.get(kind, "red")), told[0]))
+        rows.extend(("", Text(""), line) for line in told[1:])
+
     for phase, group in groupby(units, key=lambda unit: unit.node.phase):
         members = list(group)
         ended = sum(unit.kind in ("done", "skipped") for unit in members)
         kinds = {unit.kind for unit in members}
         kind = next((k for k in ("failed", "running", "pending", "waiting", "not") if k in kinds), "done")
         lone = members[0] if len(members) == 1 else None
-        state = lone.state if lone else "not run" if kind == "not" else kind
-        rows.append((phase, bar(ended, len(members), ascii_only), Text(state, COLOURS.get(kind, "red")), unit_line(run, lone, ascii_only) if lone else ""))
+        add(f"{phase:8} {bar(ended, len(members), ascii_only)}", lone.state if lone else "not run" if kind == "not" else kind, kind, lone)
         for unit in members if lone is None else []:
             if unit.kind in ("running", "failed"):
-                rows.append((f"  {unit.node.unit}", "", Text(unit.state, COLOURS.get(unit.kind, "red")), unit_line(run, unit, ascii_only)))
+                add(f"  {unit.node.unit}", unit.state, unit.kind, unit)
     room = max(4, console.height - 3)
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    for _ in range(4):
-        table.add_column(no_wrap=True, overflow="ellipsis")
-    for name, share, word, told in rows[:room]:
-        table.add_row(Text(name), share, word, Text(told))
+    table = Table(box=None, show_header=False, padding=(0, 1), expand=True)
+    for ratio in (None, None, 1):  # what there is to say gets the room that is left
+        table.add_column(no_wrap=True, overflow="crop" if ascii_only else "ellipsis", ratio=ratio)
+    for name, word, told in rows[:room]:
+        table.add_row(Text(name), word, Text(told))
     more = Text(f"  and {len(rows) - room} more lines; make this terminal taller", "dim") if len(rows) > room else Text("")
     return Group(Text(f"{head}, watched for {span(watched_s)}", "bold"), table, more)
 
 
-def unit_line(run: RunDir, unit: Unit, ascii_only: bool) -> str:
-    """What a unit has to say: its progress with sparklines of reward and penalty, or the end of its log where it failed."""
+def unit_lines(run: RunDir, unit: Unit, ascii_only: bool) -> list[str]:
+    """What a unit has to say: its progress, sparklines of reward and penalty beneath, or the end of its log where it failed."""
     if unit.kind == "failed":
-        return " ".join(last_lines(run, unit.node, 1)) or unit.note
+        return [" ".join(last_lines(run, unit.node, 1)) or unit.note]
     told = read_progress(run, unit.node) if unit.kind == "running" else None
     if told is None:
-        return unit.note
+        return [unit.note]
     if unit.node.phase != "ppo":
-        return str(told)
-    curves = read_curves(run, unit.node)
-    parts = [f"{told.what} {told.done}/{told.total}"]
-    parts += [f"{name} {sparkline(curve, 16, ascii_only=ascii_only)} {curve[-1]:.3f}" for name, curve in curves.items() if curve]
-    return "  ".join([*parts, *([f"{span(told.left_s)} left"] if told.left_s is not None else [])])
+        return [str(told)]
+    curves = [f"{name} {sparkline(curve, 12, ascii_only=ascii_only)} {curve[-1]:.3f}" for name, curve in read_curves(run, unit.node).items() if curve]
+    return [str(told._replace(reward=None, penalty=None)), *(["  ".join(curves)] if curves else [])]
 
 
-def bar(done: int, total: int, ascii_only: bool, width: int = 12) -> str:
-    """`━━━━━━──────  2/4`."""
+def bar(done: int, total: int, ascii_only: bool, width: int = 8) -> str:
+    """`━━━━──── 2/4`."""
     full = width * done // total
     return ("#" * full + "." * (width - full) if ascii_only else "━" * full + "─" * (width - full)) + f" {done}/{total}"

@@ -16,7 +16,7 @@ import torch
 
 from sarm.config import UserError
 from sarm.ppo import checkpoint
-from sarm.ppo.rollout import gathered
+from sarm.ppo.decoders import gathered
 from sarm.ppo.world import World
 from tests.ranks import PlantedReward, join_ranks, start_ranks, tiny_ppo, tiny_trainer
 
@@ -113,7 +113,7 @@ WRITER = """
 import sys, torch
 from pathlib import Path
 from sarm.ppo import checkpoint
-from sarm.ppo.rollout import gathered
+from sarm.ppo.decoders import gathered
 from sarm.ppo.world import World
 tensors = {"x": torch.arange(300_000.0)}
 print("ready", flush=True)

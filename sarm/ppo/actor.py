@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sarm.config import PpoConfig
 from sarm.ppo import objective
-from sarm.ppo.rollout import base_model
+from sarm.ppo.decoders import base_model
 
 
 class Forward(NamedTuple):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sarm.config import PpoConfig
 from sarm.ppo.actor import Actor
+from sarm.ppo.decoders import base_model
 from sarm.ppo.optimizer import StochasticAdamW
-from sarm.ppo.rollout import base_model
 from sarm.ppo.world import World
 
 SMALL = 1 << 20

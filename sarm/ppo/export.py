@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sarm.ppo.actor import Actor
-from sarm.ppo.rollout import base_model, gathered, merged_weight
+from sarm.ppo.decoders import base_model, gathered, merged_weight
 from sarm.ppo.world import World
 
 

@@ -31,9 +31,10 @@ from sarm.ppo.actor import Forward, make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.checkpoint import engine_tensors, restore_engine
 from sarm.ppo.clock import BusyGpu, Clock, read_later
+from sarm.ppo.decoders import CacheDecoder, Decoder, decoder_for
 from sarm.ppo.engine import start_engine
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
-from sarm.ppo.rollout import CacheDecoder, Decoder, LlamaDecoder, Rollout, decoder_for, forced, generate, prompt_ids, response_text, stop_ids
+from sarm.ppo.rollout import Rollout, forced, generate, prompt_ids, response_text, stop_ids
 from sarm.ppo.world import World
 
 
@@ -147,8 +148,7 @@ class Trainer:
         experience, running, metrics = self.credit(rollout, scores, judged)
         metrics |= self.update(experience, step, forward)
         self.clock.mark("refresh")
-        if isinstance(self.decoder, LlamaDecoder):
-            self.decoder.refresh()
+        self.decoder.refresh()
         kl_coef = objective.next_kl_coef(
             self.progress.kl_coef, metrics["objective/kl"], len(drawn), self.ppo.kl_controller, self.ppo.kl_target, self.ppo.kl_horizon
         )
@@ -407,8 +407,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.world.device)
-        if isinstance(self.decoder, LlamaDecoder):
-            self.decoder.refresh()
+        self.decoder.refresh()
         self.progress = Progress(**(state | {"running": objective.RunningSd(**state["running"])}))
 
 
