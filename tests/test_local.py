@@ -18,6 +18,7 @@ from slurm import entry, local, lock
 from slurm.dag import Node, tasks
 from slurm.lock import held
 from slurm.status import main as status
+from slurm.view import last_lines
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_failure_stops_what_depends_on_it_but_not_the_report(fake_run: RunDir,
     assert state.word[Node("evaluate", "penalty-seed0")] == "not run"
     assert state.word[Node("evaluate", "penalty-seed1")] == "done"
     assert state.word[Node("report", "all")] == "done"
-    assert "moon" in local.last_line(fake_run.log("ppo", "penalty-seed0"))
+    assert "moon" in last_lines(fake_run, Node("ppo", "penalty-seed0"), 1)[0]
     (fake_run.path / "faults.json").write_text("{}")
     again = local.run_all(fake_run, workers=2)
     redone = {str(node) for node, word in again.word.items() if word == "done"}
