@@ -38,10 +38,10 @@ def test_lora_on_one_gpu_by_hand() -> None:
     assert plan.comes_and_goes["update"] * GIB == pytest.approx(kept + 1024 * 128256 * 14)
 
 
-def test_full_fine_tuning_of_8b_fits_one_gpu_in_seven_bytes() -> None:
+def test_full_fine_tuning_of_8b_fits_one_gpu_in_eight_bytes() -> None:
     plan = make_plan(REFERENCE_JOB.model_copy(update={"lora": None}), LLAMA_8B, SARM_BYTES, Gpus(1, 79.2))
     assert (plan.zero_stage, plan.weights) == (0, "compact")
-    assert 0 < plan.streamed_layers < 32 and plan.recompute_layers < 32 and plan.peak_gib < 78
+    assert plan.visiting_layers == 32 and plan.peak_gib < 0.95 * 78
 
 
 def test_four_gpus_keep_float32_masters_by_zero_2() -> None:

@@ -117,7 +117,7 @@ class Trainer:
         if world.device.type == "cpu":
             # On short texts its backward pass takes a fifth of the time of SDPA's.
             policy.set_attn_implementation("eager")
-        self.reference = None if ppo.lora else Reference(policy, self.plan.streamed_layers)
+        self.reference = None if ppo.lora else Reference(policy, self.plan.visiting_layers)
         cuda = world.device.type == "cuda"
         if cuda:
             lay_side_by_side(policy)
@@ -170,6 +170,8 @@ class Trainer:
         step = self.progress.step
         self.clock.mark("rollout")
         drawn = self.draw(rows_of_step([p.id for p in self.prompts], self.seed, step, self.ppo.batch_size))
+        if self.reference is not None:
+            self.reference.fetch()
         rollout = self.roll_out(drawn, step)
         self.clock.mark("score")
         scores = self.score(drawn, rollout)
