@@ -29,7 +29,7 @@ OUTSIDE_GIB = 1.2
 """Of a GPU's memory, what its driver, the CUDA context and NCCL take before torch asks for any."""
 MARGIN = 0.95
 """A plan is made for this share of what torch may take: it may be wrong."""
-LOGITS = 1024
+LOGITS = 4096
 """Positions whose logits exist at a time; see `objective.logprobs_from_hidden`."""
 DEFAULT_MICRO_BATCH_TOKENS = 16384
 
@@ -176,7 +176,7 @@ def _ways(ppo: PpoConfig, gpus: int) -> Iterator[tuple[int, str]]:
     if ppo.lora:
         ways = [(0, "float32_master"), (3, "float32_master")]
     else:
-        ways = [(2 if gpus > 1 else 1, "float32_master"), (0, "compact"), (3, "float32_master")]
+        ways = [(0, "compact"), (1, "float32_master")] if gpus == 1 else [(2, "float32_master"), (0, "compact"), (3, "float32_master")]
     for stage, weights in ways:
         if gpus == 1 and stage == 3 and ppo.zero_stage != 3:
             continue
@@ -230,13 +230,14 @@ def _plan(
     kept = layer_kept * (policy.layers - recompute) + 2 * tokens * policy.hidden * recompute
     # Between the layers of a backward pass: the MLP's gradients, and a layer computed again.
     passing = 2 * tokens * (3 * policy.intermediate + 4 * policy.hidden) + (layer_kept if recompute else 0)
-    logits = 14 * min(LOGITS, responses) * policy.vocab
-    head_gradient = 8 * policy.embedding if full else 0  # summed up in float32
+    logits = 3 * min(LOGITS, responses) * policy.vocab
+    # Of one chunk the gradient itself, of several a float32 sum and a term of it besides.
+    head_gradient = policy.embedding * (2 if responses <= LOGITS else 8) if full else 0
     gradients = _gradient_bytes(p, weights, gpus, stage) if full else 0
     visits = visiting * layer_bytes
     goes = {
         "rollout": visits + rows * (2 * ppo.max_prompt_tokens * (3 * policy.intermediate + 4 * policy.hidden) + 24 * policy.vocab),
-        "score": visits + min(rows * longest, DEFAULT_MICRO_BATCH_TOKENS) * 2 * 16 * policy.hidden,
+        "score": kept + min(rows * longest, DEFAULT_MICRO_BATCH_TOKENS) * 2 * 16 * policy.hidden,
         "reference": visits + passing + logits if full else 0,
         # As gradients come, layer by layer, what the layers kept goes: the peak is at one end.
         "update": max(kept + logits + head_gradient, gradients + passing),
