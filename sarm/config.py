@@ -248,17 +248,19 @@ class PpoConfig(Strict):
     batch_size: Positive = 32
     num_mini_batches: Positive = 1
     num_ppo_epochs: Positive = 1
-    micro_batch_tokens: Positive = 16384
-    """Padded tokens in one forward and backward of one rank."""
+    micro_batch_tokens: Positive | None = None
+    """Padded tokens in one forward and backward of one rank. Where unset, as `make plan` has it; so the next one, `zero_stage` and `weights`."""
     gradient_checkpointing: bool | None = None
-    """Compute each layer again in the backward pass instead of keeping what it left; where unset, as the plan has it."""
+    """Compute each layer again in the backward pass instead of keeping what it left."""
     max_prompt_tokens: Positive = 512
+    long_prompts: Literal["skip", "truncate", "refuse"] = "skip"
+    """Prompts beyond `max_prompt_tokens`: leave them out, keep their first token and their newest ones, or stop. They are counted."""
     max_new_tokens: Positive = 128
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraConfig | None = LoraConfig()
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    weights: Literal["float32_master", "compact"] = "float32_master"
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    weights: Literal["float32_master", "compact"] | None = None
     """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 16 bytes a parameter, or 7; see `sarm/ppo/optimizer.py`."""
     learning_rate: Nonnegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
