@@ -388,8 +388,8 @@ def steered(figures: dict[str, Any]) -> list[Block]:
     return [
         Prose(
             f"Approximate: the decoder directions are the SARM's, pushed along in the base policy after layer {found['source_layer']}, by c standard "
-            f"deviations of the state, at every position. Changes against no push on {found['n_prompts']} prompts, the same noise in each; random directions have the "
-            "same length. `z` is the latent's own value in what the policy then says."
+            f"deviations of the state, at every position. Changes against no push on {found['n_prompts']} prompts, the same noise in each; random "
+            "directions have the same length. `z` is the latent's own value in what the policy then says."
         ),
         Table(
             ["Direction", "c", "reward", "95 % interval", "z", "refused", "over-ref.", "tokens"],
