@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import pydantic
 import yaml
@@ -24,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 Part = Literal["sarm_train", "discovery", "validation", "test", "ppo", "policy_eval"]
 PARTS: tuple[Part, ...] = ("sarm_train", "discovery", "validation", "test", "ppo", "policy_eval")
 
-Phase = Literal["fetch", "encode", "probe", "select", "steer", "ppo", "evaluate", "report"]
-PHASES: tuple[Phase, ...] = ("fetch", "encode", "probe", "select", "steer", "ppo", "evaluate", "report")
+Phase = Literal["fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report"]
+PHASES: tuple[Phase, ...] = ("fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report")
 
 Arm = Literal["penalty", "no_penalty", "random"]
 
@@ -60,7 +61,7 @@ class SarmConfig(ModelConfig):
 
     use_topk: bool | None = None
     tokens_per_batch: Positive = 16384
-    """Padded tokens in one scoring batch."""
+    """Tokens in one scoring batch; what texts share counts as often as they hold it."""
     max_length: Positive = 4096
     """Longest conversation in tokens; a longer one loses its oldest tokens, and is counted."""
 
@@ -131,6 +132,19 @@ class ProbeConfig(Strict):
     """Label-blind filter: a latent is tested if it is active on at least this many discovery prompts."""
     permutations: Positive = 20_000
     bootstrap: Positive = 1000
+    directions: tuple[float, ...] = (3.0, -3.0)
+    """Standard deviations c by which validation's states are moved along each latent's decoder direction; none skips that."""
+
+    @field_validator("directions", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(float(c) if isinstance(c, int) and not isinstance(c, bool) else c for c in value) if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _distinct_moves(self) -> ProbeConfig:
+        if 0.0 in self.directions or len(set(self.directions)) < len(self.directions):
+            raise ValueError("directions must be distinct and not zero")
+        return self
 
 
 class SelectConfig(Strict):
@@ -141,6 +155,8 @@ class SelectConfig(Strict):
     penalised: Positive = 3
     monitors: Count = 5
     monitor_max_cosine: Fraction = 0.5
+    redraws: Count = 3
+    """Repetitions of the selection with other seeds, splits, sizes and shuffled labels; 0 leaves them out."""
     random_candidates: Positive = 30
     """Matched random latents offered to the random arm, which keeps the first with the right dose."""
 
@@ -148,6 +164,37 @@ class SelectConfig(Strict):
 class SteerConfig(Strict):
     file: str | None = None
     """A steering file as upstream writes it, relative to the checkout; by default the listed harming latents times 0."""
+
+
+class LabelConfig(Strict):
+    """An OpenAI-compatible endpoint that puts names to latents; texts of the data are sent there."""
+
+    url: str
+    """Up to and without `/chat/completions`, such as `http://127.0.0.1:8000/v1`."""
+    model: str
+    key_variable: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")] | None = None
+    """The *name* of the environment variable that holds the key; null for an endpoint without keys."""
+    held_out: Positive = 20
+    """Held-out texts of either kind that a label is scored on."""
+    max_tokens: Positive = 200
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+    @field_validator("url")
+    @classmethod
+    def _no_secret(cls, url: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", url):
+            raise ValueError("give http(s)://host/path without user, password or query; a key comes from the environment variable key_variable names")
+        return url
+
+
+class CardsConfig(Strict):
+    """The latent cards; see `sarm/cards.py`."""
+
+    top: Positive = 10
+    """Top activating texts on a card."""
+    controls: Positive = 5
+    """Near misses, and as many random texts."""
+    label: LabelConfig | None = None
 
 
 class PenaltyConfig(Strict):
@@ -183,18 +230,20 @@ class PpoConfig(Strict):
     batch_size: Positive = 32
     num_mini_batches: Positive = 1
     num_ppo_epochs: Positive = 1
-    micro_batch_tokens: Positive = 16384
-    """Padded tokens in one forward and backward of one rank."""
+    micro_batch_tokens: Positive | None = None
+    """Padded tokens in one forward and backward of one rank. Where unset, as `make plan` has it; so the next one, `zero_stage` and `weights`."""
     gradient_checkpointing: bool | None = None
-    """Compute each layer again in the backward pass instead of keeping what it left; where unset, as the plan has it."""
+    """Compute each layer again in the backward pass instead of keeping what it left."""
     max_prompt_tokens: Positive = 512
+    long_prompts: Literal["skip", "truncate", "refuse"] = "skip"
+    """Prompts beyond `max_prompt_tokens`: leave them out, keep their first token and their newest ones, or stop. They are counted."""
     max_new_tokens: Positive = 128
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraConfig | None = LoraConfig()
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    weights: Literal["float32_master", "stochastic_rounding"] = "float32_master"
-    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    weights: Literal["float32_master", "compact"] | None = None
+    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 16 bytes a parameter, or 7; see `sarm/ppo/optimizer.py`."""
     learning_rate: Nonnegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 0
@@ -236,10 +285,8 @@ class PpoConfig(Strict):
     def _trainable(self) -> PpoConfig:
         if self.top_p < 1:
             raise ValueError("training with top_p < 1 is refused: old log-probabilities would not be the sampler's; set ppo.top_p=1")
-        if self.weights == "stochastic_rounding" and (self.lora or self.zero_stage):
-            raise ValueError(
-                "weights=stochastic_rounding is for full fine-tuning without ZeRO, whose optimizers keep float32 copies; set lora=null and zero_stage=0"
-            )
+        if self.weights == "compact" and (self.lora or self.zero_stage):
+            raise ValueError("weights=compact is for full fine-tuning without ZeRO, whose optimizers keep float32 copies; set lora=null and zero_stage=0")
         if self.batch_size % self.num_mini_batches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of num_mini_batches {self.num_mini_batches}")
         if not self.arms or not self.seeds:
@@ -247,6 +294,43 @@ class PpoConfig(Strict):
         if len(set(self.arms)) < len(self.arms) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("an arm or seed is named twice")
         return self
+
+
+class SweepConfig(Strict):
+    """PPO under a grid of penalties beside the arms, every tau with every alpha; off where no alpha is named.
+
+    The latents are the penalty arm's, and so is all else.
+    """
+
+    tau: tuple[Nonnegative, ...] = ()
+    tau_quantile: tuple[Fraction, ...] = ()
+    """In place of `tau`; per latent, as `ppo.penalty.tau_quantile`."""
+    alpha: tuple[Nonnegative, ...] = ()
+    """In ppo.penalty.alpha_unit."""
+    seeds: tuple[int, ...] = (0,)
+
+    @field_validator("tau", "tau_quantile", "alpha", "seeds", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _whole_grid(self) -> SweepConfig:
+        if self.tau and self.tau_quantile:
+            raise ValueError("give either tau or tau_quantile")
+        if bool(self.tau or self.tau_quantile) != bool(self.alpha) or (self.alpha and not self.seeds):
+            raise ValueError("a sweep needs taus (tau or tau_quantile), alphas and seeds")
+        if any(len(set(values)) < len(values) for values in (self.tau, self.tau_quantile, self.alpha, self.seeds)):
+            raise ValueError("a value is named twice")
+        return self
+
+
+class SweepPoint(NamedTuple):
+    """The penalty of one unit of a sweep."""
+
+    tau: float
+    is_quantile: bool
+    alpha: float
 
 
 class EvaluateConfig(Strict):
@@ -310,7 +394,9 @@ class Config(Strict):
     probe: ProbeConfig = ProbeConfig()
     select: SelectConfig = SelectConfig()
     steer: SteerConfig = SteerConfig()
+    cards: CardsConfig = CardsConfig()
     ppo: PpoConfig = PpoConfig()
+    sweep: SweepConfig = SweepConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     verdict: VerdictConfig = VerdictConfig()
     train_sarm: TrainSarmConfig = TrainSarmConfig()
@@ -329,10 +415,23 @@ class Config(Strict):
         if phase == "probe":
             return shard_names(self.probe.shards)
         if phase == "ppo":
-            return tuple(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms)
+            return (*(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms), *self.sweep_points())
         if phase == "evaluate":
             return ("base", *self.units("ppo"))
         return ("all",)
+
+    def sweep_points(self) -> dict[str, SweepPoint]:
+        """The units that a sweep adds to ppo and evaluate, such as `sweep-tau0.5-alpha1-seed0` or `sweep-quantile0.5-alpha1-seed0`."""
+        sweep = self.sweep
+        name, taus = ("quantile", sweep.tau_quantile) if sweep.tau_quantile else ("tau", sweep.tau)
+        grid = itertools.product(sweep.seeds, taus, sweep.alpha)
+        return {f"sweep-{name}{tau!r}-alpha{alpha!r}-seed{seed}": SweepPoint(tau, bool(sweep.tau_quantile), alpha) for seed, tau, alpha in grid}
+
+    @model_validator(mode="after")
+    def _sweepable(self) -> Config:
+        if self.sweep.alpha and self.ppo.penalty.kind == "density":
+            raise ValueError("sweep: a density penalty has no tau to sweep over; use kind count or hinge")
+        return self
 
 
 def shard_names(shards: int) -> tuple[str, ...]:

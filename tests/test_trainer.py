@@ -20,7 +20,6 @@ from sarm.ppo.actor import make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.calibration import calibrate
 from sarm.ppo.export import policy_weights, save_policy
-from sarm.ppo.optimizer import StochasticAdamW, round_stochastically
 from sarm.ppo.rollout import prompt_ids
 from sarm.ppo.trainer import Experience, train
 from sarm.ppo.world import place
@@ -281,40 +280,52 @@ def test_what_is_not_finite_stops_at_a_checkpoint_and_names_the_prompts(found) -
     assert reward_saves == loss_saves == [0]
 
 
-# --- stochastic rounding ----------------------------------------------------------------------------------------------
+# --- what does not fit ------------------------------------------------------------------------------------------------
 
 
-def test_stochastic_rounding_is_right_on_average_and_exact_on_bf16() -> None:
-    x = torch.tensor([1.0, 1 + 2**-10, -3.001, 1e-30, 0.0, 1.0039])
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([round_stochastically(x, generator).double() for _ in range(20_000)])
-    step = 2.0 ** (torch.floor(torch.log2(x.abs().double().clamp(min=1e-38))) - 7)
-    assert float(((draws.mean(0) - x.double()) / step).abs().max()) < 0.02  # five standard errors
-    assert bool(((draws - x.double()).abs() <= step).all())
-    exact = torch.randn(1000).bfloat16().float()
-    assert torch.equal(round_stochastically(exact, generator).float(), exact)
+def bad_input_cases(world: Any, policy: Path, out: Path) -> None:
+    trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo())
+    lengths = [len(ids) for ids in trainer.prompt_ids]
+    limit = sorted(lengths)[len(lengths) // 2]
+    found: dict[str, Any] = {"limit": limit, "too long": sum(n > limit for n in lengths), "errors": []}
+    for way in ("skip", "truncate"):
+        short = tiny_trainer(world, policy, PlantedReward(), tiny_ppo(max_prompt_tokens=limit, long_prompts=way))
+        found[way] = [[len(ids) for ids in short.prompt_ids], short.long_prompts]
+        if way == "truncate":
+            long = max(range(len(lengths)), key=lambda i: lengths[i])
+            found["cut"] = short.prompt_ids[long] == [trainer.prompt_ids[long][0], *trainer.prompt_ids[long][1 - limit :]]
+            found["logged"] = short.run_step()["prompts/too_long"]
+    for changes in ({"max_prompt_tokens": limit, "long_prompts": "refuse"}, {"max_prompt_tokens": 4095}):
+        try:
+            tiny_trainer(world, policy, PlantedReward(), tiny_ppo(**changes))
+        except UserError as error:
+            found["errors"].append(str(error))
+
+    def no_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    for broken in ("roll_out", "score", "_reference_logprobs", "loss", "step"):
+        trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo())
+        setattr(trainer.engine if broken == "step" else trainer, broken, no_memory)
+        try:
+            train(trainer, save=lambda: Path("checkpoint"), log=lambda line: None, stop_requested=lambda: False)
+        except UserError as error:
+            found["errors"].append(str(error))
+    (out / "found.json").write_text(json.dumps(found))
 
 
-def test_small_steps_move_bf16_weights_on_average() -> None:
-    """At 1e-6 nothing would move under rounding to the nearest."""
-    weight = torch.nn.Parameter(torch.full((200_000,), 0.05, dtype=torch.bfloat16))
-    start = float(weight.detach().double().mean())
-    optimizer = StochasticAdamW([weight], lr=1e-6)
-    for _ in range(5):
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-    assert float(weight.detach().double().mean()) - start == pytest.approx(-5e-6, rel=0.1)
-    nearest = torch.full((4,), 0.05, dtype=torch.bfloat16)
-    assert torch.equal((nearest.float() - 1e-6).bfloat16(), nearest)
-
-
-def test_it_is_adamw_where_weights_are_float32() -> None:
-    torch.manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
-    a, b = StochasticAdamW([ours], lr=0.01, weight_decay=0.1), torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1)
-    for _ in range(5):
-        ours.grad = torch.randn(50)
-        theirs.grad = ours.grad.clone()
-        a.step()
-        b.step()
-    torch.testing.assert_close(ours, theirs)
+def test_long_prompts_and_out_of_memory(tiny_policy: Path, tmp_path: Path) -> None:
+    join_ranks(start_ranks(bad_input_cases, 1, tiny_policy, tmp_path))
+    found = json.loads((tmp_path / "found.json").read_text())
+    limit, too_long = found["limit"], found["too long"]
+    assert too_long > 0
+    assert found["skip"][1] == found["truncate"][1] == found["logged"] == too_long
+    assert len(found["skip"][0]) == 12 - too_long and max(found["skip"][0]) == limit
+    assert len(found["truncate"][0]) == 12 and max(found["truncate"][0]) == limit and found["cut"]
+    refused, context, *memory = found["errors"]
+    assert f"{too_long} of the 12 ppo prompts have more than ppo.max_prompt_tokens={limit} tokens" in refused
+    assert "exceed the policy's context of 4096" in context
+    expected = [("rollout", "ppo.batch_size=4"), ("score", "sarm.tokens_per_batch=8192"), ("reference", "ppo.micro_batch_tokens=100")]
+    expected += [("update", "ppo.gradient_checkpointing=true"), ("optimizer", "ppo.lora")]
+    for text, (phase, remedy) in zip(memory, expected, strict=True):
+        assert "step 0" in text and f"in phase {phase} (8 sequences of at most" in text and remedy in text
