@@ -13,6 +13,7 @@ LIGHT = (
     "sarm.run",
     "sarm.datasets",
     "sarm.verdict",
+    "slurm.cost",
     "slurm.dag",
     "slurm.fetch",
     "slurm.images",
