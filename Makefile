@@ -14,13 +14,16 @@ TORCH_INDEX ?=
 # A profile in slurm/clusters/, or a path.
 CLUSTER ?= generic
 DRY_RUN ?=
+# What make compare reads and where it writes.
+RUNS ?=
+OUT ?= outputs/compare
 
 PY := $(VENV)/bin/python
 PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow check bench run status watch verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo test test-slow test-browser check bench run status watch verify cancel unlock sbatch submit-all compare train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -82,6 +85,9 @@ cancel: login  ## cancel a run's Slurm jobs: RUN=...
 unlock: login  ## remove a run's locks that an owner on another host left behind: RUN=...
 	@$(PY) -m slurm.lock --run $(RUN)
 
+compare: setup  ## runs side by side, text and HTML: RUNS="outputs/a outputs/b" OUT=outputs/compare
+	@$(PY) -m reports.compare $(RUNS) --out $(OUT)
+
 train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=outputs/train
 	@$(PY) -m jobs train_sarm --config $(CONFIG) --run $(RUN)
 
@@ -93,6 +99,9 @@ test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
 
 test-slow: setup  ## the slow tests
 	$(PY) -m pytest -m "slow and not gpu and not cluster" $(PYTEST_ARGS)
+
+test-browser: setup  ## the report's pages in headless Chromium: apt-get install chromium chromium-driver
+	$(PY) -m pytest -m browser $(PYTEST_ARGS)
 
 check: setup  ## lint, types, import rules
 	$(VENV)/bin/ruff check .

@@ -274,6 +274,8 @@ SOURCES = {
     "samples": ("evaluate", ("generations.parquet",)),
     "training": ("ppo", ("metrics.jsonl",)),
     "features": ("select", ("features.json", "table.parquet")),
+    "rankings": ("select", ("features.json",)),
+    "cards": ("cards", ("cards.json",)),
     "steering": ("steer", ("summary.json",)),
 }
 """The job outputs that each section is made of."""

@@ -329,10 +329,11 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         known = [(name, *(math.nan if v is None else v for v in numbers)) for name, *numbers in rows]
         value = np.array([row[1] for row in known], float)
         low, high = (np.array([row[i] for row in known], float) for i in (2, 3))
+        whiskers = {"array": high - value, "arrayminus": value - low} if np.isfinite(value).all() else {"array": []}
         made.add_scatter(
             x=value,
             y=[row[0] for row in known],
-            error_x={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
+            error_x={"type": "data", "symmetric": False, **whiskers},
             mode="markers",
             name=group,
             marker={"color": looks[group][0], "symbol": looks[group][1], "size": 10},

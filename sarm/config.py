@@ -60,7 +60,7 @@ class SarmConfig(ModelConfig):
 
     use_topk: bool | None = None
     tokens_per_batch: Positive = 16384
-    """Padded tokens in one scoring batch."""
+    """Tokens in one scoring batch; what texts share counts as often as they hold it."""
     max_length: Positive = 4096
     """Longest conversation in tokens; a longer one loses its oldest tokens, and is counted."""
 
