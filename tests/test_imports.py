@@ -15,6 +15,7 @@ LIGHT = (
     "sarm.verdict",
     "slurm.cost",
     "slurm.dag",
+    "slurm.doctor",
     "slurm.fetch",
     "slurm.images",
     "slurm.entry",
