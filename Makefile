@@ -14,6 +14,8 @@ TORCH_INDEX ?=
 # A profile in slurm/clusters/, or a path.
 CLUSTER ?= generic
 DRY_RUN ?=
+# How many, and how much memory each has in GiB: for `make plan`.
+GPUS    ?= 4x80
 # What make compare reads and where it writes.
 RUNS ?=
 OUT ?= outputs/compare
@@ -23,7 +25,7 @@ PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -87,6 +89,9 @@ cancel: login  ## cancel a run's Slurm jobs: RUN=...
 
 unlock: login  ## remove a run's locks that an owner on another host left behind: RUN=...
 	@$(PY) -m slurm.lock --run $(RUN)
+
+plan: login  ## memory, disk and GPU-hours of PPO, and how it would be cut: CONFIG=... GPUS=4x80
+	@$(PY) -m sarm.ppo.plan --config $(CONFIG) --gpus $(GPUS)
 
 compare: setup  ## runs side by side, text and HTML: RUNS="outputs/a outputs/b" OUT=outputs/compare
 	@$(PY) -m reports.compare $(RUNS) --out $(OUT)

@@ -8,32 +8,38 @@ from pathlib import Path
 import pytest
 
 from sarm.config import ROOT, load_config
+from sarm.ppo.plan import Shape, find_shape
 from sarm.run import Attempt, RunDir
 from slurm import submit
-from slurm.cost import KNOWN, count_texts, disk, llama, needed_bytes, sizes
+from slurm.cost import count_texts, disk, kept_latents, needed_bytes, shapes
 from tests.fakes.site import Site
 
 
-def test_parameters_are_those_that_their_makers_count() -> None:
-    assert llama(KNOWN["meta-llama/Llama-3.1-8B-Instruct"]).parameters == 8_030_261_248
-    assert llama(KNOWN["embedded:smollm2"]).parameters == 134_515_008
+def test_the_sizes_are_those_that_the_models_have() -> None:
+    policy, sarm = shapes(load_config(ROOT / "configs" / "llama31-8b.yaml"))
+    assert policy is not None and policy.parameters == 8_030_261_248
+    assert sarm is not None and (sarm.trunk.layers, sarm.d_sae) == (16, 65536)
+    config = load_config(ROOT / "configs" / "smollm2.yaml")
+    policy, sarm = shapes(config)
+    assert policy is not None and policy.parameters == 134_515_008
+    assert sarm is not None and (sarm.trunk.hidden, sarm.d_sae, kept_latents(config, sarm)) == (576, 4608, 64)
+
+
+def test_a_model_unknown_here_is_none_and_said(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shapes(site.run.config) == (None, None)
+    assert site.submit("--dry-run") == 0
+    assert "disk of what p, s makes is not known here" in capsys.readouterr().out
 
 
 def test_adapters_are_those_that_peft_makes(tiny_policy: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    found = llama(json.loads((tiny_policy / "config.json").read_text()))
+    found = find_shape(str(tiny_policy), None)
     model = AutoModelForCausalLM.from_pretrained(tiny_policy)
-    assert found.parameters == model.num_parameters()
+    assert isinstance(found, Shape) and found.parameters == model.num_parameters()
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    assert found.projections * 4 == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-def test_the_shipped_sarm_is_read_from_its_folder() -> None:
-    config = load_config(ROOT / "configs" / "smollm2.yaml")
-    found = sizes(config.sarm)
-    assert found is not None and (found.hidden, found.latents, found.k) == (576, 4608, 64)
+    assert found.lora(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def test_the_reference_run_by_hand(tmp_path: Path) -> None:
