@@ -46,6 +46,8 @@ class Frames(NamedTuple):
     cards: dict[str, Any] | None
     sweep: pd.DataFrame
     """As `generations`, of the policies of a sweep, which stand in no other frame."""
+    steered: dict[str, Any] | None
+    """What pushing the base policy along decoder directions changed."""
 
 
 def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
@@ -74,7 +76,7 @@ def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
 def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Published], run: RunDir) -> Frames:
     """Frames of published outputs; an output that is damaged marks its unit as failed."""
     manifests = {key: p.manifest for key, p in published.items()}
-    features, steering, models, cards = None, None, None, None
+    features, steering, models, cards, steered = None, None, None, None, None
     calibrations, evaluations = {}, {}
     training, generations, sweep = [], [], []
     points = run.config.sweep_points()
@@ -91,6 +93,8 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
                 steering = unit_files.json("summary.json")
             elif phase == "cards":
                 cards = unit_files.json("cards.json")
+            elif unit == "steered":
+                steered = unit_files.json("summary.json")
             elif unit in points:
                 if phase == "evaluate":
                     sweep.append(_with_policy(pd.read_parquet(unit_files.path("generations.parquet")), unit))
@@ -118,6 +122,7 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
         probe=probe,
         models=models,
         cards=cards,
+        steered=steered,
         sweep=_judged(_joined(sweep, "prompt_id"), penalised_latents(run, features), (features or {}).get("monitors", [])),
     )
 

@@ -376,6 +376,41 @@ def steering(figures: dict[str, Any]) -> list[Block]:
     ]
 
 
+def steered(figures: dict[str, Any]) -> list[Block]:
+    """The check outside the reward head: the policy itself, pushed along decoder directions."""
+    found = figures["steered"]
+    if found is None:
+        return [Prose("The config asks for none (steer.policy).")]
+    rows = found["rows"]
+    beyond = [r for r in rows if r["beyond_random"]]
+    n_latents, n_random = sum(r["kind"] == "latent" for r in rows), len({r["name"] for r in rows if r["kind"] == "random"})
+    changes = ("reward", "z", "refused", "over_refused", "n_tokens")
+    return [
+        Prose(
+            f"Approximate: the decoder directions are the SARM's, pushed along in the base policy after layer {found['source_layer']}, by c standard "
+            f"deviations of the state, at every position. Changes against no push on {found['n_prompts']} prompts, the same noise in each; random "
+            "directions have the same length. `z` is the latent's own value in what the policy then says."
+        ),
+        Table(
+            ["Direction and c", "reward", "95 % interval", "z", "refused", "over-ref.", "tokens"],
+            [
+                [
+                    f"{r['role']} {r['name']} at {plain(r['c'])}",
+                    fixed(r["reward"], 3, sign=True),
+                    interval(r["reward_low"], r["reward_high"], 3),
+                    *(fixed(r.get(m), 1 if m == "n_tokens" else 3, sign=True) for m in changes[1:]),
+                ]
+                for r in rows
+            ],
+        ),
+        Prose(
+            f"{len(beyond)} of {n_latents} pushes along a latent change the reward more than every random direction at that c"
+            + (": " + ", ".join(f"{r['name']} at {plain(r['c'])}" for r in beyond) if beyond else "")
+            + f"; chance alone would let about {fixed(n_latents / (n_random + 1), 1)} do so."
+        ),
+    ]
+
+
 def margin_sentence(summary: dict[str, Any]) -> str:
     """What the Deltas mean for the reward model."""
     said = {
@@ -464,6 +499,7 @@ SECTIONS = (
     Section("rankings", "Features: rankings compared", rankings),
     Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
+    Section("steered", "Steering the policy", steered, "approximate"),
     Section("phases", "The run's parts", phases),
     Section("provenance", "Provenance", provenance),
 )

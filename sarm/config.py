@@ -161,9 +161,27 @@ class SelectConfig(Strict):
     """Matched random latents offered to the random arm, which keeps the first with the right dose."""
 
 
+class SteerPolicyConfig(Strict):
+    """Push the policy along decoder directions and score what it says; see `sarm/steering.py`. Prompts are evaluate.prompts."""
+
+    latents: Positive = 3
+    """Of the harming, and as many promoting."""
+    random: Positive = 5
+    """Random directions of the same length to compare with."""
+    strengths: Annotated[tuple[float, ...], Field(min_length=1)] = (-4.0, 4.0)
+    """c, in standard deviations of the state."""
+
+    @field_validator("strengths", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
 class SteerConfig(Strict):
     file: str | None = None
     """A steering file as upstream writes it, relative to the checkout; by default the listed harming latents times 0."""
+    policy: SteerPolicyConfig | None = None
+    """Also steer the base policy, in a unit `steered` of evaluate; off by default."""
 
 
 class LabelConfig(Strict):
@@ -417,7 +435,7 @@ class Config(Strict):
         if phase == "ppo":
             return (*(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms), *self.sweep_points())
         if phase == "evaluate":
-            return ("base", *self.units("ppo"))
+            return ("base", *self.units("ppo"), *(("steered",) if self.steer.policy else ()))
         return ("all",)
 
     def sweep_points(self) -> dict[str, SweepPoint]:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import jobs.report
-from reports import frames, numbers, reference, sections
+from reports import blocks, frames, numbers, reference, sections
+from reports.blocks import Table
 from reports.figures import distinct, figures, hardware, histogram, latent_table, policy_table, shown_steps, without_nan
 from reports.frames import read_run
 from reports.text import RULE, final_report
@@ -386,3 +387,56 @@ def test_shown_steps():
 )
 def test_numbers(shown, expected):
     assert shown == expected
+
+
+# Eighty columns
+
+
+def test_a_wide_table_goes_on_beneath_with_its_rows_named_again():
+    given = Table(["Unit", *(f"column {i}" for i in range(12))], [["one", *["x" * 9] * 12], ["two", *["y" * 9] * 12]])
+    lines = blocks.table(given)
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("one ") for line in lines) == 2 and sum(line.count("xxxxxxxxx") for line in lines) == 12
+    assert [line.split()[0] for line in lines if line] == ["Unit", "one", "two"] * 2
+
+
+def test_columns_line_up_and_words_stand_to_the_left():
+    assert blocks.table(Table(["latent", "arm", "N"], [[7, "base", 5], [12345, "no penalty", 50]])) == [
+        "latent  arm          N",
+        "7       base         5",
+        "12345   no penalty  50",
+    ]
+
+
+def test_a_path_in_an_item_is_not_broken():
+    path = "/scratch/" + "a" * 120
+    assert blocks.lines([blocks.Items([f"unit (failed): {'word ' * 20}\nlog: {path}"])])[-1] == f"  log: {path}"
+
+
+def failed_run(path: Path) -> RunDir:
+    run = evaluated_run(path)
+    (run.folder("ppo", "penalty-seed0") / "manifest.json").unlink()
+    run.log("ppo", "penalty-seed0").parent.mkdir(parents=True, exist_ok=True)
+    run.log("ppo", "penalty-seed0").write_text("torch.OutOfMemoryError: " + "CUDA out of memory " * 30 + "\n")
+    return run
+
+
+def odd_run(path: Path) -> RunDir:
+    huge = generations(0.5).assign(reward=-1e300, kl=math.inf, n_tokens=1e15)
+    run = evaluated_run(path, steering={(name, label): (-1e12, 1e-300) for name in ("RB2 Safety", "RMB Safety") for label in ("chosen", "rejected")})
+    publish_evaluation(run, "base", huge)
+    publish_evaluation(run, "penalty-seed0", huge.assign(reward=math.nan, kl=-0.0))
+    return run
+
+
+@pytest.mark.parametrize(
+    "make",
+    [evaluated_run, reference_run, failed_run, odd_run, lambda path: RunDir.create(path, reference_config(seeds=[0, 10, 200]))],
+    ids=["whole", "never evaluated", "failed", "odd numbers", "nothing done"],
+)
+def test_eighty_columns_whatever_became_of_the_run(tmp_path, make):
+    """The reference report's list of ten latents is wider, and paths are not broken."""
+    report = report_of(make(tmp_path / "run"))
+    too_wide = [line for line in report.splitlines() if len(line) > 80 and not line.startswith("Safety-") and "/" not in line]
+    assert too_wide == []
+    assert not re.search(r"-0\.0+(?![\d.])", report)
