@@ -121,9 +121,10 @@ format: setup  ## mend what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: setup  ## speed and memory, each a ratio against a named peer in one run
+bench: setup  ## speed and memory, each a ratio against a named peer or a limit in one run
 	$(PY) benchmarks/scoring.py
 	$(PY) benchmarks/effects.py
+	$(PY) benchmarks/report.py
 
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
 	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \
