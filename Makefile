@@ -16,11 +16,11 @@ CLUSTER ?= generic
 DRY_RUN ?=
 
 PY := $(VENV)/bin/python
-PHASES := fetch encode probe select steer ppo evaluate report
+PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo probe-study test test-slow check bench run status verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo probe-study test test-slow check bench run status watch verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -69,6 +69,9 @@ sbatch: login  ## write slurm/*.sbatch as a cluster's profile has it: CLUSTER=..
 
 status: login  ## what is done, what runs, and why the rest is not: RUN=...
 	@$(PY) -m slurm.status --run $(RUN)
+
+watch: login  ## the run as it goes, in this terminal, local or on Slurm: RUN=...
+	@$(PY) -m slurm.watch --run $(RUN)
 
 verify: login  ## hash every published file of a run: RUN=...
 	@$(PY) -m slurm.status --run $(RUN) --hashes
