@@ -234,7 +234,6 @@ def features(figures: dict[str, Any]) -> list[Block]:
     return blocks + [Prose(f"Warning: {warning}") for warning in found.get("warnings", [])]
 
 
-<<<<<<< HEAD
 def trust(figures: dict[str, Any]) -> list[Block]:
     """Nulls, replication, baselines, sensitivity and the direction probe of the selection; what does not replicate is named."""
     found = figures["features"]
@@ -322,7 +321,8 @@ def directions(found: dict[str, Any]) -> list[Block]:
     title = f"Every latent's decoder direction added to the {first['texts']} {first['part']} texts' states, c standard deviations; all that follows recomputed:"
     header = ["c", "latents swapped", "largest effect", "rank corr. with ablating", "% of signs that re-selection turns"]
     return [Table(header, cells, title=title), Prose(f"Of those checked, {exact}.")]
-=======
+
+
 def rankings(figures: dict[str, Any]) -> list[Block]:
     """The effect's choice of latents beside what weight, activity and upstream's s would have chosen."""
     rows = (figures["features"] or {}).get("rankings")
@@ -507,9 +507,7 @@ SECTIONS = (
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),
     Section("features", "Features: effects on held-out prompts", features),
-<<<<<<< HEAD
     Section("trust", "How far the selection can be trusted", trust),
-=======
     Section("rankings", "Features: rankings compared", rankings),
     Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
