@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 
 from reports.blocks import lines
 from reports.sections import trust
@@ -18,6 +19,7 @@ from sarm.probing.effects import Encoded, contrasts_of, latent_table
 from sarm.probing.select import judged
 from sarm.probing.stats import Contrast, permutation_p
 from sarm.probing.validity import (
+    bradley_terry,
     discover,
     feature_replication,
     joined,
@@ -31,6 +33,7 @@ from sarm.probing.validity import (
     shuffled_labels,
     validity,
 )
+from sarm.train import fit_head
 
 D_SAE, K, D_IN = 64, 12, 10
 BOTH, ONLY_A, TURNED = (3, 11), (20, 21), 30
@@ -166,6 +169,16 @@ def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignor
     assert "1 replicate on B, which neither discovery nor validation read; these do not: 20." in text
     assert "labels shuffled" in text and "logistic probe" in text and "75% of the prompts" in text
     assert lines(trust({"features": None})) == ["not available"]
+
+
+@pytest.mark.parametrize(("pairs", "d"), [(40, 6), (8, 30)])
+def test_bradley_terry_is_at_its_minimum(pairs: int, d: int) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(pairs, d)) + 0.3, rng.uniform(0.5, 1.5, pairs) / pairs
+    ours = bradley_terry(x, weight, 1e-3)
+    theirs = fit_head(scipy.sparse.csr_array(x), weight, 1e-3, max_steps=2000)  # scales the weights to add up to one
+    assert ours == pytest.approx(bradley_terry(x, weight / weight.sum(), 1e-3 / weight.sum()), rel=1e-6)
+    assert bradley_terry(x, weight / weight.sum(), 1e-3) == pytest.approx(theirs, abs=1e-3 * np.abs(theirs).max())
 
 
 # Parts of contrasts
