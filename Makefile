@@ -14,13 +14,18 @@ TORCH_INDEX ?=
 # A profile in slurm/clusters/, or a path.
 CLUSTER ?= generic
 DRY_RUN ?=
+# How many, and how much memory each has in GiB: for `make plan`.
+GPUS    ?= 4x80
+# What make compare reads and where it writes.
+RUNS ?=
+OUT ?= outputs/compare
 
 PY := $(VENV)/bin/python
 PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo probe-study test test-slow check bench run status watch verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo probe-study test test-slow test-browser check bench run status watch verify cancel unlock sbatch submit-all compare plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -91,6 +96,12 @@ probe-study: setup  ## the causal probe on the shipped SARM and real data, repli
 	  $(PY) -m jobs $$phase --config $(CONFIG) --run $(RUN) data.sources.rb2.path=$(abspath $(DATA))/rewardbench2_safety data.sources.rmb.path=$(abspath $(DATA))/rmb_harmlessness || exit $$?; \
 	done
 
+plan: login  ## memory, disk and GPU-hours of PPO, and how it would be cut: CONFIG=... GPUS=4x80
+	@$(PY) -m sarm.ppo.plan --config $(CONFIG) --gpus $(GPUS)
+
+compare: setup  ## runs side by side, text and HTML: RUNS="outputs/a outputs/b" OUT=outputs/compare
+	@$(PY) -m reports.compare $(RUNS) --out $(OUT)
+
 train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=outputs/train
 	@$(PY) -m jobs train_sarm --config $(CONFIG) --run $(RUN)
 
@@ -102,6 +113,9 @@ test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
 
 test-slow: setup  ## the slow tests
 	$(PY) -m pytest -m "slow and not gpu and not cluster" $(PYTEST_ARGS)
+
+test-browser: setup  ## the report's pages in headless Chromium: apt-get install chromium chromium-driver
+	$(PY) -m pytest -m browser $(PYTEST_ARGS)
 
 check: setup  ## lint, types, import rules
 	$(VENV)/bin/ruff check .
