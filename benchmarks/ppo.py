@@ -1,4 +1,6 @@
-"""Time and memory of a PPO step on one GPU: `python benchmarks/ppo.py --shape 8b --mode full --steps 4`, `--shape tiny` on a CPU.
+"""Time and memory of a PPO step: `python benchmarks/ppo.py --shape 8b --mode full --steps 4`, `--shape tiny` on a CPU.
+
+On several GPUs `torchrun --nproc-per-node 2 benchmarks/ppo.py ...`; memory is rank 0's.
 
 The real `Trainer` on a policy and a SARM of the given shapes with random bf16 weights, prompts of exactly `--prompt`
 tokens and responses of exactly `--new`: no token ends them. Medians over `--steps` after `--warmup`; warm-up is shown
@@ -8,6 +10,7 @@ apart. Floors come from bytes and operations at the copy rate and bf16 matrix ra
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -140,7 +143,8 @@ def floors(trainer: Trainer, args: argparse.Namespace, bandwidth: float, rate: f
     """Seconds a phase cannot go below."""
     layers, head = matmul_parameters(trainer.actor.policy)
     element = 2 if trainer.world.device.type == "cuda" else 4
-    tokens, responses = args.batch * (args.prompt + args.new), args.batch * args.new
+    rows = args.batch / trainer.world.size
+    tokens, responses = rows * (args.prompt + args.new), rows * args.new
     forward = 2 * (layers * tokens + head * responses) / rate
     sarm = sum(p.numel() for p in trainer.reward.model.model.layers.parameters())
     full = args.mode == "full"
@@ -189,6 +193,8 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     world = start_world()
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     started = time.perf_counter()
     bandwidth, rate = ceilings(world.device)
     trainer = make_trainer(args, world)

@@ -72,7 +72,7 @@ class PlantedReward(CompoundReward):
         return Encoded(indices, values, self.worth * fires + values[:, 1], torch.zeros(n, 4), torch.ones(n, dtype=torch.int32), none, none)
 
 
-class _NoModel:
+class _NoModel(torch.nn.Module):
     d_sae, k = 4, 2
     head_weight = torch.zeros(4)
 
