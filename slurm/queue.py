@@ -5,6 +5,7 @@ Every call has a time limit and says which command failed and how. `live_jobs(id
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -33,6 +34,14 @@ class PastJob(NamedTuple):
     elapsed_s: int
     cpu_efficiency: float | None
     """CPU time over elapsed time times CPUs."""
+
+
+def forget_overrides() -> None:
+    """Drop from this process what would overrule the scripts' own flags: SBATCH_* (SBATCH_EXPORT=ALL would hand every
+    secret of this shell to the jobs), the filters of squeue and sacct, and, inside a job, that job's SLURM_*.
+    """
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_", "SQUEUE_", "SACCT_", "SCANCEL_")) and name != "SLURM_CONF"]:
+        del os.environ[name]
 
 
 def call(words: Sequence[str], *, stdin: str | None = None) -> str:
