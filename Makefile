@@ -16,11 +16,11 @@ CLUSTER ?= generic
 DRY_RUN ?=
 
 PY := $(VENV)/bin/python
-PHASES := fetch encode probe select steer ppo evaluate report
+PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow check bench run status verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo test test-slow check bench run status watch verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -70,6 +70,9 @@ sbatch: login  ## write slurm/*.sbatch as a cluster's profile has it: CLUSTER=..
 status: login  ## what is done, what runs, and why the rest is not: RUN=...
 	@$(PY) -m slurm.status --run $(RUN)
 
+watch: login  ## the run as it goes, in this terminal, local or on Slurm: RUN=...
+	@$(PY) -m slurm.watch --run $(RUN)
+
 verify: login  ## hash every published file of a run: RUN=...
 	@$(PY) -m slurm.status --run $(RUN) --hashes
 
@@ -106,9 +109,9 @@ bench: setup  ## speed and memory, each a ratio against a named peer in one run
 	$(PY) benchmarks/effects.py
 
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
-	uv pip compile -q pyproject.toml --extra light --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \
+	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu.lock
-	env -u UV_FIND_LINKS uv pip compile -q pyproject.toml --extra light --extra full -c requirements/constraints.txt --python-version 3.11 \
+	env -u UV_FIND_LINKS uv pip compile -q pyproject.toml --extra light --extra report --extra full -c requirements/constraints.txt --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate -o requirements/cuda.lock
 	uv pip compile -q pyproject.toml --extra light --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/light.lock
 	uv pip compile -q pyproject.toml --extra light --extra report --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/report.lock

@@ -1,9 +1,10 @@
 """Scoring speed and memory: `python benchmarks/scoring.py`, on a GPU `python benchmarks/scoring.py --shape llama8b`.
 
 Peer: the forward upstream publishes, on texts sorted by length: every position through the SAE, TopK and head, the
-reward position taken last. Same trunk weights, attention and dtype; its SAE computes in the trunk's dtype (ours in
-float32), it is given its tokens (ours tokenises), and each side runs at its own best batch size. Rates count real
-tokens, rounds alternate in one process, and memory is what one batch adds to the loaded weights.
+reward position taken last. Same texts, trunk weights and dtype; its SAE computes in the trunk's dtype (ours in float32),
+it is given its tokens (ours tokenises), and each side runs at its own best batch size. The texts are all those of some
+prompts, as the encode phase has them: ours computes what they share once. Rates count real tokens, shared ones as often
+as they are read; rounds alternate in one process, and memory is what one batch adds to the loaded weights.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from sarm.checkpoint import SarmModelConfig  # noqa: E402
 from sarm.config import DataConfig, SourceConfig  # noqa: E402
 from sarm.datasets import load_data, texts_to_encode  # noqa: E402
 from sarm.model import SarmModel  # noqa: E402
+from sarm.packed import join_projections  # noqa: E402
 from sarm.sae import TopKSae  # noqa: E402
-from sarm.scoring import encode_texts, length_batches  # noqa: E402
+from sarm.scoring import encode_texts  # noqa: E402
 from sarm.tokens import tokenize_conversations  # noqa: E402
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -64,14 +66,18 @@ Conversations = list[tuple[dict[str, str], ...]]
 
 
 def real_conversations(count: int) -> tuple[str, Conversations]:
-    """`count` texts, evenly spread over RewardBench 2 Safety where it is at hand, else over the demo data."""
+    """About `count` texts: all of a prompt's, of prompts evenly spread over RewardBench 2 Safety where it is at hand, else over the demo data."""
     folder = Path(os.environ.get("SARM_TEST_DATA", ROOT.parent / "shared" / "data")) / "rewardbench2_safety"
     if folder.is_dir():
         source = SourceConfig(format="rewardbench2_sarm", label="RewardBench 2 Safety", path=str(folder), split={"test": 1.0})
     else:
         source = SourceConfig(format="jsonl", label="demo pairs", path="data/demo/pairs.jsonl", split={"test": 1.0})
-    texts = texts_to_encode(load_data(DataConfig(sources={"bench": source})))
-    return source.label, [text.messages for text in texts[:: max(1, len(texts) // count)][:count]]
+    prompts: dict[str, Conversations] = {}
+    for text in texts_to_encode(load_data(DataConfig(sources={"bench": source}))):
+        prompts.setdefault(text.prompt_id, []).append(text.messages)
+    groups = list(prompts.values())
+    wanted = min(len(groups), max(1, round(count * len(groups) / sum(map(len, groups)))))
+    return source.label, [messages for i in range(wanted) for messages in groups[i * len(groups) // wanted]]
 
 
 def trained_tokenizer(conversations: Conversations) -> PreTrainedTokenizerFast:
@@ -100,6 +106,8 @@ def random_sarm(shape: str, device: str, dtype: torch.dtype) -> SarmModel:
         torch.set_default_dtype(default)
     model.sae.float()
     model.score.float()
+    if device == "cuda":
+        join_projections(model.model)  # as `load_sarm` does
     return model.eval()
 
 
@@ -170,6 +178,22 @@ def best(bench: Bench, run: Any, items: Any, tokens: int, sizes: Sequence[int], 
     return max(rates, key=lambda size: rates[size])
 
 
+def matmul_rate(model: SarmModel) -> float:
+    """FLOP/s of the product that most of a forward is, gate and up of 16,384 positions, over one second."""
+    weight = torch.cat([model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight])
+    x = torch.randn(16384, weight.shape[1], device=weight.device).to(weight.dtype)
+    with torch.inference_mode():
+        out = x @ weight.T
+        torch.cuda.synchronize()
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < 1 or count < 10:
+            for _ in range(10):
+                torch.mm(x, weight.T, out=out)
+            torch.cuda.synchronize()
+            count += 10
+        return 2 * x.shape[0] * weight.numel() * count / (time.perf_counter() - start)
+
+
 def added_memory(bench: Bench, side: str, conversations: Conversations) -> float:
     """MiB that scoring the conversations as one batch adds to what was loaded, at its peak."""
     rows = [t.ids for t in tokenize_conversations(bench.tokenizer, conversations, MAX_LENGTH)]
@@ -212,7 +236,7 @@ def main() -> None:
     bench = Bench(args.shape, args.device, getattr(torch, args.dtype), conversations)
     rows = [t.ids for t in tokenize_conversations(bench.tokenizer, conversations, MAX_LENGTH)]
     # The batch a length-sorted run starts with, its largest.
-    longest = [conversations[i] for i in next(length_batches([len(row) for row in rows], 10**9))[: args.memory_rows]]
+    longest = [conversations[i] for i in sorted(range(len(rows)), key=lambda i: -len(rows[i]))[: args.memory_rows]]
     if args.memory_of:
         print(added_memory(bench, args.memory_of, longest))
         return
@@ -233,6 +257,8 @@ def main() -> None:
     print(f"tokens/s, ours over peer at their best batches ({our_batch} tokens, {peer_batch} rows): {sorted(ratios)[len(ratios) // 2]:.2f}")
 
     if args.device == "cuda":
+        rate, work = matmul_rate(bench.model), 2 * sum(p.numel() for p in bench.model.model.layers.parameters() if p.dim() == 2)
+        print(f"floor: {rate / work:,.0f} tokens/s, all layers at every real token at the {rate / 1e12:.0f} TFLOP/s of one large matrix product here")
         ours, peer = (added_memory(bench, side, longest) for side in ("ours", "peer"))
     else:
         # A process each, whose allocator gives back what it frees: its peak is then what was in use.

@@ -1,4 +1,4 @@
-"""Write the report of whatever became of a run: `python -m jobs report --run R` -> final_report.txt, report.json."""
+"""Write the report of whatever became of a run: `python -m jobs report --run R` -> final_report.txt, report.html, report.json, cards.html."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from datetime import UTC, datetime
 import numpy as np
 import pandas as pd
 
+from reports.cards import cards_page
 from reports.figures import figures, without_nan
 from reports.frames import read_run
+from reports.page import page
 from reports.text import final_report
 from sarm.config import Config
 from sarm.run import Attempt, Published, RunDir, patience_s, write_atomic
@@ -28,9 +30,14 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     record = decide(arms, config.verdict, config.seed).record()
     found = figures(run, frames, record, datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"))
     attempt.path("final_report.txt").write_text(final_report(found), encoding="utf-8")
+    attempt.path("report.html").write_text(page(found, frames), encoding="utf-8")
     attempt.path("report.json").write_text(json.dumps(without_nan(found), indent=1, allow_nan=False), encoding="utf-8")
+    names = ["final_report.txt", "report.html", "report.json"]
+    if frames.cards is not None:
+        attempt.path("cards.html").write_text(cards_page(frames.cards, config.name), encoding="utf-8")
+        names.append("cards.html")
     published = attempt.publish(verdict=record["word"], failures=len(found["failures"]))
-    for name in ("final_report.txt", "report.json"):  # copies that keep their names, for people
+    for name in names:  # copies that keep their names, for people
         write_atomic(run.path / name, published.path(name).read_bytes())
 
 

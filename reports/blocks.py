@@ -19,12 +19,14 @@ class Prose(NamedTuple):
     """One paragraph."""
 
     text: str
+    kind = "prose"
 
 
 class Items(NamedTuple):
     """A list; what follows an item's first line, such as a path, is not wrapped."""
 
     items: Sequence[str]
+    kind = "items"
 
 
 class Table(NamedTuple):
@@ -33,6 +35,7 @@ class Table(NamedTuple):
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     title: str = ""
+    kind = "table"
 
     @property
     def words(self) -> set[int]:

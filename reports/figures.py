@@ -40,6 +40,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "penalties": _column(frames.training, shown_policy, "objective/penalty"),
         "compound_rewards": _column(frames.training, shown_policy, "objective/compound"),
         "steering": frames.steering,
+        "cards": _cards(frames.cards),
         "outputs": _outputs(run, frames, shown_policy),
         "failures": _failures(frames.phases),
         "phases": _phases(frames.phases),
@@ -55,6 +56,15 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "sources": _sources(run, frames),
         "comparable": _comparable(run, frames),
     }
+
+
+def _cards(cards: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the report says of the cards; the cards themselves are a page of their own."""
+    if cards is None:
+        return None
+    scores = [card["label"]["score"] for card in cards["cards"] if card["label"] and card["label"]["score"] is not None]
+    mean = sum(scores) / len(scores) if scores else None
+    return {"n": len(cards["cards"]), "minimal_edits": cards["minimal_edits"], "labels": cards["labels"], "n_scored": len(scores), "mean_score": mean}
 
 
 def without_nan(value: Any) -> Any:

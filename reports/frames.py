@@ -43,6 +43,7 @@ class Frames(NamedTuple):
     """A row a latent: what the probe measured of it."""
     models: dict[str, Any] | None
     """What fetch recorded: where models and data lie, and their hashes."""
+    cards: dict[str, Any] | None
 
 
 def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
@@ -71,7 +72,7 @@ def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
 def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Published], run: RunDir) -> Frames:
     """Frames of published outputs; an output that is damaged marks its unit as failed."""
     manifests = {key: p.manifest for key, p in published.items()}
-    features, steering, models = None, None, None
+    features, steering, models, cards = None, None, None, None
     calibrations, evaluations = {}, {}
     training, generations = [], []
     probe = pd.DataFrame()
@@ -85,6 +86,8 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
                     probe = pd.read_parquet(unit_files.path("table.parquet"))
             elif phase == "steer":
                 steering = unit_files.json("summary.json")
+            elif phase == "cards":
+                cards = unit_files.json("cards.json")
             elif phase == "ppo":
                 training.append(_metrics(unit_files.path("metrics.jsonl"), unit))
                 calibrations[unit] = unit_files.json("calibration.json")
@@ -108,6 +111,7 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
         generations=_judged(_joined(generations, "prompt_id"), penalised_latents(run, features), (features or {}).get("monitors", [])),
         probe=probe,
         models=models,
+        cards=cards,
     )
 
 

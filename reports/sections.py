@@ -33,13 +33,20 @@ class Section(NamedTuple):
 
 def verdict(figures: dict[str, Any]) -> list[Block]:
     """The word, with what keeps it from saying more than the intervals do, and the figures behind it."""
-    v, rule = figures["verdict"], figures["rule"]
+    v = figures["verdict"]
     word = v["word"] + (f" ({v['qualifier']})" if v["qualifier"] else "")
     blocks: list[Block] = [Prose(f"Verdict: {word}"), Prose(f"Because {v['reason']}.")]
     if v["caution"]:
         blocks.append(Prose(f"{v['caution']}."))
     if v["word"] == "not available":
         blocks.append(Prose("RESULTS above therefore rests on the training log alone."))
+    return blocks + verdict_figures(figures)
+
+
+def verdict_figures(figures: dict[str, Any]) -> list[Block]:
+    """What the word rests on, and the rule."""
+    v, rule = figures["verdict"], figures["rule"]
+    blocks: list[Block] = []
     rows = [c for c in v["changes"] if c["n"] and c["arm"] in ("penalty", "penalty - random") and c["measure"] != "n_tokens"]
     if rows:
         blocks.append(
@@ -227,6 +234,57 @@ def features(figures: dict[str, Any]) -> list[Block]:
     return blocks + [Prose(f"Warning: {warning}") for warning in found.get("warnings", [])]
 
 
+def rankings(figures: dict[str, Any]) -> list[Block]:
+    """The effect's choice of latents beside what weight, activity and upstream's s would have chosen."""
+    rows = (figures["features"] or {}).get("rankings")
+    if not rows:
+        return list(NOT_AVAILABLE)
+    names = {"effect": "effect on the margin", "weight": "weight", "difference": "activity difference", "upstream_s": "upstream's s"}
+    return [
+        Prose(
+            "The first latents by each ranking, made on discovery: how many the effect ranks first too, are of that role, and are confirmed on "
+            "validation; `effect` is their mean effect on the validation margin. Upstream's s is (c - j) / (c + j + C); it looks at no weight."
+        ),
+        Table(
+            ["Ranking", "role", "latents", "shared", "of role", "confirmed", "effect"],
+            [
+                [
+                    names[r["ranking"]],
+                    r["role"],
+                    len(r["latents"]),
+                    r["shared_with_effect"],
+                    r["of_role"],
+                    r["confirmed"],
+                    general(r["mean_effect_validation"]),
+                ]
+                for r in rows
+            ],
+        ),
+    ]
+
+
+def cards(figures: dict[str, Any]) -> list[Block]:
+    """Where the cards are, and whether the data could test what in a text sets a latent off."""
+    found = figures["cards"]
+    if found is None:
+        return list(NOT_AVAILABLE)
+    edits = found["minimal_edits"]
+    blocks: list[Block] = [Prose(f"{found['n']} latents have a card in cards.html: texts they fire on, near misses, random texts, histogram and effect.")]
+    if edits["enough"]:
+        blocks.append(Prose(f"{edits['n']} pairs of responses differ by a small edit; each card shows the edits that move its latent."))
+    else:
+        blocks.append(
+            Prose(
+                f"{edits['n']} pairs of responses differ by a small edit, of {edits['needed']} needed: "
+                "what in a text sets a latent off was not tested, only what the latent does to the reward."
+            )
+        )
+    if found["labels"]:
+        mean = fixed(found["mean_score"], 2)
+        blocks.append(Prose(f"Labels by {found['labels']['model']}: mean balanced accuracy {mean} on held-out texts, over {found['n_scored']} latents."))
+    return blocks
+
+
 def steering(figures: dict[str, Any]) -> list[Block]:
     summary = figures["steering"]
     if summary is None or not summary["texts"]:
@@ -360,6 +418,8 @@ SECTIONS = (
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),
     Section("features", "Features: effects on held-out prompts", features),
+    Section("rankings", "Features: rankings compared", rankings),
+    Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
     Section("phases", "The run's parts", phases),
     Section("provenance", "Provenance", provenance),

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 Part = Literal["sarm_train", "discovery", "validation", "test", "ppo", "policy_eval"]
 PARTS: tuple[Part, ...] = ("sarm_train", "discovery", "validation", "test", "ppo", "policy_eval")
 
-Phase = Literal["fetch", "encode", "probe", "select", "steer", "ppo", "evaluate", "report"]
-PHASES: tuple[Phase, ...] = ("fetch", "encode", "probe", "select", "steer", "ppo", "evaluate", "report")
+Phase = Literal["fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report"]
+PHASES: tuple[Phase, ...] = ("fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report")
 
 Arm = Literal["penalty", "no_penalty", "random"]
 
@@ -131,6 +131,19 @@ class ProbeConfig(Strict):
     """Label-blind filter: a latent is tested if it is active on at least this many discovery prompts."""
     permutations: Positive = 20_000
     bootstrap: Positive = 1000
+    directions: tuple[float, ...] = (3.0, -3.0)
+    """Standard deviations c by which validation's states are moved along each latent's decoder direction; none skips that."""
+
+    @field_validator("directions", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(float(c) if isinstance(c, int) and not isinstance(c, bool) else c for c in value) if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _distinct_moves(self) -> ProbeConfig:
+        if 0.0 in self.directions or len(set(self.directions)) < len(self.directions):
+            raise ValueError("directions must be distinct and not zero")
+        return self
 
 
 class SelectConfig(Strict):
@@ -141,6 +154,8 @@ class SelectConfig(Strict):
     penalised: Positive = 3
     monitors: Count = 5
     monitor_max_cosine: Fraction = 0.5
+    redraws: Count = 3
+    """Repetitions of the selection with other seeds, splits, sizes and shuffled labels; 0 leaves them out."""
     random_candidates: Positive = 30
     """Matched random latents offered to the random arm, which keeps the first with the right dose."""
 
@@ -148,6 +163,37 @@ class SelectConfig(Strict):
 class SteerConfig(Strict):
     file: str | None = None
     """A steering file as upstream writes it, relative to the checkout; by default the listed harming latents times 0."""
+
+
+class LabelConfig(Strict):
+    """An OpenAI-compatible endpoint that puts names to latents; texts of the data are sent there."""
+
+    url: str
+    """Up to and without `/chat/completions`, such as `http://127.0.0.1:8000/v1`."""
+    model: str
+    key_variable: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")] | None = None
+    """The *name* of the environment variable that holds the key; null for an endpoint without keys."""
+    held_out: Positive = 20
+    """Held-out texts of either kind that a label is scored on."""
+    max_tokens: Positive = 200
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+    @field_validator("url")
+    @classmethod
+    def _no_secret(cls, url: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", url):
+            raise ValueError("give http(s)://host/path without user, password or query; a key comes from the environment variable key_variable names")
+        return url
+
+
+class CardsConfig(Strict):
+    """The latent cards; see `sarm/cards.py`."""
+
+    top: Positive = 10
+    """Top activating texts on a card."""
+    controls: Positive = 5
+    """Near misses, and as many random texts."""
+    label: LabelConfig | None = None
 
 
 class PenaltyConfig(Strict):
@@ -193,8 +239,8 @@ class PpoConfig(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] = 0
-    weights: Literal["float32_master", "stochastic_rounding"] = "float32_master"
-    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step."""
+    weights: Literal["float32_master", "compact"] = "float32_master"
+    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 16 bytes a parameter, or 7; see `sarm/ppo/optimizer.py`."""
     learning_rate: Nonnegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 0
@@ -236,10 +282,8 @@ class PpoConfig(Strict):
     def _trainable(self) -> PpoConfig:
         if self.top_p < 1:
             raise ValueError("training with top_p < 1 is refused: old log-probabilities would not be the sampler's; set ppo.top_p=1")
-        if self.weights == "stochastic_rounding" and (self.lora or self.zero_stage):
-            raise ValueError(
-                "weights=stochastic_rounding is for full fine-tuning without ZeRO, whose optimizers keep float32 copies; set lora=null and zero_stage=0"
-            )
+        if self.weights == "compact" and (self.lora or self.zero_stage):
+            raise ValueError("weights=compact is for full fine-tuning without ZeRO, whose optimizers keep float32 copies; set lora=null and zero_stage=0")
         if self.batch_size % self.num_mini_batches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of num_mini_batches {self.num_mini_batches}")
         if not self.arms or not self.seeds:
@@ -310,6 +354,7 @@ class Config(Strict):
     probe: ProbeConfig = ProbeConfig()
     select: SelectConfig = SelectConfig()
     steer: SteerConfig = SteerConfig()
+    cards: CardsConfig = CardsConfig()
     ppo: PpoConfig = PpoConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     verdict: VerdictConfig = VerdictConfig()

@@ -140,9 +140,10 @@ def pairs_in(data: Data, part: Part, source: str | None = None) -> list[Pair]:
 
 
 def texts_to_encode(data: Data) -> list[Text]:
-    """Every distinct (prompt, response) of the discovery, validation and test parts, sorted by id.
+    """Every distinct (prompt, response) of the discovery, validation and test parts, sorted by prompt and id.
 
-    A response that is chosen in one pair and rejected in another is listed once a label.
+    A response that is chosen in one pair and rejected in another is listed once a label. A prompt's texts lie together,
+    so that a shard has most of them and computes their prompt once.
     """
     texts: dict[str, Text] = {}
     for pair in data.pairs:
@@ -152,7 +153,7 @@ def texts_to_encode(data: Data) -> list[Text]:
             messages = (*pair.prompt.messages, {"role": "assistant", "content": response})
             id_ = f"{text_id(messages)}-{label[0]}"
             texts.setdefault(id_, Text(id_, pair.prompt.id, pair.source, pair.prompt.part, label, messages))
-    return [texts[id_] for id_ in sorted(texts)]
+    return sorted(texts.values(), key=lambda text: (text.prompt_id, text.id))
 
 
 def prompt_id(messages: Iterable[Message]) -> str:

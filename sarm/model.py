@@ -7,7 +7,6 @@ encoded; SAE and head compute in float32 whatever the trunk's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from sarm.checkpoint import SarmModelConfig, Weights, model_config, model_folder, read_config, read_tensors
 from sarm.config import SarmConfig
-from sarm.packed import end_states
+from sarm.packed import Packed, end_states, join_projections, pack
 from sarm.sae import TopKSae
 
 
@@ -144,14 +143,12 @@ class SarmModel(PreTrainedModel):
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if reward_positions is not None:
             real = real & (width <= reward_positions.unsqueeze(1))
-        return self.packed_states(input_ids[real], real.sum(1).tolist())
+        rows = [[id_ for id_, is_real in zip(*row, strict=True) if is_real] for row in zip(input_ids.tolist(), real.tolist(), strict=True)]
+        return self.packed_states(pack(rows, input_ids.device))
 
-    def packed_states(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The residual stream after the source layer at each row's end, (B, d_in) in the SAE's dtype.
-
-        `ids` (T,) are the rows' tokens one after another, without padding; `lengths` sum to T.
-        """
-        return end_states(self.model, ids, lengths).to(self.sae.pre_bias.dtype)
+    def packed_states(self, packed: Packed) -> Tensor:
+        """The residual stream after the source layer at each row's end, (B, d_in) in the SAE's dtype."""
+        return end_states(self.model, packed).to(self.sae.pre_bias.dtype)
 
     def rewards(self, values: Tensor, indices: Tensor) -> Tensor:
         """The reward of sparse latents, (B, k) each, to (B,)."""
@@ -173,6 +170,8 @@ def load_sarm(config: SarmConfig, device: torch.device | str | None = None) -> t
     model = SarmModel.from_pretrained(folder, dtype=config.dtype, use_topk=config.use_topk, local_files_only=True)
     tokenizer = load_tokenizer(config)
     nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if model.device.type == "cuda":
+        join_projections(model.model)
     return model, tokenizer
 
 

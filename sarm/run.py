@@ -191,6 +191,7 @@ class Attempt:
         self._folders: dict[str, Path] = {}
         self._inputs: dict[str, str] = {}
         self._last_progress = 0.0
+        self._first_progress: tuple[int, str, float] | None = None
         before = run.manifest(phase, unit)
         self._replaces = before["attempt"] if before else None
 
@@ -237,9 +238,13 @@ class Attempt:
         if time.monotonic() - self._last_progress < 1.0 and done < total:
             return
         self._last_progress = time.monotonic()
+        if self._first_progress is None or self._first_progress[1] != what:
+            self._first_progress = (done, what, time.monotonic())
+        # Where this attempt began, a resumed one not at 0, and how long it has taken since: what is left follows.
+        since = {"from": self._first_progress[0], "seconds": round(time.monotonic() - self._first_progress[2], 1)}
         file = self.run.progress_file(self.phase, self.unit)
         file.parent.mkdir(parents=True, exist_ok=True)
-        who = {"attempt": self.id, "pid": os.getpid(), "host": socket.gethostname(), "at": now(), "started": self.started}
+        who = {"attempt": self.id, "pid": os.getpid(), "host": socket.gethostname(), "at": now(), "started": self.started, **since}
         write_atomic(file, json.dumps({"done": done, "total": total, "what": what, **who, **more}).encode(), durable=False)
 
     def publish(self, *, range_: tuple[int, int] | None = None, total: int | None = None, device: str = "cpu", **more: Any) -> Published:

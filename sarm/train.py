@@ -27,7 +27,6 @@ from sarm.config import TrainSarmConfig, UserError
 from sarm.datasets import Data, Pair
 from sarm.model import SarmModel
 from sarm.sae import TopKSae
-from sarm.scoring import length_batches
 from sarm.tokens import tokenize_conversation
 
 Floats = NDArray[np.float64]
@@ -155,6 +154,19 @@ def token_states(
         else:
             every = h[real]
             yield torch.cat([every, last.repeat(math.ceil(len(every) / len(last)), 1)[: len(every)]])
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Rows in batches of like length, longest first, each padded to at most `tokens_per_batch` tokens or of one row."""
+    rows: list[int] = []
+    # Longest first: what does not fit in memory fails at once.
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if rows and lengths[rows[0]] * (len(rows) + 1) > tokens_per_batch:
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
 
 
 def endless_states(one_pass: Callable[[], Iterator[Tensor]], normalise: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:

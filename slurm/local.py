@@ -13,24 +13,22 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import submitit
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
-from sarm.config import ROOT, UserError, load_config
+from sarm.cli import ended
+from sarm.config import ROOT, load_config
 from sarm.run import RunDir, write_atomic
 from slurm.dag import Node, Task, tasks
 from slurm.entry import GRACE_S, run_spec
 from slurm.lock import held
+from slurm.status import tell_local_states
+from slurm.view import Unit, View, last_lines, span
 
 POLL_S = 0.2
-PLAIN_EVERY_S = 20.0
 
 
 @dataclass
@@ -59,21 +57,22 @@ def main(argv: list[str] | None = None) -> int:
     # A dropped connection or a kill stops jobs as Ctrl-C does.
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.default_int_handler)
+    return ended(lambda: run_here(args), args.run)
+
+
+def run_here(args: argparse.Namespace) -> int:
+    """0 where all went well, 1 where a task failed, 130 where it was stopped."""
+    run = RunDir.create(args.run, load_config(args.config, args.overrides))
     try:
-        run = RunDir.create(args.run, load_config(args.config, args.overrides))
         with held(run.path / "run.lock", f"a run in {run.path}"):
             state = run_all(run, workers=args.workers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from here, logs are in {Path(args.run) / 'logs'}", file=sys.stderr)
+        print(f"\nstopped; the same command goes on from here, logs are in {run.path / 'logs'}", file=sys.stderr)
         return 130
     failed = [node for node, word in state.word.items() if word == "failed"]
     for node in failed:
-        print(f"error: {node} failed; its log is {run.log(*node)}: {last_line(run.log(*node))}", file=sys.stderr)
-    report = Node("report", "all")
-    if state.well(report):
+        print(f"error: {node} failed; its log is {run.log(*node)}: {' '.join(last_lines(run, node, 1)) or 'it is empty'}", file=sys.stderr)
+    if state.well(Node("report", "all")):
         print(run.path / "final_report.txt")
     return 1 if failed else 0
 
@@ -86,9 +85,8 @@ def run_all(run: RunDir, *, workers: int) -> State:
     folder = run.path / "submitit" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     # A folder of its own for every launch: submitit's local results are named by pid, and pids come round again.
     folder.mkdir(parents=True, mode=0o700)
-    show = Display(run, plan, state)
     try:
-        with show:
+        with View(run) as view:
             while not all(state.ended(task.node) for task in plan):
                 _settle(run, jobs, state)
                 ready = [task for task in plan if state.word[task.node] == "waiting" and all(state.ended(need) for need in task.needs)]
@@ -102,7 +100,8 @@ def run_all(run: RunDir, *, workers: int) -> State:
                         threads = max(1, (os.cpu_count() or 1) // workers)
                         jobs[task.node] = _submit(run, task, folder, threads)
                         state.word[task.node], state.began[task.node] = "running", time.monotonic()
-                show.update()
+                tell_local_states(run, state.word)
+                view.update(units_of(run, state))
                 if jobs:
                     time.sleep(POLL_S)
     except KeyboardInterrupt:
@@ -111,8 +110,22 @@ def run_all(run: RunDir, *, workers: int) -> State:
     return state
 
 
+def units_of(run: RunDir, state: State) -> list[Unit]:
+    """The state as it is shown."""
+    units = []
+    for node, word in state.word.items():
+        if word == "running":
+            note = span(time.monotonic() - state.began[node])
+        else:
+            took = f"in {span(state.took[node])}" if node in state.took else ""
+            note = {"skipped": "done already", "failed": f"{took}, see {run.log(*node)}"}.get(word, took)
+        units.append(Unit(node, word, note))
+    return units
+
+
 def _submit(run: RunDir, task: Task, folder: Path, threads: int) -> Any:
     phase, unit = task.node
+    run.progress_file(phase, unit).unlink(missing_ok=True)  # an earlier attempt's
     force = ["--force"] if task.when == "afterany" else []
     # submitit's local executor hides all GPUs from what it starts; jobs are to see those this launcher sees.
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
@@ -149,72 +162,6 @@ def _stop(jobs: dict[Node, Any]) -> None:
     deadline = time.monotonic() + GRACE_S + 5
     while any(not job.done() for job in jobs.values()) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-
-
-class Display:
-    """Progress: a live table on a terminal, otherwise a line a change and now and then where things stand."""
-
-    def __init__(self, run: RunDir, plan: list[Task], state: State) -> None:
-        self.run, self.plan, self.state = run, plan, state
-        self.console = Console()
-        self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
-        self.seen: dict[Node, str] = {}
-        self.spoke = time.monotonic()
-
-    def __enter__(self) -> Display:
-        if self.live:
-            self.live.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.update()
-        if self.live:
-            self.live.__exit__(*error)
-
-    def update(self) -> None:
-        say: Callable[[str], None] = self.console.print if self.live else lambda line: print(line, flush=True)
-        for node, word in self.state.word.items():
-            if self.seen.get(node, "waiting") != word:
-                self.seen[node] = word
-                took = f" in {self.state.took[node]:.0f} s" if node in self.state.took else ""
-                note = {"skipped": "already done, skipped", "done": f"done{took}", "failed": f"FAILED{took}, see {self.run.log(*node)}"}.get(word, word)
-                say(f"{node!s:28} {note}")
-        if self.live:
-            self.live.update(self._table())
-        elif time.monotonic() - self.spoke > PLAIN_EVERY_S:
-            self.spoke = time.monotonic()
-            for node in (n for n, word in self.state.word.items() if word == "running"):
-                say(f"{node!s:28} {progress_text(self.run, node, self.state.began[node])}")
-
-    def _table(self) -> Table:
-        table = Table(box=None, header_style="bold")
-        for column in ("phase", "state", "progress"):
-            table.add_column(column)
-        for node, word in self.state.word.items():
-            table.add_row(str(node), word, progress_text(self.run, node, self.state.began[node]) if word == "running" else "")
-        return table
-
-
-def progress_text(run: RunDir, node: Node, began: float) -> str:
-    """`step 12/100, 40 s left`, from what the job last wrote; empty where it has written nothing yet."""
-    elapsed = time.monotonic() - began
-    try:
-        told = json.loads(run.progress_file(*node).read_text())
-    except (FileNotFoundError, ValueError):
-        return f"{elapsed:.0f} s"
-    if not told["done"]:
-        return f"{told['what']}, {elapsed:.0f} s"
-    more = "".join(f", {key} {told[key]:.3f}" for key in ("reward", "penalty") if isinstance(told.get(key), (int, float)))
-    return f"{told['what']} {told['done']}/{told['total']}{more}, {elapsed * (told['total'] - told['done']) / told['done']:.0f} s left"
-
-
-def last_line(log: Path) -> str:
-    """The last non-empty line of a log, where causes stand."""
-    try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return "no log"
-    return lines[-1].strip() if lines else "empty log"
 
 
 if __name__ == "__main__":

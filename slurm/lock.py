@@ -75,6 +75,11 @@ def held(path: Path, what: str) -> Iterator[None]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def at_work(path: Path) -> bool:
+    """Whether somebody holds this lock who is not known to be gone."""
+    return path.exists() and not _gone(_owner(path))
+
+
 def _owner(path: Path) -> dict[str, object]:
     try:
         owner = json.loads((path / "owner.json").read_text())

@@ -10,27 +10,32 @@ import argparse
 import json
 import shutil
 import sys
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from sarm.cli import ended
 from sarm.config import UserError
-from sarm.run import RunDir
+from sarm.run import RunDir, write_atomic
 from slurm import queue
 from slurm.dag import Node, tasks
+from slurm.lock import at_work
 from slurm.plan import Batch
 from slurm.submit import last_journal
+from slurm.view import Unit, last_lines, read_progress, span
 
 GOOD_ENDS = ("COMPLETED", "PENDING", "RUNNING", "REQUEUED")
+LOCAL_STATES = "local.json"
 
 
 class Row(NamedTuple):
     """One unit's line."""
 
-    node: Node
-    state: str
+    unit: Unit
     progress: str
     took: str
     efficiency: str
@@ -42,6 +47,8 @@ class Slurm(NamedTuple):
 
     live: dict[Node, queue.QueuedJob]
     past: dict[Node, queue.PastJob]
+    heard: bool = True
+    """False where the queue did not answer, so that an empty `live` means nothing."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,47 +58,78 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hashes", action="store_true", help="hash every published file instead of comparing sizes")
     parser.add_argument("--cancel", action="store_true", help="cancel the run's jobs")
     args = parser.parse_args(argv)
-    try:
-        run = RunDir.open(args.run)
-        if args.cancel:
-            print(cancel(run))
-            return 0
-        slurm = ask_slurm(run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    rows = [row(run, task.node, slurm, hashes=args.hashes) for task in tasks(run.config)]
+    return ended(lambda: status(args), args.run)
+
+
+def status(args: argparse.Namespace) -> int:
+    run = RunDir.open(args.run)
+    if args.cancel:
+        print(cancel(run))
+        return 0
+    slurm, local = ask_slurm(run), local_states(run)
+    if not slurm.heard:
+        print("warning: the queue gave no answer; showing manifests alone", file=sys.stderr)
+    rows = [row(run, task.node, slurm, local, hashes=args.hashes) for task in tasks(run.config)]
     table = Table(box=None, header_style="bold")
     for column in ("phase", "state", "progress", "took", "CPU", "log"):
         table.add_column(column, overflow="fold")
     for line in rows:
-        table.add_row(str(line.node), *line[1:])
+        state = f"{line.unit.state}: {line.unit.note}" if line.unit.note and line.unit.kind != "done" else line.unit.state
+        table.add_row(*map(Text, (str(line.unit.node), state, *line[1:])))
     console = Console()
     console.print(table)
-    for line in rows:
-        if line.state.startswith(("failed", "TIMEOUT", "OUT_OF_MEMORY", "CANCELLED", "NODE_FAIL", "FAILED")):
-            for text in last_lines(run, line.node, 3):
-                console.print(f"  {line.node}: {text}", style="dim", highlight=False, markup=False)
-    return 0 if all(line.state == "done" for line in rows) else 1
+    say_causes(run, [line.unit for line in rows], console)
+    return 0 if all(line.unit.state == "done" for line in rows) else 1
 
 
-def row(run: RunDir, node: Node, slurm: Slurm, *, hashes: bool) -> Row:
-    """A unit's line: done by its manifest, else as the queue has it, else as accounting has it, else why it is not done."""
-    why = run.undone_because(*node, hashes=hashes)
-    log = run.log(*node)
-    past = slurm.past.get(node)
-    told = progress(run, node)
-    if why is None:
-        state, shown = "done", ""
-    elif node in slurm.live:
-        job = slurm.live[node]
-        state, shown = f"{job.state.lower()}{f' ({job.reason})' if job.state == 'PENDING' else ''}", told if job.state == "RUNNING" else ""
-    elif past is not None and past.state not in GOOD_ENDS:
-        state, shown = f"{past.state} (exit {past.exit_code})", told
-    else:
-        state, shown = f"failed: {why}" if log.exists() else why, told
+def say_causes(run: RunDir, units: Iterable[Unit], console: Console) -> None:
+    """The ends of the logs of what failed."""
+    for unit in units:
+        for line in last_lines(run, unit.node, 3) if unit.kind == "failed" else []:
+            console.print(Text(f"  {unit.node}: {line}", "dim"))
+
+
+def row(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool) -> Row:
+    """A unit's line."""
+    unit, past, log = unit_state(run, node, slurm, local, hashes=hashes), slurm.past.get(node), run.log(*node)
+    shown = "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(run, node) or "")
     efficiency = f"{past.cpu_efficiency:.0%}" if past is not None and past.cpu_efficiency is not None else ""
-    return Row(node, state, shown, duration(run, node), efficiency, str(log.relative_to(run.path)) if log.exists() else "")
+    return Row(unit, shown, duration(run, node), efficiency, str(log.relative_to(run.path)) if log.exists() else "")
+
+
+def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool) -> Unit:
+    """A unit as it stands: done by its manifest, else as the queue, a local launcher or the accounting has it, else why it is not done."""
+    why = run.undone_because(*node, hashes=hashes)
+    past = slurm.past.get(node)
+    if why is None:
+        return Unit(node, "done", duration(run, node))
+    if node in slurm.live:
+        job = slurm.live[node]
+        return Unit(node, job.state.lower(), job.reason if job.state == "PENDING" else "")
+    if node in local:
+        return Unit(node, local[node])
+    if past is not None and past.state not in GOOD_ENDS:
+        return Unit(node, past.state, f"exit {past.exit_code}")
+    return Unit(node, "failed" if run.log(*node).exists() else "waiting", why)
+
+
+def tell_local_states(run: RunDir, words: Mapping[Node, str]) -> None:
+    """Leave a local launcher's word on every unit where `local_states` finds it."""
+    told = json.dumps({str(node): word for node, word in words.items()}).encode()
+    path = run.path / LOCAL_STATES
+    if not path.exists() or path.read_bytes() != told:
+        write_atomic(path, told, durable=False)
+
+
+def local_states(run: RunDir) -> dict[Node, str]:
+    """What a launcher at work in this run says of each unit; empty where none is at work."""
+    if not at_work(run.path / "run.lock"):
+        return {}
+    try:
+        words = json.loads((run.path / LOCAL_STATES).read_text())
+    except (OSError, ValueError):
+        return {}
+    return {task.node: words[str(task.node)] for task in tasks(run.config) if str(task.node) in words}
 
 
 def ask_slurm(run: RunDir) -> Slurm:
@@ -99,15 +137,14 @@ def ask_slurm(run: RunDir) -> Slurm:
     journal = last_journal(run)
     if journal is None or shutil.which("squeue") is None:
         return Slurm({}, {})
-    ids = journal["jobs"]
+    ids, heard = journal["jobs"], True
     try:
         live = {job.id: job for job in queue.live_jobs(ids.values())}
-    except UserError as error:
-        print(f"warning: {error}; showing manifests alone", file=sys.stderr)
-        live = {}
+    except UserError:
+        live, heard = {}, False
     past = queue.history(ids.values())
     nodes = unit_ids(journal)
-    return Slurm({n: live[i] for n, i in nodes.items() if i in live}, {n: past[i] for n, i in nodes.items() if i in past})
+    return Slurm({n: live[i] for n, i in nodes.items() if i in live}, {n: past[i] for n, i in nodes.items() if i in past}, heard)
 
 
 def unit_ids(journal: dict[str, Any]) -> dict[Node, str]:
@@ -133,34 +170,13 @@ def cancel(run: RunDir) -> str:
     return f"cancelled {len(alive)} jobs of submission {journal['id']}; make submit-all goes on from what is done"
 
 
-def progress(run: RunDir, node: Node) -> str:
-    """`step 12/100, 40 s left` as the job last told it; empty where it has told nothing."""
-    try:
-        told = json.loads(run.progress_file(*node).read_text())
-        elapsed = (datetime.now(UTC) - datetime.fromisoformat(told["started"])).total_seconds()
-    except (FileNotFoundError, ValueError, KeyError):
-        return ""
-    if not told["done"]:
-        return str(told["what"])
-    return f"{told['what']} {told['done']}/{told['total']}, {elapsed * (told['total'] - told['done']) / told['done']:.0f} s left"
-
-
 def duration(run: RunDir, node: Node) -> str:
     """How long the published attempt took, or an empty string."""
     manifest = run.manifest(*node)
     if manifest is None:
         return ""
     seconds = (datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])).total_seconds()
-    return f"{seconds:.0f} s"
-
-
-def last_lines(run: RunDir, node: Node, count: int) -> list[str]:
-    """The last non-empty lines of a unit's log; none where the log is gone."""
-    try:
-        lines = [line.rstrip() for line in run.log(*node).read_text(errors="replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return []
-    return lines[-count:]
+    return span(seconds)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def bf16_cases(world: World, policy: Path, folder: Path) -> None:
     for stage in (1, 2, 3):
         uninterrupted_and_resumed(world, policy, folder / f"full{stage}", {"zero_stage": stage}, "bfloat16")
     uninterrupted_and_resumed(world, policy, folder / "lora3", {"zero_stage": 3, "lora": {"rank": 2, "alpha": 4}}, "bfloat16")
-    uninterrupted_and_resumed(world, policy, folder / "stochastic", {"weights": "stochastic_rounding"}, "bfloat16")
+    uninterrupted_and_resumed(world, policy, folder / "compact", {"weights": "compact"}, "bfloat16")
 
 
 @pytest.mark.slow

@@ -219,5 +219,5 @@ def test_units() -> None:
     assert made.units("encode") == ("shard-0000-of-0002", "shard-0001-of-0002")
     assert made.units("ppo") == ("penalty-seed0", "no_penalty-seed0", "penalty-seed7", "no_penalty-seed7")
     assert made.units("evaluate") == ("base", *made.units("ppo"))
-    assert [made.units(phase) for phase in PHASES if phase not in ("encode", "probe", "ppo", "evaluate")] == [("all",)] * 4
+    assert [made.units(phase) for phase in PHASES if phase not in ("encode", "probe", "ppo", "evaluate")] == [("all",)] * 5
     assert [arm_and_seed(unit) for unit in made.units("ppo")][-1] == ("no_penalty", 7)

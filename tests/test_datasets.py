@@ -369,7 +369,7 @@ def test_part_of_takes_all_and_nothing() -> None:
 def test_texts_to_encode_are_distinct_sorted_and_of_three_parts(many: Path) -> None:
     data = load(many, split=SPLIT)
     texts = texts_to_encode(data)
-    assert [t.id for t in texts] == sorted({t.id for t in texts})
+    assert [(t.prompt_id, t.id) for t in texts] == sorted({(t.prompt_id, t.id) for t in texts})
     assert {t.part for t in texts} == {"discovery", "validation", "test"}
     pairs = [pair for part in ("discovery", "validation", "test") for pair in pairs_in(data, part)]  # type: ignore[arg-type]
     assert len(texts) == len(pairs) * 3 // 2, "a chosen response shared by two pairs is one text"

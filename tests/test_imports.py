@@ -25,6 +25,8 @@ LIGHT = (
     "slurm.queue",
     "slurm.sbatch",
     "slurm.submit",
+    "slurm.view",
+    "slurm.watch",
     "reports",
     "jobs.__main__",
 )

@@ -68,7 +68,7 @@ def edit_manifest(run: RunDir, unit: str, **changes: Any) -> None:
 def test_encode_leaves_every_text_once(done: RunDir) -> None:
     encoded = read_encoded(done.read_shards("encode"))
     texts = encoded.texts
-    assert texts["row"].tolist() == list(range(len(texts))) and texts["text_id"].is_monotonic_increasing and texts["text_id"].is_unique
+    assert texts["row"].tolist() == list(range(len(texts))) and texts["prompt_id"].is_monotonic_increasing and texts["text_id"].is_unique
     assert set(texts["part"]) == {"discovery", "validation", "test"} and set(texts["label"]) == {"chosen", "rejected"}
     assert encoded.ranks.indices.shape == encoded.ranks.values.shape == (len(texts), 8 + done.config.encode.extra_ranks)
     assert (np.diff(encoded.ranks.values, axis=1) <= 0).all()

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from sarm import kernels
-from sarm.config import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -29,14 +24,12 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
-TRITON_RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture(params=["plain", "triton"] if TRITON_RUNS else ["plain"])
+@pytest.fixture(params=["plain", "triton"])
 def ops(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     """`sarm.kernels` as this machine runs it, and the Triton kernels themselves."""
     if request.param == "plain":
         return kernels
+    pytest.importorskip("triton")
     from sarm import triton_kernels
 
     return triton_kernels
@@ -75,13 +68,3 @@ def test_rotation_equals_llamas(ops, dtype: torch.dtype, heads: int, d: int) -> 
     with torch.no_grad():
         # Plain torch rounds both products to bf16 before their sum.
         torch.testing.assert_close(ops.rotate(x, cos, sin).float(), expected[0].transpose(0, 1), rtol=0, atol=2e-6 if dtype == torch.float32 else 2**-5)
-
-
-@pytest.mark.skipif(TRITON_RUNS, reason="the kernels run in this process")
-def test_triton_kernels_under_the_interpreter() -> None:
-    """In a process of its own: Triton reads the variable once, when a kernel is defined."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "20 passed" in done.stdout

@@ -18,6 +18,7 @@ from slurm import entry, local, lock
 from slurm.dag import Node, tasks
 from slurm.lock import held
 from slurm.status import main as status
+from slurm.view import last_lines
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_every_task_comes_after_all_that_it_needs(config: Config) -> None:
     for task in tasks(config):
         assert set(task.needs) <= seen
         seen.add(task.node)
-    assert len(seen) == 1 + 2 + 3 + 1 + 4 + 1 + 5 + 1
+    assert len(seen) == 1 + 2 + 3 + 1 + 4 + 1 + 1 + 5 + 1
 
 
 def test_base_is_evaluated_without_training_and_a_policy_after_its_own(config: Config) -> None:
@@ -88,7 +89,7 @@ def test_base_is_evaluated_without_training_and_a_policy_after_its_own(config: C
     assert needs[Node("evaluate", "base")] == (Node("select", "all"),)
     assert needs[Node("evaluate", "penalty-seed1")] == (Node("ppo", "penalty-seed1"),)
     assert len(needs[Node("probe", "shard-0000-of-0003")]) == 2
-    assert len(needs[Node("report", "all")]) == 17
+    assert len(needs[Node("report", "all")]) == 18
 
 
 def test_a_run_is_done_in_order_and_a_second_one_skips_all_of_it(fake_run: RunDir) -> None:
@@ -109,7 +110,7 @@ def test_a_failure_stops_what_depends_on_it_but_not_the_report(fake_run: RunDir,
     assert state.word[Node("evaluate", "penalty-seed0")] == "not run"
     assert state.word[Node("evaluate", "penalty-seed1")] == "done"
     assert state.word[Node("report", "all")] == "done"
-    assert "moon" in local.last_line(fake_run.log("ppo", "penalty-seed0"))
+    assert "moon" in last_lines(fake_run, Node("ppo", "penalty-seed0"), 1)[0]
     (fake_run.path / "faults.json").write_text("{}")
     again = local.run_all(fake_run, workers=2)
     redone = {str(node) for node, word in again.word.items() if word == "done"}

@@ -15,7 +15,7 @@ from transformers import LlamaModel, PreTrainedTokenizerFast
 
 from sarm.config import SarmConfig, UserError
 from sarm.model import SarmModel, load_sarm
-from sarm.scoring import encode_texts, length_batches
+from sarm.scoring import encode_texts
 from sarm.tokens import end_of_turn_id, template_ids, tokenize_conversation
 from tests import tiny
 
@@ -125,13 +125,6 @@ def test_batching_changes_rounding_alone(model: SarmModel, tiny_tokenizer: Any) 
     order = torch.randperm(len(many), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = encode(model, tiny_tokenizer, [many[i] for i in order])
     torch.testing.assert_close(shuffled.states, together.states[order], atol=1e-5, rtol=1e-5)
-
-
-def test_batches_keep_to_the_token_budget() -> None:
-    lengths = [5, 9, 2, 9, 30, 1, 4]
-    batches = list(length_batches(lengths, 18))
-    assert batches == [[4], [1, 3], [0, 6, 2], [5]]
-    assert list(length_batches([], 18)) == []
 
 
 def test_only_the_layers_needed_run(tiny_sarm: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:

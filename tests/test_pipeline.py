@@ -48,7 +48,7 @@ def test_the_report_is_read_from_job_outputs(finished: Path) -> None:
 def test_a_second_run_skips_everything_and_says_so(finished: Path) -> None:
     again = launch(finished)
     assert again.returncode == 0
-    assert again.stdout.count("already done, skipped") == 12
+    assert again.stdout.count("already done, skipped") == 13
     assert again.stdout.count("running") == 0
 
 
@@ -72,6 +72,6 @@ def test_a_flipped_bit_upstream_redoes_what_it_touches_with_the_same_numbers(fin
     after = (run.path / "final_report.txt").read_text()
 
     def figures(text: str) -> str:
-        return text.partition("PROVENANCE")[0].partition("CONFIGURATION")[2]
+        return text.partition("THE RUN'S PARTS")[0].partition("CONFIGURATION")[2]
 
     assert figures(after) == figures(before)

@@ -171,7 +171,7 @@ def test_p_of_few_prompts_is_the_share_of_all_relabelings() -> None:
 
 def test_labels_are_dealt_within_prompts_jointly() -> None:
     contrast = Contrast(np.arange(6), np.array([0, 0, 0, 0, 1, 1]), np.array([1.0, 0, 0, 0, 1, 0]), np.array([0, 1 / 3, 1 / 3, 1 / 3, 0, 1]), 2)
-    labels = np.concatenate(list(permuted_labels(contrast, 3000, 5000, 7)), axis=1)
+    labels = np.concatenate(list(permuted_labels(contrast, 5000, 7)), axis=1)
     assert labels.shape == (6, 5000)
     assert np.allclose(np.sort(labels[:4], axis=0), np.sort(contrast.labels[:4])[:, None])
     assert np.allclose(labels[4] + labels[5], 0)
@@ -268,7 +268,7 @@ def test_shuffled_labels_give_few_discoveries_over_repeated_draws(rejected: int)
     encoded, contrasts = planted_world(4, prompts=120, rejected=rejected)
     contrast, draws, found, confirmed = contrasts["discovery"], 60, 0, 0
     config = config_with(probe__permutations=1000, probe__bootstrap=2, select__fdr=0.1)
-    shuffled = {part: next(permuted_labels(c, draws, draws, 5)) for part, c in contrasts.items()}
+    shuffled = {part: next(permuted_labels(c, draws, 5)) for part, c in contrasts.items()}
     for draw in range(draws):
         drawn = {}
         for part, contrast in contrasts.items():

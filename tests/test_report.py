@@ -164,6 +164,9 @@ def publish_evaluation(run: RunDir, unit: str, table: pd.DataFrame, **summary: A
     attempt.publish()
 
 
+CARDS = {"n_texts": 0, "n_prompts": 0, "minimal_edits": {"n": 3, "enough": False, "needed": 20}, "labels": None, "cards": [], "texts": {}}
+
+
 def reference_run(path: Path, **changes: Any) -> RunDir:
     """A run directory that holds the reference run's numbers; its policies were never evaluated."""
     run = RunDir.create(path, reference_config(**changes.pop("ppo", {})))
@@ -173,6 +176,7 @@ def reference_run(path: Path, **changes: Any) -> RunDir:
     publish(run, "probe", "shard-0000-of-0001", location="outputs/probes")
     publish(run, "select", files={"features.json": json.dumps(given["features"])})
     publish(run, "steer", files={"summary.json": json.dumps(steering(given["steering"]))}, location="outputs/eval")
+    publish(run, "cards", files={"cards.json": json.dumps(CARDS)})
     publish_ppo(run, "penalty-seed0", given["progression"], 30 * 10**9, location="outputs/ppo_run1", training_log="outputs/ppo_training.log")
     return run
 

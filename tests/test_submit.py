@@ -21,7 +21,7 @@ from tests.fakes.site import CANARY, CONFIG, PROFILE, Site
 def test_the_whole_dag_goes_in_with_its_dependencies(site: Site) -> None:
     assert site.submit() == 0
     jobs = {job["name"].partition(".")[2]: (id_, job) for id_, job in site.jobs.items()}
-    assert len(jobs) == 1 + 3 + 1 + 1 + 2 + 3 + 1
+    assert len(jobs) == 1 + 3 + 1 + 1 + 1 + 2 + 3 + 1
     ids = {name: id_ for name, (id_, _) in jobs.items()}
     assert jobs["encode"][1]["elements"] == 2 and jobs["encode"][1]["dependency"] == ""
     # Five shards in arrays of at most two: three submissions, the last of one element and so no array.
@@ -47,7 +47,7 @@ def test_ppo_sees_all_gpus_of_the_node_and_requeues_a_bounded_number_of_times(si
 
 
 @pytest.mark.parametrize("fault", ["refuse", "lose"])
-@pytest.mark.parametrize("at", [1, 4, 12])
+@pytest.mark.parametrize("at", [1, 4, 13])
 def test_all_or_nothing(site: Site, fault: str, at: int, capsys: pytest.CaptureFixture[str]) -> None:
     site.fault(**{fault: at})
     assert site.submit() == 2
@@ -55,7 +55,7 @@ def test_all_or_nothing(site: Site, fault: str, at: int, capsys: pytest.CaptureF
     assert "nothing runs" in capsys.readouterr().err
     site.fault()
     assert site.submit() == 0
-    assert sum(job["state"] == "PENDING" for job in site.jobs.values()) == 12
+    assert sum(job["state"] == "PENDING" for job in site.jobs.values()) == 13
 
 
 def test_submitting_again_attaches_to_what_is_running(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_two_at_once_submit_once(site: Site) -> None:
     words = [sys.executable, "-m", "slurm.submit", "--cluster", str(site.profile), "--config", str(site.config), "--run", str(site.path)]
     both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ends = [(process.communicate(), process.returncode) for process in both]
-    assert len(site.jobs) == 12, ends
+    assert len(site.jobs) == 13, ends
     assert {code for _, code in ends} <= {0, 2}
 
 
@@ -185,7 +185,7 @@ def test_a_dry_run_needs_no_slurm_and_touches_nothing(tmp_path: Path, monkeypatc
     path.write_text(CONFIG)
     assert submitting.main(["--config", str(path), "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.count("#!/bin/bash") == 10 and "GPU-hours" in out
+    assert out.count("#!/bin/bash") == 11 and "GPU-hours" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -314,4 +314,4 @@ def test_undone_work_takes_everything_downstream_with_it() -> None:
     config = Config.model_validate(RAW)
     todo = planning.undone(config, lambda node: node != Node("select", "all"))
     assert Node("encode", "shard-0000-of-0001") not in todo
-    assert {"select", "steer", "ppo", "evaluate", "report"} == {node.phase for node in todo}
+    assert {"select", "steer", "cards", "ppo", "evaluate", "report"} == {node.phase for node in todo}

@@ -30,6 +30,7 @@ from sarm.train import (
     endless_states,
     fit_head,
     fold_accuracy,
+    length_batches,
     pair_points,
     pair_weights,
     prompt_folds,
@@ -87,6 +88,13 @@ def test_kept_states_and_recomputed_ones_are_the_same_set(monkeypatch):
     monkeypatch.setattr("sarm.train.KEPT_BYTES", 60)
     passes.clear()
     assert two_passes() == [1, 1, 2, 2, 3, 3, 4, 4] and len(passes) == 2
+
+
+def test_batches_keep_to_the_token_budget() -> None:
+    lengths = [5, 9, 2, 9, 30, 1, 4]
+    batches = list(length_batches(lengths, 18))
+    assert batches == [[4], [1, 3], [0, 6, 2], [5]]
+    assert list(length_batches([], 18)) == []
 
 
 # The SAE

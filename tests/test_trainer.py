@@ -20,7 +20,6 @@ from sarm.ppo.actor import make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.calibration import calibrate
 from sarm.ppo.export import policy_weights, save_policy
-from sarm.ppo.optimizer import StochasticAdamW, round_stochastically
 from sarm.ppo.rollout import prompt_ids
 from sarm.ppo.trainer import Experience, train
 from sarm.ppo.world import place
@@ -279,42 +278,3 @@ def test_what_is_not_finite_stops_at_a_checkpoint_and_names_the_prompts(found) -
     for text in (reward, loss):
         assert "step 0" in text and some_prompts()[0].id[:8] in text
     assert reward_saves == loss_saves == [0]
-
-
-# --- stochastic rounding ----------------------------------------------------------------------------------------------
-
-
-def test_stochastic_rounding_is_right_on_average_and_exact_on_bf16() -> None:
-    x = torch.tensor([1.0, 1 + 2**-10, -3.001, 1e-30, 0.0, 1.0039])
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([round_stochastically(x, generator).double() for _ in range(20_000)])
-    step = 2.0 ** (torch.floor(torch.log2(x.abs().double().clamp(min=1e-38))) - 7)
-    assert float(((draws.mean(0) - x.double()) / step).abs().max()) < 0.02  # five standard errors
-    assert bool(((draws - x.double()).abs() <= step).all())
-    exact = torch.randn(1000).bfloat16().float()
-    assert torch.equal(round_stochastically(exact, generator).float(), exact)
-
-
-def test_small_steps_move_bf16_weights_on_average() -> None:
-    """At 1e-6 nothing would move under rounding to the nearest."""
-    weight = torch.nn.Parameter(torch.full((200_000,), 0.05, dtype=torch.bfloat16))
-    start = float(weight.detach().double().mean())
-    optimizer = StochasticAdamW([weight], lr=1e-6)
-    for _ in range(5):
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-    assert float(weight.detach().double().mean()) - start == pytest.approx(-5e-6, rel=0.1)
-    nearest = torch.full((4,), 0.05, dtype=torch.bfloat16)
-    assert torch.equal((nearest.float() - 1e-6).bfloat16(), nearest)
-
-
-def test_it_is_adamw_where_weights_are_float32() -> None:
-    torch.manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
-    a, b = StochasticAdamW([ours], lr=0.01, weight_decay=0.1), torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1)
-    for _ in range(5):
-        ours.grad = torch.randn(50)
-        theirs.grad = ours.grad.clone()
-        a.step()
-        b.step()
-    torch.testing.assert_close(ours, theirs)

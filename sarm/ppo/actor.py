@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sarm.config import PpoConfig
-from sarm.ppo import objective
+from sarm.ppo import objective, trunk
 from sarm.ppo.decoders import base_model
 
 
@@ -33,10 +33,15 @@ class ValueHead(nn.Module):
 
 
 class Actor(nn.Module):
-    """A policy and a value head on its trunk. With LoRA, the reference is the policy with its adapter off."""
+    """A policy and a value head on its trunk. With LoRA, the reference is the policy with its adapter off.
 
-    def __init__(self, policy: Any) -> None:
+    `lean` computes the layers by `trunk.py`, `recompute` of them once more in the backward pass. Else they are the model's own,
+    and gradient checkpointing is its own.
+    """
+
+    def __init__(self, policy: Any, lean: bool = False) -> None:
         super().__init__()
+        self.lean, self.recompute = lean, 0
         self.policy = policy
         self.value_head = ValueHead(base_model(policy).config.hidden_size)
         self.mixed = len({p.dtype for p in policy.parameters()}) > 1
@@ -45,8 +50,12 @@ class Actor(nn.Module):
     def forward(self, ids: Tensor, predicts: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """What `Forward` holds; the arguments are `rollout.forced`'s."""
         base = base_model(self.policy)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.mixed):
-            hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, predicts)
+        if self.lean:
+            hidden = trunk.last_hidden(base.model, ids, self.recompute)
+        else:
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.mixed):
+                hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, predicts)
         of_labels = objective.logprobs_from_hidden(hidden, base.lm_head, labels, temperature)
         return of_labels.logprobs, of_labels.entropy, self.value_head(hidden)
 
@@ -54,8 +63,8 @@ class Actor(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
 
-def make_actor(policy: Any, ppo: PpoConfig, seed: int) -> Actor:
-    """Wrap a policy for training: LoRA where configured, in float32, and no dropout anywhere."""
+def make_actor(policy: Any, ppo: PpoConfig, seed: int, lean: bool = False) -> Actor:
+    """Wrap a policy for training: LoRA where configured, in float32, and no dropout anywhere. `lean` where it is a Llama."""
     if ppo.lora is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -68,4 +77,22 @@ def make_actor(policy: Any, ppo: PpoConfig, seed: int) -> Actor:
             module.attention_dropout = 0.0
         if hasattr(module, "cast_input_dtype_enabled"):  # peft's copy of each input to float32; autocast does without
             module.cast_input_dtype_enabled = False
-    return Actor(policy)
+    return Actor(policy, lean and trunk.knows(policy))
+
+
+@torch.no_grad()
+def lay_side_by_side(policy: Any) -> None:
+    """Let projections that read the same input lie one after another in memory, so that all of them are one view.
+
+    The parameters stay what they are; of LoRA, the weights beneath. ZeRO lays its parameters out by itself, so call this
+    before. Anything but a Llama's layers is left alone.
+    """
+    if not trunk.knows(policy):
+        return
+    for layer in base_model(policy).model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            weights = [getattr(module, "base_layer", module).weight for module in modules]
+            together = torch.cat([w.data for w in weights])
+            for weight, part in zip(weights, together.split([len(w) for w in weights]), strict=True):
+                weight.data = part

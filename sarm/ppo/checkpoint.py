@@ -123,7 +123,7 @@ def _write_rank(target: Path, rank: int, tensors: dict[str, Tensor]) -> str:
     target.mkdir(parents=True, exist_ok=True)
     path = target / _rank_file(rank)
     # A copy each: optimizer states may be views of one buffer, which safetensors refuses.
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sarm.config import PpoConfig
 from sarm.ppo.actor import Actor
 from sarm.ppo.decoders import base_model
-from sarm.ppo.optimizer import StochasticAdamW
+from sarm.ppo.optimizer import CompactAdamW
 from sarm.ppo.world import World
 
 SMALL = 1 << 20
@@ -67,8 +67,12 @@ class PlainEngine:
         gradients = self._gradients()
         # In float32: the norm of bf16 gradients would be rounded to bf16.
         norm = torch.linalg.vector_norm(torch.stack([n.to(self.world.device) for n in torch._foreach_norm(gradients, 2, torch.float32)]))
-        torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        self.optimizer.step()
+        clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if isinstance(self.optimizer, CompactAdamW):
+            self.optimizer.step(scale=clip)
+        else:
+            torch._foreach_mul_(gradients, clip)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -133,18 +137,21 @@ def start_engine(actor: Actor, ppo: PpoConfig, seed: int, world: World) -> Engin
     """An engine around the actor.
 
     Trainable float32 weights (LoRA, or a float32 model) are stepped as they are. A bf16 model trained in full keeps
-    float32 master weights in ZeRO's optimizer, of stage 1 at least, or has its weights rounded stochastically.
+    float32 master weights in ZeRO's optimizer, of stage 1 at least, or what `optimizer.py` keeps.
     """
     low_precision = any(p.dtype == torch.bfloat16 for p in actor.trainable())
-    stochastic = low_precision and ppo.weights == "stochastic_rounding"
-    stage = max(ppo.zero_stage, 1) if low_precision and not stochastic else ppo.zero_stage
+    compact = low_precision and ppo.weights == "compact"
+    stage = max(ppo.zero_stage, 1) if low_precision and not compact else ppo.zero_stage
     cuda = world.device.type == "cuda"
-    if stochastic:
-        optimizer: torch.optim.Optimizer = StochasticAdamW(actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, seed=seed)
+    if compact:
+        optimizer: torch.optim.Optimizer = CompactAdamW(actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, seed=seed)
     else:
         optimizer = torch.optim.AdamW(actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, fused=cuda)
     if cuda if ppo.gradient_checkpointing is None else ppo.gradient_checkpointing:
-        base_model(actor.policy).gradient_checkpointing_enable({"use_reentrant": False})
+        if actor.lean:
+            actor.recompute = base_model(actor.policy).config.num_hidden_layers
+        else:
+            base_model(actor.policy).gradient_checkpointing_enable({"use_reentrant": False})
     if stage == 0:
         return PlainEngine(actor, optimizer, ppo.max_grad_norm, world)
     return ZeroEngine(actor, optimizer, stage, low_precision, ppo.max_grad_norm, world)

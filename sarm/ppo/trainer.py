@@ -12,7 +12,6 @@ Notation: B sequences of a step, b of a micro-batch, t response positions, n res
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,12 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sarm.config import PpoConfig, UserError
 from sarm.datasets import Prompt
 from sarm.ppo import objective
-from sarm.ppo.actor import Forward, make_actor
+from sarm.ppo.actor import Forward, lay_side_by_side, make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.checkpoint import engine_tensors, restore_engine
 from sarm.ppo.clock import BusyGpu, Clock, read_later
 from sarm.ppo.decoders import CacheDecoder, Decoder, decoder_for
 from sarm.ppo.engine import start_engine
+from sarm.ppo.reference import Reference
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
 from sarm.ppo.rollout import Rollout, forced, generate, prompt_ids, response_text, stop_ids
 from sarm.ppo.world import World
@@ -113,8 +113,12 @@ class Trainer:
         if world.device.type == "cpu":
             # On short texts its backward pass takes a fifth of the time of SDPA's.
             policy.set_attn_implementation("eager")
-        self.reference = None if ppo.lora else _frozen_copy(policy)
-        self.actor = make_actor(policy, ppo, seed)
+        self.reference = None if ppo.lora else Reference(policy)
+        cuda = world.device.type == "cuda"
+        if cuda:
+            lay_side_by_side(policy)
+        # ZeRO 3 gathers a module's weights when it is called, which the lean forward does not.
+        self.actor = make_actor(policy, ppo, seed, lean=cuda and ppo.zero_stage < 3).to(world.device)
         self.engine = start_engine(self.actor, ppo, seed, world)
         self.decoder: Decoder = decoder_for(self.actor.policy)
         if isinstance(self.decoder, CacheDecoder) and self.engine.zero_stage == 3:
@@ -242,9 +246,7 @@ class Trainer:
         if self.reference is None:
             with self.actor.policy.disable_adapter():
                 return self.engine(*forward, self.ppo.temperature)[0]
-        ids, predicts, labels = forward
-        hidden = self.reference.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, predicts)
-        return objective.logprobs_from_hidden(hidden, self.reference.lm_head, labels, self.ppo.temperature).logprobs
+        return self.reference.logprobs(*forward, self.ppo.temperature)
 
     def _forced(self, prompts: Sequence[list[int]], responses: Tensor, mask: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """`rollout.forced` of some rows; of the first row where there are none, its result to be thrown away."""
@@ -438,7 +440,3 @@ def train(trainer: Trainer, *, save: Callable[[], Path], log: Callable[[dict[str
 def _alone(tensor: Tensor) -> Tensor:
     """The sum over ranks of what every rank holds whole."""
     return tensor
-
-
-def _frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(policy).requires_grad_(False).eval()

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from sarm.config import Config, UserError
 from sarm.datasets import Data, Pair, pairs_in, text_id
 from sarm.intervene import Ranks, contributions, latent_values
+from sarm.probing.direction import Moved
 from sarm.probing.stats import Contrast, bootstrap_intervals, permutation_p, permutations_needed, prompt_effects
 from sarm.run import Published
 
@@ -82,7 +83,7 @@ def contrast_of(pairs: Iterable[Pair], rows: Mapping[str, int]) -> Contrast:
         shares: dict[int, list[float]] = {}
         for pair in by_prompt[id_]:
             for side, response in enumerate((pair.chosen, pair.rejected)):
-                shares.setdefault(_row(pair, response, rows), [0.0, 0.0])[side] += 1 / len(by_prompt[id_])
+                shares.setdefault(row_of(pair, response, rows), [0.0, 0.0])[side] += 1 / len(by_prompt[id_])
         for row in sorted(shares):
             members.append(row)
             prompts.append(number)
@@ -91,7 +92,7 @@ def contrast_of(pairs: Iterable[Pair], rows: Mapping[str, int]) -> Contrast:
     return Contrast(np.array(members, np.int64), np.array(prompts, np.int64), np.array(chosen, np.float64), np.array(rejected, np.float64), len(by_prompt))
 
 
-def _row(pair: Pair, response: str, rows: Mapping[str, int]) -> int:
+def row_of(pair: Pair, response: str, rows: Mapping[str, int]) -> int:
     id_ = text_id((*pair.prompt.messages, {"role": "assistant", "content": response}))
     for label in ("c", "r"):
         if f"{id_}-{label}" in rows:
@@ -150,8 +151,11 @@ def tested_latents(ranks: Ranks, contrast: Contrast, start: int, stop: int, mini
     return prompts_active(fires, contrast) >= minimum
 
 
-def latent_table(encoded: Encoded, contrasts: Mapping[str, Contrast], start: int, stop: int, config: Config) -> pd.DataFrame:
-    """One row for each latent of [start, stop): weight, role, effects and statistics on discovery and on validation."""
+def latent_table(encoded: Encoded, contrasts: Mapping[str, Contrast], start: int, stop: int, config: Config, device: str = "cpu") -> pd.DataFrame:
+    """One row for each latent of [start, stop): weight, role, effects and statistics on discovery and on validation.
+
+    `device` is where permutations are counted; it changes no figure.
+    """
     ranks, weight, probe = encoded.ranks, encoded.head_weight, config.probe
     tested = tested_latents(ranks, contrasts["discovery"], start, stop, probe.min_prompts_active)
     needed = permutations_needed(n_tested(encoded, contrasts["discovery"], probe.min_prompts_active), config.select.fdr)
@@ -166,11 +170,35 @@ def latent_table(encoded: Encoded, contrasts: Mapping[str, Contrast], start: int
         part_table["effect_low"], part_table["effect_high"] = bootstrap_intervals(prompt_effects(values, contrast), probe.bootstrap, seed)
         part_table["p"] = np.nan
         if contrast.n_prompts:
-            part_table.loc[tested, "p"] = permutation_p(values[np.flatnonzero(tested)], contrast, probe.permutations, needed, seed)
+            part_table.loc[tested, "p"] = permutation_p(values[np.flatnonzero(tested)], contrast, probe.permutations, needed, seed, device)
         suffix = "" if part == "discovery" else f"_{part}"
         table[[f"{column}{suffix}" for column in PER_PART]] = part_table[list(PER_PART)]
     table.insert(2, "role", roles(table["weight"].to_numpy(), table["delta_z"].to_numpy()))
     return table
+
+
+DIRECTION_COLUMNS = ("effect", "effect_frozen", "change_chosen", "change_rejected", "swapped", "effect_low", "effect_high")
+"""Of `direction_table`, beside latent and c: effect on the margin, the same without re-selection, change of the chosen and of
+the rejected texts' reward, latents swapped in a text, interval of the effect."""
+
+
+def direction_table(moves: Iterable[Mapping[float, Moved]], contrast: Contrast, bootstrap: int, seed: int) -> pd.DataFrame:
+    """One row a latent and c: what adding c std(h) d_i to every text of the contrast does.
+
+    Text t of every `Moved` is entry t of the contrast; unlike in `latent_effects` the effect is what the intervention
+    *adds* to the margin.
+    """
+    n = max(contrast.n_prompts, 1)
+    tables = [pd.DataFrame({"latent": pd.Series(dtype=np.int64), "c": 0.0, **dict.fromkeys(DIRECTION_COLUMNS, 0.0)})]
+    for tile in moves:
+        for c, moved in tile.items():
+            change, frozen, swapped = (t.cpu().numpy().astype(np.float64) for t in (moved.change, moved.frozen, moved.swapped))
+            # Summed by row, as a matrix product's rounding would depend on how many latents are computed together.
+            weighed = ((change, contrast.labels), (frozen, contrast.labels), (change, contrast.chosen), (change, contrast.rejected))
+            found = [(what * by).sum(axis=1) / n for what, by in weighed]
+            found += [swapped.mean(axis=1), *bootstrap_intervals(prompt_effects(scipy.sparse.csr_array(change), contrast), bootstrap, seed)]
+            tables.append(pd.DataFrame({"latent": np.array(moved.latents), "c": c, **dict(zip(DIRECTION_COLUMNS, found, strict=True))}))
+    return pd.concat(tables, ignore_index=True).sort_values(["latent", "c"], ignore_index=True)
 
 
 def roles(weight: NDArray[np.float64], delta_z: NDArray[np.float64]) -> pd.Series:

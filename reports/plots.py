@@ -1,0 +1,405 @@
+"""Plots of a report, by section: `PLOTS["training"](figures, frames)` gives Plotly figures, each with what it shows in words.
+
+Colours are Okabe and Ito's, which colour-blind people can tell apart; a dash or a symbol says the same again.
+The page sets the colours of text, axes and ground, which differ between light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from reports.frames import Frames, arm_rank
+from reports.numbers import MEASURES, arm_name, fixed, general, interval, plain
+
+MAX_POINTS = 5000
+"""Latents drawn one by one; a browser that draws more becomes slow. The others are drawn as counts."""
+GRID = (90, 60)
+"""Cells of the counts, across and up."""
+N_BINS = 30
+"""Bins of z in a histogram of a latent."""
+
+
+ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0}
+"""Where a legend stands: it takes no width."""
+
+
+class Style(NamedTuple):
+    """How an arm looks everywhere."""
+
+    colour: str
+    dash: str
+    symbol: str
+
+
+STYLES = {
+    "base": Style("#7f868f", "dot", "square"),
+    "no_penalty": Style("#0072b2", "dash", "diamond"),
+    "penalty": Style("#d55e00", "solid", "circle"),
+    "random": Style("#009e73", "dashdot", "triangle-up"),
+}
+OTHER = (Style("#cc79a7", "longdash", "star"), Style("#56b4e9", "longdashdot", "cross"), Style("#e69f00", "dot", "x"))
+ROLES = {"promoting": ("#0072b2", "triangle-up"), "harming": ("#d55e00", "circle"), "misleading": ("#cc79a7", "x"), "none": ("#7f868f", "circle")}
+STATES = {"done": "#0072b2", "failed": "#d55e00", "damaged": "#d55e00", "not run": "#7f868f"}
+
+TRAINING = {
+    "objective/scores": "Reward, without penalty",
+    "objective/penalty": "Penalty",
+    "objective/compound": "Compound reward",
+    "objective/kl": "KL to the base policy",
+    "loss/total": "Total loss",
+    "loss/policy_avg": "Policy loss",
+    "loss/value_avg": "Value loss",
+    "objective/entropy": "Entropy",
+    "response/length": "Response length, tokens",
+    "response/truncated": "Responses cut short, share",
+}
+"""The trainer's metrics that are drawn; per-latent rates follow them."""
+
+
+class Plot(NamedTuple):
+    """One plot; `told` says in words what it shows."""
+
+    id: str
+    title: str
+    told: str
+    figure: go.Figure
+    wide: bool = True
+
+
+def style(arm: str) -> Style:
+    """An arm's looks; arms that have none of their own share a few."""
+    return STYLES.get(arm, OTHER[sum(map(ord, arm)) % len(OTHER)])
+
+
+def figure(x: str, y: str, height: int = 360, **layout: Any) -> go.Figure:
+    """An empty figure with titled axes."""
+    made = go.Figure(layout={"template": {}, "height": height, "margin": {"l": 64, "r": 16, "t": 40, "b": 52}, **layout})
+    made.update_xaxes(title_text=x, automargin=True)
+    made.update_yaxes(title_text=y, automargin=True)
+    return made
+
+
+# Changes against the no-penalty arm
+
+
+def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
+    rows = [c for c in figures["verdict"]["changes"] if c["n"] and c["measure"] != "n_tokens"]
+    if not rows:
+        return []
+    names = [MEASURES[m] for m in MEASURES if any(c["measure"] == m for c in rows)]
+    arms = list(dict.fromkeys(c["arm"] for c in rows))
+    made = figure("change, in points", "", 120 + 64 * len(names), legend=ABOVE)
+    for i, arm in enumerate(arms):
+        looks = style("penalty" if arm == "penalty - random" else arm)
+        mine = [c for c in rows if c["arm"] == arm]
+        shift = (len(arms) - 1) / 2 - i
+        value, low, high = (np.array([100 * c[m] for c in mine]) for m in ("change", "low", "high"))
+        made.add_scatter(
+            x=value,
+            y=[len(names) - 1 - names.index(MEASURES[c["measure"]]) + 0.22 * shift for c in mine],
+            error_x={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
+            mode="markers",
+            name="penalty - random" if arm == "penalty - random" else f"{arm_name(arm)} - no penalty",
+            marker={"color": looks.colour, "symbol": "circle-open" if arm == "penalty - random" else looks.symbol, "size": 10},
+            customdata=[[MEASURES[c["measure"]], interval(100 * c["low"], 100 * c["high"], 1), c["n"], fixed(100 * c["detectable"], 1)] for c in mine],
+            hovertemplate="%{customdata[0]}: %{x:+.1f} points %{customdata[1]}<br>N = %{customdata[2]}, could show %{customdata[3]}",
+        )
+    made.update_yaxes(tickvals=list(range(len(names))), ticktext=names[::-1], range=[-0.6, len(names) - 0.4], showgrid=False)
+    made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
+    told = "Change of each rate with its 95 % interval; an interval that crosses the line at 0 shows no change. The table has the numbers."
+    return [Plot("changes", "Changes with 95 % intervals", told, made)]
+
+
+# Training
+
+
+def training(figures: dict[str, Any], frames: Frames) -> list[Plot]:
+    table = frames.training
+    drawn = [(name, title) for name, title in TRAINING.items() if name in table and table[name].notna().any()]
+    plots = [_curve(table, name, title, f"training-{i}") for i, (name, title) in enumerate(drawn)]
+    listed = figures["penalty"]["latents"]
+    rates = sorted((name for name in table if str(name).startswith("rate/")), key=lambda name: (int(name[5:]) not in listed, int(name[5:])))
+    for name in rates:
+        latent = int(name[5:])
+        whose = "penalised" if latent in listed else "not penalised by the penalty arm"
+        plots.append(_curve(table, name, f"Latent {latent}, {whose}: share above tau", f"training-rate-{latent}"))
+    return plots
+
+
+def _curve(table: pd.DataFrame, name: str, title: str, id_: str) -> Plot:
+    """One metric over the steps: a line an arm, the mean over its seeds, and the range of the seeds as a band."""
+    made = figure("step", "", 270, showlegend=True, legend=ABOVE)
+    ends = []
+    for arm in sorted(table["arm"].unique(), key=arm_rank):
+        mine = table[table["arm"] == arm]
+        by_step = pd.to_numeric(mine[name], errors="coerce").groupby(mine["step"])
+        mean, low, high = by_step.mean(), by_step.min(), by_step.max()
+        if not np.isfinite(mean).any():
+            continue
+        looks, steps, n_seeds = style(arm), mean.index.to_numpy(np.int32), mine["seed"].nunique()
+        if n_seeds > 1:
+            band = {"x": steps, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": arm}
+            made.add_scatter(y=high.to_numpy(np.float32), **band)
+            made.add_scatter(y=low.to_numpy(np.float32), fill="tonexty", fillcolor=_faint(looks.colour), **band)
+        made.add_scatter(
+            x=steps,
+            y=mean.to_numpy(np.float32),
+            mode="lines" if len(steps) > 1 else "markers",
+            name=arm_name(arm),
+            legendgroup=arm,
+            line={"color": looks.colour, "dash": looks.dash, "width": 1.8},
+            hovertemplate=f"{arm_name(arm)}, step %{{x}}: %{{y:.4g}}<extra></extra>",
+        )
+        ends.append(f"{arm_name(arm)} from {general(float(mean.iloc[0]))} to {general(float(mean.iloc[-1]))}{f' over {n_seeds} seeds' if n_seeds > 1 else ''}")
+    return Plot(id_, title, f"First to last step: {'; '.join(ends) or 'no finite value'}.", made, wide=False)
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.18)"
+
+
+# Latents
+
+
+def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
+    """Effect against activity of all latents that fire."""
+    table, features = frames.probe, figures["features"]
+    if features is None or table.empty or "q" not in table:
+        return []
+    validated = table["effect_validation"].notna().any()
+    points = pd.DataFrame(
+        {
+            "latent": table["latent"].to_numpy(np.int64),
+            "effect": table["effect_validation" if validated else "effect"].to_numpy(float),
+            "activity": ((table["density_chosen"] + table["density_rejected"]) / 2).to_numpy(float),
+            "q": table["q"].to_numpy(float),
+            "weight": table["weight"].to_numpy(float),
+            "role": table["role"].to_numpy(str),
+        }
+    )
+    n = len(points)
+    points = points[(points["activity"] > 0) & np.isfinite(points["effect"])]
+    order = np.lexsort([-points["effect"].abs().to_numpy(), points["q"].fillna(2.0).to_numpy()])
+    single, rest = points.iloc[order[:MAX_POINTS]], points.iloc[order[MAX_POINTS:]]
+    made = figure("share of discovery texts on which the latent fires", "effect on the margin", 520, legend=ABOVE)
+    made.update_xaxes(type="log")
+    if len(rest):
+        made.add_trace(_counts(rest))
+    untested = single[single["q"].isna()]
+    tested = single[single["q"].notna()]
+    if len(untested):
+        made.add_trace(_points(untested, "too rarely active to be tested", {"color": "#9aa0a6", "size": 4, "opacity": 0.6}))
+    if len(tested):
+        strength = -np.log10(np.maximum(tested["q"].to_numpy(float), 1e-12))
+        scale = [[0.0, "#9aa0a6"], [0.3, "#56b4e9"], [0.65, "#7b5cc4"], [1.0, "#d55e00"]]
+        top = max(2.0, float(strength.max()))
+        ticks = list(range(0, math.floor(top) + 1))
+        bar = {"title": {"text": "q"}, "tickvals": ticks, "ticktext": [f"{10.0**-t:g}" for t in ticks], "thickness": 12}
+        marker = {"color": strength.astype(np.float32), "colorscale": scale, "cmin": 0, "cmax": top, "colorbar": bar, "size": 6}
+        made.add_trace(_points(tested, "tested", marker))
+    listed = points.set_index("latent")
+    for role in ("promoting", "harming", "misleading"):
+        mine = [f["latent"] for f in features[role] if f["latent"] in listed.index]
+        if mine:
+            marker = {
+                "color": "rgba(0,0,0,0)",
+                "size": 12,
+                "symbol": f"{ROLES[role][1].removesuffix('-open')}-open",
+                "line": {"color": ROLES[role][0], "width": 2},
+            }
+            labelled = role != "misleading"
+            trace = _points(listed.loc[mine].reset_index(), f"listed as {role}", marker)
+            made.add_trace(trace.update(mode="markers+text" if labelled else "markers", text=[str(i) for i in mine], textposition=_positions(len(mine))))
+    made.add_hline(y=0, line_width=1, line_color="#7f868f")
+    shown = f"{len(single):,} of them as points, the others as counts" if len(rest) else "each as a point"
+    on = "validation" if validated else "discovery"
+    told = (
+        f"Effect on {on} prompts against activity. Of {n:,} latents, {len(points):,} fire on discovery texts and are shown, {shown}; colour is the "
+        f"q-value on discovery. {features['n_discoveries']} of {features['n_tested']} tested are discoveries. The tables list the selected ones."
+    )
+    return [Plot("effects", "Effect and activity of every latent", told, made)]
+
+
+def _points(table: pd.DataFrame, name: str, marker: dict[str, Any]) -> go.Scatter:
+    details = [
+        [int(i), general(None if math.isnan(q) else q), general(w), role] for i, q, w, role in table[["latent", "q", "weight", "role"]].itertuples(index=False)
+    ]
+    return go.Scatter(
+        x=table["activity"].to_numpy(np.float32),
+        y=table["effect"].to_numpy(np.float32),
+        mode="markers",
+        name=name,
+        marker=marker,
+        customdata=details,
+        hovertemplate="latent %{customdata[0]} (%{customdata[3]})<br>effect %{y:.3g}, active on %{x:.1%}<br>"
+        "q %{customdata[1]}, weight %{customdata[2]}<extra></extra>",
+    )
+
+
+def _counts(table: pd.DataFrame) -> go.Heatmap:
+    """Latents a cell of the effect plot, the activity in logarithmic steps."""
+    x, y = np.log10(table["activity"].to_numpy(float)), table["effect"].to_numpy(float)
+    counts, x_edges, y_edges = np.histogram2d(x, y, bins=GRID)
+    return go.Heatmap(
+        x=10 ** ((x_edges[1:] + x_edges[:-1]) / 2),
+        y=(y_edges[1:] + y_edges[:-1]) / 2,
+        z=np.where(counts > 0, np.log10(np.maximum(counts, 1)), np.nan).T.astype(np.float32),
+        customdata=counts.T.astype(np.int32),
+        colorscale=[[0.0, "rgba(127,134,143,0.15)"], [1.0, "rgba(127,134,143,0.85)"]],
+        showscale=False,
+        name="other latents, counted",
+        hovertemplate="%{customdata} latents near effect %{y:.2g}, active on %{x:.2%}<extra></extra>",
+    )
+
+
+def _positions(n: int) -> list[str]:
+    """Places for labels that spread neighbours out."""
+    return [("top center", "bottom center", "middle right", "middle left")[i % 4] for i in range(n)]
+
+
+def histograms(figures: dict[str, Any], frames: Frames) -> list[Plot]:
+    """z of each penalised latent in the policies' own generations on unsafe prompts."""
+    table = frames.generations
+    unsafe = table[table["kind"] == "unsafe"] if "kind" in table else table.iloc[:0]
+    plots = []
+    for latent, tau in dict.fromkeys((row["latent"], row["tau"]) for row in figures["latents"]):
+        plots.append(_histogram(unsafe, latent, float(tau)))
+    return plots
+
+
+def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
+    """Shares of generations by z, base as bars and the others as outlines; where the latent is off stands apart, to the left."""
+    column = f"z_{latent}"
+    z_all = unsafe[column].dropna().to_numpy(float)
+    top = max(1.5 * tau, float(z_all[np.isfinite(z_all)].max(initial=0.0)), 1e-6)
+    edges = np.linspace(0, top, N_BINS + 1)
+    width = top / N_BINS
+    off = -3 * width
+    centres = (edges[1:] + edges[:-1]) / 2
+    made = figure("z", "share of generations", 310, legend=ABOVE)
+    told = []
+    for arm in sorted(unsafe["arm"].unique(), key=arm_rank):
+        z = unsafe.loc[unsafe["arm"] == arm, column].dropna().to_numpy(float)
+        if not len(z):
+            continue
+        silent, shares = float((z <= 0).mean()), np.histogram(z[z > 0], edges)[0] / len(z)
+        looks, name = style(arm), arm_name(arm)
+        hover = f"{name}, z near %{{x:.2f}}: %{{y:.1%}}<extra></extra>"
+        shared = {"name": name, "legendgroup": arm, "visible": True if arm in ("base", "penalty") else "legendonly"}
+        if arm == "base":
+            x, y = np.r_[off, centres], np.r_[silent, shares].astype(np.float32)
+            made.add_bar(x=x, y=y, width=[3 * width, *[width] * N_BINS], marker_color=looks.colour, opacity=0.55, hovertemplate=hover, **shared)
+        else:
+            line = {"color": looks.colour, "dash": looks.dash, "width": 2, "shape": "hvh"}
+            made.add_scatter(x=centres, y=shares.astype(np.float32), mode="lines", line=line, hovertemplate=hover, **shared)
+            marker = {"color": looks.colour, "symbol": looks.symbol, "size": 10}
+            hover = f"{name}, off: %{{y:.1%}}<extra></extra>"
+            made.add_scatter(x=[off], y=[silent], mode="markers", marker=marker, hovertemplate=hover, **(shared | {"showlegend": False}))
+        told.append(f"{name} {fixed(float((z > tau).mean()), 3)}")
+    made.add_vline(x=tau, line_width=2, line_dash="dash", line_color="#b3261e", annotation_text=f"τ = {plain(tau)}", annotation_position="top right")
+    ticks = np.linspace(0, top, 4)
+    made.update_xaxes(tickvals=[off, *ticks], ticktext=["off", *(general(float(t)) for t in ticks)], tickangle=0)
+    return Plot(f"latent-{latent}", f"Latent {latent}, before and after", f"Share of generations above tau: {'; '.join(told)}.", made, wide=False)
+
+
+# Steering, the run
+
+
+def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
+    summary = figures["steering"]
+    if summary is None or not summary["texts"]:
+        return []
+    groups = {
+        "chosen": [(f"{t['source']} chosen", t["delta"], t["delta_low"], t["delta_high"]) for t in summary["texts"] if t["label"] == "chosen"],
+        "rejected": [(f"{t['source']} rejected", t["delta"], t["delta_low"], t["delta_high"]) for t in summary["texts"] if t["label"] == "rejected"],
+        "margin": [(f"{p['source']} margin", p["margin_delta"], p["margin_delta_low"], p["margin_delta_high"]) for p in summary["pairs"]],
+    }
+    looks = {"chosen": ("#0072b2", "circle"), "rejected": ("#d55e00", "diamond"), "margin": ("#009e73", "square")}
+    names = [name for rows in groups.values() for name, *_ in rows]
+    made = figure("Delta of the reward, of a margin the Delta of r(chosen) - r(rejected)", "", 110 + 34 * len(names))
+    for group, rows in groups.items():
+        known = [(name, *(math.nan if v is None else v for v in numbers)) for name, *numbers in rows]
+        value = np.array([row[1] for row in known], float)
+        low, high = (np.array([row[i] for row in known], float) for i in (2, 3))
+        made.add_scatter(
+            x=value,
+            y=[row[0] for row in known],
+            error_x={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
+            mode="markers",
+            name=group,
+            marker={"color": looks[group][0], "symbol": looks[group][1], "size": 10},
+            customdata=[interval(a, b, 4) for a, b in zip(low, high, strict=True)],
+            hovertemplate="%{y}: %{x:+.4f} %{customdata}<extra></extra>",
+        )
+    made.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
+    told = "Delta of each data set's mean reward and margin under the intervention, with 95 % intervals. The tables have the numbers."
+    return [Plot("steering", "Deltas with 95 % intervals", told, made)]
+
+
+def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
+    """Every unit over time, and a line from each to those that read its outputs."""
+    units = figures["phases"]
+    names = [u["phase"] if u["unit"] == "all" else f"{u['phase']}/{u['unit']}" for u in units]
+    row = {f"{u['phase']}/{u['unit']}": i for i, u in enumerate(units)}
+    began = [datetime.fromisoformat(u["started"]) for u in units if u["started"]]
+    first = min(began) if began else None
+    start = [(datetime.fromisoformat(u["started"]) - first).total_seconds() / 60 if u["started"] else 0.0 for u in units]  # type: ignore[operator]
+    length = [(u["seconds"] or 0.0) / 60 for u in units]
+    made = figure("minutes since the first part began", "", 90 + 24 * len(units), legend=ABOVE)
+    lines_x: list[float | None] = []
+    lines_y: list[float | None] = []
+    for i, unit in enumerate(units):
+        for need in unit["needs"]:
+            if need in row:
+                lines_x += [start[row[need]] + length[row[need]], start[i], None]
+                lines_y += [row[need], i, None]
+    made.add_scatter(x=lines_x, y=lines_y, mode="lines", line={"width": 1, "color": "rgba(127,134,143,0.6)"}, hoverinfo="skip", name="reads the outputs of")
+    for state, colour in STATES.items():
+        mine = [i for i, unit in enumerate(units) if unit["status"] == state]
+        if mine and state == "done":
+            made.add_bar(
+                x=[length[i] for i in mine],
+                y=mine,
+                base=[start[i] for i in mine],
+                orientation="h",
+                name=state,
+                marker_color=colour,
+                customdata=[[names[i], units[i]["seconds"], units[i]["device"], units[i]["started"], ", ".join(units[i]["needs"]) or "nothing"] for i in mine],
+                hovertemplate="%{customdata[0]}: %{customdata[1]:.0f} s on %{customdata[2]}<br>began %{customdata[3]}<br>reads %{customdata[4]}<extra></extra>",
+            )
+        elif mine:
+            made.add_scatter(
+                x=[0.0] * len(mine),
+                y=mine,
+                mode="markers+text",
+                text=[state] * len(mine),
+                textposition="middle right",
+                marker={"color": colour, "symbol": "x" if state != "not run" else "circle-open", "size": 10},
+                name=state,
+                hovertemplate=f"{state}<extra></extra>",
+            )
+    made.update_yaxes(tickvals=list(range(len(names))), ticktext=names, autorange="reversed", showgrid=False)
+    counts = {state: sum(unit["status"] == state for unit in units) for state in STATES}
+    became = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+    told = f"{became}. Bars show when each part ran, lines who reads whose outputs. The table has the times."
+    return [Plot("run-graph", "Run graph", told, made)]
+
+
+PLOTS: dict[str, Callable[[dict[str, Any], Frames], Sequence[Plot]]] = {
+    "changes": changes,
+    "latents": histograms,
+    "training": training,
+    "features": effects,
+    "steering": steering,
+    "phases": run_graph,
+}
+"""By the id of the section that they stand in."""

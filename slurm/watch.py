@@ -1,0 +1,69 @@
+"""Watch a run in progress, local or on Slurm: `python -m slurm.watch --run R`. It only looks: ending it ends nothing else.
+
+On a terminal, also over ssh, a screen that repaints itself; without one, plain lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from rich.console import Console
+
+from sarm.cli import ended
+from sarm.run import RunDir
+from slurm.dag import tasks
+from slurm.lock import at_work
+from slurm.status import Slurm, ask_slurm, local_states, say_causes, unit_state
+from slurm.view import Unit, View
+
+POLL_S = 2.0
+ASK_SLURM_EVERY_S = 15.0
+"""A queue is asked less often than files are looked at: a site's controller serves everybody."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m slurm.watch", description=__doc__)
+    parser.add_argument("--run", required=True)
+    args = parser.parse_args(argv)
+    return ended(lambda: watch(RunDir.open(args.run)), args.run)
+
+
+def watch(run: RunDir, console: Console | None = None) -> int:
+    """Show the run until nothing of it runs or waits in a queue; 0 where all of it is done, else 1."""
+    slurm, asked = Slurm({}, {}), 0.0
+    try:
+        with View(run, console) as view:
+            while True:
+                if not asked or time.monotonic() - asked > ASK_SLURM_EVERY_S:
+                    answer = ask_slurm(run)
+                    # While the controller does not answer, what it said last holds.
+                    slurm, asked = answer if answer.heard else slurm._replace(past=answer.past), time.monotonic()
+                working = at_work(run.path / "run.lock")
+                local = local_states(run)
+                units = [unit_state(run, task.node, slurm, local, hashes=False) for task in tasks(run.config)]
+                view.update(units)
+                if not working and not any(unit.kind in ("running", "pending") for unit in units):
+                    break
+                time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        print(f"\nthe run goes on; make watch RUN={run.path} looks again", file=sys.stderr)
+        return 0
+    return tell_end(run, units, console or Console())
+
+
+def tell_end(run: RunDir, units: list[Unit], console: Console) -> int:
+    """What came of it, once nothing runs."""
+    say_causes(run, units, console)
+    if all(unit.kind == "done" for unit in units):
+        print(run.path / "final_report.txt")
+        return 0
+    undone = [str(unit.node) for unit in units if unit.kind != "done"]
+    shown = ", ".join(undone[:3]) + (f" and {len(undone) - 3} more" if len(undone) > 3 else "")
+    print(f"nothing of {run.path} runs, and not done are {shown}; make submit-all or make run goes on from what is done")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
