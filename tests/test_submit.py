@@ -297,6 +297,7 @@ def test_status_reads_manifests_first_then_the_queue_then_accounting(site: Site,
     assert status(["--run", str(site.path)]) == 1
     out = capsys.readouterr().out
     assert "done" in out and "running" in out and "MemoryError" in out
+    assert "25%, 50%" in out, "half a CPU of two, two tasks of half a GB of two"
     site.fault(no_sacct=True)
     (site.home / "state.json").write_text(json.dumps({"jobs": {}, "calls": 0}))
     assert status(["--run", str(site.path)]) == 1

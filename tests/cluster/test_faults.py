@@ -17,6 +17,8 @@ from tests.cluster.harness import RUNS, STATE, ClusterRun, inside, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 PPO = "penalty-seed0"
+TRAINED = {f"ppo/{PPO}", f"evaluate/{PPO}"}
+"""A policy trained again has another training log, with its times, and so is evaluated again."""
 SHARD = "probe/shard-0000-of-0002"
 needs_accounting = pytest.mark.skipif(
     not (STATE / "accounting").exists() or (STATE / "accounting").read_text().strip() == "0", reason="needs a cluster with ACCOUNTING=1"
@@ -79,7 +81,7 @@ def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(undist
     run.signal_phase("CONT", "ppo", PPO, every=True)
     run.wait()
     assert run.attempts()[f"ppo/{PPO}"] == "undone", "a cancelled job was requeued"
-    repaired(run, undisturbed, before, {f"ppo/{PPO}"})
+    repaired(run, undisturbed, before, TRAINED)
     assert not run.attempts()[f"ppo/{PPO}"].startswith(f"{job}-")
 
 
@@ -97,7 +99,7 @@ def test_a_preemption_by_an_urgent_job_checkpoints_and_goes_on(undisturbed: Clus
     run.wait()
     attempt = run.attempts()[f"ppo/{PPO}"]
     assert attempt.startswith(f"{job}-") and not attempt.startswith(f"{job}-0-")
-    assert run.redone_since(before) == {f"ppo/{PPO}"}
+    assert run.redone_since(before) == TRAINED
     assert run.figures() == undisturbed.figures()
 
 
@@ -122,7 +124,7 @@ def test_a_lost_node_with_its_ranks_still_writing_spoils_nothing(undisturbed: Cl
     finally:
         inside("slurmd", "-N", node, root=True)
         until(f"{node}'s return", lambda: "idle" in inside("sinfo", "--noheader", f"--nodes={node}", "--format=%T").stdout)
-    assert run.redone_since(before) == {f"ppo/{PPO}"}
+    assert run.redone_since(before) == TRAINED
     assert run.figures() == undisturbed.figures()
     assert run.make("verify", check=False).returncode == 0
 

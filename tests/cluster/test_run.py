@@ -14,6 +14,8 @@ from tests.cluster.harness import CONFIG, HERE, ClusterRun, flip_a_bit, inside, 
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 PPO = "penalty-seed0"
+TRAINED = {f"ppo/{PPO}", f"evaluate/{PPO}"}
+"""A policy trained again has another training log, with its times, and so is evaluated again."""
 
 
 def test_the_tiny_run_ends_with_a_whole_report(undisturbed: ClusterRun) -> None:
@@ -60,7 +62,7 @@ def test_ppo_told_to_stop_in_a_step_goes_on_from_its_checkpoint(undisturbed: Clu
     attempt = run.attempts()[f"ppo/{PPO}"]
     assert attempt.startswith(f"{job}-1-0-"), "it was not requeued once"
     assert 0 < run.steps_written(PPO, f"{job}-0-") < run.dir.config.ppo.steps
-    assert run.redone_since(before) == {f"ppo/{PPO}"}
+    assert run.redone_since(before) == TRAINED
     assert run.figures() == undisturbed.figures()
 
 
