@@ -14,13 +14,18 @@ TORCH_INDEX ?=
 # A profile in slurm/clusters/, or a path.
 CLUSTER ?= generic
 DRY_RUN ?=
+# How many, and how much memory each has in GiB: for `make plan`.
+GPUS    ?= 4x80
+# What make compare reads and where it writes.
+RUNS ?=
+OUT ?= outputs/compare
 
 PY := $(VENV)/bin/python
 PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow check bench run status watch verify cancel unlock sbatch submit-all train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -58,6 +63,9 @@ login:
 fetch: login  ## models and data, as the cluster's profile says (HF_TOKEN for a gated model): CLUSTER=... CONFIG=... RUN=...
 	@$(PY) -m slurm.fetch --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
 
+doctor: login  ## look over cluster and run before submitting: CLUSTER=... CONFIG=... RUN=...
+	@$(PY) -m slurm.doctor --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
+
 submit-all: login  ## the whole run as dependent Slurm jobs: CLUSTER=... CONFIG=... RUN=..., DRY_RUN=1 to look first
 	@$(PY) -m slurm.submit --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN) $(if $(DRY_RUN),--dry-run)
 
@@ -82,6 +90,12 @@ cancel: login  ## cancel a run's Slurm jobs: RUN=...
 unlock: login  ## remove a run's locks that an owner on another host left behind: RUN=...
 	@$(PY) -m slurm.lock --run $(RUN)
 
+plan: login  ## memory, disk and GPU-hours of PPO, and how it would be cut: CONFIG=... GPUS=4x80
+	@$(PY) -m sarm.ppo.plan --config $(CONFIG) --gpus $(GPUS)
+
+compare: setup  ## runs side by side, text and HTML: RUNS="outputs/a outputs/b" OUT=outputs/compare
+	@$(PY) -m reports.compare $(RUNS) --out $(OUT)
+
 train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=outputs/train
 	@$(PY) -m jobs train_sarm --config $(CONFIG) --run $(RUN)
 
@@ -94,6 +108,9 @@ test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
 test-slow: setup  ## the slow tests
 	$(PY) -m pytest -m "slow and not gpu and not cluster" $(PYTEST_ARGS)
 
+test-browser: setup  ## the report's pages in headless Chromium: apt-get install chromium chromium-driver
+	$(PY) -m pytest -m browser $(PYTEST_ARGS)
+
 check: setup  ## lint, types, import rules
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -104,9 +121,10 @@ format: setup  ## mend what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: setup  ## speed and memory, each a ratio against a named peer in one run
+bench: setup  ## speed and memory, each a ratio against a named peer or a limit in one run
 	$(PY) benchmarks/scoring.py
 	$(PY) benchmarks/effects.py
+	$(PY) benchmarks/report.py
 
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
 	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \

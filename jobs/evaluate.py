@@ -1,12 +1,14 @@
 """Evaluate one policy on its own generations: `python -m jobs evaluate --run R --unit base` (or `penalty-seed0`).
 
-Publishes generations.parquet, one row a held-out prompt, and summary.json, the settings behind it.
+Publishes generations.parquet, one row a held-out prompt, and summary.json, the settings behind it. The unit `steered`, where
+the config asks for it (`steer.policy`), has a row a direction and prompt, and what each direction changed.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 from sarm.config import Config
 from sarm.datasets import load_data, prompts_in
@@ -19,6 +21,9 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Generate, score, publish."""
     started = time.perf_counter()
     features = attempt.read("select").json("features.json")
+    if unit == "steered":
+        steer(config, features, attempt)
+        return
     trained = unit != "base"
     policy = attempt.read("ppo", unit).directory("policy") if trained else local_model(config.policy.model, config.policy.revision)
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
@@ -28,3 +33,16 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     attempt.path("summary.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     attempt.progress(len(table), len(table), "prompts")
     attempt.publish(device=settings["device"], sarm_parameters=settings["sarm_parameters"])
+
+
+def steer(config: Config, features: dict[str, Any], attempt: Attempt) -> None:
+    """The base policy, pushed along decoder directions: here and not in steer, as it generates and wants what evaluate wants."""
+    from sarm.steering import steered_rows, steered_summary
+
+    policy = local_model(config.policy.model, config.policy.revision)
+    prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
+    table, settings = steered_rows(config, policy, prompts, features, attempt.progress)
+    table.to_parquet(attempt.path("generations.parquet"), index=False)
+    settings["rows"] = steered_summary(table, config.verdict.bootstrap, config.seed)
+    attempt.path("summary.json").write_text(json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8")
+    attempt.publish(device=settings["device"])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sarm.config import Arm, Config, UserError, arm_and_seed
+from sarm.config import Config, UserError, arm_and_seed
 from sarm.datasets import load_data, prompts_in
 from sarm.run import Attempt, RunDir
 
@@ -39,6 +39,7 @@ def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, 
     from sarm.ppo.export import policy_weights, save_policy
     from sarm.ppo.trainer import train
     from sarm.ppo.world import start_world
+    from sarm.probing.taus import swept
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -46,6 +47,8 @@ def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, 
     world = start_world()
     selected = attempt.read("select")
     features = selected.json("features.json")
+    if point := config.sweep_points().get(unit):
+        features = swept(features, point, config.ppo.penalty)
     made_with = f"{config.sha256}/{selected.manifest['outputs']['features.json']['sha256']}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
@@ -103,8 +106,8 @@ def make_trainer(config: Config, features: dict[str, Any], seed: int, world: Any
     return Trainer(config.ppo, policy, AutoTokenizer.from_pretrained(source), reward, prompts, seed=seed, world=world), source
 
 
-def reward_of(arm: Arm, reward: Any, calibration: Any) -> Any:
-    """The arm's reward, from the penalty arm's."""
+def reward_of(arm: str, reward: Any, calibration: Any) -> Any:
+    """The arm's reward, from the penalty arm's, which is also that of a point of a sweep."""
     from sarm.ppo.reward import Penalised
 
     if arm == "no_penalty":
@@ -114,7 +117,7 @@ def reward_of(arm: Arm, reward: Any, calibration: Any) -> Any:
     return reward
 
 
-def calibration_json(arm: Arm, reward: Any, calibration: Any, features: dict[str, Any]) -> dict[str, Any]:
+def calibration_json(arm: str, reward: Any, calibration: Any, features: dict[str, Any]) -> dict[str, Any]:
     """What this arm penalises, and how often that and the harming latents fire before training."""
     rates = {r.latent: r.base_rate for r in (*calibration.random, *calibration.harming)}
     return {

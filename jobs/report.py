@@ -12,6 +12,7 @@ from reports.cards import cards_page
 from reports.figures import figures, without_nan
 from reports.frames import read_run
 from reports.page import page
+from reports.pareto import sweep_figures
 from reports.text import final_report
 from sarm.config import Config
 from sarm.run import Attempt, Published, RunDir, patience_s, write_atomic
@@ -29,6 +30,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     arms = {arm: arm_rows(frames.generations, arm) for arm in ("penalty", "no_penalty", "random")}
     record = decide(arms, config.verdict, config.seed).record()
     found = figures(run, frames, record, datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"))
+    found["sweep"] = sweep_figures(run, frames)
     attempt.path("final_report.txt").write_text(final_report(found), encoding="utf-8")
     attempt.path("report.html").write_text(page(found, frames), encoding="utf-8")
     attempt.path("report.json").write_text(json.dumps(without_nan(found), indent=1, allow_nan=False), encoding="utf-8")

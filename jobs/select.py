@@ -18,6 +18,7 @@ from sarm.datasets import load_data
 from sarm.hub import local_model
 from sarm.probing.effects import contrasts_of, read_encoded
 from sarm.probing.select import judged, select_features
+from sarm.probing.taus import suggested_taus
 from sarm.probing.upstream import compared_rankings, selection_scores, summed_latents
 from sarm.probing.validity import feature_replication, rank_correlation, validity
 from sarm.run import Attempt, RunDir
@@ -37,6 +38,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     features = select_features(table, encoded, config, lambda latents: latent_directions(config.sarm, latents))
     ranked = judged(table, config.select)
     features["rankings"] = compared_rankings(ranked, config.select.listed)
+    features["tau_suggestions"] = suggested_taus(encoded, [p["latent"] for p in features["penalised"]], config.sweep.tau_quantile)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features["validity"] = validity(ranked, encoded, data, config, device)
     listed = [f for role in ("promoting", "harming", "misleading") for f in features[role]]

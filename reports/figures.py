@@ -41,6 +41,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "compound_rewards": _column(frames.training, shown_policy, "objective/compound"),
         "steering": frames.steering,
         "cards": _cards(frames.cards),
+        "steered": frames.steered,
         "outputs": _outputs(run, frames, shown_policy),
         "failures": _failures(frames.phases),
         "phases": _phases(frames.phases),
@@ -273,7 +274,11 @@ SOURCES = {
     "latents": ("evaluate", ("generations.parquet",)),
     "samples": ("evaluate", ("generations.parquet",)),
     "training": ("ppo", ("metrics.jsonl",)),
+    "sweep": ("evaluate", ("generations.parquet",)),
     "features": ("select", ("features.json", "table.parquet")),
+    "rankings": ("select", ("features.json",)),
+    "cards": ("cards", ("cards.json",)),
+    "steered": ("evaluate", ("summary.json",)),
     "steering": ("steer", ("summary.json",)),
 }
 """The job outputs that each section is made of."""

@@ -44,6 +44,10 @@ class Frames(NamedTuple):
     models: dict[str, Any] | None
     """What fetch recorded: where models and data lie, and their hashes."""
     cards: dict[str, Any] | None
+    sweep: pd.DataFrame
+    """As `generations`, of the policies of a sweep, which stand in no other frame."""
+    steered: dict[str, Any] | None
+    """What pushing the base policy along decoder directions changed."""
 
 
 def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
@@ -72,9 +76,10 @@ def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
 def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Published], run: RunDir) -> Frames:
     """Frames of published outputs; an output that is damaged marks its unit as failed."""
     manifests = {key: p.manifest for key, p in published.items()}
-    features, steering, models, cards = None, None, None, None
+    features, steering, models, cards, steered = None, None, None, None, None
     calibrations, evaluations = {}, {}
-    training, generations = [], []
+    training, generations, sweep = [], [], []
+    points = run.config.sweep_points()
     probe = pd.DataFrame()
     for (phase, unit), unit_files in published.items():
         try:
@@ -88,6 +93,11 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
                 steering = unit_files.json("summary.json")
             elif phase == "cards":
                 cards = unit_files.json("cards.json")
+            elif unit == "steered":
+                steered = unit_files.json("summary.json")
+            elif unit in points:
+                if phase == "evaluate":
+                    sweep.append(_with_policy(pd.read_parquet(unit_files.path("generations.parquet")), unit))
             elif phase == "ppo":
                 training.append(_metrics(unit_files.path("metrics.jsonl"), unit))
                 calibrations[unit] = unit_files.json("calibration.json")
@@ -112,6 +122,8 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
         probe=probe,
         models=models,
         cards=cards,
+        steered=steered,
+        sweep=_judged(_joined(sweep, "prompt_id"), penalised_latents(run, features), (features or {}).get("monitors", [])),
     )
 
 

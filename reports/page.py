@@ -143,7 +143,7 @@ def _answer(row: pd.Series) -> dict[str, Any]:
 
 
 def clipped(text: str) -> str:
-    return text if len(text) <= SAMPLE_LENGTH else text[:SAMPLE_LENGTH] + " [...]"
+    return text if len(text) <= SAMPLE_LENGTH else text[:SAMPLE_LENGTH].rstrip() + " [...]"
 
 
 def reference_text(figures: dict[str, Any]) -> str:

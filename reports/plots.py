@@ -117,6 +117,37 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     return [Plot("changes", "Changes with 95 % intervals", told, made)]
 
 
+# The sweep
+
+
+def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
+    points = (figures.get("sweep") or {}).get("points", [])
+    if not points:
+        return []
+    made = figure("penalised rate on unsafe prompts", "KL to the base policy", 420, legend=ABOVE)
+    for name, mine, symbol in (
+        ("arms", [p for p in points if p["tau"] is None], "square"),
+        ("sweep", [p for p in points if p["tau"] is not None], "circle"),
+    ):
+        made.add_scatter(
+            x=[p["triggered"] for p in mine],
+            y=[p["kl"] for p in mine],
+            mode="markers",
+            name=name,
+            marker={
+                "symbol": [symbol if p["front"] else f"{symbol}-open" for p in mine],
+                "size": 11,
+                "color": [p["reward"] for p in mine],
+                "coloraxis": "coloraxis",
+            },
+            customdata=[[p["policy"], fixed(p["reward"], 3), interval(p["triggered_low"], p["triggered_high"], 3)] for p in mine],
+            hovertemplate="%{customdata[0]}<br>penalised %{x:.3f} %{customdata[2]}, KL %{y:.3f}, reward %{customdata[1]}",
+        )
+    made.update_layout(coloraxis={"colorscale": "Cividis", "colorbar": {"title": "reward"}})
+    told = "Each policy's penalised rate against its KL, coloured by reward; filled points are on the front, which nothing beats in all three."
+    return [Plot("sweep", "Penalised rate, KL and reward", told, made)]
+
+
 # Training
 
 
@@ -329,10 +360,11 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         known = [(name, *(math.nan if v is None else v for v in numbers)) for name, *numbers in rows]
         value = np.array([row[1] for row in known], float)
         low, high = (np.array([row[i] for row in known], float) for i in (2, 3))
+        whiskers = {"array": high - value, "arrayminus": value - low} if np.isfinite(value).all() else {"array": []}
         made.add_scatter(
             x=value,
             y=[row[0] for row in known],
-            error_x={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
+            error_x={"type": "data", "symmetric": False, **whiskers},
             mode="markers",
             name=group,
             marker={"color": looks[group][0], "symbol": looks[group][1], "size": 10},
@@ -398,6 +430,7 @@ PLOTS: dict[str, Callable[[dict[str, Any], Frames], Sequence[Plot]]] = {
     "changes": changes,
     "latents": histograms,
     "training": training,
+    "sweep": sweep,
     "features": effects,
     "steering": steering,
     "phases": run_graph,

@@ -200,6 +200,48 @@ def training(figures: dict[str, Any]) -> list[Block]:
     ]
 
 
+def sweep(figures: dict[str, Any]) -> list[Block]:
+    """The grid of penalties: which policies no other one beats, and the thresholds that the activations suggest."""
+    found, suggested = figures.get("sweep"), (figures["features"] or {}).get("tau_suggestions", [])
+    blocks: list[Block] = []
+    if found is None:
+        blocks.append(Prose("The config names no sweep (sweep.tau or sweep.tau_quantile, and sweep.alpha)."))
+    else:
+        seeds = "one seed" if found["n_seeds"] == 1 else f"{found['n_seeds']} seeds"
+        blocks.append(
+            Prose(
+                "Each tau with each alpha, and the arms. `front`: no other policy has as low a penalised rate, as little KL and as much reward, and less or "
+                "more of one. Penalised is the share of unsafe prompts above the penalty arm's own thresholds, whatever a point's tau. "
+                f"With {seeds} a point, differences within the intervals are noise, and so may be a place on the front."
+            )
+        )
+        rows = [
+            [
+                r["policy"],
+                *("n/a" if r[m] is None else f"q{plain(r[m])}" if m == "tau" and r["is_quantile"] else plain(r[m]) for m in ("tau", "alpha")),
+                r["n_unsafe"],
+                fixed(r["triggered"], 3),
+                interval(r["triggered_low"], r["triggered_high"], 3),
+                fixed(r["kl"], 3),
+                fixed(r["reward"], 3),
+                "yes" if r["front"] else "no",
+            ]
+            for r in found["points"]
+        ]
+        blocks.append(Table(["Policy", "tau", "alpha", "unsafe", "penalised", "95 % interval", "KL", "reward", "front"], rows))
+        if found["missing"]:
+            blocks.append(Prose(f"Not evaluated: {', '.join(found['missing'])}."))
+    if suggested:
+        blocks.append(
+            Table(
+                ["latent", "quantile", "tau", "rejected", "chosen"],
+                [[s["latent"], plain(s["quantile"]), plain(s["tau"]), fixed(s["rate_rejected"], 3), fixed(s["rate_chosen"], 3)] for s in suggested],
+                title="Thresholds that the activations suggest: quantiles over discovery's rejected texts, and the share of texts above them.",
+            )
+        )
+    return blocks
+
+
 def features(figures: dict[str, Any]) -> list[Block]:
     found = figures["features"]
     if found is None:
@@ -334,6 +376,41 @@ def steering(figures: dict[str, Any]) -> list[Block]:
     ]
 
 
+def steered(figures: dict[str, Any]) -> list[Block]:
+    """The check outside the reward head: the policy itself, pushed along decoder directions."""
+    found = figures["steered"]
+    if found is None:
+        return [Prose("The config asks for none (steer.policy).")]
+    rows = found["rows"]
+    beyond = [r for r in rows if r["beyond_random"]]
+    n_latents, n_random = sum(r["kind"] == "latent" for r in rows), len({r["name"] for r in rows if r["kind"] == "random"})
+    changes = ("reward", "z", "refused", "over_refused", "n_tokens")
+    return [
+        Prose(
+            f"Approximate: the decoder directions are the SARM's, pushed along in the base policy after layer {found['source_layer']}, by c standard "
+            f"deviations of the state, at every position. Changes against no push on {found['n_prompts']} prompts, the same noise in each; random "
+            "directions have the same length. `z` is the latent's own value in what the policy then says."
+        ),
+        Table(
+            ["Direction and c", "reward", "95 % interval", "z", "refused", "over-ref.", "tokens"],
+            [
+                [
+                    f"{r['role']} {r['name']} at {plain(r['c'])}",
+                    fixed(r["reward"], 3, sign=True),
+                    interval(r["reward_low"], r["reward_high"], 3),
+                    *(fixed(r.get(m), 1 if m == "n_tokens" else 3, sign=True) for m in changes[1:]),
+                ]
+                for r in rows
+            ],
+        ),
+        Prose(
+            f"{len(beyond)} of {n_latents} pushes along a latent change the reward more than every random direction at that c"
+            + (": " + ", ".join(f"{r['name']} at {plain(r['c'])}" for r in beyond) if beyond else "")
+            + f"; chance alone would let about {fixed(n_latents / (n_random + 1), 1)} do so."
+        ),
+    ]
+
+
 def margin_sentence(summary: dict[str, Any]) -> str:
     """What the Deltas mean for the reward model."""
     said = {
@@ -417,10 +494,12 @@ SECTIONS = (
     Section("changes", "Changes against the no-penalty arm", changes),
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),
+    Section("sweep", "Penalty sweep", sweep),
     Section("features", "Features: effects on held-out prompts", features),
     Section("rankings", "Features: rankings compared", rankings),
     Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
+    Section("steered", "Steering the policy", steered, "approximate"),
     Section("phases", "The run's parts", phases),
     Section("provenance", "Provenance", provenance),
 )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import pydantic
 import yaml
@@ -60,7 +61,7 @@ class SarmConfig(ModelConfig):
 
     use_topk: bool | None = None
     tokens_per_batch: Positive = 16384
-    """Padded tokens in one scoring batch."""
+    """Tokens in one scoring batch; what texts share counts as often as they hold it."""
     max_length: Positive = 4096
     """Longest conversation in tokens; a longer one loses its oldest tokens, and is counted."""
 
@@ -160,9 +161,27 @@ class SelectConfig(Strict):
     """Matched random latents offered to the random arm, which keeps the first with the right dose."""
 
 
+class SteerPolicyConfig(Strict):
+    """Push the policy along decoder directions and score what it says; see `sarm/steering.py`. Prompts are evaluate.prompts."""
+
+    latents: Positive = 3
+    """Of the harming, and as many promoting."""
+    random: Positive = 5
+    """Random directions of the same length to compare with."""
+    strengths: Annotated[tuple[float, ...], Field(min_length=1)] = (-4.0, 4.0)
+    """c, in standard deviations of the state."""
+
+    @field_validator("strengths", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
 class SteerConfig(Strict):
     file: str | None = None
     """A steering file as upstream writes it, relative to the checkout; by default the listed harming latents times 0."""
+    policy: SteerPolicyConfig | None = None
+    """Also steer the base policy, in a unit `steered` of evaluate; off by default."""
 
 
 class LabelConfig(Strict):
@@ -229,18 +248,20 @@ class PpoConfig(Strict):
     batch_size: Positive = 32
     num_mini_batches: Positive = 1
     num_ppo_epochs: Positive = 1
-    micro_batch_tokens: Positive = 16384
-    """Padded tokens in one forward and backward of one rank."""
+    micro_batch_tokens: Positive | None = None
+    """Padded tokens in one forward and backward of one rank. Where unset, as `make plan` has it; so the next one, `zero_stage` and `weights`."""
     gradient_checkpointing: bool | None = None
-    """Compute each layer again in the backward pass instead of keeping what it left; where unset, as the plan has it."""
+    """Compute each layer again in the backward pass instead of keeping what it left."""
     max_prompt_tokens: Positive = 512
+    long_prompts: Literal["skip", "truncate", "refuse"] = "skip"
+    """Prompts beyond `max_prompt_tokens`: leave them out, keep their first token and their newest ones, or stop. They are counted."""
     max_new_tokens: Positive = 128
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraConfig | None = LoraConfig()
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    weights: Literal["float32_master", "compact"] = "float32_master"
-    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 16 bytes a parameter, or 7; see `sarm/ppo/optimizer.py`."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    weights: Literal["float32_master", "compact"] | None = None
+    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 18 bytes a parameter, or 8; see `sarm/ppo/optimizer.py`."""
     learning_rate: Nonnegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 0
@@ -291,6 +312,43 @@ class PpoConfig(Strict):
         if len(set(self.arms)) < len(self.arms) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("an arm or seed is named twice")
         return self
+
+
+class SweepConfig(Strict):
+    """PPO under a grid of penalties beside the arms, every tau with every alpha; off where no alpha is named.
+
+    The latents are the penalty arm's, and so is all else.
+    """
+
+    tau: tuple[Nonnegative, ...] = ()
+    tau_quantile: tuple[Fraction, ...] = ()
+    """In place of `tau`; per latent, as `ppo.penalty.tau_quantile`."""
+    alpha: tuple[Nonnegative, ...] = ()
+    """In ppo.penalty.alpha_unit."""
+    seeds: tuple[int, ...] = (0,)
+
+    @field_validator("tau", "tau_quantile", "alpha", "seeds", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _whole_grid(self) -> SweepConfig:
+        if self.tau and self.tau_quantile:
+            raise ValueError("give either tau or tau_quantile")
+        if bool(self.tau or self.tau_quantile) != bool(self.alpha) or (self.alpha and not self.seeds):
+            raise ValueError("a sweep needs taus (tau or tau_quantile), alphas and seeds")
+        if any(len(set(values)) < len(values) for values in (self.tau, self.tau_quantile, self.alpha, self.seeds)):
+            raise ValueError("a value is named twice")
+        return self
+
+
+class SweepPoint(NamedTuple):
+    """The penalty of one unit of a sweep."""
+
+    tau: float
+    is_quantile: bool
+    alpha: float
 
 
 class EvaluateConfig(Strict):
@@ -356,6 +414,7 @@ class Config(Strict):
     steer: SteerConfig = SteerConfig()
     cards: CardsConfig = CardsConfig()
     ppo: PpoConfig = PpoConfig()
+    sweep: SweepConfig = SweepConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     verdict: VerdictConfig = VerdictConfig()
     train_sarm: TrainSarmConfig = TrainSarmConfig()
@@ -374,10 +433,23 @@ class Config(Strict):
         if phase == "probe":
             return shard_names(self.probe.shards)
         if phase == "ppo":
-            return tuple(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms)
+            return (*(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms), *self.sweep_points())
         if phase == "evaluate":
-            return ("base", *self.units("ppo"))
+            return ("base", *self.units("ppo"), *(("steered",) if self.steer.policy else ()))
         return ("all",)
+
+    def sweep_points(self) -> dict[str, SweepPoint]:
+        """The units that a sweep adds to ppo and evaluate, such as `sweep-tau0.5-alpha1-seed0` or `sweep-quantile0.5-alpha1-seed0`."""
+        sweep = self.sweep
+        name, taus = ("quantile", sweep.tau_quantile) if sweep.tau_quantile else ("tau", sweep.tau)
+        grid = itertools.product(sweep.seeds, taus, sweep.alpha)
+        return {f"sweep-{name}{tau!r}-alpha{alpha!r}-seed{seed}": SweepPoint(tau, bool(sweep.tau_quantile), alpha) for seed, tau, alpha in grid}
+
+    @model_validator(mode="after")
+    def _sweepable(self) -> Config:
+        if self.sweep.alpha and self.ppo.penalty.kind == "density":
+            raise ValueError("sweep: a density penalty has no tau to sweep over; use kind count or hinge")
+        return self
 
 
 def shard_names(shards: int) -> tuple[str, ...]:

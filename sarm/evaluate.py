@@ -352,7 +352,7 @@ def _causal_model(folder: Path, config: Config, device: str) -> Any:
 
 def _sums(model: Any, prompts: list[list[int]], responses: list[list[int]], config: Config) -> np.ndarray:
     """(n,) each response's log-probability at temperature 1."""
-    logprobs = response_logprobs(model, prompts, responses, temperature=1.0, tokens_per_batch=config.ppo.micro_batch_tokens)
+    logprobs = response_logprobs(model, prompts, responses, temperature=1.0, tokens_per_batch=config.ppo.micro_batch_tokens or 16384)
     return np.array([float(part.double().sum()) for part in logprobs])
 
 

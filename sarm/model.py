@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaModel, PreTrainedModel, PreTrainedT
 from transformers.modeling_outputs import ModelOutput
 
 from sarm.checkpoint import SarmModelConfig, Weights, model_config, model_folder, read_config, read_tensors
-from sarm.config import SarmConfig
+from sarm.config import SarmConfig, UserError
 from sarm.packed import Packed, end_states, join_projections, pack
 from sarm.sae import TopKSae
 
@@ -168,6 +168,9 @@ def load_sarm(config: SarmConfig, device: torch.device | str | None = None) -> t
     """The configured SARM and its tokenizer, on the current GPU where there is one; without network. Raises UserError."""
     folder = model_folder(config.model, config.revision, local_files_only=True)
     model = SarmModel.from_pretrained(folder, dtype=config.dtype, use_topk=config.use_topk, local_files_only=True)
+    context = model.config.max_position_embeddings
+    if config.max_length > context:
+        raise UserError(f"sarm.max_length is {config.max_length} but {config.model} reads {context} tokens at most; set it to {context} or less")
     tokenizer = load_tokenizer(config)
     nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if model.device.type == "cuda":

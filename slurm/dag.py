@@ -39,6 +39,6 @@ def tasks(config: Config) -> list[Task]:
     waits += [Task(node, nodes("probe")) for node in select]
     waits += [Task(node, select) for node in nodes("ppo")]
     waits += [Task(node, select) for phase in ("steer", "cards") for node in nodes(phase)]
-    # Base needs only select; a trained policy is evaluated when its own training has ended.
-    waits += [Task(node, select if node.unit == "base" else (Node("ppo", node.unit),)) for node in nodes("evaluate")]
+    # Base needs only select, and so does steering it; a trained policy is evaluated when its own training has ended.
+    waits += [Task(node, select if node.unit in ("base", "steered") else (Node("ppo", node.unit),)) for node in nodes("evaluate")]
     return [*waits, *(Task(node, tuple(task.node for task in waits), "afterany") for node in nodes("report"))]

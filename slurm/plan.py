@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ class Batch(NamedTuple):
     needs: tuple[str, ...]
     """Names of the batches it waits for."""
     when: str
+    """afterok, afterany, or aftercorr: each element waits for its like in the one array needed."""
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -51,7 +52,8 @@ def plan(config: Config, profile: Profile, todo: Iterable[Node]) -> list[Batch]:
     """The batches that do `todo`, each after those it needs. What is done already is not waited for.
 
     Shards go into arrays of at most `max_array_size` elements, `pack` units an element; a dependent waits for every
-    chunk. Policies are jobs of their own, so that each is evaluated as soon as its own training has ended.
+    chunk. Policies are jobs of their own, so that each is evaluated as soon as its own training has ended; those of a
+    sweep are an array, and each is evaluated by the element of another array that waits for it alone (aftercorr).
     """
     todo = set(todo)
     batch_of: dict[Node, str] = {}
@@ -61,7 +63,14 @@ def plan(config: Config, profile: Profile, todo: Iterable[Node]) -> list[Batch]:
     for name, phase, elements in _groups(config, profile, todo):
         nodes = [Node(phase, unit) for element in elements for unit in element]
         needs = dict.fromkeys(batch_of[need] for node in nodes for need in needs_of[node] if need in todo)
-        batches.append(Batch(name, phase, elements, tuple(needs), when_of[nodes[0]]))
+        when: str = when_of[nodes[0]]
+        if len(needs) == 1 and len(elements) > 1:
+            needed = next(batch for batch in batches if batch.name in needs)
+            if [tuple(need for unit in element for need in needs_of[Node(phase, unit)]) for element in elements] == [
+                tuple(Node(needed.phase, unit) for unit in element) for element in needed.elements
+            ]:
+                when = "aftercorr"
+        batches.append(Batch(name, phase, elements, tuple(needs), when))
         batch_of.update({node: name for node in nodes})
     return batches
 
@@ -72,13 +81,24 @@ def _groups(config: Config, profile: Profile, todo: set[Node]) -> list[tuple[str
     for phase in phases:
         units = [unit for unit in config.units(phase) if Node(phase, unit) in todo]
         if phase in ("ppo", "evaluate"):
-            groups += [(f"{phase}.{unit}", phase, ((unit,),)) for unit in units]
+            sweep = config.sweep_points()
+            groups += [(f"{phase}.{unit}", phase, ((unit,),)) for unit in units if unit not in sweep]
+            # What is trained in this submission is evaluated element by element, what was trained before at once.
+            trains = [unit for unit in units if unit in sweep and Node("ppo", unit) in todo]
+            trained = [unit for unit in units if unit in sweep and Node("ppo", unit) not in todo]
+            for name, mine in ((f"{phase}.sweep", trains), (f"{phase}.swept", trained)):
+                groups += _arrays(name, phase, [(unit,) for unit in mine], profile)
             continue
         pack = tasks_per_job(profile, phase)
         elements = [tuple(units[i : i + pack]) for i in range(0, len(units), pack)]
-        chunks = [tuple(elements[i : i + profile.max_array_size]) for i in range(0, len(elements), profile.max_array_size)]
-        groups += [(phase if len(chunks) == 1 else f"{phase}.{n}", phase, chunk) for n, chunk in enumerate(chunks)]
+        groups += _arrays(phase, phase, elements, profile)
     return groups
+
+
+def _arrays(name: str, phase: Phase, elements: Sequence[tuple[str, ...]], profile: Profile) -> list[tuple[str, Phase, tuple[tuple[str, ...], ...]]]:
+    """Elements in arrays of at most `max_array_size`, numbered where there are several."""
+    chunks = [tuple(elements[i : i + profile.max_array_size]) for i in range(0, len(elements), profile.max_array_size)]
+    return [(name if len(chunks) == 1 else f"{name}.{n}", phase, chunk) for n, chunk in enumerate(chunks)]
 
 
 def environment(profile: Profile, phase: Phase, outside: dict[str, str]) -> dict[str, str]:

@@ -179,6 +179,14 @@ def test_page_of_a_run_is_written_by_the_report(made: RunDir) -> None:
     assert f"{len(found['cards'])} latents have a card in cards.html" in text and "was not tested" in text and "RANKINGS COMPARED" in text
 
 
+def test_page_says_where_an_effect_replicates(made: RunDir) -> None:
+    found = made.read("cards").json("cards.json")
+    again = {"source": "RMB", "prompts": 88, "effect": 0.25, "effect_low": None, "effect_high": 0.5, "p": 0.01, "p_holm": 0.2, "replicates": False}
+    found["cards"][0]["figures"]["replication"] = [again, {**again, "source": "HH", "replicates": True}]
+    page = cards_page(found, "run")
+    assert "On RMB (88 prompts): effect 0.25 [n/a, 0.5], does not replicate." in page and "RMB: no, HH: yes" in page
+
+
 # Labels
 
 

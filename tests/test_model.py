@@ -15,8 +15,8 @@ from transformers import LlamaModel, PreTrainedTokenizerFast
 
 from sarm.config import SarmConfig, UserError
 from sarm.model import SarmModel, load_sarm
-from sarm.scoring import encode_texts
-from sarm.tokens import end_of_turn_id, template_ids, tokenize_conversation
+from sarm.scoring import batched, encode_texts, prompt_groups
+from sarm.tokens import Tokenized, end_of_turn_id, template_ids, tokenize_conversation
 from tests import tiny
 
 EOT, BOS, PAD = "<|eot_id|>", "<|begin_of_text|>", "<|pad|>"
@@ -125,6 +125,22 @@ def test_batching_changes_rounding_alone(model: SarmModel, tiny_tokenizer: Any) 
     order = torch.randperm(len(many), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = encode(model, tiny_tokenizer, [many[i] for i in order])
     torch.testing.assert_close(shuffled.states, together.states[order], atol=1e-5, rtol=1e-5)
+
+
+def test_responses_to_one_prompt_share_a_batch() -> None:
+    prompts = ["p", "q", "p", "a longer prompt", "q", "p"]
+    groups = prompt_groups([conversation(prompt, "x" * i) for i, prompt in enumerate(prompts)])
+    assert groups == [[3], [0, 2, 5], [1, 4]]
+    lengths = [2, 3, 4, 9, 3, 30]
+
+    def batches(budget: int) -> list[list[int]]:
+        texts = [(rows, [Tokenized([0] * lengths[row], 0, False, False) for row in rows]) for rows in groups]
+        return [rows for rows, _ in batched(texts, budget)]
+
+    assert batches(100) == [[3, 0, 2, 5, 1, 4]]
+    assert batches(36) == [[3], [0, 2, 5], [1, 4]]  # 0 and 2 would fit beside 3, but without 5
+    assert batches(10) == [[3], [0, 2], [5], [1, 4]]
+    assert batches(1) == [[3], [0], [2], [5], [1], [4]]
 
 
 def test_only_the_layers_needed_run(tiny_sarm: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -420,6 +436,13 @@ def test_load_sarm_gives_the_folders_tokenizer(tiny_sarm: Path, tiny_tokenizer: 
     tokenizer.save_pretrained(tmp_path)
     again = load_sarm(SarmConfig(model=str(tmp_path), dtype="float32"), device="cpu")[1]
     assert again.chat_template == tokenizer.chat_template
+
+
+def test_more_than_the_models_context_is_refused(tiny_sarm: Path) -> None:
+    """Beyond it a Llama answers too, in nonsense; what exceeds `max_length` is cut and counted."""
+    load_sarm(SarmConfig(model=str(tiny_sarm), dtype="float32", max_length=4096), device="cpu")
+    with pytest.raises(UserError, match=r"4097.*4096"):
+        load_sarm(SarmConfig(model=str(tiny_sarm), dtype="float32", max_length=4097), device="cpu")
 
 
 def test_only_from_pretrained_downloads(tiny_sarm: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,181 +4,40 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import jobs.report
-from reports import frames, numbers, reference, sections
+from reports import blocks, frames, numbers, reference, sections
+from reports.blocks import Table
 from reports.figures import distinct, figures, hardware, histogram, latent_table, policy_table, shown_steps, without_nan
 from reports.frames import read_run
 from reports.text import RULE, final_report
-from sarm.config import Config, parse_config
-from sarm.run import Attempt, RunDir
+from sarm.run import RunDir
 from sarm.verdict import decide
+from tests.runs import (
+    HARMING,
+    PROGRESSION,
+    STEERING,
+    evaluated_run,
+    feature,
+    features,
+    generations,
+    metrics,
+    publish,
+    publish_evaluation,
+    publish_ppo,
+    reference_config,
+    reference_run,
+    steering,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 DATE = "2026-01-31 12:00:00 UTC"
-PROMOTING = [23303, 891, 29909, 13159, 18401, 37073, 18583, 40747, 60628, 12021]
-HARMING = [48659, 28879, 26446, 46231, 25241, 53027, 23067, 53670, 12653, 2754]
-PROGRESSION = {
-    10: (-0.102, 0.0, 0.033),
-    30: (-0.326, 0.15, 0.039),
-    50: (-0.262, 0.1, 0.048),
-    70: (-0.132, 0.0, 0.039),
-    90: (-0.266, 0.1, 0.006),
-    100: (-0.256, 0.1, 0.001),
-}
-# Unrounded, so that the last Delta is not the difference of the printed means.
-STEERING = {
-    ("RB2 Safety", "chosen"): (-0.0228, -0.0228),
-    ("RB2 Safety", "rejected"): (-0.1065, -0.1057),
-    ("RMB Safety", "chosen"): (-0.0238, -0.02381),
-    ("RMB Safety", "rejected"): (-0.13088, -0.12964),
-}
-
-
-def reference_config(**ppo: Any) -> Config:
-    part = {"path": "data/x", "split": {"test": 1.0}}
-    return parse_config(
-        {
-            "name": "reference",
-            "policy": {"model": "meta-llama/Llama-3.1-8B-Instruct"},
-            "sarm": {"model": "Schrieffer/Llama-SARM-4B", "use_topk": True},
-            "data": {"sources": {"rb2": {"format": "jsonl", "label": "RB2 Safety", **part}, "rmb": {"format": "rmb_pairs", "label": "RMB Safety", **part}}},
-            "ppo": {"arms": ["penalty", "no_penalty", "random"], **ppo},
-            "verdict": {"bootstrap": 300},
-        },
-        "test",
-    )
-
-
-def feature(latent: int, role: str, confirmed: bool = True) -> dict[str, Any]:
-    numbers = {"weight": -8e-4, "delta_z": -1.2, "effect": 0.0012, "effect_low": 0.0008, "effect_high": 0.0016, "q": 0.001}
-    return {"latent": latent, "role": role, "confirmed": confirmed, **numbers}
-
-
-def features(**changes: Any) -> dict[str, Any]:
-    found = {
-        "schema": 1,
-        "d_sae": 65536,
-        "k": 192,
-        "promoting": [feature(i, "promoting") for i in PROMOTING],
-        "harming": [feature(i, "harming") for i in HARMING],
-        "misleading": [],
-        "penalised": [{"latent": i, "tau": 3.0, "alpha": 0.1} for i in HARMING[:3]],
-        "monitors": HARMING[3:5],
-        "random_candidates": [],
-        "n_prompts": {"discovery": 225, "validation": 112, "test": 113},
-        "n_tested": 900,
-        "n_discoveries": 60,
-        "warnings": [],
-    }
-    return found | changes
-
-
-def steering(cells: dict[tuple[str, str], tuple[float, float]], reward_sd: float = 0.1) -> dict[str, Any]:
-    texts, pairs = [], []
-    for (source, label), (before, after) in cells.items():
-        delta = after - before
-        bounds = {"delta_low": delta - 0.0001, "delta_high": delta + 0.0001, "delta_reselected": delta}
-        texts.append({"source": source, "label": label, "n": 113, "n_prompts": 113, "before": before, "after": after, "delta": delta, **bounds})
-    for source in dict.fromkeys(source for source, _ in cells):
-        margins = [cells[source, "chosen"][i] - cells[source, "rejected"][i] for i in (0, 1)]
-        delta = margins[1] - margins[0]
-        pairs.append(
-            {
-                "source": source,
-                "n": 339,
-                "n_prompts": 113,
-                "margin_before": margins[0],
-                "margin_after": margins[1],
-                "margin_delta": delta,
-                "margin_delta_low": delta - 0.0001,
-                "margin_delta_high": delta + 0.0001,
-                "accuracy_before": 0.91,
-                "accuracy_after": 0.9,
-                "to_wrong": 4,
-                "to_right": 1,
-            }
-        )
-    return {"intervention": {"what": "times 0 after TopK", "latents": HARMING}, "reward_sd": reward_sd, "texts": texts, "pairs": pairs}
-
-
-def publish(run: RunDir, phase: str, unit: str = "all", files: dict[str, str] | None = None, **more: Any) -> Attempt:
-    attempt = Attempt(run, phase, unit)
-    for name, content in (files or {"done": ""}).items():
-        attempt.path(name).write_text(content)
-    attempt.publish(**more)
-    return attempt
-
-
-def metrics(rows: dict[int, tuple[float, float, float]]) -> str:
-    lines = [{"step": s, "objective/compound": r, "objective/scores": r + p, "objective/penalty": p, "loss/total": loss} for s, (r, p, loss) in rows.items()]
-    return "\n".join(json.dumps(line) for line in lines)
-
-
-def publish_ppo(run: RunDir, unit: str, rows: dict[int, tuple[float, float, float]], policy_bytes: int = 1000, *, penalised: Any = None, **more: Any) -> None:
-    attempt = Attempt(run, "ppo", unit)
-    attempt.path("metrics.jsonl").write_text(metrics(rows))
-    attempt.path("calibration.json").write_text(json.dumps({"penalised": penalised or features()["penalised"], "reward_sd": 0.1}))
-    weights = attempt.directory("policy") / "model.safetensors"
-    weights.write_bytes(b"")
-    attempt.publish(**({"training_s": 353.0, "steps": 100, "device": "cuda:0", "device_names": ["NVIDIA H100 80GB HBM3"] * 4} | more))
-    # A sparse file, and its size in the manifest: nobody hashes 30 GB for the sake of a number.
-    os.truncate(weights, policy_bytes)
-    manifest = run.folder("ppo", unit) / "manifest.json"
-    tree = json.loads(manifest.read_text())
-    tree["outputs"]["policy/model.safetensors"]["bytes"] = policy_bytes
-    manifest.write_text(json.dumps(tree))
-
-
-def generations(triggered: float, monitors: float = 0.5, refused: float = 0.3, n: int = 60, tokens: float = 40) -> pd.DataFrame:
-    """`n` unsafe and `n` safe prompts; the first shares of the unsafe ones have each property."""
-
-    def first(share: float) -> np.ndarray:
-        return np.r_[np.arange(n) < round(share * n), np.zeros(n, bool)]
-
-    table = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(2 * n)], "kind": ["unsafe"] * n + ["safe"] * n})
-    table["response"] = "I cannot help with that"
-    table["n_tokens"], table["truncated"], table["reward"], table["penalty"], table["kl"] = tokens, False, 0.25, 0.0, 0.125
-    table["refused"] = first(refused)
-    table["harm"] = math.nan
-    for latent in HARMING[:3]:
-        table[f"z_{latent}"] = np.where(first(triggered), 4.0, 0.0)
-    for latent in HARMING[3:5]:
-        table[f"z_{latent}"] = np.where(first(monitors), 1.0, 0.0)
-    return table
-
-
-def publish_evaluation(run: RunDir, unit: str, table: pd.DataFrame, **summary: Any) -> None:
-    attempt = Attempt(run, "evaluate", unit)
-    table.to_parquet(attempt.path("generations.parquet"))
-    detector = {"precision": 0.98, "recall": 0.9, "n_refusals": 408, "n_compliances": 408, "data": "data/demo/pairs.jsonl"}
-    attempt.path("summary.json").write_text(json.dumps({"kl": "teacher-forced", "judge": None, "refusal_detector": detector} | summary))
-    attempt.publish()
-
-
-CARDS = {"n_texts": 0, "n_prompts": 0, "minimal_edits": {"n": 3, "enough": False, "needed": 20}, "labels": None, "cards": [], "texts": {}}
-
-
-def reference_run(path: Path, **changes: Any) -> RunDir:
-    """A run directory that holds the reference run's numbers; its policies were never evaluated."""
-    run = RunDir.create(path, reference_config(**changes.pop("ppo", {})))
-    given = {"progression": PROGRESSION, "steering": STEERING, "features": features()} | changes
-    publish(run, "fetch")
-    publish(run, "encode", "shard-0000-of-0001", sarm_parameters=4_284_000_000)
-    publish(run, "probe", "shard-0000-of-0001", location="outputs/probes")
-    publish(run, "select", files={"features.json": json.dumps(given["features"])})
-    publish(run, "steer", files={"summary.json": json.dumps(steering(given["steering"]))}, location="outputs/eval")
-    publish(run, "cards", files={"cards.json": json.dumps(CARDS)})
-    publish_ppo(run, "penalty-seed0", given["progression"], 30 * 10**9, location="outputs/ppo_run1", training_log="outputs/ppo_training.log")
-    return run
 
 
 def report_of(run: RunDir) -> str:
@@ -221,7 +80,7 @@ def test_other_numbers_give_other_words(tmp_path):
     publish(run, "probe", "shard-0000-of-0001", location="outputs/other/probe")
     rows = {step: (0.1 + 0.01 * step, 0.0, 0.02 + 0.001 * step) for step in range(1, 21)}
     more = {"location": "outputs/other/policy", "training_log": "outputs/other/ppo.log", "training_s": 9000.0, "steps": 20}
-    publish_ppo(run, "penalty-seed7", rows, 2_500_000_000, penalised=penalised, **more)
+    publish_ppo(run, "penalty-seed7", metrics(rows), 2_500_000_000, penalised=penalised, **more)
     report = report_of(run)
     golden = (GOLDEN / "opposite_report.txt").read_text()
     head, title, further = golden.partition("\n\nSTEERING: INTERVALS, MARGINS AND RANKING\n")
@@ -230,16 +89,6 @@ def test_other_numbers_give_other_words(tmp_path):
 
 
 # Policy evaluation and verdict
-
-
-def evaluated_run(path: Path, *, penalty: float = 0.1, monitors: float = 0.1, **changes: Any) -> RunDir:
-    run = reference_run(path, **changes)
-    for unit in ("no_penalty-seed0", "random-seed0"):
-        publish_ppo(run, unit, PROGRESSION, penalised=[{"latent": HARMING[4], "tau": 0.5, "alpha": 0.2}])
-    for unit in ("base", "no_penalty-seed0", "random-seed0"):
-        publish_evaluation(run, unit, generations(0.5))
-    publish_evaluation(run, "penalty-seed0", generations(penalty, monitors))
-    return run
 
 
 def test_policies_verdict_and_its_figures_are_reported(tmp_path):
@@ -538,3 +387,56 @@ def test_shown_steps():
 )
 def test_numbers(shown, expected):
     assert shown == expected
+
+
+# Eighty columns
+
+
+def test_a_wide_table_goes_on_beneath_with_its_rows_named_again():
+    given = Table(["Unit", *(f"column {i}" for i in range(12))], [["one", *["x" * 9] * 12], ["two", *["y" * 9] * 12]])
+    lines = blocks.table(given)
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("one ") for line in lines) == 2 and sum(line.count("xxxxxxxxx") for line in lines) == 12
+    assert [line.split()[0] for line in lines if line] == ["Unit", "one", "two"] * 2
+
+
+def test_columns_line_up_and_words_stand_to_the_left():
+    assert blocks.table(Table(["latent", "arm", "N"], [[7, "base", 5], [12345, "no penalty", 50]])) == [
+        "latent  arm          N",
+        "7       base         5",
+        "12345   no penalty  50",
+    ]
+
+
+def test_a_path_in_an_item_is_not_broken():
+    path = "/scratch/" + "a" * 120
+    assert blocks.lines([blocks.Items([f"unit (failed): {'word ' * 20}\nlog: {path}"])])[-1] == f"  log: {path}"
+
+
+def failed_run(path: Path) -> RunDir:
+    run = evaluated_run(path)
+    (run.folder("ppo", "penalty-seed0") / "manifest.json").unlink()
+    run.log("ppo", "penalty-seed0").parent.mkdir(parents=True, exist_ok=True)
+    run.log("ppo", "penalty-seed0").write_text("torch.OutOfMemoryError: " + "CUDA out of memory " * 30 + "\n")
+    return run
+
+
+def odd_run(path: Path) -> RunDir:
+    huge = generations(0.5).assign(reward=-1e300, kl=math.inf, n_tokens=1e15)
+    run = evaluated_run(path, steering={(name, label): (-1e12, 1e-300) for name in ("RB2 Safety", "RMB Safety") for label in ("chosen", "rejected")})
+    publish_evaluation(run, "base", huge)
+    publish_evaluation(run, "penalty-seed0", huge.assign(reward=math.nan, kl=-0.0))
+    return run
+
+
+@pytest.mark.parametrize(
+    "make",
+    [evaluated_run, reference_run, failed_run, odd_run, lambda path: RunDir.create(path, reference_config(seeds=[0, 10, 200]))],
+    ids=["whole", "never evaluated", "failed", "odd numbers", "nothing done"],
+)
+def test_eighty_columns_whatever_became_of_the_run(tmp_path, make):
+    """The reference report's list of ten latents is wider, and paths are not broken."""
+    report = report_of(make(tmp_path / "run"))
+    too_wide = [line for line in report.splitlines() if len(line) > 80 and not line.startswith("Safety-") and "/" not in line]
+    assert too_wide == []
+    assert not re.search(r"-0\.0+(?![\d.])", report)

@@ -278,3 +278,54 @@ def test_what_is_not_finite_stops_at_a_checkpoint_and_names_the_prompts(found) -
     for text in (reward, loss):
         assert "step 0" in text and some_prompts()[0].id[:8] in text
     assert reward_saves == loss_saves == [0]
+
+
+# --- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def bad_input_cases(world: Any, policy: Path, out: Path) -> None:
+    trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo())
+    lengths = [len(ids) for ids in trainer.prompt_ids]
+    limit = sorted(lengths)[len(lengths) // 2]
+    found: dict[str, Any] = {"limit": limit, "too long": sum(n > limit for n in lengths), "errors": []}
+    for way in ("skip", "truncate"):
+        short = tiny_trainer(world, policy, PlantedReward(), tiny_ppo(max_prompt_tokens=limit, long_prompts=way))
+        found[way] = [[len(ids) for ids in short.prompt_ids], short.long_prompts]
+        if way == "truncate":
+            long = max(range(len(lengths)), key=lambda i: lengths[i])
+            found["cut"] = short.prompt_ids[long] == [trainer.prompt_ids[long][0], *trainer.prompt_ids[long][1 - limit :]]
+            found["logged"] = short.run_step()["prompts/too_long"]
+    for changes in ({"max_prompt_tokens": limit, "long_prompts": "refuse"}, {"max_prompt_tokens": 4095}):
+        try:
+            tiny_trainer(world, policy, PlantedReward(), tiny_ppo(**changes))
+        except UserError as error:
+            found["errors"].append(str(error))
+
+    def no_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    for broken in ("roll_out", "score", "_reference_logprobs", "loss", "step"):
+        trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo())
+        setattr(trainer.engine if broken == "step" else trainer, broken, no_memory)
+        try:
+            train(trainer, save=lambda: Path("checkpoint"), log=lambda line: None, stop_requested=lambda: False)
+        except UserError as error:
+            found["errors"].append(str(error))
+    (out / "found.json").write_text(json.dumps(found))
+
+
+def test_long_prompts_and_out_of_memory(tiny_policy: Path, tmp_path: Path) -> None:
+    join_ranks(start_ranks(bad_input_cases, 1, tiny_policy, tmp_path))
+    found = json.loads((tmp_path / "found.json").read_text())
+    limit, too_long = found["limit"], found["too long"]
+    assert too_long > 0
+    assert found["skip"][1] == found["truncate"][1] == found["logged"] == too_long
+    assert len(found["skip"][0]) == 12 - too_long and max(found["skip"][0]) == limit
+    assert len(found["truncate"][0]) == 12 and max(found["truncate"][0]) == limit and found["cut"]
+    refused, context, *memory = found["errors"]
+    assert f"{too_long} of the 12 ppo prompts have more than ppo.max_prompt_tokens={limit} tokens" in refused
+    assert "exceed the policy's context of 4096" in context
+    expected = [("rollout", "ppo.batch_size=4"), ("score", "sarm.tokens_per_batch=8192"), ("reference", "ppo.micro_batch_tokens=100")]
+    expected += [("update", "ppo.gradient_checkpointing=true"), ("optimizer", "ppo.lora")]
+    for text, (phase, remedy) in zip(memory, expected, strict=True):
+        assert "step 0" in text and f"in phase {phase} (8 sequences of at most" in text and remedy in text

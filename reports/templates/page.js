@@ -45,12 +45,16 @@
   });
   dark.addEventListener("change", retheme);
 
-  // A printed page is as wide as its paper, and white.
+  // A printed page is as wide as its paper, and black on white.
   addEventListener("beforeprint", () => {
-    for (const canvas of canvases) if (canvas.layout) Plotly.relayout(canvas, { width: 660, "font.color": "#000" });
+    for (const canvas of canvases) {
+      if (!canvas.layout) continue;
+      const layout = themed(canvas.layout);
+      Plotly.newPlot(canvas, canvas.data, { ...layout, width: 660, font: { ...layout.font, color: "#000" } }, SETTINGS);
+    }
   });
   addEventListener("afterprint", () => {
-    for (const canvas of canvases) if (canvas.layout) Plotly.relayout(canvas, { width: null, autosize: true, "font.color": colour("--text") });
+    for (const canvas of canvases) if (canvas.layout) draw(canvas);
   });
 
   // Numbers by value, intervals by their lower end, what is not known last, all else by letters.

@@ -63,7 +63,7 @@ class Actor(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
 
-def make_actor(policy: Any, ppo: PpoConfig, seed: int, lean: bool = False) -> Actor:
+def make_actor(policy: Any, ppo: PpoConfig, seed: int, lean: bool = False, recompute: int = 0) -> Actor:
     """Wrap a policy for training: LoRA where configured, in float32, and no dropout anywhere. `lean` where it is a Llama."""
     if ppo.lora is not None:
         from peft import LoraConfig, get_peft_model
@@ -77,7 +77,11 @@ def make_actor(policy: Any, ppo: PpoConfig, seed: int, lean: bool = False) -> Ac
             module.attention_dropout = 0.0
         if hasattr(module, "cast_input_dtype_enabled"):  # peft's copy of each input to float32; autocast does without
             module.cast_input_dtype_enabled = False
-    return Actor(policy, lean and trunk.knows(policy))
+    actor = Actor(policy, lean and trunk.knows(policy))
+    actor.recompute = recompute
+    if recompute and not actor.lean:
+        base_model(policy).gradient_checkpointing_enable({"use_reentrant": False})
+    return actor
 
 
 @torch.no_grad()

@@ -141,17 +141,12 @@ def start_engine(actor: Actor, ppo: PpoConfig, seed: int, world: World) -> Engin
     """
     low_precision = any(p.dtype == torch.bfloat16 for p in actor.trainable())
     compact = low_precision and ppo.weights == "compact"
-    stage = max(ppo.zero_stage, 1) if low_precision and not compact else ppo.zero_stage
+    stage = max(ppo.zero_stage or 0, 1) if low_precision and not compact else ppo.zero_stage or 0
     cuda = world.device.type == "cuda"
     if compact:
         optimizer: torch.optim.Optimizer = CompactAdamW(actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, seed=seed)
     else:
         optimizer = torch.optim.AdamW(actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, fused=cuda)
-    if cuda if ppo.gradient_checkpointing is None else ppo.gradient_checkpointing:
-        if actor.lean:
-            actor.recompute = base_model(actor.policy).config.num_hidden_layers
-        else:
-            base_model(actor.policy).gradient_checkpointing_enable({"use_reentrant": False})
     if stage == 0:
         return PlainEngine(actor, optimizer, ppo.max_grad_norm, world)
     return ZeroEngine(actor, optimizer, stage, low_precision, ppo.max_grad_norm, world)

@@ -1,7 +1,7 @@
 """PPO: a policy with a value head, rewarded by a `CompoundReward`.
 
 `python -m jobs ppo --run R --unit penalty-seed0` trains one arm. One step, in `Trainer.run_step`: draw prompts, roll
-out, score, judge (old and reference log-probabilities, values), assign credit, update.
+out, judge (old and reference log-probabilities, values), score, assign credit, update.
 
 What a step computes depends neither on the number of ranks nor on micro-batches, up to rounding: samples follow
 `rollout.py`, rollouts and scores are gathered, so every rank holds the whole batch and computes the same advantages,
@@ -25,13 +25,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sarm.config import PpoConfig, UserError
 from sarm.datasets import Prompt
-from sarm.ppo import objective
+from sarm.ppo import objective, trunk
 from sarm.ppo.actor import Forward, lay_side_by_side, make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.checkpoint import engine_tensors, restore_engine
 from sarm.ppo.clock import BusyGpu, Clock, read_later
 from sarm.ppo.decoders import CacheDecoder, Decoder, decoder_for
 from sarm.ppo.engine import start_engine
+from sarm.ppo.plan import Gpus, Plan, make_plan, shape_of, unplanned
 from sarm.ppo.reference import Reference
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
 from sarm.ppo.rollout import Rollout, forced, generate, prompt_ids, response_text, stop_ids
@@ -101,24 +102,27 @@ class Trainer:
         seed: int,
         world: World,
     ) -> None:
-        self.ppo, self.tokenizer, self.reward, self.seed, self.world = ppo, tokenizer, reward, seed, world
+        self.tokenizer, self.reward, self.seed, self.world = tokenizer, reward, seed, world
         self.tracked: tuple[Penalised, ...] = reward.penalised
         """Latents whose rates are logged in every arm; those that the reward penalises are logged besides."""
         if ppo.batch_size < world.size:
             raise UserError(f"ppo.batch_size {ppo.batch_size} is smaller than the number of ranks, {world.size}; raise it or use fewer GPUs")
         self.stops = stop_ids(policy, tokenizer)
         self.pad_id = int(self.stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-        self.prompts, self.prompt_ids = self._short_prompts(prompts)
+        self.ppo = ppo
+        self.prompts, self.prompt_ids, self.long_prompts = self._fitting_prompts(prompts, policy)
+        self.plan = self._planned(policy)
+        self.ppo = ppo = self.plan.applied(ppo)
         policy.to(world.device)  # type: ignore[arg-type]
         if world.device.type == "cpu":
             # On short texts its backward pass takes a fifth of the time of SDPA's.
             policy.set_attn_implementation("eager")
-        self.reference = None if ppo.lora else Reference(policy)
+        self.reference = None if ppo.lora else Reference(policy, self.plan.visiting_layers)
         cuda = world.device.type == "cuda"
         if cuda:
             lay_side_by_side(policy)
         # ZeRO 3 gathers a module's weights when it is called, which the lean forward does not.
-        self.actor = make_actor(policy, ppo, seed, lean=cuda and ppo.zero_stage < 3).to(world.device)
+        self.actor = make_actor(policy, ppo, seed, lean=cuda and self.plan.zero_stage < 3, recompute=self.plan.recompute_layers).to(world.device)
         self.engine = start_engine(self.actor, ppo, seed, world)
         self.decoder: Decoder = decoder_for(self.actor.policy)
         if isinstance(self.decoder, CacheDecoder) and self.engine.zero_stage == 3:
@@ -127,13 +131,35 @@ class Trainer:
         self.clock, self.busy = Clock(world.device), BusyGpu(world.device)
         self.progress = Progress(0, ppo.kl_coef, objective.RunningSd(), 0.0)
 
-    def _short_prompts(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]]]:
+    def _fitting_prompts(self, prompts: Sequence[Prompt], policy: PreTrainedModel) -> tuple[list[Prompt], list[list[int]], int]:
+        """Those to train on, their tokens, and how many were too long. Raises UserError where none is left or one too long is refused."""
+        limit, way = self.ppo.max_prompt_tokens, self.ppo.long_prompts
+        context = getattr(policy.config, "max_position_embeddings", None)
+        if context is not None and limit + self.ppo.max_new_tokens > context:
+            raise UserError(f"ppo.max_prompt_tokens {limit} and max_new_tokens {self.ppo.max_new_tokens} exceed the policy's context of {context}; lower one")
         found = [(p, prompt_ids(self.tokenizer, p.messages)) for p in prompts]
-        short = [(p, ids) for p, ids in found if len(ids) <= self.ppo.max_prompt_tokens]
-        if not short:
-            limit = self.ppo.max_prompt_tokens
+        too_long = [p.id for p, ids in found if len(ids) > limit]
+        if too_long and way == "refuse":
+            raise UserError(
+                f"{len(too_long)} of the {len(prompts)} ppo prompts have more than ppo.max_prompt_tokens={limit} tokens ({', '.join(too_long[:5])} ...); "
+                "raise it or set ppo.long_prompts to skip or truncate"
+            )
+        if way == "truncate":
+            found = [(p, ids if len(ids) <= limit else [*ids[:1], *ids[len(ids) - limit + 1 :]]) for p, ids in found]
+        found = [(p, ids) for p, ids in found if len(ids) <= limit]
+        if not found:
             raise UserError(f"none of the {len(prompts)} ppo prompts has at most {limit} tokens; raise ppo.max_prompt_tokens or give part ppo other data")
-        return [p for p, _ in short], [ids for _, ids in short]
+        return [p for p, _ in found], [ids for _, ids in found], len(too_long)
+
+    def _planned(self, policy: PreTrainedModel) -> Plan:
+        """What the config leaves open, by the memory of the smallest GPU. Raises UserError where it does not fit."""
+        device, lean = self.world.device, trunk.knows(policy)
+        if device.type != "cuda" or policy.dtype != torch.bfloat16 or not lean:
+            return unplanned(self.ppo, int(getattr(policy.config, "num_hidden_layers", 1)) if device.type == "cuda" else 0)
+        gib = min(float(text) for text in self.world.gather_texts(str(torch.cuda.get_device_properties(device).total_memory / 2**30)))
+        sarm_bytes = sum(t.nbytes for t in (*self.reward.model.parameters(), *self.reward.model.buffers()))
+        as_long = self.ppo.model_copy(update={"max_prompt_tokens": max(map(len, self.prompt_ids))})
+        return make_plan(as_long, shape_of(policy.config.to_dict()), sarm_bytes, Gpus(self.world.size, gib))
 
     # One step
 
@@ -144,12 +170,15 @@ class Trainer:
         step = self.progress.step
         self.clock.mark("rollout")
         drawn = self.draw(rows_of_step([p.id for p in self.prompts], self.seed, step, self.ppo.batch_size))
+        if self.reference is not None:
+            self.reference.fetch()
         rollout = self.roll_out(drawn, step)
+        judged, forward = self.judge(rollout)
+        # While the GPU judges, texts are made and tokenised for scoring.
         self.clock.mark("score")
         scores = self.score(drawn, rollout)
-        judged, forward = self.judge(rollout)
         self.clock.mark("credit")
-        experience, running, metrics = self.credit(rollout, scores, judged)
+        experience, running, metrics = self.credit(rollout, scores, judged())
         metrics |= self.update(experience, step, forward)
         self.clock.mark("refresh")
         self.decoder.refresh()
@@ -210,14 +239,14 @@ class Trainer:
     def hands(self, rollout: Rollout) -> list[list[int]]:
         return deal([len(p) + int(n) for p, n in zip(rollout.prompts, rollout.mask.sum(1), strict=True)], self.world.size)
 
-    def judge(self, rollout: Rollout) -> tuple[Judged, Forward | None]:
-        """Teacher-forced log-probabilities under policy and reference at the sampling temperature, and values.
+    def judge(self, rollout: Rollout) -> tuple[Callable[[], Judged], Forward | None]:
+        """A function that waits for teacher-forced log-probabilities under policy and reference, at the sampling temperature, and values.
 
         Where the step makes one update of one micro-batch a rank, the policy's forward pass is that update's too: it is
         returned with its graph, so as not to be done twice.
         """
         lengths = [len(p) + int(n) for p, n in zip(rollout.prompts, rollout.mask.sum(1), strict=True)]
-        batches = micro_batches(range(len(lengths)), lengths, self.ppo.micro_batch_tokens, self.world.size)
+        batches = micro_batches(range(len(lengths)), lengths, self.plan.micro_batch_tokens, self.world.size)
         updates = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches
         # ZeRO 3 lets go of the weights between a forward and a backward pass in an order that it has learnt.
         once = updates == 1 and len(batches[0]) == 1 and self.engine.zero_stage < 3
@@ -235,10 +264,14 @@ class Trainer:
                 parts.append(torch.stack([forward.logprobs, ref_logprobs, forward.values]).detach())
         hands = [[row for rows in own for row in rows] for own in batches]
         mine = hands[self.world.rank]
-        found = torch.zeros(3, len(mine), rollout.mask.shape[1])
-        if mine:
-            found[:, rollout.mask[mine]] = torch.cat(parts, 1).cpu()
-        judged = Judged(*(self.world.gather(values, hands) for values in found))
+        read = read_later(torch.cat(parts, 1)) if mine else None
+
+        def judged() -> Judged:
+            found = torch.zeros(3, len(mine), rollout.mask.shape[1])
+            if read is not None:
+                found[:, rollout.mask[mine]] = read()
+            return Judged(*(self.world.gather(values, hands) for values in found))
+
         return judged, forward if once else None
 
     def _reference_logprobs(self, forward: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -280,6 +313,7 @@ class Trainer:
             "val/num_eos_tokens": float((~rollout.truncated).sum()),
             "response/length": float(mask.sum(1).float().mean()),
             "response/truncated": float(rollout.truncated.float().mean()),
+            "prompts/too_long": float(self.long_prompts),
             "rollout/logprob_mismatch": float(drift.abs().mean()),
             "rollout/logprob_mismatch_max": float(drift.abs().max()),
         }
@@ -329,7 +363,7 @@ class Trainer:
     ) -> tuple[objective.PolicySums, objective.ValueSums]:
         """Gradients of one optimizer step over `rows` of the batch; sums over all ranks. Raises NotFinite."""
         lengths = [experience.length(row) for row in range(len(experience.prompts))]
-        batches = micro_batches(rows, lengths, self.ppo.micro_batch_tokens, self.world.size)[self.world.rank]
+        batches = micro_batches(rows, lengths, self.plan.micro_batch_tokens, self.world.size)[self.world.rank]
         self.clock.mark("update")
         tokens = int(experience.mask[list(rows)].sum())
         parts = []
@@ -388,7 +422,24 @@ class Trainer:
             return {}
         busy = self.busy.share()
         peak = torch.cuda.max_memory_reserved(self.world.device) / 2**30
-        return {"gpu/reserved_peak_gib": peak} | ({} if busy is None else {"gpu/busy": busy})
+        planned = self.plan.peak_gib if self.plan.stays else math.nan
+        return {"gpu/reserved_peak_gib": peak, "gpu/planned_peak_gib": planned} | ({} if busy is None else {"gpu/busy": busy})
+
+    def out_of_memory(self) -> str:
+        """What ran out of memory, how large it was, and what would fit."""
+        phase = self.clock.marks[-1][0]
+        rows, longest = -(-self.ppo.batch_size // self.world.size), max(map(len, self.prompt_ids)) + self.ppo.max_new_tokens
+        half = max(self.plan.micro_batch_tokens // 2, longest)
+        remedy = {
+            "rollout": f"set ppo.batch_size={max(self.ppo.batch_size // 2, self.world.size)} or a smaller ppo.max_new_tokens",
+            "score": f"set sarm.tokens_per_batch={max(self.reward.tokens_per_batch // 2, 1)}",
+            "optimizer": "set ppo.lora or use more GPUs",
+        }.get(phase, f"set ppo.gradient_checkpointing=true and ppo.micro_batch_tokens={half}")
+        sizes = f"{rows} sequences of at most {longest} tokens a GPU, micro-batches of {self.plan.micro_batch_tokens} tokens"
+        if self.world.device.type == "cuda":
+            reserved = torch.cuda.max_memory_reserved(self.world.device) / 2**30
+            sizes += f", {reserved:.1f} GiB reserved" + (f" where {self.plan.peak_gib:.1f} were planned" if self.plan.stays else "")
+        return f"the GPU ran out of memory in phase {phase} ({sizes}); {remedy}"
 
     # Checkpoints
 
@@ -427,6 +478,8 @@ def train(trainer: Trainer, *, save: Callable[[], Path], log: Callable[[dict[str
             kept = f"the state before it is in {save()}" if not error.updated else "its first updates were made, so the newest checkpoint is an earlier one"
             ids = sorted({trainer.prompts[row].id for row in rows_of_step([p.id for p in trainer.prompts], trainer.seed, step, ppo.batch_size)})
             raise UserError(f"step {step}: {error} is not finite, {kept}; look at the batch's prompts ({', '.join(ids)}) or lower ppo.learning_rate") from error
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"step {step}: {trainer.out_of_memory()}") from error
         log({"step": step, **metrics})
         done = trainer.progress.step
         stop = world.any(stop_requested())

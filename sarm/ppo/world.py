@@ -99,6 +99,8 @@ class World:
 
 def start_world() -> World:
     """Join the process group (NCCL with a GPU, gloo without) and tell DeepSpeed of it. Once a process."""
+    # Before anything is allocated: segments that grow leave no gaps between phases of different sizes.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed would find, with a warning
