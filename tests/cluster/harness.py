@@ -25,7 +25,7 @@ CONFIG = "configs/tiny.yaml"
 PATIENCE_S = 900.0
 """For anything awaited. A slow machine is no fault."""
 
-VOLATILE = {"date", "provenance", "phases", "outputs", "seconds", "training_s", "tokens_per_s"}
+VOLATILE = {"date", "provenance", "phases", "sources", "outputs", "seconds", "training_s", "tokens_per_s"}
 """Keys of report.json that say when, where and how fast, not what came out."""
 
 
