@@ -25,7 +25,7 @@ PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow test-browser check bench run status watch verify cancel unlock sbatch submit-all compare plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -62,6 +62,9 @@ login:
 
 fetch: login  ## models and data, as the cluster's profile says (HF_TOKEN for a gated model): CLUSTER=... CONFIG=... RUN=...
 	@$(PY) -m slurm.fetch --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
+
+doctor: login  ## look over cluster and run before submitting: CLUSTER=... CONFIG=... RUN=...
+	@$(PY) -m slurm.doctor --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
 
 submit-all: login  ## the whole run as dependent Slurm jobs: CLUSTER=... CONFIG=... RUN=..., DRY_RUN=1 to look first
 	@$(PY) -m slurm.submit --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN) $(if $(DRY_RUN),--dry-run)
@@ -118,9 +121,10 @@ format: setup  ## mend what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: setup  ## speed and memory, each a ratio against a named peer in one run
+bench: setup  ## speed and memory, each a ratio against a named peer or a limit in one run
 	$(PY) benchmarks/scoring.py
 	$(PY) benchmarks/effects.py
+	$(PY) benchmarks/report.py
 
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
 	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \

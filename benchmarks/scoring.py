@@ -61,6 +61,8 @@ MAX_LENGTH = 2048
 PEER_BATCHES = (1, 2, 4, 8, 16, 32)
 OUR_BATCHES = {"cpu": (512, 1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768)}
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|role|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+HEADER = "<|role|>system\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot|>"
+"""What the template of Llama 3.1, the 4.5B SARM's, writes before every conversation."""
 
 Conversations = list[tuple[dict[str, str], ...]]
 
@@ -80,7 +82,7 @@ def real_conversations(count: int) -> tuple[str, Conversations]:
     return source.label, [messages for i in range(wanted) for messages in groups[i * len(groups) // wanted]]
 
 
-def trained_tokenizer(conversations: Conversations) -> PreTrainedTokenizerFast:
+def trained_tokenizer(conversations: Conversations, header: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the texts themselves, so that their lengths in tokens are realistic without a download."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,8 +92,10 @@ def trained_tokenizer(conversations: Conversations) -> PreTrainedTokenizerFast:
         special_tokens=["<|bos|>", "<|eot|>", "<|role|>"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator((m["content"] for c in conversations for m in c), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eot|>", chat_template=TEMPLATE)
+    texts = [m["content"] for c in conversations for m in c]
+    tokenizer.train_from_iterator(texts + [HEADER] * len(conversations) if header else texts, trainer)
+    template = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" + HEADER) if header else TEMPLATE
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eot|>", chat_template=template)
 
 
 def random_sarm(shape: str, device: str, dtype: torch.dtype) -> SarmModel:
@@ -136,8 +140,8 @@ class EveryPosition(nn.Module):
 class Bench:
     """Both sides on the same conversations."""
 
-    def __init__(self, shape: str, device: str, dtype: torch.dtype, conversations: Conversations) -> None:
-        self.tokenizer = trained_tokenizer(conversations)
+    def __init__(self, shape: str, device: str, dtype: torch.dtype, conversations: Conversations, header: bool = False) -> None:
+        self.tokenizer = trained_tokenizer(conversations, header)
         self.model = random_sarm(shape, device, dtype)
         self.device = device
 
@@ -171,7 +175,8 @@ def best(bench: Bench, run: Any, items: Any, tokens: int, sizes: Sequence[int], 
     for size in sizes:
         try:
             bench.seconds(run, items[:4], size)
-            rates[size] = tokens / bench.seconds(run, items, size)
+            # Of two, since the first may have to ask for memory.
+            rates[size] = tokens / min(bench.seconds(run, items, size) for _ in range(2))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
     print("   ", ", ".join(f"{rate:,.0f} at {size}" for size, rate in rates.items()), f"{unit} a batch", flush=True)
@@ -227,13 +232,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--texts", type=int, help="by default 32 on a CPU, 256 on a GPU")
+    parser.add_argument("--header", action="store_true", help="begin every text with the system turn of Llama 3.1's template, as the 4.5B SARM reads them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-rows", type=int, default=16)
     parser.add_argument("--memory-of", choices=("ours", "peer"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.texts = args.texts or (256 if args.device == "cuda" else 32)
     label, conversations = real_conversations(args.texts)
-    bench = Bench(args.shape, args.device, getattr(torch, args.dtype), conversations)
+    bench = Bench(args.shape, args.device, getattr(torch, args.dtype), conversations, args.header)
     rows = [t.ids for t in tokenize_conversations(bench.tokenizer, conversations, MAX_LENGTH)]
     # The batch a length-sorted run starts with, its largest.
     longest = [conversations[i] for i in sorted(range(len(rows)), key=lambda i: -len(rows[i]))[: args.memory_rows]]
@@ -264,7 +270,7 @@ def main() -> None:
         # A process each, whose allocator gives back what it frees: its peak is then what was in use.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         command = [sys.executable, __file__, "--shape", args.shape, "--dtype", args.dtype, "--texts", str(args.texts), "--device", args.device]
-        command += ["--memory-rows", str(args.memory_rows), "--memory-of"]
+        command += ["--header"] * args.header + ["--memory-rows", str(args.memory_rows), "--memory-of"]
         ours, peer = (
             float(subprocess.run([*command, side], env=environment, check=True, capture_output=True, text=True).stdout.split()[-1]) for side in ("ours", "peer")
         )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import sys
-import traceback
 
+from sarm.cli import ended
 from sarm.config import PHASES, UserError, load_config
 from sarm.run import Attempt, RunDir
 
@@ -26,20 +25,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="do it again though it is done")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)  # overrides may come last, as the usage says
-    try:
-        run = RunDir.create(args.run, load_config(args.config, args.overrides)) if args.config else RunDir.open(args.run)
-        for unit in chosen_units(run, args.phase, args.unit):
+    return ended(lambda: run_units(args), args.run)
+
+
+def run_units(args: argparse.Namespace) -> int:
+    run = RunDir.create(args.run, load_config(args.config, args.overrides)) if args.config else RunDir.open(args.run)
+    for unit in chosen_units(run, args.phase, args.unit):
+        try:
             run_unit(run, args.phase, unit, force=args.force)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if os.environ.get("SARM_TRACEBACK"):
-            traceback.print_exc()
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: no room left for {args.run} ({error.strerror}); free some or use another RUN, what is done stays done", file=sys.stderr)
-        return 2
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for the sake of its name
+                raise
+            lower = "ppo.micro_batch_tokens" if args.phase == "ppo" else "sarm.tokens_per_batch"
+            raise UserError(f"{args.phase}/{unit} ran out of GPU memory; lower {lower}, or give the phase larger or more GPUs in the profile") from error
     return 0
 
 
@@ -61,9 +59,25 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
     if not force and run.done(phase, unit):
         print(f"{phase}/{unit}: already done, skipped", flush=True)
         return
+    if phase not in ("fetch", "report"):
+        check_gpu()
     module = importlib.import_module(f"jobs.{phase}")
     module.run(run.config, run, unit, Attempt(run, phase, unit))
     print(f"{phase}/{unit}: done", flush=True)
+
+
+def check_gpu() -> None:
+    """Raises UserError where this job was given GPUs that torch cannot use: it would do the work on the CPU, for days."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not given or given in ("-1", "NoDevFiles"):
+        return
+    import torch
+
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        raise UserError(
+            f"this job was given GPU {given}, which torch {torch.__version__} cannot use: the driver is too old for CUDA {torch.version.cuda}, or the image "
+            "was entered without --nv; ask your site for a newer driver, or set container.nv in the profile"
+        )
 
 
 if __name__ == "__main__":

@@ -383,7 +383,7 @@ def steered(figures: dict[str, Any]) -> list[Block]:
         return [Prose("The config asks for none (steer.policy).")]
     rows = found["rows"]
     beyond = [r for r in rows if r["beyond_random"]]
-    n_latents = sum(r["kind"] == "latent" for r in rows)
+    n_latents, n_random = sum(r["kind"] == "latent" for r in rows), len({r["name"] for r in rows if r["kind"] == "random"})
     changes = ("reward", "z", "refused", "over_refused", "n_tokens")
     return [
         Prose(
@@ -392,11 +392,10 @@ def steered(figures: dict[str, Any]) -> list[Block]:
             "directions have the same length. `z` is the latent's own value in what the policy then says."
         ),
         Table(
-            ["Direction", "c", "reward", "95 % interval", "z", "refused", "over-ref.", "tokens"],
+            ["Direction and c", "reward", "95 % interval", "z", "refused", "over-ref.", "tokens"],
             [
                 [
-                    f"{r['role']} {r['name']}",
-                    plain(r["c"]),
+                    f"{r['role']} {r['name']} at {plain(r['c'])}",
                     fixed(r["reward"], 3, sign=True),
                     interval(r["reward_low"], r["reward_high"], 3),
                     *(fixed(r.get(m), 1 if m == "n_tokens" else 3, sign=True) for m in changes[1:]),
@@ -407,7 +406,7 @@ def steered(figures: dict[str, Any]) -> list[Block]:
         Prose(
             f"{len(beyond)} of {n_latents} pushes along a latent change the reward more than every random direction at that c"
             + (": " + ", ".join(f"{r['name']} at {plain(r['c'])}" for r in beyond) if beyond else "")
-            + "."
+            + f"; chance alone would let about {fixed(n_latents / (n_random + 1), 1)} do so."
         ),
     ]
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from sarm.config import UserError
 
 REFUSED = {
-    errno.ENOSPC: "its file system is full; free some room or use another RUN, what is done stays done",
-    errno.EDQUOT: "your quota there is used up; free some room or use another RUN, what is done stays done",
+    errno.ENOSPC: "no room left on its file system: free some or use another RUN, what is done stays done",
+    errno.EDQUOT: "no room left in your quota there: free some or use another RUN, what is done stays done",
     errno.EACCES: "you may not write or read there; use a place of your own",
     errno.EPERM: "you may not change that; use a place of your own",
     errno.EROFS: "that file system is read-only; use a RUN, and an HF_HOME and SARM_CACHE for fetch, where you can write",

@@ -133,7 +133,7 @@ def _project(attention: LlamaAttention, normed: Tensor) -> tuple[Tensor, Tensor,
 
 def _mlp(mlp: LlamaMLP, normed: Tensor) -> Tensor:
     """Some positions at a time."""
-    joined = _joined(mlp.gate_proj, mlp.up_proj) if isinstance(mlp.act_fn, nn.SiLU) else None
+    joined = _joined(mlp.gate_proj, mlp.up_proj) if mlp.config.hidden_act in ("silu", "swish") else None
     if joined is None:
         parts = [mlp(part) for part in normed.split(MLP_TOKENS)]
     else:
@@ -146,7 +146,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: 
     if queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16):
         if len(reads.key_index):
             keys, values = keys[reads.key_index], values[reads.key_index]
-        # What `torch.nn.attention.varlen` calls, whose own signature has fewer arguments in torch 2.11. Where a run has fewer
+        # What `torch.nn.attention.varlen` calls; in torch 2.11 its own signature knows no grouped heads. Where a run has fewer
         # queries than keys, its last query sees all keys.
         mixed = torch.ops.aten._flash_attention_forward(queries, keys, values, reads.query_ends, reads.key_ends, *reads.longest, 0.0, True, False, scale=scale)[
             0

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from sarm.config import PHASES, ROOT, UserError
+from sarm.cli import ended
+from sarm.config import PHASES, ROOT
 from slurm.plan import script
 from slurm.profile import load_profile
 
@@ -16,15 +17,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cluster", default="generic")
     parser.add_argument("--out", type=Path, default=ROOT / "slurm")
     args = parser.parse_args(argv)
-    try:
-        profile = load_profile(args.cluster)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    args.out.mkdir(parents=True, exist_ok=True)
+    return ended(lambda: write(args.cluster, args.out), args.out)
+
+
+def write(cluster: str, out: Path) -> int:
+    profile = load_profile(cluster)
+    out.mkdir(parents=True, exist_ok=True)
     for phase in PHASES:
-        (args.out / f"{phase}.sbatch").write_text(script(profile, phase, args.cluster), encoding="utf-8")
-    print(f"{len(PHASES)} files in {args.out}")
+        (out / f"{phase}.sbatch").write_text(script(profile, phase, cluster), encoding="utf-8")
+    print(f"{len(PHASES)} files in {out}")
     return 0
 
 

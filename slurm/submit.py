@@ -29,12 +29,13 @@ from sarm.cli import ended
 from sarm.config import PHASES, ROOT, Config, Phase, UserError, load_config
 from sarm.run import RunDir, git_commit, now, write_atomic
 from slurm import queue
+from slurm.cost import table as cost_table
 from slurm.dag import Node
 from slurm.entry import run_spec
 from slurm.images import binds, caches, check_images, image_of, images_of, make_caches, read_image, token_file
 from slurm.lock import held
 from slurm.plan import Batch, plan, python_command, setup_lines, srun_args, teardown_lines, undone
-from slurm.profile import Profile, flags, gpu_hours, load_profile, resources, tasks_per_job
+from slurm.profile import Profile, flags, load_profile, resources, tasks_per_job
 
 SECRET = re.compile(r"(?i)\b(\w*(?:token(?!izers)|secret|password|api_?key)\w*)=\S+")
 
@@ -314,8 +315,8 @@ def dry_run(config: Config, profile: Profile, path: Path, phase: str | None) -> 
         text = submitit_slurm._make_sbatch_string(command=command, folder=run.path / "submissions", **given, **array)
         print(f"### {batch.name}: {', '.join(unit for element in batch.elements for unit in element)}")
         print(SECRET.sub(r"\1=***", text))
-    hours = sum(gpu_hours(profile, batch.phase, len(batch.elements)) for batch in batches)
-    print(f"### {len(batches)} submissions, {sum(len(batch.elements) for batch in batches)} jobs, at most {hours:.0f} GPU-hours by their time limits")
+    print(f"### {len(batches)} submissions, {sum(len(batch.elements) for batch in batches)} jobs")
+    print(cost_table(config, profile, run, batches))
 
 
 def show(run: RunDir, profile: Profile, journal: dict[str, Any]) -> None:

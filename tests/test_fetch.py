@@ -68,7 +68,7 @@ def test_on_the_login_node_the_token_opens_the_gate_and_is_written_nowhere(gated
     models = json.loads(next((gated.path / "fetch" / "all").glob("models.*.json")).read_text())
     assert models["policy"]["commit"] == COMMIT and (tmp_path / "hf" / "hub").is_dir()
     assert submit.main(arguments(gated)) == 0
-    assert len(gated.jobs) == 12
+    assert any(job["name"].endswith(".report") for job in gated.jobs.values())
     assert not holds_canary(gated.path, tmp_path / "hf", tmp_path / "cache")
     assert not any(CANARY in job["text"] for job in gated.jobs.values())
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 
 from sarm import packed
+from sarm.kernels import silu_mul
 from sarm.packed import end_states, join_projections, pack
 from tests import tiny
 
@@ -52,8 +53,9 @@ def test_what_rows_share_lies_there_once() -> None:
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_end_states_equal_transformers(joined: bool) -> None:
-    model = llama()
+def test_end_states_equal_transformers(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fused = llama(), []
+    monkeypatch.setattr(packed, "silu_mul", lambda gate_up: fused.append(1) or silu_mul(gate_up))
     with torch.no_grad():
         expected = one_by_one(model, rows())
         if joined:
@@ -61,6 +63,7 @@ def test_end_states_equal_transformers(joined: bool) -> None:
             assert packed._joined(model.layers[0].mlp.gate_proj, model.layers[0].mlp.up_proj) is not None
             torch.testing.assert_close(one_by_one(model, rows()), expected)
         torch.testing.assert_close(end_states(model, pack(rows(), DEVICE)), expected, rtol=1e-4, atol=1e-4)
+    assert len(fused) == (3 if joined else 0), "an MLP of SiLU takes the fused way, and only over joined weights"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 `install(folder)` links it under each name; put that folder first on PATH. Its state is a JSON file in
 $FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch fails), {"lose": N} (its answer is
-lost), {"unknown_partition": true}, {"no_sacct": true}, {"enforce": "associations"} (accounting, at submission).
+lost), {"unknown_partition": true}, {"no_sacct": true}, {"enforce": "associations"} (accounting, at submission),
+{"flags": {"--account=nobody": "Invalid account"}} (what test-only refuses), {"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT}.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-NAMES = ("sbatch", "squeue", "sacct", "scontrol", "scancel", "srun", "apptainer")
+NAMES = ("sbatch", "squeue", "sacct", "scontrol", "scancel", "sinfo", "quota", "nvidia-smi", "srun", "apptainer")
 
 
 def install(folder: Path) -> Path:
@@ -52,6 +53,10 @@ def sbatch(argv: list[str], state: dict, faults: dict) -> int:
         if faults.get("unknown_partition") and "--partition=" in text:
             print("sbatch: error: invalid partition specified: nowhere", file=sys.stderr)
             return 1
+        for flag, reason in faults.get("flags", {}).items():
+            if f"{flag}\n" in text:
+                print(f"allocation failure: {reason}", file=sys.stderr)
+                return 1
         return 0
     text = Path(argv[-1]).read_text()
     state["calls"] += 1
@@ -115,9 +120,29 @@ def scancel(argv: list[str], state: dict, faults: dict) -> int:
     return 0
 
 
+def answer(name: str):  # type: ignore[no-untyped-def]
+    """A command that prints what the faults say it does, or a usual cluster's answer."""
+    usual = {"sinfo": "main|main*|gpu:h100:4"}
+
+    def run(argv: list[str], state: dict, faults: dict) -> int:
+        print(faults.get(name, usual.get(name, "")))
+        return 0
+
+    return run
+
+
 def refuse(argv: list[str], state: dict, faults: dict) -> int:
     print("this pretended command runs nothing", file=sys.stderr)
     return 1
 
 
-COMMANDS = {"sbatch": sbatch, "squeue": squeue, "sacct": sacct, "scontrol": scontrol, "scancel": scancel, "srun": refuse, "apptainer": refuse}
+COMMANDS = {
+    "sbatch": sbatch,
+    "squeue": squeue,
+    "sacct": sacct,
+    "scontrol": scontrol,
+    "scancel": scancel,
+    **{name: answer(name) for name in ("sinfo", "quota", "nvidia-smi")},
+    "srun": refuse,
+    "apptainer": refuse,
+}

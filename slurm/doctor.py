@@ -1,0 +1,266 @@
+"""Look over a cluster and a run before anything is submitted: `python -m slurm.doctor --cluster C --config K --run R`.
+
+Every check is one sentence: `ok`, `unchecked` where it cannot be known from here, or `wrong` with what to do. Submits nothing,
+writes nothing. Exit code 2 where anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from sarm.cli import ended
+from sarm.config import PHASES, ROOT, Config, UserError, load_config
+from sarm.run import RunDir
+from slurm import queue
+from slurm.cost import gigabytes, needed_bytes
+from slurm.images import check_images, images_of, token_file
+from slurm.profile import Profile, load_profile, resources
+from slurm.submit import header, own_run
+
+MIN_DRIVER = {"12": 525, "13": 580}
+"""The oldest NVIDIA driver that each CUDA generation of torch's wheels runs on (NVIDIA's compatibility table)."""
+NETWORK_S = 8.0
+
+
+class Finding(NamedTuple):
+    state: Literal["ok", "unchecked", "wrong"]
+    about: str
+    says: str
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m slurm.doctor", description=__doc__)
+    parser.add_argument("--cluster", default="generic", help="a profile in slurm/clusters/, or a path")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    return ended(lambda: doctor(args), args.run)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """0 where nothing is wrong, else 2."""
+    profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
+    console, wrong = Console(), 0
+    for finding in findings(profile, config, args.run):
+        wrong += finding.state == "wrong"
+        colour = {"ok": "green", "unchecked": "yellow", "wrong": "bold red"}[finding.state]
+        console.print(Text.assemble((f"{finding.state:10}", colour), f"{finding.about}: {finding.says}"), soft_wrap=True)
+    if wrong:
+        print(f"error: {wrong} thing{'s' if wrong > 1 else ''} to mend before make submit-all CLUSTER={args.cluster}", file=sys.stderr)
+    return 2 if wrong else 0
+
+
+def findings(profile: Profile, config: Config, path: str) -> Iterator[Finding]:
+    """Every check in the order in which a submission would meet it; one that breaks is itself a finding."""
+    run = RunDir(path, config)
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("run directory", lambda: check_run(path, config)),
+        ("images", lambda: check_all_images(profile)),
+        ("models and data", lambda: check_fetched(profile, config, run)),
+        ("Slurm", lambda: check_slurm(profile)),
+        ("GPUs", lambda: check_gpus(profile)),
+        ("disk", lambda: check_disk(config, run)),
+        ("driver", lambda: check_driver(profile)),
+    ]
+    for about, check in checks:
+        try:
+            yield from check()
+        except UserError as error:
+            yield Finding("wrong", about, str(error))
+
+
+def check_run(path: str, config: Config) -> Iterator[Finding]:
+    """Whose it is, whether its config is this one, and whether jobs could write there."""
+    run = own_run(path, config)
+    place = existing(run.path)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"you may not write in {place}; use a RUN where you can")
+    yield Finding("ok", "run directory", f"{run.path} is or can be yours")
+
+
+def check_all_images(profile: Profile) -> Iterator[Finding]:
+    box = profile.container
+    if box is None:
+        yield Finding("unchecked", "images", "the profile names none, so jobs run this checkout's environment, which every node must see")
+        return
+    for warning in check_images(profile):
+        yield Finding("unchecked", "images", warning)
+    if shutil.which(box.command) is None and not profile.modules:
+        yield Finding("unchecked", "images", f"{box.command} is not on PATH here; where nodes get it from a module, name it under modules in the profile")
+    yield Finding("ok", "images", ", ".join(path.name for path in images_of(profile)))
+
+
+def check_fetched(profile: Profile, config: Config, run: RunDir) -> Iterator[Finding]:
+    """Fetched already, or could be: a network where the profile wants one, and a token where a model is gated."""
+    if run.done("fetch", hashes=False):
+        yield Finding("ok", "models and data", "fetched")
+        return
+    hub = [model for model in (config.policy, config.sarm) if model.revision is not None and not (ROOT / model.model).is_dir()]
+    if profile.fetch == "by-hand":
+        yield Finding("wrong", "models and data", "not fetched, and the profile says by-hand; make fetch says what to bring")
+        return
+    networked = None
+    for model in hub:
+        gate = gated(model.model)
+        networked = gate is not None
+        if gate and not (os.environ.get("HF_TOKEN") if profile.fetch == "login" else None) and not token_file().exists():
+            how = f"set HF_TOKEN for make fetch, or put the token into {token_file()}" if profile.fetch == "login" else f"put it into {token_file()}"
+            raise UserError(f"{model.model} is gated and there is no token; accept its licence on the hub, then {how}")
+    if networked is False:
+        if profile.fetch == "login":
+            raise UserError("the hub cannot be reached from here; fetch elsewhere (fetch: job or by-hand in the profile), or set HTTPS_PROXY or HF_ENDPOINT")
+        where = resources(profile, "fetch").partition or "the default partition"
+        yield Finding("unchecked", "network", f"the hub cannot be reached from here; whether nodes of {where} reach it shows when fetch runs")
+    if profile.fetch == "job":
+        yield Finding("ok", "models and data", "will be fetched by a job; the rest of the nodes need no network")
+    else:
+        yield Finding("wrong", "models and data", "not fetched yet; run make fetch here with the same CLUSTER, CONFIG and RUN")
+
+
+def gated(model: str) -> bool | None:
+    """Whether the hub gates a model; None where the hub does not answer."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{endpoint}/api/models/{model}", timeout=NETWORK_S) as answer:
+            return bool(json.load(answer).get("gated"))
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)  # private to those with a token
+    except (OSError, ValueError):
+        return None
+
+
+def check_slurm(profile: Profile) -> Iterator[Finding]:
+    """Whether Slurm would take each kind of job: partition, account, QOS, time and resources."""
+    refused: dict[str, list[str]] = {}
+    phases = [phase for phase in PHASES if phase != "fetch" or profile.fetch == "job"]
+    for phase in phases:
+        try:
+            queue.test_only(header(profile, phase))
+        except UserError as error:
+            refused.setdefault(str(error), []).append(phase)
+    for reason, kinds in refused.items():
+        yield Finding("wrong", "Slurm", f"it would refuse {', '.join(kinds)} jobs: {reason.removeprefix('sbatch failed: ')}; {cure(reason)}")
+    if not refused:
+        yield Finding("ok", "Slurm", f"it would take all {len(phases)} kinds of jobs")
+    named = [f"account {profile.account}"] if profile.account else []
+    named += dict.fromkeys(f"QOS {qos}" for phase in phases if (qos := resources(profile, phase).qos))
+    if named and not queue.accounting_enforced():
+        yield Finding("unchecked", "Slurm", f"no accounting is enforced, so nobody has looked at {', '.join(named)}")
+
+
+def cure(reason: str) -> str:
+    """What to change in the profile for a reason of Slurm's."""
+    cures = {
+        r"account": "set account in the profile to one of yours (sacctmgr show assoc user=$USER format=account)",
+        r"partition": "set partition in the profile to one that sinfo shows",
+        r"qos": "set qos in the profile to one that your account has",
+        r"time limit": "lower time_min of that phase in the profile",
+        r"gres|gpu|node configuration|cpu count|memory": "ask for what a node of that partition has: gpus, gpu_type, cpus_per_task, mem_gb in the profile",
+    }
+    return next((said for pattern, said in cures.items() if re.search(pattern, reason, re.IGNORECASE)), "correct the cluster profile")
+
+
+def check_gpus(profile: Profile) -> Iterator[Finding]:
+    """Whether each partition that GPU jobs go to has nodes with as many GPUs as one job wants."""
+    for phase, want in ((phase, resources(profile, phase)) for phase in PHASES):
+        if not want.gpus:
+            continue
+        try:
+            most = gpus_of_a_node(want.partition)
+        except UserError as error:
+            yield Finding("unchecked", "GPUs", f"sinfo does not say what nodes have ({error})")
+            return
+        where = f"partition {want.partition}" if want.partition else "the default partition"
+        if most < want.gpus:
+            has = f"no node there has more than {most}" if most else "no node there has any"
+            raise UserError(f"{phase} wants {want.gpus} GPUs of {where}, and {has}; name a GPU partition for {phase} under phases in the profile")
+    yield Finding("ok", "GPUs", "nodes have as many as jobs ask for")
+
+
+def gpus_of_a_node(partition: str | None) -> int:
+    """The most GPUs that a node of a partition has, of the default one where none is named."""
+    most = 0
+    for line in queue.call(["sinfo", "--noheader", "--format=%R|%P|%G", *([f"--partition={partition}"] if partition else [])]).splitlines():
+        _, name, gres = [*line.strip().split("|"), "", ""][:3]
+        if partition is None and not name.endswith("*"):
+            continue
+        counts = [int(n) for n in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres)]
+        most = max(most, sum(counts))
+    return most
+
+
+def check_disk(config: Config, run: RunDir) -> Iterator[Finding]:
+    """Room on the run's file system, and the caller's quota where `quota` tells, against what the run needs at most."""
+    need, place = needed_bytes(config, run), existing(run.path)
+    quota = quota_left(place)
+    free = min(float(shutil.disk_usage(place).free), float("inf") if quota is None else quota)
+    if quota is not None and quota <= 0:
+        raise UserError(f"your quota on the file system of {place} is used up; free some room, or use a RUN on another")
+    if free < need:
+        more = "use a RUN on a larger file system, or fewer ppo.seeds"
+        raise UserError(f"{place} has {gigabytes(free)} left for you and the run may need {gigabytes(need)}; {more}")
+    yield Finding("ok", "disk", f"{gigabytes(free)} left for up to {gigabytes(need)}")
+    if quota is None:
+        yield Finding("unchecked", "disk", "whether you have a quota there: `quota` does not tell; ask your site's own command")
+
+
+def quota_left(place: Path) -> float | None:
+    """Bytes left to the caller on the file system of `place`, as `quota` tells; None where it tells nothing of it."""
+    try:
+        shown = subprocess.run(["quota", "-w", "-p"], capture_output=True, text=True, timeout=NETWORK_S).stdout
+        source = subprocess.run(["df", "--output=source", str(place)], capture_output=True, text=True, timeout=NETWORK_S).stdout.splitlines()[-1].strip()
+    except (OSError, subprocess.TimeoutExpired, IndexError):
+        return None
+    for line in shown.splitlines():
+        words = line.split()
+        if len(words) >= 4 and words[0] == source and words[1].rstrip("*").isdigit():
+            used, soft, hard = (int(word.rstrip("*")) * 1024 for word in words[1:4])
+            limit = hard or soft
+            return float(limit - used) if limit else None
+    return None
+
+
+def check_driver(profile: Profile) -> Iterator[Finding]:
+    """The NVIDIA driver against torch's CUDA; login nodes seldom have one, and then a job says it."""
+    want = MIN_DRIVER[cuda_generation()]
+    try:
+        shown = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=NETWORK_S).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        shown = ""
+    found = re.match(r"(\d+)\.", shown)
+    if found is None:
+        yield Finding("unchecked", "driver", f"no nvidia-smi here; GPU nodes need driver {want} or newer, which a job checks before it begins")
+    elif int(found.group(1)) < want:
+        raise UserError(f"the NVIDIA driver here is {shown.split()[0]} and the image's torch needs {want} or newer; ask your site, or lock an older torch")
+    else:
+        yield Finding("ok", "driver", f"{shown.split()[0]}, {want} or newer is needed")
+
+
+def cuda_generation() -> str:
+    """`13` from the CUDA wheels that the image's lock names."""
+    names = re.findall(r"^(?:nvidia-cuda-runtime)(?:-cu(\d+))?==(\d+)\.", (ROOT / "requirements" / "cuda.lock").read_text(), re.MULTILINE)
+    return next((named or version for named, version in names), "13")
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder upwards that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
