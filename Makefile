@@ -25,7 +25,7 @@ PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 
-.PHONY: help setup setup-light demo test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo probe-study test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -90,6 +90,15 @@ cancel: login  ## cancel a run's Slurm jobs: RUN=...
 unlock: login  ## remove a run's locks that an owner on another host left behind: RUN=...
 	@$(PY) -m slurm.lock --run $(RUN)
 
+# Every phase up to select, and the report; what is done already is skipped.
+probe-study: CONFIG := configs/probe-study.yaml
+probe-study: RUN := outputs/probe-study
+probe-study: setup  ## the causal probe on the shipped SARM and real data, replicated across data sets: DATA=folder (docs/probing.md)
+	@test -n "$(DATA)" || { echo "error: give the folder of rewardbench2_safety/ and rmb_harmlessness/ as DATA=...; docs/probing.md says what they hold" >&2; exit 2; }
+	@for phase in fetch encode probe select report; do \
+	  $(PY) -m jobs $$phase --config $(CONFIG) --run $(RUN) data.sources.rb2.path=$(abspath $(DATA))/rewardbench2_safety data.sources.rmb.path=$(abspath $(DATA))/rmb_harmlessness || exit $$?; \
+	done
+
 plan: login  ## memory, disk and GPU-hours of PPO, and how it would be cut: CONFIG=... GPUS=4x80
 	@$(PY) -m sarm.ppo.plan --config $(CONFIG) --gpus $(GPUS)
 
@@ -124,6 +133,7 @@ format: setup  ## mend what ruff can
 bench: setup  ## speed and memory, each a ratio against a named peer or a limit in one run
 	$(PY) benchmarks/scoring.py
 	$(PY) benchmarks/effects.py
+	$(PY) benchmarks/probe.py $(if $(shell command -v nvidia-smi),,--d-sae 4608 --d-in 576 --k 64 --texts 64 --prompts 100 --permutations 20000)
 	$(PY) benchmarks/report.py
 
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch

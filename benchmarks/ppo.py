@@ -193,7 +193,7 @@ def main() -> None:
     bandwidth, rate = ceilings(world.device)
     trainer = make_trainer(args, world)
     plan = trainer.plan
-    print(f"planned: weights {plan.weights}, {plan.recompute_layers} layers computed again, {plan.streamed_layers} of the reference's on the host")
+    print(f"planned: weights {plan.weights}, {plan.recompute_layers} layers computed again, {plan.visiting_layers} of the reference's on the host")
     print(f"ready in {time.perf_counter() - started:.1f} s; copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s")
     lines = [trainer.run_step() for _ in range(args.warmup)]
     print("warm-up steps: " + ", ".join(f"{line['time/step']:.2f} s" for line in lines))

@@ -261,7 +261,7 @@ def _provenance(run: RunDir, frames: Frames) -> dict[str, Any]:
         "config_sha256": run.config.sha256,
         "seed": run.config.seed,
         "ppo_seeds": list(run.config.ppo.seeds),
-        "git_commits": sorted({c for c in done["git_commit"] if c}),
+        "git_commits": sorted({c for c in done["git_commit"] if isinstance(c, str)}),
         "images": sorted({i for i in done["image_sha256"] if i}),
         "units": done.astype(object).where(done.notna(), None).to_dict("records"),
     }

@@ -261,7 +261,7 @@ class PpoConfig(Strict):
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] | None = None
     weights: Literal["float32_master", "compact"] | None = None
-    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 16 bytes a parameter, or 7; see `sarm/ppo/optimizer.py`."""
+    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 18 bytes a parameter, or 8; see `sarm/ppo/optimizer.py`."""
     learning_rate: Nonnegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 0

@@ -170,7 +170,7 @@ def uninterrupted_and_resumed(world: World, policy: Path, folder: Path, settings
 
 def numbers(metrics: dict[str, float]) -> dict[str, str]:
     """To the last bit, and NaN equal to itself."""
-    return {key: value.hex() for key, value in metrics.items() if not key.startswith("time/") and "per_s" not in key and key != "eps"}
+    return {key: value.hex() for key, value in metrics.items() if not key.startswith(("time/", "gpu/")) and "per_s" not in key and key != "eps"}
 
 
 def one_rank_cases(world: World, policy: Path, folder: Path) -> None:
@@ -199,3 +199,15 @@ def bf16_cases(world: World, policy: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_resumed_bf16_equals_uninterrupted_to_the_bit(tiny_policy: Path, tmp_path: Path) -> None:
     join_ranks(start_ranks(bf16_cases, 2, tiny_policy, tmp_path))
+
+
+def gpu_cases(world: World, policy: Path, folder: Path) -> None:
+    torch.use_deterministic_algorithms(True)  # attention's backward pass adds up in any order otherwise
+    uninterrupted_and_resumed(world, policy, folder / "compact", {"weights": "compact"}, "bfloat16")
+    uninterrupted_and_resumed(world, policy, folder / "lora", {"lora": {"rank": 2, "alpha": 4}}, "bfloat16")
+
+
+@pytest.mark.gpu
+def test_resumed_on_a_gpu_equals_uninterrupted_to_the_bit(tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    join_ranks(start_ranks(gpu_cases, 1, tiny_policy, tmp_path))

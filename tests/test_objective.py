@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +20,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sarm.config import ROOT
 from sarm.ppo import objective as o
 
 T = torch.tensor
@@ -393,3 +397,33 @@ def test_sum_over_ranks_of_two_gloo_processes_leaves_its_argument(tmp_path: Path
     mp.spawn(_gloo_rank, args=(str(tmp_path / "meeting"), str(tmp_path / "out")), nprocs=2)
     assert json.loads((tmp_path / "out0").read_text()) == [[3.0, 20.0], [1.0, 10.0]]
     assert json.loads((tmp_path / "out1").read_text()) == [[3.0, 20.0], [2.0, 10.0]]
+
+
+def logprob_kernels_agree(device: str) -> None:
+    """A vocabulary that is no multiple of a program's width, two temperatures."""
+    from sarm.ppo import logprob_kernels
+
+    torch.manual_seed(0)
+    logits, labels = 5 * torch.randn(6, 5000), torch.tensor([0, 4999, 17, 4096, 4095, 2500])
+    grad = torch.randn(6)
+    for temperature in (1.0, 0.7):
+        expected = logits.clone().requires_grad_()
+        log_p = torch.log_softmax(expected / temperature, -1)
+        chosen = log_p[torch.arange(6), labels]
+        chosen.backward(grad)
+        logprobs, entropy, log_sum = logprob_kernels.statistics(logits.to(device), labels.to(device), temperature)
+        torch.testing.assert_close(logprobs.cpu(), chosen.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entropy.cpu(), -(log_p.exp() * log_p).sum(-1).detach(), rtol=1e-5, atol=1e-5)
+        ours = logprob_kernels.gradient(logits.clone().to(device), labels.to(device), log_sum, grad.to(device), temperature)
+        torch.testing.assert_close(ours.cpu(), expected.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_the_logprob_kernels() -> None:
+    logprob_kernels_agree("cuda")
+
+
+def test_the_interpreted_logprob_kernels() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", "from tests.test_objective import logprob_kernels_agree; logprob_kernels_agree('cpu')"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=240)

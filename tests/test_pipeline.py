@@ -48,7 +48,7 @@ def test_the_report_is_read_from_job_outputs(finished: Path) -> None:
 def test_a_second_run_skips_everything_and_says_so(finished: Path) -> None:
     again = launch(finished)
     assert again.returncode == 0
-    assert again.stdout.count("already done, skipped") == 13
+    assert again.stdout.count("skipped, done already") == 13
     assert again.stdout.count("running") == 0
 
 
@@ -67,7 +67,7 @@ def test_a_flipped_bit_upstream_redoes_what_it_touches_with_the_same_numbers(fin
     shard.write_bytes(bytes(data))
     again = launch(finished)
     assert again.returncode == 0, again.stderr
-    assert "probe/shard-0000-of-0002     already done, skipped" in again.stdout
+    assert "probe/shard-0000-of-0002     skipped, done already" in again.stdout
     assert "probe/shard-0001-of-0002     done" in again.stdout
     after = (run.path / "final_report.txt").read_text()
 

@@ -35,20 +35,20 @@ def test_lora_on_one_gpu_by_hand() -> None:
     assert plan.stays["KV cache"] * GIB == 32 * 192 * 131072  # 131 kB a token
     # 4 d_model + q, k, v and attention's output + 3 f, in bf16
     kept = 32 * 192 * 32 * 2 * (4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
-    assert plan.comes_and_goes["update"] * GIB == pytest.approx(kept + 1024 * 128256 * 14)
+    assert plan.comes_and_goes["update"] * GIB == pytest.approx(kept + 4096 * 128256 * 3)
 
 
-def test_full_fine_tuning_of_8b_fits_one_gpu_in_seven_bytes() -> None:
+def test_full_fine_tuning_of_8b_fits_one_gpu_in_eight_bytes() -> None:
     plan = make_plan(REFERENCE_JOB.model_copy(update={"lora": None}), LLAMA_8B, SARM_BYTES, Gpus(1, 79.2))
     assert (plan.zero_stage, plan.weights) == (0, "compact")
-    assert 0 < plan.streamed_layers < 32 and plan.recompute_layers < 32 and plan.peak_gib < 78
+    assert plan.visiting_layers == 32 and plan.peak_gib < 0.95 * 78
 
 
 def test_four_gpus_keep_float32_masters_by_zero_2() -> None:
     plan = make_plan(REFERENCE_JOB.model_copy(update={"lora": None}), LLAMA_8B, SARM_BYTES, Gpus(4, 79.2))
     assert (plan.zero_stage, plan.weights) == (2, "float32_master")
     small = make_plan(REFERENCE_JOB.model_copy(update={"lora": None}), KNOWN["embedded:smollm2"], 1e9, Gpus(1, 24))  # type: ignore[arg-type]
-    assert (small.zero_stage, small.weights, small.recompute_layers) == (1, "float32_master", 0)
+    assert (small.zero_stage, small.weights, small.recompute_layers) == (0, "compact", 0)
 
 
 def test_what_the_config_says_is_kept() -> None:

@@ -1,12 +1,12 @@
-"""AdamW in seven bytes a parameter: bf16 weights with eight bits more, 8-bit moments, a bf16 gradient. For `ppo.weights: compact`.
+"""AdamW in eight bytes a parameter: bf16 weights and their lower halves, 8-bit moments, a bf16 gradient. For `ppo.weights: compact`.
 
-Float32 master weights and moments take sixteen bytes a parameter, 128 GB for an 8 B model. Three things here keep what
-eight bits would lose; `benchmarks/optimizer.py` measures how much of it.
+Float32 master weights and moments beside bf16 weights and float32 gradients take eighteen, 145 GB for an 8 B model.
+`benchmarks/optimizer.py` measures how little is lost.
 
-Weights. At a learning rate of 1e-6 a step is a hundredth of the distance between neighbouring bf16 numbers. Rounding
-bf16 weights stochastically moves them right on average, but the noise of a hundred steps is as large as the way they
-went. So a weight's float32 pattern is kept to 24 bits, the upper 16 as the bf16 weight that the model uses (rounded to
-the nearest) and the next 8 beside it, and only below those it is rounded stochastically.
+Weights. At a learning rate of 1e-6 a step is less than a hundredth of the distance between neighbouring bf16 numbers.
+Rounding bf16 weights stochastically moves them right on average, but after a hundred steps the noise is larger than the
+way they went; eight bits more are enough for small weights only. So the float32 weight is kept, in two halves: the upper
+16 bits of its pattern are the bf16 weight that the model uses (rounded to the nearest), the lower 16 lie beside it.
 
 Second moment. An update changes it by a thousandth, its 256 codes lie 9 % apart: 2**(k/8), over a range of 2**32 below
 the power of two above the block's largest. Codes are rounded stochastically, so that small changes are kept on average,
@@ -39,7 +39,7 @@ class State(NamedTuple):
     """Of n elements in m = ceil(n / BLOCK) blocks."""
 
     low: Tensor
-    """(n,) int8: bits 8 to 15 of the float32 pattern, as the signed distance from the bf16 weight; empty for float32 weights."""
+    """(n,) int16: the float32 pattern's signed distance from the bf16 weight's; empty for float32 weights."""
     exp_avg_ratio: Tensor
     """(n,) int8: first moment / root of the second, in units of the scale."""
     exp_avg_scale: Tensor
@@ -113,7 +113,7 @@ def _zero_state(weight: Tensor) -> State:
     n, device = weight.numel(), weight.device
     blocks = -(-n // BLOCK)
     return State(
-        torch.zeros(n if weight.dtype == torch.bfloat16 else 0, dtype=torch.int8, device=device),
+        torch.zeros(n if weight.dtype == torch.bfloat16 else 0, dtype=torch.int16, device=device),
         torch.zeros(n, dtype=torch.int8, device=device),
         torch.zeros(blocks, device=device),
         torch.zeros(n, dtype=torch.uint8, device=device),
@@ -146,17 +146,17 @@ def update_plainly(weight: Tensor, grad: Tensor, state: State, rates: Rates, sca
     state.exp_avg_scale.copy_(unit)
     state.exp_avg_ratio.copy_(codes.floor().clamp(-127, 127).flatten()[:n])
     if len(state.low):
-        bits = (moved.view(torch.int32) + (noise & 255).int()) & -256
+        bits = moved.view(torch.int32)
         upper = (bits + 0x8000) >> 16
         weight.copy_((upper << 16).view(torch.float32))
-        state.low.copy_((bits - (upper << 16)) >> 8)
+        state.low.copy_(bits - (upper << 16))
     else:
         weight.copy_(moved)
 
 
 def joined(weight: Tensor, low: Tensor) -> Tensor:
-    """(n,) float32 of bf16 weights and the bits below theirs."""
-    return ((weight.view(torch.int16).int() << 16) + (low.int() << 8)).view(torch.float32)
+    """(n,) float32 of bf16 weights and their lower halves."""
+    return ((weight.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
 
 
 def decoded_square(state: State) -> Tensor:

@@ -92,16 +92,16 @@ def _update(
     square = tl.where(here, square, 0.0)
 
     if HAS_LOW:
-        bits = (tl.load(weight_ptr + at, here, 0).to(tl.int32) << 16) + (tl.load(low_ptr + at, here, 0).to(tl.int32) << 8)
+        bits = (tl.load(weight_ptr + at, here, 0).to(tl.int32) << 16) + tl.load(low_ptr + at, here, 0).to(tl.int32)
         weight = bits.to(tl.float32, bitcast=True)
     else:
         weight = tl.load(weight_ptr + at, here, 0.0)
     moved = weight * decay - lr * (mean * unbias1) / (tl.sqrt(square * unbias2) + eps)
     if HAS_LOW:
-        bits = (moved.to(tl.int32, bitcast=True) + (x & 255).to(tl.int32)) & -256
+        bits = moved.to(tl.int32, bitcast=True)
         upper = (bits + 0x8000) >> 16
         tl.store(weight_ptr + at, upper.to(tl.int16), here)
-        tl.store(low_ptr + at, ((bits - (upper << 16)) >> 8).to(tl.int8), here)
+        tl.store(low_ptr + at, (bits - (upper << 16)).to(tl.int16), here)
     else:
         tl.store(weight_ptr + at, moved, here)
 

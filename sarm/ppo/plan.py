@@ -29,7 +29,7 @@ OUTSIDE_GIB = 1.2
 """Of a GPU's memory, what its driver, the CUDA context and NCCL take before torch asks for any."""
 MARGIN = 0.95
 """A plan is made for this share of what torch may take: it may be wrong."""
-LOGITS = 1024
+LOGITS = 4096
 """Positions whose logits exist at a time; see `objective.logprobs_from_hidden`."""
 DEFAULT_MICRO_BATCH_TOKENS = 16384
 
@@ -42,8 +42,6 @@ class Rates(NamedTuple):
     score: float = 400e12
     copy: float = 2.3e12
     """Bytes/s where weights are read token by token, and in the optimizer's step."""
-    host: float = 50e9
-    """Bytes/s from pinned host memory."""
 
 
 RATES = Rates()
@@ -116,8 +114,8 @@ class Plan(NamedTuple):
     micro_batch_tokens: int
     recompute_layers: int
     """Layers of the policy computed once more in the backward pass."""
-    streamed_layers: int
-    """Layers of the reference that wait on the host."""
+    visiting_layers: int
+    """Layers of the reference that live on the host, and on the GPU while there are no gradients."""
     stays: dict[str, float]
     """GiB a GPU, all the time."""
     comes_and_goes: dict[str, float]
@@ -153,14 +151,14 @@ def make_plan(ppo: PpoConfig, policy: Shape, sarm_bytes: float, gpus: Gpus, *, l
     best: Plan | None = None
     for stage, weights in _ways(ppo, gpus.number):
         plans = [
-            _plan(ppo, policy, sarm_bytes, gpus.number, stage, weights, lean and stage < 3, micro_rows * longest, recompute, streamed)
+            _plan(ppo, policy, sarm_bytes, gpus.number, stage, weights, lean and stage < 3, micro_rows * longest, recompute, visiting)
             for micro_rows in _micro_batches(ppo, rows, longest)
             for recompute in _recomputed(ppo, policy.layers, lean and stage < 3)
-            for streamed in _streamed(ppo, policy.layers, lean)
+            for visiting in _visiting(ppo, policy.layers, lean)
         ]
         fitting = [plan for plan in plans if plan.peak_gib <= MARGIN * gpus.usable_gib]
         if fitting:
-            return min(fitting, key=lambda plan: (plan.train_s, plan.streamed_layers, plan.peak_gib))
+            return min(fitting, key=lambda plan: (plan.train_s, plan.visiting_layers, plan.peak_gib))
         best = min([*plans, *([best] if best else [])], key=lambda plan: plan.peak_gib)
     assert best is not None
     kind = "LoRA" if ppo.lora else "full fine-tuning"
@@ -178,7 +176,7 @@ def _ways(ppo: PpoConfig, gpus: int) -> Iterator[tuple[int, str]]:
     if ppo.lora:
         ways = [(0, "float32_master"), (3, "float32_master")]
     else:
-        ways = [(2 if gpus > 1 else 1, "float32_master"), (0, "compact"), (3, "float32_master")]
+        ways = [(0, "compact"), (1, "float32_master")] if gpus == 1 else [(2, "float32_master"), (0, "compact"), (3, "float32_master")]
     for stage, weights in ways:
         if gpus == 1 and stage == 3 and ppo.zero_stage != 3:
             continue
@@ -205,12 +203,12 @@ def _recomputed(ppo: PpoConfig, layers: int, lean: bool) -> list[int]:
     return list(range(layers + 1)) if lean else [0, layers]  # transformers recomputes all or none
 
 
-def _streamed(ppo: PpoConfig, layers: int, lean: bool) -> list[int]:
-    return [0] if ppo.lora or not lean else sorted({0, *(layers * i // 8 for i in range(1, 9))})
+def _visiting(ppo: PpoConfig, layers: int, lean: bool) -> list[int]:
+    return [0] if ppo.lora or not lean else [0, layers]
 
 
 def _plan(
-    ppo: PpoConfig, policy: Shape, sarm_bytes: float, gpus: int, stage: int, weights: str, lean: bool, tokens: int, recompute: int, streamed: int
+    ppo: PpoConfig, policy: Shape, sarm_bytes: float, gpus: int, stage: int, weights: str, lean: bool, tokens: int, recompute: int, visiting: int
 ) -> Plan:
     """One way of cutting the work, with its memory and time; `tokens` of a micro-batch."""
     p, full = policy.parameters, ppo.lora is None
@@ -223,7 +221,7 @@ def _plan(
         "decoder's copy": 0 if full and stage < 3 else layer_bytes * policy.layers + (2 * policy.embedding if stage == 3 else 0),
         "KV cache": rows * longest * policy.layers * 4 * policy.kv_heads * policy.head_dim,
         "optimizer": _optimizer_bytes(ppo, policy, weights, gpus, stage),
-        "reference": (2 * p - streamed * layer_bytes + (2 * layer_bytes if streamed else 0)) if full else 0,
+        "reference": 2 * p - visiting * layer_bytes if full else 0,
         "SARM": sarm_bytes,
         "overhead": OVERHEAD_GIB * GIB,
     }
@@ -232,12 +230,15 @@ def _plan(
     kept = layer_kept * (policy.layers - recompute) + 2 * tokens * policy.hidden * recompute
     # Between the layers of a backward pass: the MLP's gradients, and a layer computed again.
     passing = 2 * tokens * (3 * policy.intermediate + 4 * policy.hidden) + (layer_kept if recompute else 0)
-    logits = 14 * min(LOGITS, responses) * policy.vocab
-    head_gradient = 8 * policy.embedding if full else 0  # summed up in float32
+    logits = 3 * min(LOGITS, responses) * policy.vocab
+    # Of one chunk the gradient itself, of several a float32 sum and a term of it besides.
+    head_gradient = policy.embedding * (2 if responses <= LOGITS else 8) if full else 0
     gradients = _gradient_bytes(p, weights, gpus, stage) if full else 0
+    visits = visiting * layer_bytes
     goes = {
-        "rollout": rows * (2 * ppo.max_prompt_tokens * (3 * policy.intermediate + 4 * policy.hidden) + 24 * policy.vocab),
-        "score": min(rows * longest, DEFAULT_MICRO_BATCH_TOKENS) * 2 * 16 * policy.hidden,
+        "rollout": visits + rows * (2 * ppo.max_prompt_tokens * (3 * policy.intermediate + 4 * policy.hidden) + 24 * policy.vocab),
+        "score": kept + min(rows * longest, DEFAULT_MICRO_BATCH_TOKENS) * 2 * 16 * policy.hidden,
+        "reference": visits + passing + logits if full else 0,
         # As gradients come, layer by layer, what the layers kept goes: the peak is at one end.
         "update": max(kept + logits + head_gradient, gradients + passing),
     }
@@ -246,11 +247,10 @@ def _plan(
     forward = 2 * (policy.layers * policy.layer * rows * longest + policy.embedding * rows * ppo.max_new_tokens) / RATES.train
     shared = updates == 1 and micros == 1 and stage < 3
     passes = 1 + ppo.num_ppo_epochs * ((2 if full else 1) + recompute / policy.layers + (0 if shared else 1))
-    reference = max(forward, streamed * layer_bytes / RATES.host)
     small = 6 * p * micros * ppo.num_ppo_epochs / RATES.copy  # each micro-batch reads all weights a few times
     step = updates * 12 * p / gpus ** (stage > 0) / RATES.copy if full else 0.0
     in_gib = lambda parts: {name: size / GIB for name, size in parts.items()}  # noqa: E731
-    return Plan(stage, weights, tokens, recompute, streamed, in_gib(stays), in_gib(goes), reference + passes * forward + small + step)
+    return Plan(stage, weights, tokens, recompute, visiting, in_gib(stays), in_gib(goes), (1 + passes) * forward + small + step)
 
 
 def _optimizer_bytes(ppo: PpoConfig, policy: Shape, weights: str, gpus: int, stage: int) -> float:
@@ -258,7 +258,7 @@ def _optimizer_bytes(ppo: PpoConfig, policy: Shape, weights: str, gpus: int, sta
     if ppo.lora:
         return 16 * policy.lora(ppo.lora.rank)
     if weights == "compact":
-        return policy.parameters * (3 + 8 / 256)
+        return policy.parameters * (4 + 8 / 256)
     return 12 * policy.parameters / gpus + (4 * policy.parameters if stage == 1 else 4 * policy.parameters / gpus)
 
 
@@ -335,7 +335,7 @@ def report(config: Config, gpus: Gpus) -> str:
     step_s = rollout_s + score_s + plan.train_s
     units = len(config.units("ppo"))
     hours = units * ppo.steps * step_s * gpus.number / 3600
-    checkpoint = (16 * policy.lora(ppo.lora.rank) if ppo.lora else policy.parameters * (5 if plan.weights == "compact" else 12)) / 1e9
+    checkpoint = (16 * policy.lora(ppo.lora.rank) if ppo.lora else policy.parameters * (6 if plan.weights == "compact" else 12)) / 1e9
     policies = units * 2 * policy.parameters / 1e9
     lines = [
         f"{config.policy.model}, {policy.parameters / 1e9:.2f} B parameters, {'LoRA of rank ' + str(ppo.lora.rank) if ppo.lora else 'in full'}, "
@@ -348,7 +348,7 @@ def report(config: Config, gpus: Gpus) -> str:
         f"peak              {plan.peak_gib:6.2f} of {gpus.usable_gib:.1f} that torch may reserve",
         "",
         f"zero_stage {plan.zero_stage}, weights {plan.weights}, micro_batch_tokens {plan.micro_batch_tokens}, "
-        f"{plan.recompute_layers} of {policy.layers} layers computed again, {plan.streamed_layers} of the reference's on the host",
+        f"{plan.recompute_layers} of {policy.layers} layers computed again, {plan.visiting_layers} of the reference's on the host",
         f"a step of {step_s:.2f} s at an H100's rates: rollout {rollout_s:.2f}, score {score_s:.2f}, training {plan.train_s:.2f}",
         f"{units} policies of {ppo.steps} steps: {hours:.1f} GPU-hours, starting up and checkpoints aside",
         f"disk: {policies:.1f} GB of policies, and up to {ppo.keep_last + 1} checkpoints of {checkpoint:.1f} GB for each one in training",

@@ -1,7 +1,7 @@
 """PPO: a policy with a value head, rewarded by a `CompoundReward`.
 
 `python -m jobs ppo --run R --unit penalty-seed0` trains one arm. One step, in `Trainer.run_step`: draw prompts, roll
-out, score, judge (old and reference log-probabilities, values), assign credit, update.
+out, judge (old and reference log-probabilities, values), score, assign credit, update.
 
 What a step computes depends neither on the number of ranks nor on micro-batches, up to rounding: samples follow
 `rollout.py`, rollouts and scores are gathered, so every rank holds the whole batch and computes the same advantages,
@@ -117,7 +117,7 @@ class Trainer:
         if world.device.type == "cpu":
             # On short texts its backward pass takes a fifth of the time of SDPA's.
             policy.set_attn_implementation("eager")
-        self.reference = None if ppo.lora else Reference(policy, self.plan.streamed_layers)
+        self.reference = None if ppo.lora else Reference(policy, self.plan.visiting_layers)
         cuda = world.device.type == "cuda"
         if cuda:
             lay_side_by_side(policy)
@@ -170,12 +170,15 @@ class Trainer:
         step = self.progress.step
         self.clock.mark("rollout")
         drawn = self.draw(rows_of_step([p.id for p in self.prompts], self.seed, step, self.ppo.batch_size))
+        if self.reference is not None:
+            self.reference.fetch()
         rollout = self.roll_out(drawn, step)
+        judged, forward = self.judge(rollout)
+        # While the GPU judges, texts are made and tokenised for scoring.
         self.clock.mark("score")
         scores = self.score(drawn, rollout)
-        judged, forward = self.judge(rollout)
         self.clock.mark("credit")
-        experience, running, metrics = self.credit(rollout, scores, judged)
+        experience, running, metrics = self.credit(rollout, scores, judged())
         metrics |= self.update(experience, step, forward)
         self.clock.mark("refresh")
         self.decoder.refresh()
@@ -236,8 +239,8 @@ class Trainer:
     def hands(self, rollout: Rollout) -> list[list[int]]:
         return deal([len(p) + int(n) for p, n in zip(rollout.prompts, rollout.mask.sum(1), strict=True)], self.world.size)
 
-    def judge(self, rollout: Rollout) -> tuple[Judged, Forward | None]:
-        """Teacher-forced log-probabilities under policy and reference at the sampling temperature, and values.
+    def judge(self, rollout: Rollout) -> tuple[Callable[[], Judged], Forward | None]:
+        """A function that waits for teacher-forced log-probabilities under policy and reference, at the sampling temperature, and values.
 
         Where the step makes one update of one micro-batch a rank, the policy's forward pass is that update's too: it is
         returned with its graph, so as not to be done twice.
@@ -261,10 +264,14 @@ class Trainer:
                 parts.append(torch.stack([forward.logprobs, ref_logprobs, forward.values]).detach())
         hands = [[row for rows in own for row in rows] for own in batches]
         mine = hands[self.world.rank]
-        found = torch.zeros(3, len(mine), rollout.mask.shape[1])
-        if mine:
-            found[:, rollout.mask[mine]] = torch.cat(parts, 1).cpu()
-        judged = Judged(*(self.world.gather(values, hands) for values in found))
+        read = read_later(torch.cat(parts, 1)) if mine else None
+
+        def judged() -> Judged:
+            found = torch.zeros(3, len(mine), rollout.mask.shape[1])
+            if read is not None:
+                found[:, rollout.mask[mine]] = read()
+            return Judged(*(self.world.gather(values, hands) for values in found))
+
         return judged, forward if once else None
 
     def _reference_logprobs(self, forward: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -16,8 +16,9 @@ import pandas as pd
 import scipy.sparse
 import scipy.stats
 from numpy.typing import NDArray
+from scipy.special import expit
 
-from sarm.config import Config, TrainSarmConfig
+from sarm.config import Config
 from sarm.datasets import ENCODED_PARTS, Data, Pair, pairs_in
 from sarm.intervene import contributions
 from sarm.probing.effects import Encoded, by_latent, contrast_of, contrasts_of, row_of, tested_latents
@@ -43,6 +44,8 @@ FEWEST_PROMPTS = 20
 """A source with fewer prompts neither replicates nor is replicated."""
 REPLICATED_P = 0.05
 SIZES = (0.25, 0.5, 0.75)
+FOLDS, L2 = 5, (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Of the logistic probe."""
 
 
 def validity(table: pd.DataFrame, encoded: Encoded, data: Data, config: Config, device: str = "cpu") -> dict[str, Any]:
@@ -243,19 +246,13 @@ def baselines(table: pd.DataFrame, encoded: Encoded, data: Data, config: Config)
 
     On validation and on the test pairs of every source; standard errors are clustered by prompt.
     """
-    from sarm.train import clustered_accuracy, cross_validated_losses, fit_head, pair_points  # brings transformers
+    from sarm.train import clustered_accuracy, pair_points  # brings transformers
 
     rows_of = {id_: row for row, id_ in enumerate(encoded.texts["text_id"])}
     x = encoded.states.astype(np.float64)
     x = (x - x.mean(axis=1, keepdims=True)) / (x.std(axis=1, ddof=1, keepdims=True) + 1e-6)
     fit = pair_rows(pairs_in(data, "discovery"), rows_of)
     difference = x[fit.chosen] - x[fit.rejected]
-    train = TrainSarmConfig()
-    folds = np.unique(fit.prompts, return_inverse=True)[1] % train.folds
-    sparse = scipy.sparse.csr_array(difference)
-    l2 = train.head_l2[0]
-    if len(np.unique(folds)) == train.folds:
-        l2 = train.head_l2[int(cross_validated_losses(sparse, fit.weight, folds, train.head_l2, max_steps=train.head_steps).argmin())]
     confirmed = table.index[table["confirmed"]].to_numpy(np.int64)
     ranks, w = encoded.ranks, encoded.head_weight.astype(np.float64)
     kept = ranks.indices[:, : ranks.k]
@@ -266,7 +263,7 @@ def baselines(table: pd.DataFrame, encoded: Encoded, data: Data, config: Config)
         f"its {len(confirmed)} confirmed latents": part,
         "SARM reward without them": reward - part,
         "difference in means": x @ (fit.weight @ difference),
-        "logistic probe": x @ fit_head(sparse, fit.weight, l2, max_steps=train.head_steps),
+        "logistic probe": x @ logistic_probe(difference, fit.weight, fit.prompts),
     }
     sets = {"validation": pairs_in(data, "validation")}
     sets |= {f"{source.label}, test": pairs_in(data, "test", name) for name, source in config.data.sources.items()}
@@ -280,6 +277,45 @@ def baselines(table: pd.DataFrame, encoded: Encoded, data: Data, config: Config)
             result.append({"on": where, "score": name, "accuracy": accuracy.mean, "standard_error": accuracy.standard_error})
             result[-1] |= {"pairs": accuracy.pairs, "prompts": accuracy.prompts}
     return result
+
+
+def logistic_probe(difference: Floats, weight: Floats, prompts: Ints) -> Floats:
+    """The direction w (d_in,) of a Bradley-Terry fit to differences (n_pairs, d_in), its L2 strength chosen over prompt folds."""
+    folds = prompts % FOLDS
+    l2 = L2[0]
+    if len(np.unique(folds)) == FOLDS:
+        losses = np.zeros(len(L2))
+        for fold, (number, strength) in itertools.product(range(FOLDS), enumerate(L2)):
+            out = folds == fold
+            margin = difference[out] @ bradley_terry(difference[~out], weight[~out] / weight[~out].sum(), strength)
+            losses[number] += weight[out] @ np.logaddexp(0, -margin)
+        l2 = L2[int(losses.argmin())]
+    return bradley_terry(difference, weight, l2)
+
+
+def bradley_terry(difference: Floats, weight: Floats, l2: float) -> Floats:
+    """The w that minimises `sum_p weight_p softplus(-w . difference_p) + l2/2 |w|^2`, by Newton's method with step halving.
+
+    It lies in the span of the differences, so with fewer pairs than dimensions it is sought there.
+    """
+    basis = np.linalg.qr(difference.T)[0] if len(difference) < difference.shape[1] else None
+    x = difference @ basis if basis is not None else difference
+    w = np.zeros(x.shape[1])
+
+    def loss(w: Floats) -> float:
+        return float(weight @ np.logaddexp(0, -(x @ w)) + l2 / 2 * (w @ w))
+
+    for _ in range(100):
+        off = expit(-(x @ w))
+        gradient = l2 * w - x.T @ (weight * off)
+        step = np.linalg.solve(l2 * np.eye(len(w)) + x.T @ ((weight * off * (1 - off))[:, None] * x), gradient)
+        if gradient @ step < 1e-14:
+            break
+        size = 1.0
+        while size > 1e-6 and loss(w - size * step) > loss(w) - 1e-4 * size * (gradient @ step):
+            size /= 2
+        w = w - size * step
+    return w if basis is None else basis @ w
 
 
 class PairRows(NamedTuple):
