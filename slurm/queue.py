@@ -5,6 +5,7 @@ Every call has a time limit and says which command failed and how. `live_jobs(id
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -33,6 +34,16 @@ class PastJob(NamedTuple):
     elapsed_s: int
     cpu_efficiency: float | None
     """CPU time over elapsed time times CPUs."""
+    memory_share: float | None
+    """Memory at its highest, of all tasks together, over what was asked for; None where either was not recorded."""
+
+
+def forget_overrides() -> None:
+    """Drop from this process what would overrule the scripts' own flags: SBATCH_* (SBATCH_EXPORT=ALL would hand every
+    secret of this shell to the jobs), the filters of squeue and sacct, and, inside a job, that job's SLURM_*.
+    """
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_", "SQUEUE_", "SACCT_", "SCANCEL_")) and name != "SLURM_CONF"]:
+        del os.environ[name]
 
 
 def call(words: Sequence[str], *, stdin: str | None = None) -> str:
@@ -71,18 +82,24 @@ def history(ids: Iterable[str]) -> dict[str, PastJob]:
     wanted = ",".join(sorted(set(ids)))
     if not wanted:
         return {}
+    fields = "JobID,State,ExitCode,ElapsedRaw,TotalCPU,NCPUS,ReqMem,MaxRSS,NTasks"
     try:
-        text = call(["sacct", "--noheader", "--parsable2", "--duplicates", "--jobs", wanted, "--format=JobID,State,ExitCode,ElapsedRaw,TotalCPU,NCPUS"])
+        text = call(["sacct", "--noheader", "--parsable2", "--duplicates", "--jobs", wanted, f"--format={fields}"])
     except UserError:
         return {}
+    lines = [line.split("|") for line in text.splitlines() if line.count("|") == 8]
+    used: dict[str, float] = {}
+    for id_, *_, rss, tasks in lines:
+        job, dot, _ = id_.partition(".")
+        if dot:
+            used[job] = max(used.get(job, 0.0), _bytes(rss) * int(tasks or 1))
     found: dict[str, PastJob] = {}
-    for line in text.splitlines():
-        fields = line.split("|")
-        if len(fields) != 6 or "." in fields[0]:
+    for id_, state, code, elapsed, cpu, cpus, asked, _, _ in lines:
+        if "." in id_:
             continue
-        id_, state, code, elapsed, cpu, cpus = fields
-        seconds, wall = _seconds(cpu), int(elapsed or 0) * int(cpus or 0)
-        found[id_] = PastJob(id_, state.split()[0], code, int(elapsed or 0), seconds / wall if wall else None)
+        seconds, wall, memory = _seconds(cpu), int(elapsed or 0) * int(cpus or 0), _bytes(asked)
+        share = used[id_] / memory if used.get(id_) and memory else None
+        found[id_] = PastJob(id_, state.split()[0], code, int(elapsed or 0), seconds / wall if wall else None, share)
     return found
 
 
@@ -119,3 +136,13 @@ def _seconds(clock: str) -> float:
     for part in rest.split(":"):
         total = total * 60 + float(part or 0)
     return total + 86400 * int(days or 0)
+
+
+def _bytes(size: str) -> float:
+    """`512000K`, `2G` or, of old, `2Gn` as bytes; 0 where there is nothing."""
+    number = size.strip().rstrip("nc")
+    scale = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}.get(number[-1:], 1)
+    try:
+        return float(number.rstrip("KMGT")) * scale
+    except ValueError:
+        return 0.0

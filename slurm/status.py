@@ -71,12 +71,14 @@ def status(args: argparse.Namespace) -> int:
         print("warning: the queue gave no answer; showing manifests alone", file=sys.stderr)
     rows = [row(run, task.node, slurm, local, hashes=args.hashes) for task in tasks(run.config)]
     table = Table(box=None, header_style="bold")
-    for column in ("phase", "state", "progress", "took", "CPU", "log"):
+    for column in ("phase", "state", "progress", "took", "CPU, memory", "log"):
         table.add_column(column, overflow="fold")
     for line in rows:
         state = f"{line.unit.state}: {line.unit.note}" if line.unit.note and line.unit.kind != "done" else line.unit.state
         table.add_row(*map(Text, (str(line.unit.node), state, *line[1:])))
     console = Console()
+    if not console.is_terminal:  # a file or a pipe: no lines broken at a width that nobody has
+        console = Console(width=200)
     console.print(table)
     say_causes(run, [line.unit for line in rows], console)
     return 0 if all(line.unit.state == "done" for line in rows) else 1
@@ -93,7 +95,7 @@ def row(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, has
     """A unit's line."""
     unit, past, log = unit_state(run, node, slurm, local, hashes=hashes), slurm.past.get(node), run.log(*node)
     shown = "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(run, node) or "")
-    efficiency = f"{past.cpu_efficiency:.0%}" if past is not None and past.cpu_efficiency is not None else ""
+    efficiency = ", ".join(f"{share:.0%}" for share in (past.cpu_efficiency, past.memory_share) if share is not None) if past is not None else ""
     return Row(unit, shown, duration(run, node), efficiency, str(log.relative_to(run.path)) if log.exists() else "")
 
 
@@ -110,7 +112,12 @@ def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str],
         return Unit(node, local[node])
     if past is not None and past.state not in GOOD_ENDS:
         return Unit(node, past.state, f"exit {past.exit_code}")
-    return Unit(node, "failed" if run.log(*node).exists() else "waiting", why)
+    if not slurm.heard:
+        return Unit(node, "not done", why)
+    if run.log(*node).exists():
+        return Unit(node, "failed", why)
+    needs = [str(need) for task in tasks(run.config) if task.node == node for need in task.needs if not run.done(*need, hashes=False)]
+    return Unit(node, "waiting", f"for {', '.join(needs[:3])}{' and more' if len(needs) > 3 else ''}" if needs else why)
 
 
 def tell_local_states(run: RunDir, words: Mapping[Node, str]) -> None:

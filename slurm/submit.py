@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def submit_or_show(args: argparse.Namespace) -> int:
     """All checks first, the run directory only then: what is refused leaves nothing behind."""
+    queue.forget_overrides()
     profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
     if args.dry_run:
         dry_run(config, profile, Path(args.run), args.phase)
@@ -336,11 +337,14 @@ def show(run: RunDir, profile: Profile, journal: dict[str, Any]) -> None:
         table.add_row(
             batch["name"],
             journal["jobs"].get(batch["name"], ""),
-            " ".join(f"{batch['when']}:{journal['jobs'].get(need, '')}" for need in batch["needs"]),
+            ":".join([batch["when"], *(journal["jobs"].get(need, "") for need in batch["needs"])]) if batch["needs"] else "",
             f"{shape}{tasks} tasks, {want.gpus} GPUs, {want.cpus_per_task} CPUs a task, {want.mem_gb} GB, {want.time_min} min",
             str(log.relative_to(run.path)),
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe: no lines broken at a width that nobody has
+        console = Console(width=200)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,62 @@ def test_entry_forwards_a_signal_and_returns_the_code(tmp_path: Path) -> None:
     assert entry.GRACE_S > 0
 
 
+def start_entry(tmp_path: Path, code: str, ranks: bool, **env: str) -> subprocess.Popen[bytes]:
+    """A job's entry, once its command has printed something."""
+    spec = {"commands": [{"argv": ["-c", code], "log": str(tmp_path / "log")}], "cwd": str(tmp_path), "env": {}, "ranks": ranks}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    words = [sys.executable, "-c", f"from slurm.entry import run_spec; run_spec({str(tmp_path / 'spec.json')!r})"]
+    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, **env})
+    while not (tmp_path / "log").exists() or b"up" not in (tmp_path / "log").read_bytes():
+        time.sleep(0.02)
+    return process
+
+
+SLEEPS = "import time; print('up', flush=True); time.sleep(2)"
+
+
+def test_a_shard_ignores_the_signal_for_those_that_checkpoint(tmp_path: Path) -> None:
+    process = start_entry(tmp_path, SLEEPS, ranks=False)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(timeout=20) == 0
+    assert not list(tmp_path.glob("told.*"))
+
+
+def test_a_rank_that_is_told_says_so_and_a_cancelled_one_does_not(tmp_path: Path) -> None:
+    rank = {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_RESTART_COUNT": "2"}
+    process = start_entry(tmp_path, SLEEPS, ranks=True, **rank)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("told.*"))
+    (tmp_path / "log").unlink()
+    process = start_entry(tmp_path, SLEEPS, ranks=True, **rank)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(timeout=20) == 128 + signal.SIGUSR2
+    assert [path.name for path in tmp_path.glob("told.*")] == ["told.5.2"]
+
+
+def test_a_jobs_command_stays_in_the_process_group_that_slurm_kills(tmp_path: Path) -> None:
+    process = start_entry(tmp_path, "import os; print('up', os.getpgrp(), flush=True)", ranks=False)
+    process.wait(timeout=20)
+    assert (tmp_path / "log").read_text().split()[1] == str(os.getpgrp())
+
+
+def test_a_half_written_result_of_an_earlier_try_is_no_obstacle(tmp_path: Path) -> None:
+    leftover = tmp_path / "5_0_result.pkl.save_tmp"
+    leftover.touch()
+    env = {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path)}
+    assert start_entry(tmp_path, "print('up')", ranks=False, **env).wait(timeout=20) == 0
+    assert not leftover.exists()
+
+
+def test_ranks_of_a_requeued_job_meet_at_another_port() -> None:
+    env = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "123456"}
+    first, again = entry.rank_environment(env), entry.rank_environment({**env, "SLURM_RESTART_COUNT": "1"})
+    assert first["MASTER_PORT"] != again["MASTER_PORT"] and first["WORLD_SIZE"] == "4" and first["LOCAL_RANK"] == "1"
+    assert all(20000 <= int(found["MASTER_PORT"]) < 32768 for found in (first, again))
+    assert "CUDA_VISIBLE_DEVICES" not in first, "every rank sees all GPUs"
+
+
 def test_the_lock_refuses_a_live_owner_and_takes_over_from_a_dead_one(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     with held(path, "a run"), pytest.raises(UserError, match=f"pid {os.getpid()}"), held(path, "a run"):

@@ -123,4 +123,5 @@ def test_bfloat16_is_as_near_to_float32_as_transformers() -> None:
         expected = one_by_one(exact, rows())
         theirs = (one_by_one(rounded, rows()).float() - expected).norm() / expected.norm()
         ours = (end_states(rounded, pack(rows(), DEVICE)).float() - expected).norm() / expected.norm()
-    assert ours < 1.2 * theirs < 0.15
+    assert ours < 1.5 * theirs
+    assert theirs < 0.25

@@ -92,6 +92,68 @@ def test_only_failed_ranges_and_what_follows_are_sent_again(site: Site) -> None:
     assert all(site.jobs[id_]["state"] == "CANCELLED" for id_ in first), "the earlier pending report is cancelled first"
 
 
+def test_a_submission_whose_client_died_is_taken_back_before_another(site: Site) -> None:
+    site.submit()
+    path = site.path / "submissions" / "last.json"
+    journal = json.loads(path.read_text())
+    # As it stands right after the sbatch of the report, whose answer was never written down.
+    journal["state"] = "submitting"
+    del journal["jobs"]["report"]
+    path.write_text(json.dumps(journal))
+    first = set(site.jobs)
+    assert site.submit() == 0
+    assert {site.jobs[id_]["state"] for id_ in first} == {"CANCELLED"}
+    assert len(set(site.jobs) - first) == len(first)
+
+
+def test_what_the_shell_sets_for_sbatch_overrules_no_script(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a shell inside an array job of another account.
+    for name in ("SBATCH_EXPORT", "SBATCH_ACCOUNT", "SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    assert site.submit() == 0
+    for job in site.jobs.values():
+        assert {name for name in job["environment"] if name.startswith(("SBATCH", "SLURM"))} == {"SLURM_CONF"}
+
+
+def batch_script(site: Site, name: str, srun: str, **env: str) -> tuple[int, list[str]]:
+    """(exit code, calls of scontrol) of a submitted script whose srun does `srun`."""
+    text = next(job["text"] for job in site.jobs.values() if job["name"].endswith(name))
+    bin_ = site.home / "bin"
+    bin_.mkdir(exist_ok=True)
+    (site.home / "calls").write_text("")
+    (bin_ / "srun").write_text(f"#!/bin/bash\n{srun}\n")
+    (bin_ / "scontrol").write_text(f'#!/bin/bash\necho "$*" >>{site.home}/calls\n')
+    for tool in ("srun", "scontrol"):
+        (bin_ / tool).chmod(0o755)
+    text = text.replace("export PATH=", f"export PATH={bin_}:")
+    done = subprocess.run(["bash"], input=text, text=True, env={"SLURM_JOB_ID": "5", "PATH": "/usr/bin:/bin", **env})
+    return done.returncode, (site.home / "calls").read_text().splitlines()
+
+
+def test_a_batch_script_hands_on_its_failure_and_requeues_only_who_was_told(site: Site) -> None:
+    site.submit()
+    folder = next((site.path / "submissions").glob("*/"))
+    assert batch_script(site, ".select", "exit 3") == (3, [])
+    assert batch_script(site, ".ppo.penalty-seed1", "exit 0") == (0, [])
+    # Cancelled, or a defect: srun returns the highest of the ranks' codes, whatever that is.
+    for code in (75, 137, 143):
+        assert batch_script(site, ".ppo.penalty-seed1", f"exit {code}") == (code, [])
+    assert batch_script(site, ".ppo.penalty-seed1", f"touch {folder}/told.5.0; exit 137") == (137, ["requeue 5"])
+    assert batch_script(site, ".ppo.penalty-seed1", "exit 140") == (140, ["requeue 5"]), "the signal came before Python was up"
+    assert batch_script(site, ".ppo.penalty-seed1", f"touch {folder}/told.5.2; exit 75", SLURM_RESTART_COUNT="2")[1] == ["requeue 5"]
+    assert batch_script(site, ".ppo.penalty-seed1", f"touch {folder}/told.5.3; exit 75", SLURM_RESTART_COUNT="3") == (75, [])
+
+
+def test_modules_are_loaded_after_path_is_set_and_a_missing_one_ends_the_job(site: Site) -> None:
+    site.profile.write_text(PROFILE + "modules: [apptainer/1.4]\n")
+    site.submit()
+    assert batch_script(site, ".select", "touch ran; exit 0")[0] != 0, "there is no such module here"
+    text = next(job["text"] for job in site.jobs.values() if job["name"].endswith(".select"))
+    assert text.index("export PATH=") < text.index("module load apptainer/1.4") < text.index("set +e")
+    assert "set -u" not in text and "-eu" not in text, "module systems use unset variables"
+
+
 def test_everything_done_submits_nothing(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.do(*PHASES)
     assert site.submit() == 0
@@ -235,6 +297,7 @@ def test_status_reads_manifests_first_then_the_queue_then_accounting(site: Site,
     assert status(["--run", str(site.path)]) == 1
     out = capsys.readouterr().out
     assert "done" in out and "running" in out and "MemoryError" in out
+    assert "25%, 50%" in out, "half a CPU of two, two tasks of half a GB of two"
     site.fault(no_sacct=True)
     (site.home / "state.json").write_text(json.dumps({"jobs": {}, "calls": 0}))
     assert status(["--run", str(site.path)]) == 1

@@ -100,7 +100,8 @@ def sacct(argv: list[str], state: dict, faults: dict) -> int:
         print("Slurm accounting storage is disabled", file=sys.stderr)
         return 1
     for id_, job in state["jobs"].items():
-        print(f"{id_}|{job['state']}|{'0:0' if job['state'] == 'COMPLETED' else '1:0'}|100|00:50.000|2")
+        print(f"{id_}|{job['state']}|{'0:0' if job['state'] == 'COMPLETED' else '1:0'}|100|00:50.000|2|2G||")
+        print(f"{id_}.0|{job['state']}|0:0|100|00:50.000|2||524288K|2")
     return 0
 
 

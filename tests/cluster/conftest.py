@@ -1,0 +1,25 @@
+"""One undisturbed run of configs/tiny.yaml for a whole session of cluster tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from sarm.config import ROOT
+from tests.cluster.harness import RUNS, STATE, ClusterRun, inside
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> ClusterRun:
+    """The tiny configuration through `make submit-all`, every phase in its image, PPO on four ranks."""
+    if not (STATE / "pid").exists():
+        pytest.skip("no cluster is up; make test-cluster")
+    subprocess.run([sys.executable, "-m", "tests.tiny", "outputs/tiny"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(["chmod", "-R", "a+rX", ROOT / "outputs" / "tiny"], check=True)
+    inside("rm", "-rf", str(RUNS))
+    inside("mkdir", "-p", str(RUNS))
+    run = ClusterRun("undisturbed")
+    run.submit()
+    return run.wait()

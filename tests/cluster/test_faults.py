@@ -1,0 +1,268 @@
+"""Every other fault that a run is to outlive, on a real Slurm in real images: `make test-faults`.
+
+docs/how-it-is-tested.md holds the table of what was seen.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.harness import RUNS, STATE, ClusterRun, inside, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+PPO = "penalty-seed0"
+TRAINED = {f"ppo/{PPO}", f"evaluate/{PPO}"}
+"""A policy trained again has another training log, with its times, and so is evaluated again."""
+SHARD = "probe/shard-0000-of-0002"
+needs_accounting = pytest.mark.skipif(
+    not (STATE / "accounting").exists() or (STATE / "accounting").read_text().strip() == "0", reason="needs a cluster with ACCOUNTING=1"
+)
+
+
+@contextmanager
+def closed(partition: str) -> Iterator[None]:
+    """A partition that starts nothing, so that a job can be changed before it runs."""
+    inside("scontrol", "update", f"PartitionName={partition}", "State=DOWN", root=True)
+    try:
+        yield
+    finally:
+        inside("scontrol", "update", f"PartitionName={partition}", "State=UP", root=True)
+
+
+def repaired(run: ClusterRun, undisturbed: ClusterRun, before: dict[str, str], damaged: set[str]) -> None:
+    """Submitted again it redoes what was damaged alone, and ends with the undisturbed figures."""
+    run.submit()
+    run.wait()
+    assert run.redone_since(before) == damaged
+    assert run.figures() == undisturbed.figures()
+
+
+def test_a_shard_out_of_memory_is_named(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("memory")
+    run.forget(SHARD)
+    before = run.attempts()
+    with closed("cpu"):
+        run.submit()
+        inside("scontrol", "update", f"JobId={run.jobs['probe']}", "MinMemoryNode=60", root=True)
+    run.wait()
+    assert run.attempts()[SHARD] == "undone" and SHARD in run.report()
+    assert "exceeded memory limit" in "".join(log.read_text() for log in run.path.glob(f"submissions/*/{run.jobs['probe']}*.out"))
+    repaired(run, undisturbed, before, {SHARD})
+
+
+def test_a_shard_past_its_time_limit_is_named(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("time")
+    run.forget(SHARD)
+    before = run.attempts()
+    with closed("cpu"):
+        run.submit()
+        inside("scontrol", "update", f"JobId={run.jobs['probe']}", "TimeLimit=1", root=True)
+    run.signal_phase("STOP", "probe", "shard-0000-of-0002")
+    run.wait()
+    assert run.attempts()[SHARD] == "undone" and SHARD in run.report()
+    assert inside("pgrep", "-f", f"--run {run.path} --unit shard-0000", check=False).stdout == "", "the shard outlived its job"
+    repaired(run, undisturbed, before, {SHARD})
+
+
+def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("cancelled")
+    run.forget(f"ppo/{PPO}")
+    before = run.attempts()
+    run.submit()
+    job = run.jobs[f"ppo.{PPO}"]
+    run.stop_in_training(PPO)
+    assert "cancelled" in run.make("cancel").stdout
+    run.signal_phase("CONT", "ppo", PPO, every=True)
+    run.wait()
+    assert run.attempts()[f"ppo/{PPO}"] == "undone", "a cancelled job was requeued"
+    repaired(run, undisturbed, before, TRAINED)
+    assert not run.attempts()[f"ppo/{PPO}"].startswith(f"{job}-")
+
+
+def test_a_preemption_by_an_urgent_job_checkpoints_and_goes_on(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("urgent")
+    run.forget(f"ppo/{PPO}")
+    before = run.attempts()
+    run.submit()
+    job = run.jobs[f"ppo.{PPO}"]
+    run.stop_in_training(PPO)
+    node = inside("squeue", "--noheader", f"--jobs={job}", "--format=%N").stdout.strip()
+    inside("sbatch", "--partition=urgent", f"--nodelist={node}", "--gres=gpu:4", "--output=/dev/null", "--wrap", "sleep 5")
+    until("the preemption's signal", lambda: list(run.path.glob(f"submissions/*/told.{job}.0")))
+    run.signal_phase("CONT", "ppo", PPO, every=True)
+    run.wait()
+    attempt = run.attempts()[f"ppo/{PPO}"]
+    assert attempt.startswith(f"{job}-") and not attempt.startswith(f"{job}-0-")
+    assert run.redone_since(before) == TRAINED
+    assert run.figures() == undisturbed.figures()
+
+
+def test_a_lost_node_with_its_ranks_still_writing_spoils_nothing(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("lost")
+    run.forget(f"ppo/{PPO}")
+    before = run.attempts()
+    run.submit()
+    job = run.jobs[f"ppo.{PPO}"]
+    run.stop_in_training(PPO)
+    node = inside("squeue", "--noheader", f"--jobs={job}", "--format=%N").stdout.strip()
+    try:
+        inside("bash", "-c", f"kill -KILL $(cat /run/slurmd-{node}.pid)", root=True)
+        until("the requeue", lambda: inside("squeue", "--noheader", f"--jobs={job}", "--states=RUNNING", "--format=%N").stdout.strip() not in ("", node))
+        assert "down" in inside("sinfo", "--noheader", f"--nodes={node}", "--format=%T").stdout
+        run.signal_phase("CONT", "ppo", PPO, every=True)
+        run.wait()
+        old = f"{job}-0-"
+        until("the old ranks' end", lambda: inside("pgrep", "-f", f"-m jobs ppo --run {run.path}", check=False).returncode == 1)
+        assert run.steps_written(PPO, old) == run.dir.config.ppo.steps, "the old ranks did not go on writing"
+        assert run.steps_written(PPO, f"{job}-1-") == run.dir.config.ppo.steps
+    finally:
+        inside("slurmd", "-N", node, root=True)
+        until(f"{node}'s return", lambda: "idle" in inside("sinfo", "--noheader", f"--nodes={node}", "--format=%T").stdout)
+    assert run.redone_since(before) == TRAINED
+    assert run.figures() == undisturbed.figures()
+    assert run.make("verify", check=False).returncode == 0
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("full")
+    unit = "encode/shard-0001-of-0002"
+    run.forget(unit)
+    before = run.attempts()
+    inside("mkdir", str(run.path / unit))
+    inside("mount", "-t", "tmpfs", "-o", "size=16k,mode=777", "full", str(run.path / unit), root=True)
+    try:
+        run.submit()
+        run.wait()
+        assert not inside("ls", str(run.path / unit)).stdout.count("manifest.json")
+    finally:
+        inside("umount", str(run.path / unit), root=True)
+    assert "no room left" in (run.path / "logs" / "encode.shard-0001-of-0002.log").read_text()
+    assert unit in run.report() and "no room left" in run.report()
+    repaired(run, undisturbed, before, {unit})
+
+
+def test_a_truncated_shard_is_done_again_alone(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("truncated")
+    before = run.attempts()
+    victim = max((run.path / SHARD).glob("*.parquet"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    assert SHARD in run.status()
+    repaired(run, undisturbed, before, {SHARD})
+
+
+def test_what_waits_for_a_cancelled_job_goes_with_it_and_the_report_says_why(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("upstream")
+    run.forget("select/all")
+    before = run.attempts()
+    run.submit()
+    run.signal_phase("STOP", "select", "all")
+    inside("scancel", run.jobs["select"])
+    run.wait()
+    assert run.attempts()["select"] == "undone" and "select" in run.report()
+    assert len(inside("squeue", "--noheader").stdout.split()) == 0
+    repaired(run, undisturbed, before, {"select"})
+
+
+def test_a_lost_answer_of_sbatch_leaves_no_job_behind(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("answer")
+    run.forget("select/all")
+    before = run.attempts()
+    folder = RUNS / "bin"
+    inside("mkdir", "-p", str(folder))
+    real = inside("which", "sbatch").stdout.strip()
+    wrapper = folder / "sbatch"
+    script = f"""#!/bin/bash
+        [[ $* == *--test-only* ]] && exec {real} "$@"
+        echo . >>{folder}/calls
+        [[ $(wc -l <{folder}/calls) == 3 ]] || exec {real} "$@"
+        {real} "$@" >/dev/null
+        echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2
+        exit 1
+    """
+    wrapper.write_text(script)
+    wrapper.chmod(0o755)
+    (folder / "calls").touch()
+    (folder / "calls").chmod(0o666)
+    path = inside("bash", "-c", "echo $PATH").stdout.strip()
+    words = ["env", f"PATH={folder}:{path}", "make", "submit-all", "CLUSTER=development", "CONFIG=configs/tiny.yaml", f"RUN={run.path}"]
+    failed = inside(*words, check=False)
+    assert failed.returncode != 0 and "nothing runs" in failed.stderr
+    assert (folder / "calls").read_text().count(".") == 3
+    until("an empty queue", lambda: not inside("squeue", "--noheader").stdout.strip())
+    repaired(run, undisturbed, before, {"select"})
+
+
+def test_a_deleted_log_and_shifted_times_change_nothing(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("clock")
+    inside("bash", "-c", f"rm {run.path}/logs/ppo.{PPO}.log")
+    for shift in ("-1 hour", "+1 hour"):
+        inside("find", str(run.path), "-exec", "touch", "-d", shift, "{}", "+")
+        assert run.status().count(" done ") == len(run.attempts())
+        assert "is done" in run.submit()
+    assert run.figures() == undisturbed.figures()
+
+
+@needs_accounting
+def test_status_with_accounting_without_it_and_with_everything_purged(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("status")
+    run.forget(SHARD)
+    before = run.attempts()
+    run.submit()
+    run.signal_phase("KILL", "probe", "shard-0000-of-0002")
+    until("the failure", lambda: run.jobs["probe"] not in run.queued())
+    with_accounting = run.status()
+    assert re.search(rf"{SHARD} +FAILED \(exit 137:0\)", with_accounting), with_accounting
+    run.wait()
+    # Without sacct: a command of that name that fails, first on PATH.
+    folder = RUNS / "nosacct"
+    inside("mkdir", "-p", str(folder))
+    (folder / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
+    (folder / "sacct").chmod(0o755)
+    path = inside("bash", "-c", "echo $PATH").stdout.strip()
+    status = ["env", f"PATH={folder}:{path}", "make", "status", f"RUN={run.path}"]
+    assert re.search(rf"{SHARD} +failed: no manifest", inside(*status, check=False).stdout)
+    # Purged from the controller too.
+    inside("bash", "-c", "sed -i s/MinJobAge=.*/MinJobAge=5/ /etc/slurm/slurm.conf; scontrol reconfigure", root=True)
+    try:
+        until("the purge", lambda: inside("scontrol", "show", "job", run.jobs["probe"], check=False).returncode != 0)
+        shown = inside(*status, check=False).stdout
+        assert re.search(rf"{SHARD} +failed: no manifest", shown) and shown.count(" done ") == len(before) - 1
+        repaired(run, undisturbed, before, {SHARD})
+    finally:
+        inside("bash", "-c", "sed -i s/MinJobAge=.*/MinJobAge=300/ /etc/slurm/slurm.conf; scontrol reconfigure", root=True)
+    assert inside(*status, check=False).returncode == 0
+    assert re.search(rf"{SHARD} +done .* \d+%", run.status()), "no efficiency where there is accounting"
+
+
+def test_the_submitting_shells_secrets_reach_no_job(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("canary")
+    run.forget("steer/all")
+    canary = "hf_canaryCANARYcanary"
+    words = ["env", f"HF_TOKEN={canary}", "SBATCH_EXPORT=ALL", "make", "submit-all", "CLUSTER=development", "CONFIG=configs/tiny.yaml", f"RUN={run.path}"]
+    inside(*words)
+    run.signal_phase("STOP", "steer", "all")
+    pid = inside("pgrep", "-f", "--", f"-m jobs steer --run {run.path}", root=True).stdout.split()[0]
+    environment = inside("cat", f"/proc/{pid}/environ", root=True).stdout
+    run.signal_phase("CONT", "steer", "all")
+    assert "SLURM_JOB_ID" in environment and canary not in environment
+    run.wait()
+    assert subprocess.run(["grep", "-rlF", canary, str(run.path)], capture_output=True).returncode == 1
+    assert run.figures() == undisturbed.figures()
+
+
+def test_a_script_by_hand_runs_its_phase(undisturbed: ClusterRun, tmp_path: Path) -> None:
+    run = undisturbed.copy("byhand")
+    run.forget("steer/all")
+    scripts = RUNS / "scripts"
+    inside("mkdir", "-p", str(scripts))
+    inside("python", "-m", "slurm.sbatch", "--cluster", "development", "--out", str(scripts))
+    words = ["sbatch", "--parsable", f"--output={run.path}/byhand.log", f"--export=ALL,CONFIG=configs/tiny.yaml,RUN={run.path}", str(scripts / "steer.sbatch")]
+    job = inside(*words).stdout.strip()
+    until("its end", lambda: not inside("squeue", "--noheader", f"--jobs={job}", check=False).stdout.strip())
+    assert run.attempts()["steer"].startswith(f"{job}-"), (run.path / "byhand.log").read_text()
