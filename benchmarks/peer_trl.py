@@ -4,7 +4,8 @@
 of this project); ours is `python benchmarks/ppo.py --shape 1b --mode full --new 64`. Both sides: the same shapes, random bf16 weights,
 prompts and new tokens of exact length, a frozen reference, a reward model of half the policy's layers, one epoch of one
 minibatch, AdamW: TRL's fused on bf16 weights and moments, ours on exact float32 weights with 8-bit moments.
-Each has its own critic: TRL a second 1B model, trained beside the policy; ours a linear head on the policy's own trunk. Our reward model carries an SAE besides, more work than the peer's head.
+Each has its own critic: TRL a second 1B model, trained beside the policy; ours a linear head on the policy's own trunk.
+Our reward model carries an SAE besides, more work than the peer's head.
 
 Prints one line of JSON: seconds of each step, tokens/s of the median step, reserved peak.
 """
