@@ -128,7 +128,9 @@ class Slots:
         s = max(map(len, prompts))
         if s == 0:
             return
-        w, eps, where = self.weights, self.weights.config.rms_norm_eps, _on(self.device, slots)
+        w, eps = self.weights, self.weights.config.rms_norm_eps
+        run = slice(slots[0], slots[0] + len(slots))
+        where = run if list(slots) == list(range(run.start, run.stop)) else _on(self.device, slots)  # a run is written without an index
         b, heads, kv, d = len(prompts), w.heads, w.kv_heads, w.head_dim
         ids = _on(self.device, [[*p, *[0] * (s - len(p))] for p in prompts])
         x = F.embedding(ids, w.embedding).flatten(0, 1)
@@ -191,7 +193,7 @@ class GraphDecoder:
 
         while waiting or held:
             if waiting and (len(free) * REFILL_SHARE >= slots.shape.slots or len(free) >= len(waiting) or not held):
-                taken = [(free.pop(), waiting.popleft()) for _ in range(min(len(free), len(waiting)))]
+                taken = [(free.pop(0), waiting.popleft()) for _ in range(min(len(free), len(waiting)))]
                 held.update(taken)
                 slots.begin([prompts[i] for _, i in taken], [slot for slot, _ in taken], noise[_on(self.device, [i for _, i in taken])])
                 watch.forget()
@@ -199,7 +201,7 @@ class GraphDecoder:
             ended = [slot for slot in watch.ended() if slot in held]
             if ended:
                 harvest(ended)
-                free += ended
+                free = sorted([*free, *ended])
                 if progress:
                     progress(n - len(waiting) - len(held), n)
         return Decoded(responses.cpu(), logprobs.cpu(), lengths.cpu())
