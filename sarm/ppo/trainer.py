@@ -33,10 +33,13 @@ from sarm.ppo.clock import BusyGpu, Clock, read_later
 from sarm.ppo.decoders import CacheDecoder, Decoder, decoder_for
 from sarm.ppo.engine import start_engine
 from sarm.ppo.plan import Gpus, Plan, make_plan, shape_of, unplanned
+from sarm.ppo.recorded import Recorded
 from sarm.ppo.reference import Reference
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
-from sarm.ppo.rollout import Rollout, forced, generate, prompt_ids, response_text, stop_ids
+from sarm.ppo.rollout import EXACT, Rollout, Steps, forced, generate, prompt_ids, response_text, stop_ids
 from sarm.ppo.world import World
+
+RECORDED_STEPS = Steps(positions=64, tokens=512)
 
 
 class Drawn(NamedTuple):
@@ -137,6 +140,10 @@ class Trainer:
         # ZeRO 3 gathers a module's weights when it is called, which the lean forward does not.
         self.actor = make_actor(policy, ppo, seed, lean=cuda and self.plan.zero_stage < 3, recompute=self.plan.recompute_layers).to(world.device)
         self.engine = start_engine(self.actor, ppo, seed, world)
+        self.recorded: Recorded | None = None
+        if self.plan.recorded:
+            frozen = [] if self.reference is None else list(self.reference.model.parameters())
+            self.recorded = Recorded(self._judged, self.actor.trainable(), [*self.actor.parameters(), *frozen])
         self.decoder: Decoder = decoder_for(self.actor.policy)
         if isinstance(self.decoder, CacheDecoder) and self.engine.zero_stage == 3:
             # Its forward would gather weights at every token, and ranks decode for different numbers of tokens.
@@ -268,13 +275,13 @@ class Trainer:
         self.engine.train(once)
         parts, forward = [], None
         for rows in batches[self.world.rank]:
-            self.clock.mark("reference")
+            # A mark cannot be recorded, so of a recorded pass the reference's share is not told apart.
+            self.clock.mark("reference" if self.recorded is None else "judge")
             inputs = self._forced(rollout.prompts, rollout.responses, rollout.mask, rows)
-            with torch.no_grad():
-                ref_logprobs = self._reference_logprobs(inputs)
-            self.clock.mark("judge")
             with torch.set_grad_enabled(once):
-                forward = Forward(*self.engine(*inputs, self.ppo.temperature))
+                found = self.recorded(*inputs) if self.recorded is not None and once else self._judged(*inputs)
+            tokens = int(rollout.mask[rows or [0]].sum())
+            ref_logprobs, forward = found[0][:tokens], Forward(*(out[:tokens] for out in found[1:]))
             if rows:
                 parts.append(torch.stack([forward.logprobs, ref_logprobs, forward.values]).detach())
         hands = [[row for rows in own for row in rows] for own in batches]
@@ -289,17 +296,26 @@ class Trainer:
 
         return judged, forward if once else None
 
-    def _reference_logprobs(self, forward: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _judged(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The reference's log-probabilities (n,), and what `Forward` holds."""
+        with torch.no_grad():
+            ref_logprobs = self._reference_logprobs(*inputs)
+        if self.recorded is None:
+            self.clock.mark("judge")
+        return ref_logprobs, *self.engine(*inputs, self.ppo.temperature)
+
+    def _reference_logprobs(self, ids: Tensor, predicts: Tensor, labels: Tensor) -> Tensor:
         """(n,)."""
         if self.reference is None:
             with self.actor.policy.disable_adapter():
-                return self.engine(*forward, self.ppo.temperature)[0]
-        return self.reference.logprobs(*forward, self.ppo.temperature)
+                return self.engine(ids, predicts, labels, self.ppo.temperature)[0]
+        return self.reference.logprobs(ids, predicts, labels, self.ppo.temperature)
 
     def _forced(self, prompts: Sequence[list[int]], responses: Tensor, mask: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """`rollout.forced` of some rows; of the first row where there are none, its result to be thrown away."""
         rows = rows or [0]
-        return forced([prompts[i] for i in rows], [responses[i][mask[i]].tolist() for i in rows], self.pad_id, self.world.device)
+        steps = RECORDED_STEPS if self.recorded is not None else EXACT
+        return forced([prompts[i] for i in rows], [responses[i][mask[i]].tolist() for i in rows], self.pad_id, self.world.device, steps)
 
     def credit(self, rollout: Rollout, scores: Scores, judged: Judged) -> Credit:
         """Token rewards and advantages, the same on every rank."""
