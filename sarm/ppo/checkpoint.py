@@ -169,11 +169,12 @@ def engine_tensors(engine: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def restore_engine(engine: Any, tensors: dict[str, Tensor]) -> None:
     """Put `engine_tensors` back, and the model's weights in step with them. A collective."""
+    # Adam counts its steps on the CPU, but in its fused form where the weight lies.
+    fused = any(group.get("fused") for group in engine.basic_optimizer.param_groups)
     for i, weight in enumerate(stepped_weights(engine)):
         weight.copy_(tensors[f"weight.{i}"])
         state = {name.removesuffix(f".{i}"): value for name, value in tensors.items() if name.endswith(f".{i}") and name != f"weight.{i}"}
-        # Adam counts its steps on the CPU; the rest lies where the weight does.
-        engine.basic_optimizer.state[weight] = {name: value.clone() if value.ndim == 0 else value.to(weight.device, copy=True) for name, value in state.items()}
+        engine.basic_optimizer.state[weight] = {name: value.to(weight.device if value.ndim or fused else "cpu", copy=True) for name, value in state.items()}
     _spread_weights(engine)
 
 
