@@ -1,6 +1,6 @@
 """What a submitted job runs: one importable function and the path of a JSON file, never a pickled closure.
 
-The JSON holds `commands` (a list of `argv` for Python and `log`), `cwd`, `env` (null unsets) and `ranks`. With `ranks` every task
+The JSON holds `commands` (a list of `argv` for Python and `log`), `cwd`, `env` (null unsets), `grace_s` and `ranks`. With `ranks` every task
 runs the first command as one rank of a torch process group; without, task n runs command n. Imports no torch, so a
 job reaches its phase at once.
 """
@@ -8,16 +8,21 @@ job reaches its phase at once.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sarm.run import BEGAN, now
+
 GRACE_S = 60.0
-"""How long a told process may take to reach a step's end and write a checkpoint before it is killed."""
+"""How long a process asked to end by SIGTERM may take before it is killed."""
 
 
 def run_spec(path: str) -> None:
@@ -35,39 +40,44 @@ def run_spec(path: str) -> None:
     env = {name: value for name, value in {**os.environ, **spec["env"], **given}.items() if value is not None}
     log_path = Path(command["log"] if not spec["ranks"] or task == 0 else f"{command['log']}.rank{task}")
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_path, "ab") as log:
+    with open(log_path, "ab", buffering=0) as log:
+        log.write(f"{BEGAN}{os.environ.get('SLURM_JOB_ID', '')} on {socket.gethostname()} at {now()} ===\n".encode())
+        told = told_file(Path(path).parent, os.environ) if spec["ranks"] else None
+        if told is None:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # in the command too: Slurm may signal the whole process group
         # In this process's own group: where Slurm tells a job's processes by that, another one would outlive its job.
         process = subprocess.Popen([sys.executable, *command["argv"]], cwd=spec["cwd"], env=env, stdout=log, stderr=subprocess.STDOUT)
-        code = wait_forwarding(process, told_file(Path(path).parent, os.environ) if spec["ranks"] else None)
+        code = wait_forwarding(process, told, spec["grace_s"])
+        if process.returncode < 0:
+            log.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())
     if code:
         raise SystemExit(code)
 
 
-def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None = None) -> int:
+def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None = None, grace_s: float = GRACE_S) -> int:
     """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in time once told.
 
     SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint: it makes the file
-    `told_path`, by which the batch script knows to requeue. Without that path the signal is ignored.
+    `told_path`, by which the batch script knows to requeue, and leaves `grace_s` to end a step and write the checkpoint.
+    Without that path SIGUSR2 is left alone.
     """
-    told = False
+    deadline = math.inf
 
     def forward(signum: int, frame: Any) -> None:
-        nonlocal told
-        if signum == signal.SIGUSR2:
-            if told_path is None:
-                return
+        nonlocal deadline
+        if told_path is not None and signum == signal.SIGUSR2:
             told_path.touch()
-        told = True
+        deadline = min(deadline, time.monotonic() + (grace_s if signum == signal.SIGUSR2 else GRACE_S))
         process.send_signal(signum)
 
-    for signum in (signal.SIGTERM, signal.SIGUSR2):
+    for signum in (signal.SIGTERM, *((signal.SIGUSR2,) if told_path is not None else ())):
         signal.signal(signum, forward)
     while True:
         try:
-            code = process.wait(timeout=GRACE_S if told else 1.0)
+            code = process.wait(timeout=1.0)
             return code if code >= 0 else 128 - code
         except subprocess.TimeoutExpired:
-            if told:
+            if time.monotonic() > deadline:
                 process.kill()
 
 
