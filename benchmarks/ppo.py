@@ -199,9 +199,8 @@ def main() -> None:
     bandwidth, rate = ceilings(world.device)
     trainer = make_trainer(args, world)
     plan = trainer.plan
-    print(
-        f"planned: weights {plan.weights}, {plan.recompute_layers} layers computed again, {plan.visiting_layers} of the reference's on the host, recorded {plan.recorded}"
-    )
+    cut = f"{plan.recompute_layers} layers computed again, {plan.visiting_layers} of the reference's on the host"
+    print(f"planned: weights {plan.weights}, {cut}, {'' if plan.recorded else 'not '}recorded")
     print(f"ready in {time.perf_counter() - started:.1f} s; copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s")
     lines = [trainer.run_step() for _ in range(args.warmup)]
     print("warm-up steps: " + ", ".join(f"{line['time/step']:.2f} s" for line in lines))
@@ -212,7 +211,9 @@ def main() -> None:
     if "time/reference" not in lines[0]:  # of a recorded pass it is not told apart
         floor["judge"] += floor.pop("reference")
     median = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
-    print(f"{args.shape} {args.mode}, {args.batch} x ({args.prompt} + {args.new}) tokens, median of {args.steps} steps")
+    print(
+        f"{args.shape} {args.mode}, {args.batch} x ({args.prompt} + {args.new}) tokens, median of {args.steps} steps, {sum(line['time/step'] for line in lines):.1f} s together"
+    )
     print(f"{'phase':12} {'s':>8} {'floor':>8} {'ratio':>6}")
     for key, seconds in median.items():
         phase = key.removeprefix("time/")

@@ -27,7 +27,7 @@ def test_rounding_up_a_batch_changes_nothing_that_is_read(tiny_policy: Path) -> 
 
 
 def step(run: Recorded, actor: torch.nn.Module, responses: list[list[int]], scale: float) -> list[torch.Tensor]:
-    """Outputs and gradients of one pass; the weights then move along the gradients."""
+    """Outputs and gradients of one pass; the weights then move a little against the gradients."""
     outputs = run(*forced(PROMPTS, responses, 0, torch.device("cuda"), Steps(16, 12)))
     logprobs, _, values = (out[: sum(map(len, responses))] for out in outputs)
     (scale * logprobs.square().sum() + values.sum()).backward()
@@ -35,7 +35,7 @@ def step(run: Recorded, actor: torch.nn.Module, responses: list[list[int]], scal
     found = [t.detach().clone() for t in (*outputs, *(p.grad for p in weights))]  # type: ignore[union-attr]
     with torch.no_grad():
         for p in weights:
-            p -= 0.01 * p.grad  # type: ignore[operator]
+            p -= 1e-4 * p.grad  # type: ignore[operator]
             p.grad = None
     return found
 
@@ -57,7 +57,7 @@ def test_a_recorded_pass_is_the_eager_one(tiny_policy: Path, lora: bool) -> None
     for i, responses in enumerate([RESPONSES] * (REPEATS + 2) + [shorter] + [RESPONSES]):
         eager.times = 0  # never comes to be recorded
         ours, theirs = step(recorded, actors[0], responses, i + 1.0), step(eager, actors[1], responses, i + 1.0)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), i
+        assert all(bool(a.isfinite().all()) and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), i
         was.append(recorded.graphs is not None)
     assert was == [False] * REPEATS + [True, True, True, True] and eager.graphs is None  # the shorter batch has the same shape
     weight = next(actors[0].parameters())
