@@ -211,9 +211,8 @@ def main() -> None:
     if "time/reference" not in lines[0]:  # of a recorded pass it is not told apart
         floor["judge"] += floor.pop("reference")
     median = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
-    print(
-        f"{args.shape} {args.mode}, {args.batch} x ({args.prompt} + {args.new}) tokens, median of {args.steps} steps, {sum(line['time/step'] for line in lines):.1f} s together"
-    )
+    together = sum(line["time/step"] for line in lines)
+    print(f"{args.shape} {args.mode}, {args.batch} x ({args.prompt} + {args.new}) tokens, median of {args.steps} steps, {together:.1f} s together")
     print(f"{'phase':12} {'s':>8} {'floor':>8} {'ratio':>6}")
     for key, seconds in median.items():
         phase = key.removeprefix("time/")
