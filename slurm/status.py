@@ -87,7 +87,7 @@ def status(args: argparse.Namespace) -> int:
         table.add_row(*map(Text, cells[: len(columns)]))
     console.print(table)
     say_causes(run, [line.unit for line in rows], slurm, console)
-    if not slurm.live and not local and (undone := [line.unit for line in rows if line.unit.kind != "done"]):
+    if slurm.heard and not slurm.live and not local and (undone := [line.unit for line in rows if line.unit.kind != "done"]):
         print(f"nothing of {run.path} is in the queue, {len(undone)} of {len(rows)} are not done; make submit-all or make run goes on from what is done")
     return 0 if all(line.unit.state == "done" for line in rows) else 1
 

@@ -60,6 +60,11 @@ def test_a_partition_slurm_does_not_know_is_found_by_test_only_without_dependenc
     assert asked and not any("dependency" in text for text in asked)
 
 
+def test_a_controller_that_is_down(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
+    site.fault(deaf=["sbatch"])
+    assert "does not reach the controller" in (said := refused()) and "profile" not in said
+
+
 def test_an_array_longer_than_slurm_takes(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
     site.profile.write_text(PROFILE.replace("max_array_size: 2", "max_array_size: 5"))
     site.fault(max_array_size=4)
