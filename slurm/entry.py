@@ -8,16 +8,23 @@ job reaches its phase at once.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from slurm.ranks import PATIENCE_S, Ranks
 
 GRACE_S = 60.0
 """How long a told process may take to reach a step's end and write a checkpoint before it is killed."""
+LAST_WORDS_S = 5.0
+"""The same where another rank has died, without which no step will end."""
+POLL_S = 2.0
 
 
 def run_spec(path: str) -> None:
@@ -38,36 +45,56 @@ def run_spec(path: str) -> None:
     with open(log_path, "ab") as log:
         # In this process's own group: where Slurm tells a job's processes by that, another one would outlive its job.
         process = subprocess.Popen([sys.executable, *command["argv"]], cwd=spec["cwd"], env=env, stdout=log, stderr=subprocess.STDOUT)
-        code = wait_forwarding(process, told_file(Path(path).parent, os.environ) if spec["ranks"] else None)
+        if not spec["ranks"]:
+            code, _ = wait_forwarding(process)
+        else:
+            ranks = Ranks(Path(path).parent, os.environ)
+            code, asked = wait_forwarding(process, told_file(Path(path).parent, os.environ), lambda: bool(ranks.deaths()))
+            if not asked:
+                ranks.died(process.returncode, log_path)
+            if code and task == 0 and (cause := ranks.cause(log_path, 0.0 if asked else PATIENCE_S)):
+                log.write(f"error: {cause}\n".encode())
     if code:
         raise SystemExit(code)
 
 
-def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None = None) -> int:
+class End(NamedTuple):
+    code: int
+    """The exit code; 128 + n where signal n ended it."""
+    asked: bool
+    """It had been told to end, or was ended from here."""
+
+
+def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None = None, lost: Callable[[], bool] = lambda: False) -> End:
     """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in time once told.
 
     SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint: it makes the file
-    `told_path`, by which the batch script knows to requeue. Without that path the signal is ignored.
+    `told_path`, by which the batch script knows to requeue. Without that path the signal is ignored. Once `lost` says that
+    a sibling has died, there is nothing to wait for but last words.
     """
-    told = False
+    deadline = math.inf
+    asked = False
 
     def forward(signum: int, frame: Any) -> None:
-        nonlocal told
+        nonlocal deadline, asked
         if signum == signal.SIGUSR2:
             if told_path is None:
                 return
             told_path.touch()
-        told = True
+        deadline, asked = min(deadline, time.monotonic() + GRACE_S), True
         process.send_signal(signum)
 
     for signum in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(signum, forward)
     while True:
         try:
-            code = process.wait(timeout=GRACE_S if told else 1.0)
-            return code if code >= 0 else 128 - code
+            code = process.wait(timeout=POLL_S)
+            return End(code if code >= 0 else 128 - code, asked)
         except subprocess.TimeoutExpired:
-            if told:
+            if lost():
+                deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
+            if time.monotonic() > deadline:
+                asked = True
                 process.kill()
 
 
