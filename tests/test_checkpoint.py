@@ -264,7 +264,7 @@ def uninterrupted(world: World, policy: Path, folder: Path, cases: list[Case]) -
     for name, before, _, dtype in cases:
         trainer = tiny_trainer(world, policy, PlantedReward(worth=0.5), changing_ppo(before), dtype=dtype)
         lines = [trainer.run_step() for _ in range(2)]
-        keep(trainer, world, folder / f"{name} of {world.size}")
+        keep(trainer, world, folder, f"{name} of {world.size}")
         lines += [trainer.run_step() for _ in range(2)]
         if world.rank == 0:
             (folder / f"{name} of {world.size}.json").write_text(json.dumps(lines[2:]))
@@ -277,14 +277,18 @@ def gone_on(world: World, policy: Path, folder: Path, cases: list[Case], old: in
         loaded = checkpoint.load(folder / f"{name} of {old}", world=world, made_with="c")
         assert loaded is not None and loaded.ranks == old
         trainer.restore(loaded.state, loaded)
-        keep(trainer, world, folder / f"{name} of {old} on {world.size}")
+        keep(trainer, world, folder, f"{name} of {old} on {world.size}")
         lines = [trainer.run_step() for _ in range(2)]
         if world.rank == 0:
             (folder / f"{name} of {old} on {world.size}.json").write_text(json.dumps(lines))
 
 
-def keep(trainer: Any, world: World, folder: Path) -> None:
-    checkpoint.save(folder, 2, trainer.state(), trainer.pieces(), world=world, made_with="c", attempt="a", keep_last=1)
+def keep(trainer: Any, world: World, folder: Path, name: str) -> None:
+    """A checkpoint, and the policy beside it."""
+    checkpoint.save(folder / name, 2, trainer.state(), trainer.pieces(), world=world, made_with="c", attempt="a", keep_last=1)
+    with gathered(trainer.actor):
+        if world.rank == 0:
+            torch.save({name: p.detach().clone() for name, p in trainer.actor.named_parameters()}, folder / f"{name}.pt")
 
 
 def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -296,17 +300,23 @@ def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_went_on(folder: Path, cases: list[Case], old: int, new: int) -> None:
     for name, before, after, dtype in cases:
-        kept, restored = whole_tensors(folder / f"{name} of {old}"), whole_tensors(folder / f"{name} of {old} on {new}")
+        was, now = f"{name} of {old}", f"{name} of {old} on {new}"
+        kept, restored = whole_tensors(folder / was), whole_tensors(folder / now)
         assert any("/exp_avg_sq" in field for field in kept)
-        if before.get("weights") == after.get("weights"):  # else each has fields of its own
+        crossed = before.get("weights") != after.get("weights")
+        if not crossed:  # else each has fields of its own
             assert kept.keys() == restored.keys()
             assert all(torch.equal(kept[field], restored[field]) for field in kept), name
-        lines, expected = (json.loads((folder / f"{name} of {ranks}.json").read_text()) for ranks in (f"{old} on {new}", str(old)))
-        for line, whole in zip(lines, expected, strict=True):
-            # In bfloat16 a sampled token may differ, and after it the response.
-            bound = 1e-4 if dtype == "float32" else 0.05
-            for loss in ("loss/policy_avg", "loss/value_avg", "loss/total", "objective/scores"):
-                assert line[loss] == pytest.approx(whole[loss], abs=bound), (name, loss)
+        policy, again = torch.load(folder / f"{was}.pt"), torch.load(folder / f"{now}.pt")
+        # ZeRO keeps the value head in bfloat16 too.
+        differ = sum(int((policy[field].to(again[field].dtype) != again[field].to(policy[field].dtype)).sum()) for field in policy)
+        # Halfway between two bfloat16 numbers ours rounds up and torch to even: one weight in 65,536.
+        assert differ <= (5 if crossed else 0), name
+        if dtype == "float32":  # in bfloat16 another rounding is another token, and after it another response
+            lines, expected = (json.loads((folder / f"{run}.json").read_text()) for run in (now, was))
+            for line, whole in zip(lines, expected, strict=True):
+                for loss in ("loss/policy_avg", "loss/value_avg", "loss/total", "objective/scores"):
+                    assert line[loss] == pytest.approx(whole[loss], abs=1e-4), (name, loss)
 
 
 def test_one_rank_goes_on_as_two_and_two_as_one(tiny_policy: Path, tmp_path: Path) -> None:
