@@ -76,7 +76,7 @@ sbatch: login  ## write slurm/*.sbatch as a cluster's profile has it: CLUSTER=..
 	@$(PY) -m slurm.sbatch --cluster $(CLUSTER)
 
 status: login  ## what is done, what runs, and why the rest is not: RUN=...
-	@$(PY) -m slurm.status --run $(RUN)
+	@$(PY) -m slurm.status --run $(RUN) || test $$? -eq 1
 
 watch: login  ## the run as it goes, in this terminal, local or on Slurm: RUN=...
 	@$(PY) -m slurm.watch --run $(RUN)

@@ -7,16 +7,17 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from sarm.config import PHASES, ROOT, Phase, UserError, arm_and_seed
-from sarm.run import Published, RunDir
+from sarm.run import Published, RunDir, latest
 
 ARM_ORDER = ("base", "no_penalty", "penalty", "random")
 """How arms are listed; one that is not named here comes after these."""
@@ -50,10 +51,11 @@ class Frames(NamedTuple):
     """What pushing the base policy along decoder directions changed."""
 
 
-def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
+def read_run(run: RunDir, *, patience_s: float = 0.0, failed: Mapping[tuple[str, str], str] = MappingProxyType({})) -> Frames:
     """Read every finished unit; a missing or damaged one is a row of `phases` with its cause.
 
-    `patience_s` is how long, in all, to look for manifests that a network file system may not show yet.
+    `patience_s` is how long, in all, to look for manifests that a network file system may not show yet; not for those of
+    the units that are known to have `failed`, by how their jobs ended: empty where one never began.
     """
     deadline = time.monotonic() + patience_s
     published: dict[tuple[str, str], Published] = {}
@@ -63,13 +65,14 @@ def read_run(run: RunDir, *, patience_s: float = 0.0) -> Frames:
             if phase == "report":
                 continue
             try:
-                found = run.read(phase, unit, patience_s=max(0.0, deadline - time.monotonic()))
+                left_s = 0.0 if (phase, unit) in failed else max(0.0, deadline - time.monotonic())
+                found = run.read(phase, unit, patience_s=left_s)
                 problem = run.undone_because(phase, unit, hashes=False)
             except UserError:
                 found, problem = None, run.undone_because(phase, unit, hashes=False)
             if found is not None and problem is None:
                 published[phase, unit] = found
-            rows.append(_phase_row(run, phase, unit, found, problem))
+            rows.append(_phase_row(run, phase, unit, found, problem, failed.get((phase, unit))))
     return _read_outputs(pd.DataFrame(rows), published, run)
 
 
@@ -127,12 +130,15 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
     )
 
 
-def _phase_row(run: RunDir, phase: Phase, unit: str, found: Published | None, problem: str | None) -> dict[str, Any]:
+def _phase_row(run: RunDir, phase: Phase, unit: str, found: Published | None, problem: str | None, end: str | None) -> dict[str, Any]:
+    """`end` is how the unit's job ended, where that is known."""
     log = run.log(phase, unit)
     row: dict[str, Any] = {"phase": phase, "unit": unit, "status": "done", "cause": "", "log": shown(log) if log.is_file() else ""}
     if problem is not None:
-        row["status"] = "failed" if log.is_file() else "not run"
-        row["cause"] = (last_error(log) if problem == "no manifest" else problem) or "it never started"
+        began = log.is_file() if end is None else end != ""
+        row["status"] = "failed" if began else "not run"
+        causes = [end, last_error(log) if began else "", "" if problem == "no manifest" else problem]
+        row["cause"] = "; ".join(filter(None, causes)) or "it never started"
     manifest = found.manifest if found is not None and problem is None else {}
     for name in ("attempt", "git_commit", "image_sha256", "config_sha256", "job_id", "seed", "host", "device", "started", "ended"):
         row[name] = manifest.get(name)
@@ -143,7 +149,7 @@ def _phase_row(run: RunDir, phase: Phase, unit: str, found: Published | None, pr
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that names an error, else its last line; empty where there is none."""
+    """The last line of a log that names an error, else its last line; empty where its last job wrote none."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
@@ -151,6 +157,7 @@ def last_error(log: Path) -> str:
     except OSError:
         return ""
     lines = [line for line in (re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[^\S\n ]|[\x00-\x08\x0b-\x1f]", " ", raw).strip() for raw in text.splitlines()) if line]
+    lines = latest(lines)
     named = [line for line in lines if ERROR_LINE.search(line)]
     return " ".join((named or lines or [""])[-1].split())[:400]
 

@@ -12,11 +12,12 @@ import functools
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,12 @@ from sarm.config import ROOT, Config, Phase, UserError, config_yaml, load_config
 SCHEMA = 1
 NFS_PATIENCE_S = 70.0
 """How long a reader looks for a manifest whose job ended well: NFS attribute caches last up to a minute."""
+BEGAN = "=== job "
+"""How the line begins with which a submitted job opens its part of a unit's log."""
+SLURM_COMPLAINT = re.compile(
+    r"(?i)exceeded.*limit \(|oom.?kill|task \d+: out of memory|due to (time limit|node fail|preempt)|^FATAL|No such file or directory$"
+)
+"""Lines of a job's own output that say why it was ended; srun's other lines only count exit codes."""
 
 
 class Published(NamedTuple):
@@ -96,6 +103,10 @@ class RunDir:
     def log(self, phase: Phase | str, unit: str = "all") -> Path:
         """The append-mode log of a unit."""
         return self.path / "logs" / f"{phase}.{unit}.log"
+
+    def slurm_logs(self, job: str) -> list[Path]:
+        """What Slurm wrote of a job, `12`, or `12_3` for an element of an array; empty where it never began."""
+        return sorted(self.path.glob(f"submissions/*/{job}_*_log.out"))
 
     def progress_file(self, phase: Phase | str, unit: str = "all") -> Path:
         return self.path / "progress" / f"{phase}.{unit}.json"
@@ -373,6 +384,24 @@ def damage(path: Path, entry: Mapping[str, Any], *, hashes: bool = True) -> str 
     if hashes and file_sha256(path) != entry["sha256"]:
         return "does not match its SHA-256"
     return None
+
+
+def latest(lines: list[str]) -> list[str]:
+    """Of a log's lines those of the last job that wrote there; all, where none says that it began."""
+    began = max((i for i, line in enumerate(lines) if line.startswith(BEGAN)), default=-1)
+    return lines[began + 1 :]
+
+
+def slurm_complaint(logs: Iterable[Path]) -> str:
+    """Why Slurm ended a job, or its container did not start, by the last line of theirs that says so; else empty."""
+    said = ""
+    for log in logs:
+        try:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        said = next((line for line in reversed(lines) if SLURM_COMPLAINT.search(line)), said)
+    return " ".join(re.sub(r"^(slurmstepd[^:]*|srun): error: ", "", said).replace("*", " ").split())[:300]
 
 
 def attempt_id() -> str:

@@ -1,6 +1,6 @@
 """What a submitted job runs: one importable function and the path of a JSON file, never a pickled closure.
 
-The JSON holds `commands` (a list of `argv` for Python and `log`), `cwd`, `env` (null unsets) and `ranks`. With `ranks` every task
+The JSON holds `commands` (a list of `argv` for Python and `log`), `cwd`, `env` (null unsets), `grace_s` and `ranks`. With `ranks` every task
 runs the first command as one rank of a torch process group; without, task n runs command n. Imports no torch, so a
 job reaches its phase at once.
 """
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,13 +19,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sarm.run import BEGAN, now
 from slurm.ranks import PATIENCE_S, Ranks
 
 GRACE_S = 60.0
-"""How long a told process may take to reach a step's end and write a checkpoint before it is killed."""
+"""How long a process asked to end by SIGTERM may take before it is killed."""
 LAST_WORDS_S = 5.0
 """The same where another rank has died, without which no step will end."""
-POLL_S = 2.0
 
 
 def run_spec(path: str) -> None:
@@ -42,18 +43,22 @@ def run_spec(path: str) -> None:
     env = {name: value for name, value in {**os.environ, **spec["env"], **given}.items() if value is not None}
     log_path = Path(command["log"] if not spec["ranks"] or task == 0 else f"{command['log']}.rank{task}")
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_path, "ab") as log:
+    with open(log_path, "ab", buffering=0) as log:
+        log.write(f"{BEGAN}{os.environ.get('SLURM_JOB_ID', '')} on {socket.gethostname()} at {now()} ===\n".encode())
+        told = told_file(Path(path).parent, os.environ) if spec["ranks"] else None
+        if told is None:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # in the command too: Slurm may signal the whole process group
         # In this process's own group: where Slurm tells a job's processes by that, another one would outlive its job.
         process = subprocess.Popen([sys.executable, *command["argv"]], cwd=spec["cwd"], env=env, stdout=log, stderr=subprocess.STDOUT)
-        if not spec["ranks"]:
-            code, _ = wait_forwarding(process)
-        else:
-            ranks = Ranks(Path(path).parent, os.environ)
-            code, asked = wait_forwarding(process, told_file(Path(path).parent, os.environ), lambda: bool(ranks.deaths()))
-            if not asked:
-                ranks.died(process.returncode, log_path)
-            if code and task == 0 and (cause := ranks.cause(log_path, 0.0 if asked else PATIENCE_S)):
-                log.write(f"error: {cause}\n".encode())
+        ranks = Ranks(Path(path).parent, os.environ) if spec["ranks"] else None
+        code, asked = wait_forwarding(process, told, spec["grace_s"], ranks.deaths if ranks else list)
+        cause = f"ended by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else ""
+        if ranks and not asked:
+            ranks.died(process.returncode, log_path)
+        if ranks and code and task == 0:
+            cause = ranks.cause(log_path, 0.0 if asked else PATIENCE_S) or cause
+        if cause:
+            log.write(f"error: {cause}\n".encode())
     if code:
         raise SystemExit(code)
 
@@ -65,30 +70,29 @@ class End(NamedTuple):
     """It had been told to end, or was ended from here."""
 
 
-def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None = None, lost: Callable[[], bool] = lambda: False) -> End:
+def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None, grace_s: float, lost: Callable[[], list[Any]]) -> End:
     """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in time once told.
 
     SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint: it makes the file
-    `told_path`, by which the batch script knows to requeue. Without that path the signal is ignored. Once `lost` says that
-    a sibling has died, there is nothing to wait for but last words.
+    `told_path`, by which the batch script knows to requeue, and leaves `grace_s` to end a step and write the checkpoint.
+    Without that path SIGUSR2 is left alone. Once `lost` names a sibling that has died, only last words are waited for.
     """
     deadline = math.inf
     asked = False
 
     def forward(signum: int, frame: Any) -> None:
         nonlocal deadline, asked
-        if signum == signal.SIGUSR2:
-            if told_path is None:
-                return
+        asked = True
+        if told_path is not None and signum == signal.SIGUSR2:
             told_path.touch()
-        deadline, asked = min(deadline, time.monotonic() + GRACE_S), True
+        deadline = min(deadline, time.monotonic() + (grace_s if signum == signal.SIGUSR2 else GRACE_S))
         process.send_signal(signum)
 
-    for signum in (signal.SIGTERM, signal.SIGUSR2):
+    for signum in (signal.SIGTERM, *((signal.SIGUSR2,) if told_path is not None else ())):
         signal.signal(signum, forward)
     while True:
         try:
-            code = process.wait(timeout=POLL_S)
+            code = process.wait(timeout=1.0)
             return End(code if code >= 0 else 128 - code, asked)
         except subprocess.TimeoutExpired:
             if lost():

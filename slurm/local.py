@@ -71,7 +71,7 @@ def run_here(args: argparse.Namespace) -> int:
         return 130
     failed = [node for node, word in state.word.items() if word == "failed"]
     for node in failed:
-        print(f"error: {node} failed; its log is {run.log(*node)}: {' '.join(last_lines(run, node, 1)) or 'it is empty'}", file=sys.stderr)
+        print(f"error: {node} failed; its log is {run.log(*node)}: {' '.join(last_lines(run.log(*node), 1)) or 'it is empty'}", file=sys.stderr)
     if state.well(Node("report", "all")):
         print(run.path / "final_report.txt")
     return 1 if failed else 0
@@ -132,7 +132,7 @@ def _submit(run: RunDir, task: Task, folder: Path, threads: int) -> Any:
     if phase != "fetch":
         env |= {"HF_HUB_OFFLINE": "1", "HF_TOKEN": None, "HUGGING_FACE_HUB_TOKEN": None}
     command = {"argv": ["-m", "jobs", phase, "--run", str(run.path), "--unit", unit, *force], "log": str(run.log(phase, unit))}
-    spec = {"commands": [command], "cwd": str(ROOT), "env": env, "ranks": False}
+    spec = {"commands": [command], "cwd": str(ROOT), "env": env, "ranks": False, "grace_s": GRACE_S}
     path = folder / f"{phase}.{unit}.json"
     write_atomic(path, json.dumps(spec).encode())
     executor = submitit.LocalExecutor(folder)

@@ -22,6 +22,11 @@ EXIT_TOLD_EARLY = 128 + 12
 
 NO_TOKEN = "unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_TOKEN_PATH"
 
+FAILED_JOBS = (
+    'SARM_FAILED_JOBS="$(timeout 30 squeue --me --noheader --array --format="%i %T" --states=BF,CA,DL,F,NF,OOM,PR,TO)" || true; export SARM_FAILED_JOBS'
+)
+"""Asks Slurm, where it still knows, which jobs ended without success: the report waits for no manifest of theirs, and says how they ended."""
+
 
 class Batch(NamedTuple):
     """One sbatch: a job, or an array with an element for each tuple of units."""
@@ -122,7 +127,8 @@ def setup_lines(profile: Profile, phase: Phase, outside: dict[str, str]) -> list
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment(profile, phase, outside).items()]
     # A login's start-up files may set one, whatever --export says.
     secrets = [] if phase == "fetch" else [NO_TOKEN]
-    return ["set -eo pipefail", "umask 077", *secrets, *exports, *module_lines(profile), "set +e"]
+    asks = [FAILED_JOBS] if phase == "report" else []
+    return ["set -eo pipefail", "umask 077", *secrets, *exports, *module_lines(profile), *asks, "set +e"]
 
 
 def module_lines(profile: Profile) -> list[str]:
@@ -133,17 +139,18 @@ def module_lines(profile: Profile) -> list[str]:
 
 
 def teardown_lines(profile: Profile, phase: Phase, told: str | None = None) -> list[str]:
-    """Host-side lines after srun: requeue a job that was told to checkpoint and has not finished, hand on its exit code.
+    """Host-side lines after srun: requeue a job that was told to checkpoint and has not finished, or told before it could hear; hand on its exit code.
 
     scontrol runs here because images hold none; a requeue from the running script keeps dependents waiting. `told` is the
     shell word of the file by which `slurm.entry` says that the signal came. The exit code alone says less: srun returns
     the highest of all ranks, and kills the others when the first has ended.
     """
     lines = ["rc=$?"]
-    if requeues(phase) and profile.max_requeues:
+    if profile.max_requeues:
+        early = f'[ "$rc" -eq {EXIT_TOLD_EARLY} ]'
         asked = f'[ "$rc" -eq {EXIT_STOPPED} ]' if told is None else f'[ "$rc" -ne 0 ] && [ -e {told} ]'
         lines += [
-            f'if {{ {asked} || [ "$rc" -eq {EXIT_TOLD_EARLY} ]; }} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {profile.max_requeues} ]; then',
+            f'if {f"{{ {asked} || {early}; }}" if requeues(phase) else early} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {profile.max_requeues} ]; then',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",
         ]

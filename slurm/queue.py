@@ -6,6 +6,7 @@ Every call has a time limit and says which command failed and how. `live_jobs(id
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from typing import NamedTuple
 from sarm.config import UserError
 
 TIMEOUT_S = 60.0
+SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGKILL, signal.SIGSEGV, signal.SIGUSR2, signal.SIGTERM)
+"""What ends jobs; none of them is an exit code of this suite's."""
 
 
 class QueuedJob(NamedTuple):
@@ -36,6 +39,21 @@ class PastJob(NamedTuple):
     """CPU time over elapsed time times CPUs."""
     memory_share: float | None
     """Memory at its highest, of all tasks together, over what was asked for; None where either was not recorded."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the shares are whole: of a job that runs accounting knows only in part."""
+        return self.state not in ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED")
+
+    @property
+    def exit(self) -> str:
+        """`exit code 1`, `ended by SIGKILL`, or empty where the state says all there is."""
+        code, _, signum = self.exit_code.partition(":")
+        # sacct takes 128 off an exit code above it, which is how a shell tells of a signal.
+        number = int(signum or 0) or (int(code or 0) if int(code or 0) in SIGNALS else 0)
+        if number in SIGNALS:
+            return f"ended by {signal.Signals(number).name}"
+        return f"exit code {code}" if code not in ("", "0") else ""
 
 
 def forget_overrides() -> None:

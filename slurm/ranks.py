@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from sarm.run import latest
+
 PATIENCE_S = 5.0
 """How long rank 0's entry waits for the note of whichever died first."""
 LOG_TAIL_BYTES = 4096
@@ -82,8 +84,8 @@ class Ranks:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that is not empty."""
+    """The last line that this job has left in a log; empty where it left none."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
         lines = [line.strip() for line in file.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return lines[-1] if (lines := latest(lines)) else ""

@@ -12,7 +12,8 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -20,16 +21,17 @@ from rich.text import Text
 
 from sarm.cli import ended
 from sarm.config import UserError
-from sarm.run import RunDir, write_atomic
+from sarm.run import RunDir, slurm_complaint, write_atomic
 from slurm import queue
 from slurm.dag import Node, tasks
 from slurm.lock import at_work
-from slurm.plan import Batch
-from slurm.submit import last_journal
+from slurm.submit import last_journal, unit_ids
 from slurm.view import Unit, last_lines, read_progress, span
 
 GOOD_ENDS = ("COMPLETED", "PENDING", "RUNNING", "REQUEUED")
 LOCAL_STATES = "local.json"
+WIDE = 120
+"""Columns from which on a table has room for the names of logs."""
 
 
 class Row(NamedTuple):
@@ -43,10 +45,12 @@ class Row(NamedTuple):
 
 
 class Slurm(NamedTuple):
-    """What the queue and the accounting say of a run's jobs, by unit; both may be empty."""
+    """What the queue and the accounting say of a run's jobs, by unit; each may be empty."""
 
     live: dict[Node, queue.QueuedJob]
     past: dict[Node, queue.PastJob]
+    ids: Mapping[Node, str] = MappingProxyType({})
+    """The job that the last submission has for each unit."""
     heard: bool = True
     """False where the queue did not answer, so that an empty `live` means nothing."""
 
@@ -70,32 +74,43 @@ def status(args: argparse.Namespace) -> int:
     if not slurm.heard:
         print("warning: the queue gave no answer; showing manifests alone", file=sys.stderr)
     rows = [row(run, task.node, slurm, local, hashes=args.hashes) for task in tasks(run.config)]
-    table = Table(box=None, header_style="bold")
-    for column in ("phase", "state", "progress", "took", "CPU, memory", "log"):
-        table.add_column(column, overflow="fold")
-    for line in rows:
-        state = f"{line.unit.state}: {line.unit.note}" if line.unit.note and line.unit.kind != "done" else line.unit.state
-        table.add_row(*map(Text, (str(line.unit.node), state, *line[1:])))
     console = Console()
     if not console.is_terminal:  # a file or a pipe: no lines broken at a width that nobody has
-        console = Console(width=200)
+        console = Console(width=1000)
+    columns = ["phase", "job", "state", "progress", "took", "CPU, memory", *(["log"] if console.width >= WIDE else [])]
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("phase", "job", "took"))
+    for line in rows:
+        state = f"{line.unit.state}: {line.unit.note}" if line.unit.note and line.unit.kind != "done" else line.unit.state
+        cells = (str(line.unit.node), slurm.ids.get(line.unit.node, ""), state, *line[1:])
+        table.add_row(*map(Text, cells[: len(columns)]))
     console.print(table)
-    say_causes(run, [line.unit for line in rows], console)
+    say_causes(run, [line.unit for line in rows], slurm, console)
+    if not slurm.live and not local and (undone := [line.unit for line in rows if line.unit.kind != "done"]):
+        print(f"nothing of {run.path} is in the queue, {len(undone)} of {len(rows)} are not done; make submit-all or make run goes on from what is done")
     return 0 if all(line.unit.state == "done" for line in rows) else 1
 
 
-def say_causes(run: RunDir, units: Iterable[Unit], console: Console) -> None:
-    """The ends of the logs of what failed."""
+def say_causes(run: RunDir, units: Iterable[Unit], slurm: Slurm, console: Console) -> None:
+    """The ends of the logs of what failed: the unit's own, or its job's where it never came so far as to have one."""
     for unit in units:
-        for line in last_lines(run, unit.node, 3) if unit.kind == "failed" else []:
-            console.print(Text(f"  {unit.node}: {line}", "dim"))
+        if unit.kind != "failed":
+            continue
+        lines, log = last_lines(run.log(*unit.node), 3), run.log(*unit.node)
+        for job_log in run.slurm_logs(slurm.ids[unit.node]) if not lines and unit.node in slurm.ids else []:
+            lines, log = last_lines(job_log, 3), job_log
+        console.print(Text(f"{unit.node}: {log if lines else 'no log'}", "bold"), soft_wrap=True)
+        for line in lines:
+            console.print(Text(f"  {line}", "dim"), soft_wrap=True)
 
 
 def row(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool) -> Row:
     """A unit's line."""
     unit, past, log = unit_state(run, node, slurm, local, hashes=hashes), slurm.past.get(node), run.log(*node)
     shown = "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(run, node) or "")
-    efficiency = ", ".join(f"{share:.0%}" for share in (past.cpu_efficiency, past.memory_share) if share is not None) if past is not None else ""
+    shares = (past.cpu_efficiency, past.memory_share) if past is not None and past.ended else ()
+    efficiency = ", ".join(f"{share:.0%}" for share in shares if share is not None)
     return Row(unit, shown, duration(run, node), efficiency, str(log.relative_to(run.path)) if log.exists() else "")
 
 
@@ -107,17 +122,23 @@ def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str],
         return Unit(node, "done", duration(run, node))
     if node in slurm.live:
         job = slurm.live[node]
-        return Unit(node, job.state.lower(), job.reason if job.state == "PENDING" else "")
+        if job.state == "PENDING":
+            return Unit(node, "pending", job.reason)
+        return Unit(node, "running", "" if job.state == "RUNNING" else job.state.lower())
     if node in local:
         return Unit(node, local[node])
-    if past is not None and past.state not in GOOD_ENDS:
-        return Unit(node, past.state, f"exit {past.exit_code}")
+    needs = [str(need) for task in tasks(run.config) if task.node == node for need in task.needs if not run.done(*need, hashes=False)]
+    lacks = f"{', '.join(needs[:3])}{' and more' if len(needs) > 3 else ''}"
+    job_logs = run.slurm_logs(slurm.ids[node]) if node in slurm.ids else []
+    if past is not None and past.state not in GOOD_ENDS and (job_logs or past.state != "CANCELLED"):
+        return Unit(node, past.state, "; ".join(filter(None, (past.exit, slurm_complaint(job_logs)))))
+    if slurm.heard and node in slurm.ids and not job_logs:
+        return Unit(node, "not run", f"needs {lacks}" if needs else "its job was cancelled before it began")
     if not slurm.heard:
         return Unit(node, "not done", why)
-    if run.log(*node).exists():
-        return Unit(node, "failed", why)
-    needs = [str(need) for task in tasks(run.config) if task.node == node for need in task.needs if not run.done(*need, hashes=False)]
-    return Unit(node, "waiting", f"for {', '.join(needs[:3])}{' and more' if len(needs) > 3 else ''}" if needs else why)
+    if job_logs or (run.log(*node).exists() and not needs):
+        return Unit(node, "failed", slurm_complaint(job_logs) or why)
+    return Unit(node, "waiting", f"for {lacks}" if needs else why)
 
 
 def tell_local_states(run: RunDir, words: Mapping[Node, str]) -> None:
@@ -151,20 +172,7 @@ def ask_slurm(run: RunDir) -> Slurm:
         live, heard = {}, False
     past = queue.history(ids.values())
     nodes = unit_ids(journal)
-    return Slurm({n: live[i] for n, i in nodes.items() if i in live}, {n: past[i] for n, i in nodes.items() if i in past}, heard)
-
-
-def unit_ids(journal: dict[str, Any]) -> dict[Node, str]:
-    """Each unit's job id as squeue shows it: `123`, or `123_4` for an element of an array."""
-    found: dict[Node, str] = {}
-    for entry in journal["batches"]:
-        batch = Batch(**{**entry, "elements": tuple(tuple(e) for e in entry["elements"])})
-        id_ = journal["jobs"].get(batch.name)
-        for index, element in enumerate(batch.elements):
-            for unit in element:
-                if id_ is not None:
-                    found[Node(batch.phase, unit)] = f"{id_}_{index}" if len(batch.elements) > 1 else id_
-    return found
+    return Slurm({n: live[i] for n, i in nodes.items() if i in live}, {n: past[i] for n, i in nodes.items() if i in past}, nodes, heard)
 
 
 def cancel(run: RunDir) -> str:

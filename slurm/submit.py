@@ -39,6 +39,9 @@ from slurm.profile import Profile, flags, load_profile, resources, tasks_per_job
 
 SECRET = re.compile(r"(?i)\b(\w*(?:token(?!izers)|secret|password|api_?key)\w*)=\S+")
 
+REQUEUE_S = 10
+"""What of `signal_lead_s` is kept for the batch script's requeue."""
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m slurm.submit", description=__doc__)
@@ -111,7 +114,7 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
     ids: dict[str, str] = journal["jobs"]
     try:
         for batch in batches:
-            ids[batch.name] = send(run, profile, batch, ids, folder, journal["id"])
+            ids[batch.name] = send(run, profile, batch, journal, folder)
             record(run, journal)
         roots = [ids[batch.name] for batch in batches if not batch.needs]
         queue.release(roots)
@@ -140,12 +143,14 @@ def chosen(config: Config, profile: Profile, todo: set[Node], phase: str | None)
     return [batch._replace(needs=()) for batch in batches]
 
 
-def send(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], folder: Path, submission: str) -> str:
+def send(run: RunDir, profile: Profile, batch: Batch, journal: dict[str, Any], folder: Path) -> str:
     """One sbatch through submitit; returns the job id. Roots go in held."""
     python = python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run, batch.phase), sys.executable)
     executor = submitit.SlurmExecutor(folder, python=python)
-    executor.update_parameters(**parameters(run, profile, batch, ids, submission, folder))
-    specs = [str(write_spec(run, batch, element, folder)) for element in batch.elements]
+    executor.update_parameters(**parameters(run, profile, batch, journal["jobs"], journal["id"], folder))
+    # The report is told which job was to do each unit; its script asks Slurm which jobs failed (plan.FAILED_JOBS).
+    env = {"SARM_JOBS": json.dumps({f"{node.phase}/{node.unit}": id_ for node, id_ in unit_ids(journal).items()})} if batch.phase == "report" else {}
+    specs = [str(write_spec(run, profile, batch, element, folder, env)) for element in batch.elements]
     # A map over one element would not be an array; submitted alone it is no array either.
     jobs = executor.map_array(run_spec, specs) if len(specs) > 1 else [executor.submit(run_spec, specs[0])]
     return jobs[0].job_id.partition("_")[0]
@@ -176,7 +181,7 @@ def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str],
     }
 
 
-def write_spec(run: RunDir, batch: Batch, element: tuple[str, ...], folder: Path) -> Path:
+def write_spec(run: RunDir, profile: Profile, batch: Batch, element: tuple[str, ...], folder: Path, env: dict[str, str]) -> Path:
     """The JSON that `slurm.entry` runs: one command a packed shard, or the same one on every rank."""
     commands = [
         {
@@ -186,7 +191,9 @@ def write_spec(run: RunDir, batch: Batch, element: tuple[str, ...], folder: Path
         for unit in element
     ]
     path = folder / f"{batch.phase}.{element[0]}.json"
-    write_atomic(path, json.dumps({"commands": commands, "cwd": str(ROOT), "env": {}, "ranks": batch.phase == "ppo"}).encode())
+    # Killed by the entry a little before Slurm would, the batch script still has time to requeue.
+    spec = {"commands": commands, "cwd": str(ROOT), "env": env, "ranks": batch.phase == "ppo", "grace_s": profile.signal_lead_s - REQUEUE_S}
+    write_atomic(path, json.dumps(spec).encode())
     return path
 
 
@@ -280,6 +287,19 @@ def last_journal(run: RunDir) -> dict[str, Any] | None:
         return json.loads((run.path / "submissions" / "last.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def unit_ids(journal: dict[str, Any]) -> dict[Node, str]:
+    """Each unit's job id as squeue shows it: `123`, or `123_4` for an element of an array."""
+    found: dict[Node, str] = {}
+    for entry in journal["batches"]:
+        batch = Batch(**{**entry, "elements": tuple(tuple(e) for e in entry["elements"])})
+        id_ = journal["jobs"].get(batch.name)
+        for index, element in enumerate(batch.elements):
+            for unit in element:
+                if id_ is not None:
+                    found[Node(batch.phase, unit)] = f"{id_}_{index}" if len(batch.elements) > 1 else id_
+    return found
 
 
 def cancel_all(run: RunDir, journal: dict[str, Any]) -> None:

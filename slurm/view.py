@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console, Group, RenderableType
@@ -16,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sarm.run import RunDir
+from sarm.run import RunDir, latest
 from slurm.dag import Node
 
 PLAIN_EVERY_S = 20.0
@@ -112,13 +113,13 @@ def span(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def last_lines(run: RunDir, node: Node, count: int) -> list[str]:
-    """The last non-empty lines of a unit's log, where causes stand; none where the log is gone."""
+def last_lines(log: Path, count: int) -> list[str]:
+    """The last non-empty lines that the last job wrote to a log, where causes stand; none where the log is gone."""
     try:
-        lines = [line.rstrip() for line in run.log(*node).read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         return []
-    return lines[-count:]
+    return latest(lines)[-count:]
 
 
 class View:
@@ -202,7 +203,7 @@ def screen(run: RunDir, units: Sequence[Unit], console: Console, watched_s: floa
 def unit_lines(run: RunDir, unit: Unit, ascii_only: bool) -> list[str]:
     """What a unit has to say: its progress, sparklines of reward and penalty beneath, or the end of its log where it failed."""
     if unit.kind == "failed":
-        return [" ".join(last_lines(run, unit.node, 1)) or unit.note]
+        return [" ".join(last_lines(run.log(*unit.node), 1)) or unit.note]
     told = read_progress(run, unit.node) if unit.kind == "running" else None
     if told is None:
         return [unit.note]

@@ -50,12 +50,12 @@ def watch(run: RunDir, console: Console | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nthe run goes on; make watch RUN={run.path} looks again", file=sys.stderr)
         return 0
-    return tell_end(run, units, console or Console())
+    return tell_end(run, units, slurm, console or Console())
 
 
-def tell_end(run: RunDir, units: list[Unit], console: Console) -> int:
+def tell_end(run: RunDir, units: list[Unit], slurm: Slurm, console: Console) -> int:
     """What came of it, once nothing runs."""
-    say_causes(run, units, console)
+    say_causes(run, units, slurm, console)
     if all(unit.kind == "done" for unit in units):
         print(run.path / "final_report.txt")
         return 0

@@ -110,7 +110,7 @@ def test_a_failure_stops_what_depends_on_it_but_not_the_report(fake_run: RunDir,
     assert state.word[Node("evaluate", "penalty-seed0")] == "not run"
     assert state.word[Node("evaluate", "penalty-seed1")] == "done"
     assert state.word[Node("report", "all")] == "done"
-    assert "moon" in last_lines(fake_run, Node("ppo", "penalty-seed0"), 1)[0]
+    assert "moon" in last_lines(fake_run.log("ppo", "penalty-seed0"), 1)[0]
     (fake_run.path / "faults.json").write_text("{}")
     again = local.run_all(fake_run, workers=2)
     redone = {str(node) for node, word in again.word.items() if word == "done"}
@@ -153,7 +153,7 @@ def test_status_tells_done_from_undone(fake_run: RunDir, capsys: pytest.CaptureF
 
 def test_entry_forwards_a_signal_and_returns_the_code(tmp_path: Path) -> None:
     command = {"argv": ["-c", "import time; print('up', flush=True); time.sleep(60)"], "log": str(tmp_path / "log")}
-    spec = {"commands": [command], "cwd": str(tmp_path), "env": {}, "ranks": False}
+    spec = {"commands": [command], "cwd": str(tmp_path), "env": {}, "ranks": False, "grace_s": 60}
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     process = subprocess.Popen([sys.executable, "-c", f"from slurm.entry import run_spec; run_spec({str(tmp_path / 'spec.json')!r})"], cwd=ROOT)
     while not (tmp_path / "log").exists() or b"up" not in (tmp_path / "log").read_bytes():
@@ -163,12 +163,12 @@ def test_entry_forwards_a_signal_and_returns_the_code(tmp_path: Path) -> None:
     assert entry.GRACE_S > 0
 
 
-def start_entry(tmp_path: Path, code: str, ranks: bool, **env: str) -> subprocess.Popen[bytes]:
+def start_entry(tmp_path: Path, code: str, ranks: bool, grace_s: float = 60, **env: str) -> subprocess.Popen[bytes]:
     """A job's entry, once its command has printed something."""
-    spec = {"commands": [{"argv": ["-c", code], "log": str(tmp_path / "log")}], "cwd": str(tmp_path), "env": {}, "ranks": ranks}
+    spec = {"commands": [{"argv": ["-c", code], "log": str(tmp_path / "log")}], "cwd": str(tmp_path), "env": {}, "ranks": ranks, "grace_s": grace_s}
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     words = [sys.executable, "-c", f"from slurm.entry import run_spec; run_spec({str(tmp_path / 'spec.json')!r})"]
-    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, **env})
+    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, **env}, process_group=0)
     while not (tmp_path / "log").exists() or b"up" not in (tmp_path / "log").read_bytes():
         time.sleep(0.02)
     return process
@@ -179,7 +179,7 @@ SLEEPS = "import time; print('up', flush=True); time.sleep(2)"
 
 def test_a_shard_ignores_the_signal_for_those_that_checkpoint(tmp_path: Path) -> None:
     process = start_entry(tmp_path, SLEEPS, ranks=False)
-    process.send_signal(signal.SIGUSR2)
+    os.killpg(process.pid, signal.SIGUSR2)  # as slurmstepd does: to the whole group of the task
     assert process.wait(timeout=20) == 0
     assert not list(tmp_path.glob("told.*"))
 
@@ -197,10 +197,33 @@ def test_a_rank_that_is_told_says_so_and_a_cancelled_one_does_not(tmp_path: Path
     assert [path.name for path in tmp_path.glob("told.*")] == ["told.5.2"]
 
 
+CHECKPOINTS = """
+import signal, sys, time
+told = []
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, lambda *_: told.append(1))
+print('up', flush=True)
+while not told:
+    time.sleep(0.01)
+time.sleep(3)
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize(("told", "grace_s", "code"), [(signal.SIGUSR2, 60, 75), (signal.SIGTERM, 0, 75), (signal.SIGUSR2, 0, 137)])
+def test_a_rank_has_all_its_grace_to_checkpoint_and_no_more(tmp_path: Path, told: signal.Signals, grace_s: float, code: int) -> None:
+    """It takes three seconds over its checkpoint. `grace_s` is for SIGUSR2; SIGTERM has a time of its own."""
+    rank = {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
+    process = start_entry(tmp_path, CHECKPOINTS, ranks=True, grace_s=grace_s, **rank)
+    process.send_signal(told)
+    assert process.wait(timeout=20) == code
+    assert ("error: ended by SIGKILL" in (tmp_path / "log").read_text()) == (code == 137)
+
+
 def test_a_jobs_command_stays_in_the_process_group_that_slurm_kills(tmp_path: Path) -> None:
     process = start_entry(tmp_path, "import os; print('up', os.getpgrp(), flush=True)", ranks=False)
     process.wait(timeout=20)
-    assert (tmp_path / "log").read_text().split()[1] == str(os.getpgrp())
+    assert (tmp_path / "log").read_text().split()[-1] == str(process.pid)
 
 
 def test_a_half_written_result_of_an_earlier_try_is_no_obstacle(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jobs.report
+import sarm.run
 from reports import blocks, frames, numbers, reference, sections
 from reports.blocks import Table
 from reports.figures import distinct, figures, hardware, histogram, latent_table, policy_table, shown_steps, without_nan
@@ -142,6 +143,38 @@ def test_a_judge_is_named_and_its_harm_compared(tmp_path):
         publish_evaluation(run, unit, table, judge="a/classifier")
     report = report_of(run)
     assert "harm, unsafe" in report and "Judge: a/classifier" in report and "SARM judged itself" not in report
+
+
+def test_only_what_may_have_ended_well_is_waited_for(tmp_path, monkeypatch):
+    """As the report's job is told: who was to do what, and which jobs Slurm knows to have failed."""
+    run = evaluated_run(tmp_path / "run")
+    lost, late = [("ppo", f"{arm}-seed0") for arm in ("penalty", "no_penalty")]
+    held = {}
+    for phase, unit in (lost, late):
+        path = run.folder(phase, unit) / "manifest.json"
+        held[phase, unit] = path.read_bytes()
+        path.unlink()
+    naps = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            (run.folder(*late) / "manifest.json").write_bytes(held[late])
+
+    monkeypatch.setattr(sarm.run.time, "sleep", nap)
+    monkeypatch.setenv("SARM_JOBS", json.dumps({"ppo/penalty-seed0": "12", "ppo/no_penalty-seed0": "13_1", "probe/shard-0000-of-0001": "13"}))
+    monkeypatch.setenv("SARM_FAILED_JOBS", "7 FAILED\n12 TIMEOUT\n13_0 FAILED\n120 FAILED\n")
+    assert jobs.report.failed_units(run) == {lost: ""}, "it never began"
+    assert read_run(run, failed=jobs.report.failed_units(run)).phases.set_index(["phase", "unit"])["status"][lost] == "not run"
+    (run.path / "submissions" / "x").mkdir(parents=True)
+    (run.path / "submissions" / "x" / "12_0_log.out").write_text("slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\n")
+    run.log(*lost).parent.mkdir(exist_ok=True)
+    run.log(*lost).write_text("error: an earlier try's\n=== job 12 on n1 at 2026-01-01T00:00:00 ===\n")
+    read = read_run(run, patience_s=60, failed=jobs.report.failed_units(run)).phases.set_index(["phase", "unit"])
+    assert len(naps) == 3 and read["status"][late] == "done" and read["status"][lost] == "failed"
+    assert read["cause"][lost] == "TIMEOUT: JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT"
+    monkeypatch.delenv("SARM_FAILED_JOBS")  # squeue gave no answer
+    assert jobs.report.failed_units(run) == {}
 
 
 def test_figures_are_those_of_the_rows(tmp_path):

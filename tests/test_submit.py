@@ -42,8 +42,7 @@ def test_ppo_sees_all_gpus_of_the_node_and_requeues_a_bounded_number_of_times(si
     assert "--gres=gpu:h100:4" in text and "--ntasks-per-node=4" in text and "gpus-per-task" not in text
     assert "scontrol requeue" in text and "-lt 3" in text
     assert text.rstrip().endswith("exit $rc")
-    other = next(job["text"] for job in site.jobs.values() if job["name"].endswith(".select"))
-    assert "scontrol requeue" not in other
+    assert "told." not in next(job["text"] for job in site.jobs.values() if job["name"].endswith(".select")), "it has no checkpoint to go on from"
 
 
 @pytest.mark.parametrize("fault", ["refuse", "lose"])
@@ -135,6 +134,8 @@ def test_a_batch_script_hands_on_its_failure_and_requeues_only_who_was_told(site
     site.submit()
     folder = next((site.path / "submissions").glob("*/"))
     assert batch_script(site, ".select", "exit 3") == (3, [])
+    assert batch_script(site, ".select", "exit 75") == (75, [])
+    assert batch_script(site, ".select", "exit 140") == (140, ["requeue 5"]), "preempted before Python was up"
     assert batch_script(site, ".ppo.penalty-seed1", "exit 0") == (0, [])
     # Cancelled, or a defect: srun returns the highest of the ranks' codes, whatever that is.
     for code in (75, 137, 143):
@@ -298,10 +299,14 @@ def test_status_reads_manifests_first_then_the_queue_then_accounting(site: Site,
     out = capsys.readouterr().out
     assert "done" in out and "running" in out and "MemoryError" in out
     assert "25%, 50%" in out, "half a CPU of two, two tasks of half a GB of two"
+    assert "FAILED: exit code 1" in out and "pending: Dependency" in out and "in the queue" not in out
+    next(site.path.glob("submissions/*/103_0_0_log.out")).write_text("slurmstepd: error: StepId=103.0 exceeded memory limit (2 > 1), being killed\n")
     site.fault(no_sacct=True)
     (site.home / "state.json").write_text(json.dumps({"jobs": {}, "calls": 0}))
     assert status(["--run", str(site.path)]) == 1
-    assert capsys.readouterr().out.count("done") >= 3
+    out = capsys.readouterr().out
+    assert out.count("done") >= 3 and "failed: StepId=103.0 exceeded memory limit (2 > 1)" in out
+    assert "not run: needs probe/shard-0000-of-0005" in out and "nothing of" in out, "select never began"
 
 
 def test_cancel_cancels_the_submission(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,16 +112,23 @@ class ClusterRun:
         how = ["pkill", f"-{name}", *([] if every else ["--oldest"]), "-f", "--", pattern]
         until(f"{phase}/{unit} to run", lambda: inside(*how, root=True, check=False).returncode == 0, every_s=0.1)
 
-    def steps_written(self, unit: str, attempt_of: str = "") -> int:
-        """How many steps the latest attempts at a policy have logged."""
-        lines = [file.read_text().count("\n") for file in (self.path / "ppo" / unit).glob(f"metrics.{attempt_of}*.jsonl")]
-        return max(lines, default=0)
+    def steps(self, unit: str, attempt_of: str = "") -> list[str]:
+        """The steps that an attempt at a policy has logged, a line each, its times among them; of several the longest."""
+        logs = [file.read_text().splitlines() for file in (self.path / "ppo" / unit).glob(f"metrics.{attempt_of}*.jsonl")]
+        return max(logs, key=len, default=[])
 
-    def stop_in_training(self, unit: str) -> None:
-        """Freeze every rank of a policy's training between its first steps."""
-        until(f"a step of {unit}", lambda: self.steps_written(unit) > 0, every_s=0.005)
+    def stop_in_training(self, unit: str, *, checkpointed: bool = False) -> None:
+        """Freeze every rank of a policy's training between its first steps, or when it has just written a checkpoint."""
+        if checkpointed:
+            until(f"a checkpoint of {unit}", lambda: list((self.path / "ppo" / unit).glob("checkpoints/step-*/manifest.json")), every_s=0.005)
+        until(f"a step of {unit}", lambda: self.steps(unit), every_s=0.005)
         self.signal_phase("STOP", "ppo", unit, every=True)
         assert self.dir.manifest("ppo", unit) is None, "training was over before it could be disturbed"
+
+    def processes(self, phase: str, unit: str = "") -> list[str]:
+        """Pids of what does a unit, or any unit of a phase, on any node."""
+        pattern = f"-m jobs {phase} --run {self.path}{f' --unit {unit}' if unit else ' '}"
+        return inside("pgrep", "-f", "--", pattern, root=True, check=False).stdout.split()
 
 
 def settled(tree: Any) -> Any:

@@ -61,7 +61,9 @@ def test_ppo_told_to_stop_in_a_step_goes_on_from_its_checkpoint(undisturbed: Clu
     run.wait()
     attempt = run.attempts()[f"ppo/{PPO}"]
     assert attempt.startswith(f"{job}-1-0-"), "it was not requeued once"
-    assert 0 < run.steps_written(PPO, f"{job}-0-") < run.dir.config.ppo.steps
+    stopped, went_on = run.steps(PPO, f"{job}-0-"), run.steps(PPO, f"{job}-1-")
+    assert 0 < len(stopped) < len(went_on) == run.dir.config.ppo.steps
+    assert went_on[: len(stopped)] == stopped, "it began anew instead of going on from its checkpoint"
     assert run.redone_since(before) == TRAINED
     assert run.figures() == undisturbed.figures()
 

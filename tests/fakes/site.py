@@ -64,10 +64,14 @@ class Site:
         return self.state["jobs"]
 
     def set_state(self, word: str, only: str = "") -> None:
+        """As Slurm would, with the output files of jobs that begin."""
         state = json.loads((self.home / "state.json").read_text())
-        for job in state["jobs"].values():
+        for id_, job in state["jobs"].items():
             if only in job["name"]:
                 job["state"] = word
+                for element in [f"{id_}_{n}" for n in range(job["elements"])] or [id_]:
+                    if word not in ("PENDING", "CANCELLED"):
+                        next(self.path.glob("submissions/*/")).joinpath(f"{element}_0_log.out").touch()
         (self.home / "state.json").write_text(json.dumps(state))
 
     @property

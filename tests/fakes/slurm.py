@@ -100,8 +100,9 @@ def sacct(argv: list[str], state: dict, faults: dict) -> int:
         print("Slurm accounting storage is disabled", file=sys.stderr)
         return 1
     for id_, job in state["jobs"].items():
-        print(f"{id_}|{job['state']}|{'0:0' if job['state'] == 'COMPLETED' else '1:0'}|100|00:50.000|2|2G||")
-        print(f"{id_}.0|{job['state']}|0:0|100|00:50.000|2||524288K|2")
+        for shown in [f"{id_}_{i}" for i in range(job["elements"])] or [id_]:
+            print(f"{shown}|{job['state']}|{'0:0' if job['state'] == 'COMPLETED' else '1:0'}|100|00:50.000|2|2G||")
+            print(f"{shown}.0|{job['state']}|0:0|100|00:50.000|2||524288K|2")
     return 0
 
 
