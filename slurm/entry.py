@@ -7,6 +7,7 @@ job reaches its phase at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.run import BEGAN, now
-from slurm.ranks import PATIENCE_S, Ranks
+from slurm.ranks import Ranks
 
 GRACE_S = 60.0
 """How long a process asked to end by SIGTERM may take before it is killed."""
@@ -52,13 +53,11 @@ def run_spec(path: str) -> None:
         process = subprocess.Popen([sys.executable, *command["argv"]], cwd=spec["cwd"], env=env, stdout=log, stderr=subprocess.STDOUT)
         ranks = Ranks(Path(path).parent, os.environ) if spec["ranks"] else None
         code, asked = wait_forwarding(process, told, spec["grace_s"], ranks.deaths if ranks else list)
-        cause = f"ended by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else ""
-        if ranks and not asked:
-            ranks.died(process.returncode, log_path)
-        if ranks and code and task == 0:
-            cause = ranks.cause(log_path, 0.0 if asked else PATIENCE_S) or cause
-        if cause:
-            log.write(f"error: {cause}\n".encode())
+        if process.returncode < 0:
+            log.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())
+        if ranks and code:
+            with contextlib.suppress(OSError):  # such as a full disk, of which the command itself has told
+                ranks.settle(process.returncode, asked, log_path)
     if code:
         raise SystemExit(code)
 

@@ -19,6 +19,8 @@ from sarm.run import latest
 
 PATIENCE_S = 5.0
 """How long rank 0's entry waits for the note of whichever died first."""
+HOLD_S = 15.0
+"""How long the entry of a dead rank waits for rank 0's to have written the cause: srun kills all tasks, hard after KillWait, when the first ends."""
 LOG_TAIL_BYTES = 4096
 
 
@@ -54,21 +56,28 @@ class Ranks:
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
         self.rank, self.size = int(env.get("SLURM_PROCID", "0")), int(env.get("SLURM_NTASKS", "1"))
         self.host = env.get("SLURMD_NODENAME") or socket.gethostname()
-        self.folder, self.stem = folder, f"died.{env.get('SLURM_JOB_ID', 'local')}.{env.get('SLURM_RESTART_COUNT', '0')}."
+        self.folder, self.stem = folder, f"{env.get('SLURM_JOB_ID', 'local')}.{env.get('SLURM_RESTART_COUNT', '0')}"
 
-    def died(self, returncode: int, log: Path) -> None:
-        """Note that this rank has, unless it ended well or checkpointed as it was told."""
-        if returncode in (0, os.EX_TEMPFAIL):
-            return
-        death = Death(self.rank, self.size, self.host, returncode, log.name, last_line(log))
-        path = self.folder / f"{self.stem}{self.rank}"
-        unfinished = path.with_name(f".{path.name}")
-        unfinished.write_text(json.dumps(death))
-        os.replace(unfinished, path)
+    def settle(self, returncode: int, asked: bool, log: Path) -> None:
+        """Of a rank that did not end well: note it, unless it was `asked` to end; rank 0's writes the cause, others wait until it stands."""
+        if not asked and returncode != os.EX_TEMPFAIL:  # which it returns where a sibling alone was asked
+            death = Death(self.rank, self.size, self.host, returncode, log.name, last_line(log))
+            unfinished = self.folder / f".died.{self.stem}.{self.rank}"
+            unfinished.write_text(json.dumps(death))
+            os.replace(unfinished, self.folder / f"died.{self.stem}.{self.rank}")
+        stands = self.folder / f"cause.{self.stem}"
+        deadline = time.monotonic() + HOLD_S
+        if self.rank == 0:
+            if cause := self.cause(log, 0.0 if asked else PATIENCE_S):
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(f"error: {cause}\n")
+            stands.touch()
+        while not asked and not stands.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def deaths(self) -> list[Death]:
         """Those noted so far, the likeliest cause first."""
-        return sorted((Death(*json.loads(path.read_text())) for path in self.folder.glob(f"{self.stem}*")), key=lambda death: death.order)
+        return sorted((Death(*json.loads(path.read_text())) for path in self.folder.glob(f"died.{self.stem}.*")), key=lambda death: death.order)
 
     def cause(self, log: Path, patience_s: float) -> str:
         """What rank 0's log is to end with; empty where that says it already, or where nobody died by itself.
