@@ -137,6 +137,7 @@ def _phase_row(run: RunDir, phase: Phase, unit: str, found: Published | None, pr
     if problem is not None:
         began = log.is_file() if end is None else end != ""
         row["status"] = "failed" if began else "not run"
+        row["log"] = row["log"] if began else ""
         causes = [end, last_error(log) if began else "", "" if problem == "no manifest" else problem]
         row["cause"] = "; ".join(filter(None, causes)) or "it never started"
     manifest = found.manifest if found is not None and problem is None else {}

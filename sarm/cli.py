@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def ended(work: Callable[[], int], where: str | os.PathLike[str] = "") -> int:
         # The reader of a pipe has gone, as `| head` does: nothing is left to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (UserError, OSError) as error:
+    except Exception as error:
         told = sentence(error, where)
         if told is None:
             raise
@@ -48,10 +49,19 @@ def ended(work: Callable[[], int], where: str | os.PathLike[str] = "") -> int:
         return 2
 
 
-def sentence(error: UserError | OSError, where: str | os.PathLike[str] = "") -> str | None:
+def sentence(error: Exception, where: str | os.PathLike[str] = "") -> str | None:
     """What to tell the user, or None where the failure is no fault of theirs."""
     if isinstance(error, UserError):
         return str(error)
-    if error.errno not in REFUSED:
+    code = refusal(error)
+    if code not in REFUSED:
         return None
-    return f"{error.filename or os.fspath(where) or 'this command'}: {(error.strerror or 'refused').lower()}; {REFUSED[error.errno]}"
+    return f"{getattr(error, 'filename', None) or os.fspath(where) or 'this command'}: {os.strerror(code).lower()}; {REFUSED[code]}"
+
+
+def refusal(error: Exception) -> int:
+    """The operating system's error number, 0 where there is none. Writers such as safetensors' hand it on in words alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"\b(?:os error|errno) (\d+)\b", str(error), re.IGNORECASE)
+    return int(found.group(1)) if found else 0

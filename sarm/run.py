@@ -140,10 +140,12 @@ class RunDir:
                 continue
             upstream = self.manifest(parts[0], parts[1])
             if sha256 == "":
-                if upstream is not None:
+                if self.done(parts[0], parts[1], hashes=False):
                     return f"{parts[0]}/{parts[1]}, which it went without, has been done since"
                 continue
-            if upstream is None or upstream["outputs"].get(parts[2], {}).get("sha256") != sha256:
+            if upstream is None:
+                return f"its input {parts[0]}/{parts[1]} is not done"
+            if upstream["outputs"].get(parts[2], {}).get("sha256") != sha256:
                 return f"its input {key} has changed"
         return None
 

@@ -150,6 +150,8 @@ def send(run: RunDir, profile: Profile, batch: Batch, journal: dict[str, Any], f
     executor.update_parameters(**parameters(run, profile, batch, journal["jobs"], journal["id"], folder))
     # The report is told which job was to do each unit; its script asks Slurm which jobs failed (plan.FAILED_JOBS).
     env = {"SARM_JOBS": json.dumps({f"{node.phase}/{node.unit}": id_ for node, id_ in unit_ids(journal).items()})} if batch.phase == "report" else {}
+    for node in batch.nodes:
+        run.progress_file(*node).unlink(missing_ok=True)  # an earlier job's
     specs = [str(write_spec(run, profile, batch, element, folder, env)) for element in batch.elements]
     # A map over one element would not be an array; submitted alone it is no array either.
     jobs = executor.map_array(run_spec, specs) if len(specs) > 1 else [executor.submit(run_spec, specs[0])]

@@ -17,10 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 import sarm.run
+from sarm.cli import ended
 from sarm.config import ROOT, Config, UserError, parse_config, set_key
 from sarm.run import Attempt, Published, RunDir, differences, exact_cover, write_atomic
 
@@ -133,7 +137,7 @@ def test_a_changed_input_undoes_what_was_made_from_it_and_no_more(run: RunDir) -
     assert run.undone_because("steer") == "its input select/all/features.json has changed"
     assert run.done("fetch") and run.done("select")
     (run.folder("select") / "manifest.json").unlink()
-    assert "has changed" in str(run.undone_because("steer"))
+    assert run.undone_because("steer") == "its input select/all is not done"
 
 
 def test_going_without_a_unit_is_noted(run: RunDir) -> None:
@@ -143,6 +147,20 @@ def test_going_without_a_unit_is_noted(run: RunDir) -> None:
     attempt.publish()
     assert run.done("report")
     publish(run, "ppo", "penalty-seed0")
+    assert "has been done since" in str(run.undone_because("report"))
+
+
+def test_what_was_gone_without_counts_once_it_is_done_not_while_its_own_needs_are_missing(run: RunDir) -> None:
+    publish(run, "select")
+    publish(run, "steer", after=("select",))
+    (run.folder("select") / "manifest.json").unlink()
+    attempt = Attempt(run, "report")
+    for phase in ("select", "steer"):
+        attempt.note_missing(phase, "all")
+    attempt.path("final_report.txt").write_text("partial")
+    attempt.publish()
+    assert run.manifest("steer") and run.undone_because("report") is None
+    publish(run, "select")
     assert "has been done since" in str(run.undone_because("report"))
 
 
@@ -409,6 +427,27 @@ def test_a_full_disk_is_a_failure_that_leaves_the_old_unit(run: RunDir, monkeypa
     assert not [name for name in left if name.endswith(".tmp")]
     publish(run, text="new")
     assert run.read("select").path("features.json").read_text() == "new"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("write", ["safetensors", "parquet", "text"])
+def test_a_full_disk_is_told_in_one_sentence_whoever_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str], write: str) -> None:
+    path = tmp_path / "file"
+    path.symlink_to("/dev/full")
+
+    def work() -> int:
+        if write == "safetensors":  # as it says on a full tmpfs; it will not write to a device
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        elif write == "parquet":
+            pd.DataFrame({"x": np.random.default_rng(0).random(100_000)}).to_parquet(path)
+        else:
+            path.write_text("x")
+        return 0
+
+    assert ended(work, "there") == 2
+    assert "no space left on device; no room left on its file system" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        ended(lambda: 1 // 0)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -185,7 +185,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(undisturbed: Clust
     finally:
         inside("umount", str(run.path / unit), root=True)
     assert "no room left" in (run.path / "logs" / "encode.shard-0001-of-0002.log").read_text()
-    assert unit in run.report() and "no room left" in run.report()
+    assert re.search(rf"{unit} \(failed\): [^/]*error: .*no room left", flat(run.report()))
     repaired(run, undisturbed, before, {unit})
 
 
@@ -275,7 +275,8 @@ def test_status_with_accounting_without_it_and_with_everything_purged(undisturbe
     try:
         until("the purge", lambda: inside("scontrol", "show", "job", run.jobs["probe"], check=False).returncode != 0)
         shown = inside(*status, check=False).stdout
-        assert re.search(rf"{SHARD} +\d+ +failed: no manifest", shown) and shown.count(" done ") == len(before) - 1
+        assert re.search(rf"{SHARD} +\d+ +failed: no manifest", shown), shown
+        assert shown.count(" done ") == len(before) - 2 and re.search(rf"select +\d+ +not run: needs {SHARD}", shown), shown
         repaired(run, undisturbed, before, {SHARD})
     finally:
         inside("bash", "-c", "sed -i s/MinJobAge=.*/MinJobAge=300/ /etc/slurm/slurm.conf; scontrol reconfigure", root=True)
