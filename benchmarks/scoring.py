@@ -67,19 +67,26 @@ HEADER = "<|role|>system\n\nCutting Knowledge Date: December 2023\nToday Date: 2
 Conversations = list[tuple[dict[str, str], ...]]
 
 
-def real_conversations(count: int) -> tuple[str, Conversations]:
-    """About `count` texts: all of a prompt's, of prompts evenly spread over RewardBench 2 Safety where it is at hand, else over the demo data."""
-    folder = Path(os.environ.get("SARM_TEST_DATA", ROOT.parent / "shared" / "data")) / "rewardbench2_safety"
-    if folder.is_dir():
-        source = SourceConfig(format="rewardbench2_sarm", label="RewardBench 2 Safety", path=str(folder), split={"test": 1.0})
-    else:
-        source = SourceConfig(format="jsonl", label="demo pairs", path="data/demo/pairs.jsonl", split={"test": 1.0})
+def sources(data: str) -> dict[str, SourceConfig]:
+    """What `--data` names, where it is at hand, else the demo data."""
+    folder = Path(os.environ.get("SARM_TEST_DATA", ROOT.parent / "shared" / "data"))
+    known = {
+        "rb2": SourceConfig(format="rewardbench2_sarm", label="RewardBench 2 Safety", path=str(folder / "rewardbench2_safety"), split={"test": 1.0}),
+        "rmb": SourceConfig(format="rmb_pairs", label="RMB harmlessness", path=str(folder / "rmb_harmlessness"), split={"test": 1.0}),
+    }
+    found = {name: source for name, source in known.items() if name in data.split("+") and Path(str(source.path)).is_dir()}
+    return found or {"demo": SourceConfig(format="jsonl", label="demo pairs", path="data/demo/pairs.jsonl", split={"test": 1.0})}
+
+
+def real_conversations(count: int, data: str) -> tuple[str, Conversations]:
+    """About `count` texts: all of a prompt's, of prompts evenly spread over the sources."""
+    chosen = sources(data)
     prompts: dict[str, Conversations] = {}
-    for text in texts_to_encode(load_data(DataConfig(sources={"bench": source}))):
+    for text in texts_to_encode(load_data(DataConfig(sources=chosen))):
         prompts.setdefault(text.prompt_id, []).append(text.messages)
     groups = list(prompts.values())
     wanted = min(len(groups), max(1, round(count * len(groups) / sum(map(len, groups)))))
-    return source.label, [messages for i in range(wanted) for messages in groups[i * len(groups) // wanted]]
+    return " and ".join(source.label for source in chosen.values()), [messages for i in range(wanted) for messages in groups[i * len(groups) // wanted]]
 
 
 def trained_tokenizer(conversations: Conversations, header: bool = False) -> PreTrainedTokenizerFast:
@@ -233,12 +240,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--texts", type=int, help="by default 32 on a CPU, 256 on a GPU")
     parser.add_argument("--header", action="store_true", help="begin every text with the system turn of Llama 3.1's template, as the 4.5B SARM reads them")
+    parser.add_argument("--data", choices=("rb2", "rmb", "rb2+rmb"), default="rb2+rmb", help="by default what the reference run's encode phase reads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-rows", type=int, default=16)
     parser.add_argument("--memory-of", choices=("ours", "peer"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.texts = args.texts or (256 if args.device == "cuda" else 32)
-    label, conversations = real_conversations(args.texts)
+    label, conversations = real_conversations(args.texts, args.data)
     bench = Bench(args.shape, args.device, getattr(torch, args.dtype), conversations, args.header)
     rows = [t.ids for t in tokenize_conversations(bench.tokenizer, conversations, MAX_LENGTH)]
     # The batch a length-sorted run starts with, its largest.
@@ -269,7 +277,20 @@ def main() -> None:
     else:
         # A process each, whose allocator gives back what it frees: its peak is then what was in use.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, __file__, "--shape", args.shape, "--dtype", args.dtype, "--texts", str(args.texts), "--device", args.device]
+        command = [
+            sys.executable,
+            __file__,
+            "--shape",
+            args.shape,
+            "--dtype",
+            args.dtype,
+            "--texts",
+            str(args.texts),
+            "--data",
+            args.data,
+            "--device",
+            args.device,
+        ]
         command += ["--header"] * args.header + ["--memory-rows", str(args.memory_rows), "--memory-of"]
         ours, peer = (
             float(subprocess.run([*command, side], env=environment, check=True, capture_output=True, text=True).stdout.split()[-1]) for side in ("ours", "peer")

@@ -470,7 +470,7 @@ def arm_and_seed(unit: str) -> tuple[str, int]:
     return arm, int(seed)
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML as people write it: 1e-6 is a number, which YAML 1.1 denies, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -482,10 +482,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would read as numbers."""
+    """Quotes the strings that `Loader` would read as numbers."""
 
 
-for _class in (_Loader, _Dumper):
+for _class in (Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
@@ -501,7 +501,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist; the shipped ones are in configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -533,7 +533,7 @@ def set_key(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {key} is a value, not a section")
         tree = child
     try:
-        tree[leaf] = yaml.load(text, _Loader)
+        tree[leaf] = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
 

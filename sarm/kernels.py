@@ -41,17 +41,18 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, into: Tensor | None = None) -> Tensor:
     """Rotary embedding: dimension j of a head turns with j + half; (n, heads, head_dim) by (n, head_dim) each.
 
-    `heads` may be a view whose rows lie apart.
+    `heads` may be a view whose rows lie apart, and so may `into`, where the result goes if it is given; the two may be one.
     """
     if _on_gpu(heads):
         from sarm import triton_kernels
 
-        return triton_kernels.rotate(heads, cos, sin)
+        return triton_kernels.rotate(heads, cos, sin, into)
     low, high = heads.chunk(2, dim=-1)
-    return heads * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
+    turned = heads * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
+    return turned if into is None else into.copy_(turned)
 
 
 def _on_gpu(x: Tensor) -> bool:

@@ -89,7 +89,8 @@ class RunDir:
         if stored.is_file():
             found = load_config(stored)
             if found.sha256 != config.sha256:
-                changed = ", ".join(differences(found, config))
+                keys = differences(found, config)
+                changed = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
                 raise UserError(f"the config differs from the one {run.path} was started with ({changed}); use another RUN or the stored config")
             return run
         run.path.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from sarm.model import SarmModel
 from sarm.packed import Packed, pack
 from sarm.tokens import Messages, Tokenized, tokenize_conversations
 
-GROUPS_AT_ONCE = 16
+GROUPS_AT_ONCE = 64
 """Prompts whose texts are tokenised together: enough for all cores, few enough that a GPU soon has its first batch."""
 
 
@@ -75,9 +75,9 @@ def encode_texts(
             following = next(batches, None)  # tokenised while a GPU is at work on this one
             latents = model.sae.topk(model.sae.preactivations(states), ranks)
             rewards = model.rewards(latents.values[:, : model.k], latents.indices[:, : model.k])
-            rows, states = batch.rows, states.cpu()
-            if not states.isfinite().all():
-                bad = rows[int((~states.isfinite().all(-1)).nonzero()[0])]
+            rows, finite, states = batch.rows, states.isfinite().all(-1).cpu(), states.cpu()
+            if not finite.all():
+                bad = rows[int((~finite).nonzero()[0])]
                 where = f"{model.config.name_or_path} gives a state that is not finite on conversation {bad}"
                 raise UserError(f"{where}; set sarm.dtype to float32 or check its weights")
             encoded.indices[rows], encoded.values[rows] = latents.indices.cpu().int(), latents.values.cpu()

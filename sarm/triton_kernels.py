@@ -48,7 +48,9 @@ def _silu_mul(gate_up, out, stride, f, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, cos, sin, out, row_stride, head_stride, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+def _rotate(
+    x, cos, sin, out, row_stride, head_stride, out_stride, out_head, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
+):
     row, head, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (head < HEADS) & (at < HALF)
     read = x + row * row_stride + head * head_stride + at
@@ -57,7 +59,7 @@ def _rotate(x, cos, sin, out, row_stride, head_stride, HEADS: tl.constexpr, HALF
     cos_low, sin_low = tl.load(cos + angle, mask=at < HALF, other=0).to(tl.float32), tl.load(sin + angle, mask=at < HALF, other=0).to(tl.float32)
     angle += HALF
     cos_high, sin_high = tl.load(cos + angle, mask=at < HALF, other=0).to(tl.float32), tl.load(sin + angle, mask=at < HALF, other=0).to(tl.float32)
-    write = out + (row * HEADS + head) * 2 * HALF + at
+    write = out + row * out_stride + head * out_head + at
     tl.store(write, (low * cos_low - high * sin_low).to(out.dtype.element_ty), mask=inside)
     tl.store(write + HALF, (high * cos_high + low * sin_high).to(out.dtype.element_ty), mask=inside)
 
@@ -87,13 +89,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, into: Tensor | None = None) -> Tensor:
     n, count, d = heads.shape
     if heads.stride(2) != 1:
         heads = heads.contiguous()
-    out = torch.empty(n, count, d, dtype=heads.dtype, device=heads.device)
+    out = torch.empty(n, count, d, dtype=heads.dtype, device=heads.device) if into is None else into
+    strides = (heads.stride(0), heads.stride(1), out.stride(0), out.stride(1))
     blocks = triton.next_power_of_2(count), triton.next_power_of_2(d // 2)
-    _rotate[(n,)](heads, cos.contiguous(), sin.contiguous(), out, heads.stride(0), heads.stride(1), count, d // 2, *blocks, num_warps=4)
+    _rotate[(n,)](heads, cos.contiguous(), sin.contiguous(), out, *strides, count, d // 2, *blocks, num_warps=4)
     return out
 
 

@@ -27,9 +27,11 @@ from sarm.config import PHASES, ROOT, Config, UserError, load_config
 from sarm.run import RunDir
 from slurm import queue
 from slurm.cost import gigabytes, needed_bytes
+from slurm.dag import tasks
 from slurm.images import check_images, images_of, token_file
-from slurm.profile import Profile, load_profile, resources
-from slurm.submit import header, own_run
+from slurm.plan import plan
+from slurm.profile import Profile, gpus_per_job, load_profile, resources
+from slurm.submit import arguments, own_run, refusals, unchecked
 
 MIN_DRIVER = {"12": 525, "13": 580}
 """The oldest NVIDIA driver that each CUDA generation of torch's wheels runs on (NVIDIA's compatibility table)."""
@@ -43,12 +45,7 @@ class Finding(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m slurm.doctor", description=__doc__)
-    parser.add_argument("--cluster", default="generic", help="a profile in slurm/clusters/, or a path")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--run", required=True)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = arguments("slurm.doctor", __doc__).parse_args(argv)
     return ended(lambda: doctor(args), args.run)
 
 
@@ -72,7 +69,7 @@ def findings(profile: Profile, config: Config, path: str) -> Iterator[Finding]:
         ("run directory", lambda: check_run(path, config)),
         ("images", lambda: check_all_images(profile)),
         ("models and data", lambda: check_fetched(profile, config, run)),
-        ("Slurm", lambda: check_slurm(profile)),
+        ("Slurm", lambda: check_slurm(profile, config)),
         ("GPUs", lambda: check_gpus(profile)),
         ("disk", lambda: check_disk(config, run)),
         ("driver", lambda: check_driver(profile)),
@@ -144,51 +141,33 @@ def gated(model: str) -> bool | None:
         return None
 
 
-def check_slurm(profile: Profile) -> Iterator[Finding]:
-    """Whether Slurm would take each kind of job: partition, account, QOS, time and resources."""
-    refused: dict[str, list[str]] = {}
-    phases = [phase for phase in PHASES if phase != "fetch" or profile.fetch == "job"]
-    for phase in phases:
-        try:
-            queue.test_only(header(profile, phase))
-        except UserError as error:
-            refused.setdefault(str(error), []).append(phase)
+def check_slurm(profile: Profile, config: Config) -> Iterator[Finding]:
+    """Whether Slurm would take each kind of job: partition, account, QOS, time, resources and arrays."""
+    batches = plan(config, profile, {task.node for task in tasks(config) if task.node.phase != "fetch" or profile.fetch == "job"})
+    refused = refusals(profile, batches)
     for reason, kinds in refused.items():
-        yield Finding("wrong", "Slurm", f"it would refuse {', '.join(kinds)} jobs: {reason.removeprefix('sbatch failed: ')}; {cure(reason)}")
+        yield Finding("wrong", "Slurm", f"it would refuse {', '.join(kinds)} jobs: {reason}")
     if not refused:
-        yield Finding("ok", "Slurm", f"it would take all {len(phases)} kinds of jobs")
-    named = [f"account {profile.account}"] if profile.account else []
-    named += dict.fromkeys(f"QOS {qos}" for phase in phases if (qos := resources(profile, phase).qos))
-    if named and not queue.accounting_enforced():
-        yield Finding("unchecked", "Slurm", f"no accounting is enforced, so nobody has looked at {', '.join(named)}")
-
-
-def cure(reason: str) -> str:
-    """What to change in the profile for a reason of Slurm's."""
-    cures = {
-        r"account": "set account in the profile to one of yours (sacctmgr show assoc user=$USER format=account)",
-        r"partition": "set partition in the profile to one that sinfo shows",
-        r"qos": "set qos in the profile to one that your account has",
-        r"time limit": "lower time_min of that phase in the profile",
-        r"gres|gpu|node configuration|cpu count|memory": "ask for what a node of that partition has: gpus, gpu_type, cpus_per_task, mem_gb in the profile",
-    }
-    return next((said for pattern, said in cures.items() if re.search(pattern, reason, re.IGNORECASE)), "correct the cluster profile")
+        yield Finding("ok", "Slurm", f"it would take all {len({batch.phase for batch in batches})} kinds of jobs")
+    if unlooked := unchecked(profile, batches):
+        yield Finding("unchecked", "Slurm", unlooked)
 
 
 def check_gpus(profile: Profile) -> Iterator[Finding]:
     """Whether each partition that GPU jobs go to has nodes with as many GPUs as one job wants."""
-    for phase, want in ((phase, resources(profile, phase)) for phase in PHASES):
-        if not want.gpus:
+    for phase in PHASES:
+        gpus, partition = gpus_per_job(profile, phase), resources(profile, phase).partition
+        if not gpus:
             continue
         try:
-            most = gpus_of_a_node(want.partition)
+            most = gpus_of_a_node(partition)
         except UserError as error:
             yield Finding("unchecked", "GPUs", f"sinfo does not say what nodes have ({error})")
             return
-        where = f"partition {want.partition}" if want.partition else "the default partition"
-        if most < want.gpus:
+        where = f"partition {partition}" if partition else "the default partition"
+        if most < gpus:
             has = f"no node there has more than {most}" if most else "no node there has any"
-            raise UserError(f"{phase} wants {want.gpus} GPUs of {where}, and {has}; name a GPU partition for {phase} under phases in the profile")
+            raise UserError(f"{phase} wants {gpus} GPUs of {where}, and {has}; name a GPU partition for {phase} under phases in the profile")
     yield Finding("ok", "GPUs", "nodes have as many as jobs ask for")
 
 

@@ -25,12 +25,7 @@ from slurm.profile import Profile, load_profile
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m slurm.fetch", description=__doc__)
-    parser.add_argument("--cluster", default="generic", help="a profile in slurm/clusters/, or a path")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--run", required=True)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = submit.arguments("slurm.fetch", __doc__).parse_args(argv)
     return ended(lambda: fetch(args), args.run)
 
 

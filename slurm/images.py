@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -46,8 +48,9 @@ def check_images(profile: Profile) -> list[str]:
             raise UserError(f"image {path} does not exist; build it with make images, or correct container.image in the profile")
         commit = built_from(path)
         if commit and commit != (git_commit() or "").rstrip("+"):
-            same = "same contents as now" if same_contents(commit) else "other requirements than now: make images builds a new one"
-            warnings.append(f"image {path.name} is of commit {commit[:12]} ({same}), the checkout of {(git_commit() or 'none')[:12]}; manifests record both")
+            warnings.append(
+                f"image {path.name} is of commit {commit[:12]} ({contents(path)}), the checkout of {(git_commit() or 'none')[:12]}; manifests record both"
+            )
     return warnings
 
 
@@ -61,6 +64,12 @@ def image_sha256(path: Path) -> str:
     note = path.with_name(path.name + ".sha256")
     if note.exists() and note.stat().st_mtime >= path.stat().st_mtime:
         return note.read_text().split()[0]
+    return _hashed(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _hashed(path: Path, changed_ns: int) -> str:
+    """Once for all the jobs of a submission."""
     return file_sha256(path)
 
 
@@ -70,24 +79,27 @@ def built_from(path: Path) -> str | None:
     return (note.read_text().strip() or None) if note.exists() else None
 
 
-def same_contents(commit: str) -> bool:
-    """Whether an image built from `commit` holds what one built from this checkout would."""
-    words = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", "containers/sarm.def", "containers/build", "requirements"]
-    try:
-        return subprocess.run(words, capture_output=True).returncode == 0
-    except OSError:
-        return False
+def contents(path: Path) -> str:
+    """Whether `make images` of this checkout would build the very same image, by the hash in its name."""
+    named = re.fullmatch(r"sarm-(gpu|cpu|light)-([0-9a-f]{12})\.sif", path.name)
+    if named is None:
+        return "its name does not say whether it holds what one of now would"
+    done = subprocess.run(["bash", str(ROOT / "containers" / "build"), "--key", named.group(1)], capture_output=True, text=True)
+    return "same contents as now" if done.stdout.strip() == named.group(2) else "other contents than now: make images builds a new one"
 
 
 def binds(run: RunDir, phase: Phase) -> list[str]:
-    """What an image must see at its own path: checkout, run, caches, data and models outside the checkout.
+    """What an image must see at its own path: checkout, run, caches, and what the config names outside the checkout or by a link out of it.
 
     Only fetch may write to the caches.
     """
     mine = {ROOT: "", run.path: "", **dict.fromkeys(caches(phase).values(), "" if phase == "fetch" else ":ro")}
-    named = [*(source.path for source in run.config.data.sources.values()), run.config.policy.model, run.config.sarm.model]
-    theirs = dict.fromkeys((Path(path) for path in named if path and Path(path).is_absolute()), ":ro")
-    return [f"{path}:{path}{mode}" if mode else str(path) for path, mode in {**theirs, **mine}.items() if path == run.path or path.exists()]
+    config = run.config
+    models = [config.policy, config.sarm, *([config.evaluate.judge] if config.evaluate.judge else [])]
+    named = [*(source.path for source in config.data.sources.values()), config.steer.file, *(model.model for model in models)]
+    there = [path for name in named if name and (path := ROOT / Path(name).expanduser()).exists()]
+    theirs = dict.fromkeys((way for path in there for way in (path, path.resolve()) if not way.is_relative_to(ROOT)), ":ro")
+    return [f"{path}:{path}{mode}" if mode else str(path) for path, mode in {**theirs, **mine}.items()]
 
 
 def make_caches() -> None:

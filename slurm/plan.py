@@ -117,7 +117,6 @@ def environment(profile: Profile, phase: Phase, outside: dict[str, str]) -> dict
         "PYTHONNOUSERSITE": "1",
         **({} if phase == "fetch" else {"HF_HUB_OFFLINE": "1"}),
         "TOKENIZERS_PARALLELISM": "false",
-        "TRITON_CACHE_DIR": "/tmp/triton",
     }
     return {**fixed, **outside, **profile.environment}
 
@@ -128,14 +127,31 @@ def setup_lines(profile: Profile, phase: Phase, outside: dict[str, str]) -> list
     # A login's start-up files may set one, whatever --export says.
     secrets = [] if phase == "fetch" else [NO_TOKEN]
     asks = [FAILED_JOBS] if phase == "report" else []
-    return ["set -eo pipefail", "umask 077", *secrets, *exports, *module_lines(profile), *asks, "set +e"]
+    return ["set -eo pipefail", "umask 077", *bound_lines(profile), *secrets, *exports, *module_lines(profile), *scratch_lines(profile), *asks, "set +e"]
+
+
+def bound_lines(profile: Profile) -> list[str]:
+    """Slurm itself requeues what a lost node or a preemption ended, without a bound: a job that fells every node would go round for ever."""
+    given_up = f'echo "requeued more than {profile.max_requeues} times, given up" >&2; exit 1'
+    return [f'[ "${{SLURM_RESTART_COUNT:-0}}" -le {profile.max_requeues} ] || {{ {given_up}; }}']
+
+
+def scratch_lines(profile: Profile) -> list[str]:
+    """A folder of the job's own for temporary files, seen in the image too. What others left in /tmp is neither trusted nor in the way."""
+    parent = profile.scratch or "${TMPDIR:-/tmp}"
+    return [
+        f'TMPDIR=$(mktemp -d "{parent}/sarm-XXXXXX") || exit 1',
+        "trap 'rm -rf \"$TMPDIR\"' EXIT",
+        'export TMPDIR TRITON_CACHE_DIR="$TMPDIR/triton" APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$TMPDIR"',
+    ]
 
 
 def module_lines(profile: Profile) -> list[str]:
     """After PATH is set, which modules add to; a batch shell is no login shell, so `module` may not be there yet."""
     if not profile.modules:
         return []
-    return ["command -v module >/dev/null || . /etc/profile", *(f"module load {module}" for module in profile.modules)]
+    # After `||` no failing line of the site's profile ends the job.
+    return ["command -v module >/dev/null || . /etc/profile || true", *(f"module load {module}" for module in profile.modules)]
 
 
 def teardown_lines(profile: Profile, phase: Phase, told: str | None = None) -> list[str]:
@@ -169,12 +185,17 @@ def python_command(profile: Profile, phase: Phase, image: Path | None, binds: It
 
 
 def srun_args(profile: Profile, phase: Phase) -> list[str]:
-    """srun does not always inherit these; a rank that fails takes the others with it instead of leaving them waiting."""
-    return [f"--cpus-per-task={resources(profile, phase).cpus_per_task}", "--export=ALL", "--kill-on-bad-exit=1"]
+    """srun does not always inherit these. A rank that fails takes the others with it, which would wait for it; a packed shard does not."""
+    together = ["--kill-on-bad-exit=1"] if phase == "ppo" else ["--kill-on-bad-exit=0", "--wait=0"]
+    return [f"--cpus-per-task={resources(profile, phase).cpus_per_task}", "--export=ALL", *together]
 
 
 def script(profile: Profile, phase: Phase, cluster: str) -> str:
-    """A phase's stand-alone sbatch file: needs nothing but Slurm and the image, CONFIG and RUN from the environment."""
+    """A phase's stand-alone sbatch file: needs nothing but Slurm and the image, CONFIG and RUN from the environment.
+
+    One shard an array element: several in one job are the launcher's.
+    """
+    profile = profile.model_copy(update={"pack": 1})
     lines = [
         "#!/bin/bash",
         f"# {phase}, as the profile {cluster} has it; made by `make sbatch CLUSTER={cluster}`, do not edit.",
@@ -190,8 +211,10 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         "",
         'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
         ': "${CONFIG:?give --export=ALL,CONFIG=...,RUN=...}" "${RUN:?give --export=ALL,CONFIG=...,RUN=...}"',
+        *bound_lines(profile),
         *module_lines(profile),
         *(f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()),
+        *scratch_lines(profile),
         "export PYTHONPATH=$PWD PYTHONNOUSERSITE=1 TOKENIZERS_PARALLELISM=false",
         "if commit=$(git describe --always --abbrev=40 --exclude='*' --dirty=+ 2>/dev/null); then export SARM_GIT_COMMIT=$commit; fi",
         "export SARM_CACHE=${SARM_CACHE:-$HOME/.cache/sarm} HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}",
@@ -210,7 +233,7 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         caches = writable if phase == "fetch" else ' --bind "$SARM_CACHE:$SARM_CACHE:ro" --bind "$HF_HUB_CACHE:$HF_HUB_CACHE:ro"'
         python = f'{box.command} exec{nv} --no-home --pwd "$PWD" --bind "$PWD" --bind "$(realpath "$RUN")"{caches}{binds} "$image" {box.python}'
         lines += [
-            f"image=$(realpath {image})",
+            f'image=$(realpath -e {image}) || {{ echo "there is no image {image}; make images" >&2; exit 2; }}',
             # The note is trusted only where the image is no younger.
             'if [ "$image.sha256" -ot "$image" ]; then SARM_IMAGE_SHA256=$(sha256sum "$image"); else SARM_IMAGE_SHA256=$(cat "$image.sha256"); fi',
             "export SARM_IMAGE_SHA256=${SARM_IMAGE_SHA256%% *}",

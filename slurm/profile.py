@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from sarm.config import PHASES, ROOT, Count, Phase, Positive, Strict, UserError
+from sarm.config import PHASES, ROOT, Count, Loader, Phase, Positive, Strict, UserError
 
 CLUSTERS = ROOT / "slurm" / "clusters"
 
@@ -26,15 +27,19 @@ def _plain(value: str) -> str:
 
 
 Plain = Annotated[str, AfterValidator(_plain)]
+Plains = Annotated[tuple[Plain, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
 MANAGED = frozenset(
     """
     job-name array dependency hold export output error open-mode signal requeue no-requeue kill-on-invalid-dep time nodes ntasks
     ntasks-per-node cpus-per-task mem mem-per-cpu mem-per-gpu gres gpus gpus-per-node gpus-per-task partition account qos constraint
-    reservation licenses exclude exclusive mail-user mail-type wckey comment parsable test-only wrap chdir
+    reservation licenses exclude exclusive mail-user mail-type wckey comment parsable test-only wrap chdir quiet wait clusters export-file
     """.split()
 )
-"""Flags that a profile sets through keys of their own; `extra` may not override them."""
+"""Flags that the launcher sets, from keys of their own or by itself, or that would keep it from reading sbatch's answer.
+
+`extra` may not override them, nor an abbreviation of one: sbatch takes `--part` for `--partition`.
+"""
 
 
 class Resources(Strict):
@@ -84,7 +89,7 @@ class Container(Strict):
     light_image: Plain | None = None
     """SIF without torch for the report; the other one where unset."""
     nv: bool = True
-    binds: tuple[Plain, ...] = ()
+    binds: Plains = ()
     python: Plain = "python3"
 
 
@@ -116,7 +121,9 @@ class Profile(Strict):
     max_requeues: Count = 3
     signal_lead_s: Annotated[int, Field(ge=30)] = 120
     """How long before its time limit a job is told to checkpoint."""
-    modules: tuple[Plain, ...] = ()
+    modules: Plains = ()
+    scratch: Plain | None = None
+    """A folder of every node in which a job makes one of its own for temporary files, removed at its end; $TMPDIR or /tmp where unset."""
     environment: dict[str, Plain] = Field(default_factory=dict)
     container: Container | None = None
     """None runs the checkout's own environment: for development."""
@@ -124,23 +131,24 @@ class Profile(Strict):
     """Where there is a network: on the login node, in a job of the `fetch` phase, or nowhere near."""
     extra: dict[str, Plain | bool] = Field(default_factory=dict)
 
-    @field_validator("modules", mode="before")
-    @classmethod
-    def _list_to_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
     @model_validator(mode="after")
     def _names(self) -> Profile:
-        for name in self.environment:
+        for name, value in self.environment.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"environment: {name!r} is no variable name")
             if re.search(r"TOKEN|SECRET|PASSWORD|API_?KEY", name, re.IGNORECASE):
                 raise ValueError(f"environment: {name} looks like a secret; profiles are stored and printed, give it to make fetch instead")
+            if re.search(r"//[^/@]*:[^/@]*@", value):
+                raise ValueError(f"environment: {name} holds a password; profiles are stored and printed, leave it out")
         for flag in self.extra:
-            if flag.lstrip("-") in MANAGED:
-                raise ValueError(f"extra: {flag} is managed by the launcher; use its own key in the profile")
+            managed = sorted(name for name in MANAGED if name.startswith(flag.lstrip("-") or "-"))
+            if managed:
+                raise ValueError(f"extra: {flag} is sbatch's --{managed[0]}, which the launcher manages; use its own key in the profile")
             if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
                 raise ValueError(f"extra: {flag!r} is no long sbatch flag")
+        limit_s = 60 * resources(self, "ppo").time_min
+        if self.signal_lead_s > limit_s // 2:
+            raise ValueError(f"signal_lead_s: {self.signal_lead_s} s is over half of ppo's time limit of {limit_s} s; lower it, or raise time_min of ppo")
         return self
 
 
@@ -148,26 +156,36 @@ def load_profile(cluster: str) -> Profile:
     """A profile by name in slurm/clusters/, or by path. Raises UserError naming every bad key."""
     path = Path(cluster) if cluster.endswith((".yaml", ".yml")) else CLUSTERS / f"{cluster}.yaml"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in CLUSTERS.glob("*.yaml")))
         raise UserError(f"cluster profile {path} does not exist; there are {known}; copy slurm/clusters/generic.yaml for your site") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"cluster profile {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    for section in [tree.get("container") or {}] if isinstance(tree, dict) else []:
-        if isinstance(section, dict) and isinstance(section.get("binds"), list):
-            section["binds"] = tuple(section["binds"])
+    if not isinstance(tree, dict):
+        raise UserError(f"cluster profile {path} is empty or not a mapping of keys")
     try:
         return Profile.model_validate(tree)
     except pydantic.ValidationError as error:
-        complaints = "; ".join(f"{'.'.join(map(str, e['loc']))}: {_say(e)}" for e in error.errors())
-        raise UserError(f"cluster profile {path}: {complaints}") from None
+        complaints = dict.fromkeys(_complaint(e) for e in error.errors() if e["loc"][-1:] != ("bool",))
+        raise UserError(f"cluster profile {path}: {'; '.join(complaints)}") from None
 
 
-def _say(error: Any) -> str:
+def _complaint(error: Any) -> str:
+    # Of a location, what pydantic adds to the keys themselves is left out.
+    where = [str(part) for part in error["loc"] if part != "[key]" and not str(part).startswith("function-")]
+    said = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if error["type"] == "extra_forbidden":
-        return f"unknown key; known are {', '.join(sorted(Profile.model_fields))} and, under phases, {', '.join(sorted(Override.model_fields))}"
-    return str(error["msg"]).removeprefix("Value error, ")
+        sections: dict[str, Any] = {"phases": Override, "container": Container}
+        known = sections.get(where[0] if len(where) > 1 else "", Profile).model_fields
+        close = difflib.get_close_matches(where[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+        said = f"unknown key ({hint})"
+    elif error["type"] == "string_type":
+        said = "must be text; put what YAML takes for a number or a date in quotes"
+    elif error["type"] == "tuple_type":
+        said = "must be a list, such as [a, b]"
+    return f"{'.'.join(where)}: {said}" if where else said
 
 
 def resources(profile: Profile, phase: Phase) -> Resources:
@@ -184,10 +202,15 @@ def tasks_per_job(profile: Profile, phase: Phase) -> int:
     return profile.pack if phase in ("encode", "probe") else 1
 
 
+def gpus_per_job(profile: Profile, phase: Phase) -> int:
+    """Those of one job or array element: all ranks' together, or every packed shard's own."""
+    gpus = resources(profile, phase).gpus
+    return gpus if phase == "ppo" else gpus * tasks_per_job(profile, phase)
+
+
 def flags(profile: Profile, phase: Phase) -> dict[str, str | bool]:
     """sbatch's long flags and their values for a phase; True for a flag without one. The same for every launcher."""
-    want, tasks = resources(profile, phase), tasks_per_job(profile, phase)
-    gpus = want.gpus if phase == "ppo" else want.gpus * tasks
+    want, tasks, gpus = resources(profile, phase), tasks_per_job(profile, phase), gpus_per_job(profile, phase)
     memory_gb = want.mem_gb * (tasks if phase in ("encode", "probe") else 1)
     found: dict[str, str | bool | None] = {
         "account": profile.account,
@@ -231,9 +254,7 @@ def requeues(phase: Phase) -> bool:
 
 def gpu_hours(profile: Profile, phase: Phase, jobs: int) -> float:
     """The most GPU-hours that so many jobs of a phase can take: their time limit."""
-    want = resources(profile, phase)
-    gpus = want.gpus if phase == "ppo" else want.gpus * tasks_per_job(profile, phase)
-    return gpus * jobs * want.time_min / 60
+    return gpus_per_job(profile, phase) * jobs * resources(profile, phase).time_min / 60
 
 
 assert set(GENERIC) == set(PHASES)

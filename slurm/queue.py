@@ -6,6 +6,7 @@ Every call has a time limit and says which command failed and how. `live_jobs(id
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,10 @@ from sarm.config import UserError
 TIMEOUT_S = 60.0
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGKILL, signal.SIGSEGV, signal.SIGUSR2, signal.SIGTERM)
 """What ends jobs; none of them is an exit code of this suite's."""
+
+
+class Refused(UserError):
+    """A Slurm command that said no, in its own words."""
 
 
 class QueuedJob(NamedTuple):
@@ -65,7 +70,7 @@ def forget_overrides() -> None:
 
 
 def call(words: Sequence[str], *, stdin: str | None = None) -> str:
-    """Standard output of a Slurm command. Raises UserError with its last error line."""
+    """Standard output of a Slurm command. Raises UserError where it is not there or does not answer, Refused with its last error line."""
     try:
         done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=TIMEOUT_S)
     except FileNotFoundError:
@@ -73,8 +78,9 @@ def call(words: Sequence[str], *, stdin: str | None = None) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{words[0]} gave no answer in {TIMEOUT_S:.0f} s; the controller may be down, try again later") from None
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise UserError(f"{words[0]} failed: {lines[-1].strip()}")
+        # After an unknown option sbatch ends by pointing to its help.
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Try ")] or [f"exit code {done.returncode}"]
+        raise Refused(f"{words[0]} failed: {lines[-1].strip().removeprefix(f'{words[0]}: ').removeprefix('error: ')}")
     return done.stdout
 
 
@@ -89,9 +95,12 @@ def live_jobs(ids: Iterable[str]) -> list[QueuedJob]:
     return [job for job in jobs if job.id.partition("_")[0] in wanted]
 
 
-def ids_by_name(name: str) -> list[str]:
-    """Ids of queued jobs with this very name: finds a job whose sbatch answer was lost."""
-    text = call(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"])
+def ids_by_name(names: Sequence[str]) -> list[str]:
+    """Ids of queued jobs with these very names: finds jobs whose sbatch answer was lost."""
+    if not names:
+        return []
+    # %F, not %A: of an array that has begun to run, %A gives each element's own.
+    text = call(["squeue", "--me", "--noheader", f"--name={','.join(names)}", "--format=%F"])
     return sorted(set(text.split()))
 
 
@@ -122,10 +131,16 @@ def history(ids: Iterable[str]) -> dict[str, PastJob]:
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """Cancel jobs; ids that are gone are passed over."""
+    """Cancel jobs; ids that are gone are passed over. Raises UserError where some are still there and Slurm does not cancel them."""
     ids = list(ids)
-    if ids:
-        subprocess.run(["scancel", "--quiet", *ids], capture_output=True, timeout=TIMEOUT_S)
+    if not ids:
+        return
+    try:
+        call(["scancel", "--quiet", *ids])
+    except UserError:
+        # Some versions take an id that is gone for a failure.
+        if live_jobs(id_.partition("_")[0] for id_ in ids):
+            raise
 
 
 def release(ids: Iterable[str]) -> None:
@@ -135,6 +150,26 @@ def release(ids: Iterable[str]) -> None:
 def test_only(text: str) -> None:
     """Ask Slurm whether it would take this script, without submitting it. Raises UserError with its reason."""
     call(["sbatch", "--test-only"], stdin=text)
+
+
+CURES = {
+    r"submit.?limit|MaxSubmit": "your site bounds how many jobs you may have queued: use fewer encode.shards or probe.shards, or raise pack in the profile",
+    r"array": "lower max_array_size in the profile",
+    r"account": "set account in the profile to one of yours (sacctmgr show assoc user=$USER format=account)",
+    r"partition": "set partition in the profile to one that sinfo shows",
+    r"qos": "set qos in the profile to one that your account has",
+    r"time limit": "lower time_min of that phase in the profile",
+    r"reservation": "set reservation in the profile to one that scontrol show reservation lists for you",
+    r"licen[sc]e": "set licenses in the profile to what scontrol show licenses lists",
+    r"feature": "set constraint in the profile to a feature that sinfo --format=%f shows",
+    r"node name": "correct exclude in the profile",
+    r"gres|gpu|node configuration|cpu count|memory": "ask for what a node of that partition has: gpus, gpu_type, cpus_per_task, mem_gb in the profile",
+}
+
+
+def cure(reason: str, unknown: str = "correct the cluster profile") -> str:
+    """What to change in the profile for a reason of Slurm's."""
+    return next((said for pattern, said in CURES.items() if re.search(pattern, reason, re.IGNORECASE)), unknown)
 
 
 def accounting_enforced() -> bool:

@@ -8,7 +8,9 @@ those made are cancelled. Run it again at any time: what is done is skipped, a l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -37,6 +39,9 @@ from slurm.lock import held
 from slurm.plan import Batch, plan, python_command, setup_lines, srun_args, teardown_lines, undone
 from slurm.profile import Profile, flags, load_profile, resources, tasks_per_job
 
+MISREAD = re.compile(r"[\x00-\x1f\x7f:,%\\'\"`$]")
+"""In paths: `%` begins a pattern of sbatch's file names, `:` and `,` part a bind's fields, and the rest is no good in scripts."""
+
 SECRET = re.compile(r"(?i)\b(\w*(?:token(?!izers)|secret|password|api_?key)\w*)=\S+")
 
 REQUEUE_S = 10
@@ -44,25 +49,31 @@ REQUEUE_S = 10
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m slurm.submit", description=__doc__)
+    parser = arguments("slurm.submit", __doc__)
+    parser.add_argument("--phase", choices=PHASES, help="this phase alone, its needs done already")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args(argv)
+    return ended(lambda: submit_or_show(args), args.run)
+
+
+def arguments(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """What every command takes that brings a cluster, a config and a run together."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc)
     parser.add_argument("--cluster", default="generic", help="a profile in slurm/clusters/, or a path")
     parser.add_argument("--config", required=True)
     parser.add_argument("--run", required=True)
-    parser.add_argument("--phase", choices=PHASES, help="this phase alone, its needs done already")
-    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
-    return ended(lambda: submit_or_show(args), args.run)
+    return parser
 
 
 def submit_or_show(args: argparse.Namespace) -> int:
     """All checks first, the run directory only then: what is refused leaves nothing behind."""
     queue.forget_overrides()
     profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
-    if args.dry_run:
-        dry_run(config, profile, Path(args.run), args.phase)
-        return 0
     run = own_run(args.run, config)
+    if args.dry_run:
+        dry_run(run, profile, args.phase)
+        return 0
     warnings = check_images(profile)
     todo = undone(config, lambda node: run.done(*node, hashes=False))
     batches = chosen(config, profile, todo, args.phase)
@@ -109,8 +120,8 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
     if not batches:
         return {**journal, "state": "nothing to do"}
     folder = run.path / "submissions" / journal["id"]
-    folder.mkdir(parents=True, mode=0o700)
     record(run, journal)
+    folder.mkdir(mode=0o700)
     ids: dict[str, str] = journal["jobs"]
     try:
         for batch in batches:
@@ -119,11 +130,10 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
         roots = [ids[batch.name] for batch in batches if not batch.needs]
         queue.release(roots)
     except BaseException as error:
-        cancel_all(run, journal)
+        left = taken_back(run, journal)
         if not isinstance(error, (UserError, FailedJobError, FailedSubmissionError, OSError, KeyboardInterrupt)):
             raise
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"Slurm did not take every job ({cause}); those it took were cancelled, nothing runs") from None
+        raise UserError(f"Slurm did not take every job ({cause(error)}); {left}") from None
     journal["state"] = "submitted"
     record(run, journal)
     return journal
@@ -154,8 +164,15 @@ def send(run: RunDir, profile: Profile, batch: Batch, journal: dict[str, Any], f
         run.progress_file(*node).unlink(missing_ok=True)  # an earlier job's
     specs = [str(write_spec(run, profile, batch, element, folder, env)) for element in batch.elements]
     # A map over one element would not be an array; submitted alone it is no array either.
-    jobs = executor.map_array(run_spec, specs) if len(specs) > 1 else [executor.submit(run_spec, specs[0])]
+    with contextlib.redirect_stderr(io.StringIO()):  # on a failure submitit prints what its error says too
+        jobs = executor.map_array(run_spec, specs) if len(specs) > 1 else [executor.submit(run_spec, specs[0])]
     return jobs[0].job_id.partition("_")[0]
+
+
+def cause(error: BaseException) -> str:
+    """What stopped a submission, in sbatch's words, and what to do about it where that is known."""
+    said = re.sub(r"sbatch: (error: )?", "", " ".join(str(error).split())) or "it was interrupted"
+    return f"{said}; {cure}" if (cure := queue.cure(said, "")) else said
 
 
 def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], submission: str, folder: Path) -> dict[str, Any]:
@@ -227,6 +244,9 @@ def own_run(path: str, config: Config) -> RunDir:
     Raises UserError where it is not.
     """
     run = RunDir(Path(path).resolve(), config)  # jobs in an image see the folder itself, not a link that leads there
+    for place in (run.path, ROOT):
+        if found := MISREAD.search(str(place)):
+            raise UserError(f"{str(place)!r} holds {found.group()!r}, which Slurm or Apptainer misreads in a path; use another place")
     if run.path.exists():
         state = run.path.stat()
         if state.st_uid != os.getuid():
@@ -239,32 +259,44 @@ def own_run(path: str, config: Config) -> RunDir:
 
 
 def check_batches(profile: Profile, batches: list[Batch]) -> list[str]:
-    """Warnings about what Slurm cannot say beforehand. Raises UserError where the limit or Slurm would refuse a job.
-
-    Asks `sbatch --test-only` once for each kind of job, without dependencies.
-    """
+    """Warnings about what Slurm cannot say beforehand. Raises UserError where the profile's limit or Slurm would refuse a job."""
     elements = sum(len(batch.elements) for batch in batches)
     if profile.submit_limit is not None and elements > profile.submit_limit:
         raise UserError(
             f"{elements} jobs are more than this cluster's submit_limit of {profile.submit_limit}; use fewer encode.shards or probe.shards, or raise pack"
         )
-    phases = list(dict.fromkeys(batch.phase for batch in batches))
-    for phase in phases:
+    for reason, kinds in refusals(profile, batches).items():
+        raise UserError(f"Slurm would refuse the {', '.join(kinds)} jobs: {reason}; nothing was submitted")
+    unlooked = unchecked(profile, batches)
+    return [unlooked] if unlooked else []
+
+
+def refusals(profile: Profile, batches: list[Batch]) -> dict[str, list[Phase]]:
+    """Why Slurm would refuse jobs and what to do about it, and the phases it is true of. Raises UserError where there is no Slurm.
+
+    Asks `sbatch --test-only` once for each kind of job, with its longest array and without dependencies.
+    """
+    refused: dict[str, list[Phase]] = {}
+    for phase in dict.fromkeys(batch.phase for batch in batches):
         try:
-            queue.test_only(header(profile, phase))
-        except UserError as error:
-            raise UserError(f"Slurm would refuse the {phase} jobs: {error}; correct the cluster profile, nothing was submitted") from None
+            queue.test_only(header(profile, phase, max(len(batch.elements) for batch in batches if batch.phase == phase)))
+        except queue.Refused as error:
+            refused.setdefault(f"{error}; {queue.cure(str(error))}", []).append(phase)
+    return refused
+
+
+def unchecked(profile: Profile, batches: list[Batch]) -> str | None:
+    """What Slurm takes without looking at it where it enforces no accounting."""
     named = [f"account {profile.account}"] if profile.account else []
-    named += dict.fromkeys(f"QOS {qos}" for phase in phases if (qos := resources(profile, phase).qos))
-    if named and not queue.accounting_enforced():
-        return [f"Slurm here enforces no accounting, so {', '.join(named)} went unchecked"]
-    return []
+    named += dict.fromkeys(f"QOS {qos}" for batch in batches if (qos := resources(profile, batch.phase).qos))
+    return f"Slurm here enforces no accounting, so {', '.join(named)} went unchecked" if named and not queue.accounting_enforced() else None
 
 
-def header(profile: Profile, phase: Phase) -> str:
+def header(profile: Profile, phase: Phase, elements: int = 1) -> str:
     """A script with a phase's flags that does nothing, for `sbatch --test-only`."""
-    asked = (f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={value}" for flag, value in flags(profile, phase).items())
-    return "\n".join(["#!/bin/bash", *asked, "true"]) + "\n"
+    asked = [f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={value}" for flag, value in flags(profile, phase).items()]
+    array = [f"#SBATCH --array=0-{elements - 1}"] if elements > 1 else []
+    return "\n".join(["#!/bin/bash", *asked, *array, "true"]) + "\n"
 
 
 def check_token() -> list[str]:
@@ -305,41 +337,45 @@ def unit_ids(journal: dict[str, Any]) -> dict[Node, str]:
 
 
 def cancel_all(run: RunDir, journal: dict[str, Any]) -> None:
-    """Cancel a submission: the jobs it knows, and those, found by name, whose sbatch answer it never heard."""
+    """Cancel a submission: the jobs it knows, and those, found by name, whose sbatch answer it never heard.
+
+    Raises UserError where Slurm does not answer: the journal then still says `submitting`, and the next submission tries again.
+    """
     ids = journal["jobs"]
-    unheard = [entry["name"] for entry in journal["batches"] if entry["name"] not in ids]
-    queue.cancel([*ids.values(), *(id_ for name in unheard for id_ in _by_name(job_name(run, name, journal["id"])))])
+    names = [job_name(run, entry["name"], journal["id"]) for entry in journal["batches"] if entry["name"] not in ids]
+    queue.cancel([*ids.values(), *queue.ids_by_name(names)])
     record(run, {**journal, "state": "cancelled"})
 
 
-def _by_name(name: str) -> list[str]:
+def taken_back(run: RunDir, journal: dict[str, Any]) -> str:
+    """Cancel what a failed submission has sent; what to say of it."""
     try:
-        return queue.ids_by_name(name)
-    except UserError:
-        return []
+        cancel_all(run, journal)
+    except (UserError, OSError) as error:
+        return f"those it took could not be cancelled either ({error}); submit again once it answers, which takes them back first"
+    return "those it took were cancelled, nothing runs"
 
 
 # What is shown
 
 
-def dry_run(config: Config, profile: Profile, path: Path, phase: str | None) -> None:
+def dry_run(run: RunDir, profile: Profile, phase: str | None) -> None:
     """Print every sbatch script as it would be, and what it may cost."""
-    run = RunDir(path, config)
-    done = (lambda node: run.done(*node)) if (run.path / "config.yaml").exists() else (lambda node: False)
-    todo = undone(config, done)
+    todo = undone(run.config, lambda node: run.done(*node))
     todo -= {node for node in todo if node.phase == "fetch" and profile.fetch != "job"}
-    batches = chosen(config, profile, todo, phase)
-    ids = {batch.name: f"<{batch.name}>" for batch in batches}
+    batches = chosen(run.config, profile, todo, phase)
+    ids = {batch.name: f"id-of-{batch.name}" for batch in batches}
+    folder = run.path / "submissions" / "dry-run"
     for batch in batches:
-        given = parameters(run, profile, batch, ids, "dry-run", run.path / "submissions")
+        given = parameters(run, profile, batch, ids, "dry-run", folder)
         python = python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run, batch.phase), sys.executable)
-        command = f"{python} -u -m submitit.core._submit {run.path / 'submissions'}"
+        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
         array: dict[str, Any] = {"map_count": len(batch.elements)} if len(batch.elements) > 1 else {}
-        text = submitit_slurm._make_sbatch_string(command=command, folder=run.path / "submissions", **given, **array)
+        text = submitit_slurm._make_sbatch_string(command=command, folder=folder, **given, **array)
         print(f"### {batch.name}: {', '.join(unit for element in batch.elements for unit in element)}")
         print(SECRET.sub(r"\1=***", text))
     print(f"### {len(batches)} submissions, {sum(len(batch.elements) for batch in batches)} jobs")
-    print(cost_table(config, profile, run, batches))
+    print(cost_table(run.config, profile, run, batches))
 
 
 def show(run: RunDir, profile: Profile, journal: dict[str, Any]) -> None:

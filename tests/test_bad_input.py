@@ -60,6 +60,19 @@ def test_a_partition_slurm_does_not_know_is_found_by_test_only_without_dependenc
     assert asked and not any("dependency" in text for text in asked)
 
 
+def test_an_array_longer_than_slurm_takes(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
+    site.profile.write_text(PROFILE.replace("max_array_size: 2", "max_array_size: 5"))
+    site.fault(max_array_size=4)
+    assert "probe jobs: sbatch failed: allocation failure: Invalid job array" in (said := refused()) and "lower max_array_size" in said
+
+
+@pytest.mark.parametrize("name", ["a:b", "a,b", "50%done", "a\nb", "it's"])
+def test_a_run_whose_path_slurm_or_apptainer_misreads(site: Site, refused, name: str) -> None:  # type: ignore[no-untyped-def]
+    site.path = site.path.parent / name
+    assert "misreads in a path" in refused()
+    assert not site.path.exists()
+
+
 def test_the_run_of_somebody_else(site: Site, refused, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(os, "getuid", lambda: site.path.stat().st_uid + 1)
     assert "belongs to another user" in refused()
@@ -92,15 +105,19 @@ def test_account_and_qos_are_unchecked_where_nobody_enforces_them(site: Site, ca
     assert ("account nobody, QOS high went unchecked" in capsys.readouterr().err) == unchecked
 
 
-def test_an_image_of_another_commit_is_warned_of_and_recorded(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image = tmp_path / "sarm.sif"
+@pytest.mark.parametrize(
+    ("name", "says"), [("sarm-light-KEY.sif", "same contents"), ("sarm-light-0123456789ab.sif", "make images builds a new one"), ("sarm.sif", "does not say")]
+)
+def test_an_image_of_another_commit_is_warned_of_and_recorded(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str) -> None:
+    key = subprocess.run([ROOT / "containers" / "build", "--key", "light"], capture_output=True, text=True, check=True).stdout.strip()
+    image = tmp_path / name.replace("KEY", key)
     image.write_bytes(b"sif")
     first = subprocess.run(["git", "-C", str(ROOT), "rev-list", "--max-parents=0", "HEAD"], capture_output=True, text=True, check=True).stdout.split()[0]
-    image.with_name("sarm.sif.commit").write_text(first)
+    image.with_name(f"{image.name}.commit").write_text(first)
     site.profile.write_text(PROFILE + f"container: {{image: {image}}}\n")
     assert site.submit() == 0
     warned = capsys.readouterr().err
-    assert first[:12] in warned and (git_commit() or "")[:12] in warned and "make images" in warned
+    assert first[:12] in warned and (git_commit() or "")[:12] in warned and says in warned
     assert images.built_from(image) == first
     encode = next(job["text"] for job in site.jobs.values() if job["name"].endswith(".encode"))
     assert f"export SARM_IMAGE_COMMIT={first}" in encode

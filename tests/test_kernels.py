@@ -66,5 +66,8 @@ def test_rotation_equals_llamas(ops, dtype: torch.dtype, heads: int, d: int) -> 
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     expected = apply_rotary_pos_emb(x.float()[None].transpose(1, 2), x.float()[None].transpose(1, 2), cos.float()[None], sin.float()[None])[0]
     with torch.no_grad():
+        turned, before = ops.rotate(x, cos, sin), fused.clone()
         # Plain torch rounds both products to bf16 before their sum.
-        torch.testing.assert_close(ops.rotate(x, cos, sin).float(), expected[0].transpose(0, 1), rtol=0, atol=2e-6 if dtype == torch.float32 else 2**-5)
+        torch.testing.assert_close(turned.float(), expected[0].transpose(0, 1), rtol=0, atol=2e-6 if dtype == torch.float32 else 2**-5)
+        ops.rotate(x, cos, sin, into=x)
+        assert torch.equal(x, turned) and torch.equal(fused[:, :d], before[:, :d]) and torch.equal(fused[:, (heads + 1) * d :], before[:, (heads + 1) * d :])

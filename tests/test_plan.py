@@ -35,13 +35,16 @@ def test_lora_on_one_gpu_by_hand() -> None:
     assert plan.stays["KV cache"] * GIB == 32 * 192 * 131072  # 131 kB a token
     # 4 d_model + q, k, v and attention's output + 3 f, in bf16
     kept = 32 * 192 * 32 * 2 * (4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
-    assert plan.comes_and_goes["update"] * GIB == pytest.approx(kept + 4096 * 128256 * 3)
+    # The pass is recorded, so it keeps its memory.
+    assert plan.recorded and plan.stays["recorded pass"] * GIB == pytest.approx(kept + 4096 * 128256 * 3)
+    twice = make_plan(REFERENCE_JOB.model_copy(update={"num_ppo_epochs": 2}), LLAMA_8B, SARM_BYTES, Gpus(1, 79.2))
+    assert not twice.recorded and twice.comes_and_goes["update"] == plan.stays["recorded pass"]
 
 
 def test_full_fine_tuning_of_8b_fits_one_gpu_in_eight_bytes() -> None:
     plan = make_plan(REFERENCE_JOB.model_copy(update={"lora": None}), LLAMA_8B, SARM_BYTES, Gpus(1, 79.2))
     assert (plan.zero_stage, plan.weights) == (0, "compact")
-    assert plan.visiting_layers == 32 and plan.peak_gib < 0.95 * 78
+    assert plan.visiting_layers == 32 and plan.peak_gib < 0.95 * 78 and not plan.recorded
 
 
 def test_four_gpus_keep_float32_masters_by_zero_2() -> None:

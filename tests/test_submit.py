@@ -57,6 +57,17 @@ def test_all_or_nothing(site: Site, fault: str, at: int, capsys: pytest.CaptureF
     assert sum(job["state"] == "PENDING" for job in site.jobs.values()) == 13
 
 
+def test_a_submission_that_cannot_be_taken_back_says_so_and_the_next_one_does_it(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.fault(lose=4, deaf=["squeue", "scancel"])
+    assert site.submit() == 2
+    assert "could not be cancelled either" in capsys.readouterr().err
+    first = set(site.jobs)
+    assert not any(job["state"] == "CANCELLED" for job in site.jobs.values())
+    site.fault()
+    assert site.submit() == 0
+    assert {site.jobs[id_]["state"] for id_ in first} == {"CANCELLED"} and len(set(site.jobs) - first) == 13
+
+
 def test_submitting_again_attaches_to_what_is_running(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.submit()
     before = set(site.jobs)
@@ -233,7 +244,15 @@ def test_a_submit_limit_is_kept(site: Site, capsys: pytest.CaptureFixture[str]) 
         ('account: "a\\nb"', "allowed"),
         ("environment: {X: '$(id)'}", "allowed"),
         ("environment: {HF_TOKEN: abc}", "secret"),
-        ("extra: {dependency: 'afterok:1'}", "managed"),
+        ("extra: {dependency: 'afterok:1'}", "launcher manages"),
+        ("extra: {part: gpu}", "part is sbatch's --partition"),
+        ("extra: {wait: true}", "launcher manages"),
+        ("extra: {nice: 100}", "extra.nice: must be text; put .* in quotes$"),
+        ("environment: {http_proxy: 'http://me:pass@proxy:3128'}", "password"),
+        ("modules: apptainer", "must be a list"),
+        ("container: {image: x, bind: [/a]}", "container.bind: unknown key .did you mean binds"),
+        ("partition: a\npartition: b", "given twice"),
+        ("phases: {ppo: {time_min: 3}}", "over half of ppo's time limit"),
         ("max_array_size: 0", "greater"),
         ("phases: {probes: {time_min: 1}}", "phases"),
     ],

@@ -82,21 +82,3 @@ def make_actor(policy: Any, ppo: PpoConfig, seed: int, lean: bool = False, recom
     if recompute and not actor.lean:
         base_model(policy).gradient_checkpointing_enable({"use_reentrant": False})
     return actor
-
-
-@torch.no_grad()
-def lay_side_by_side(policy: Any) -> None:
-    """Let projections that read the same input lie one after another in memory, so that all of them are one view.
-
-    The parameters stay what they are; of LoRA, the weights beneath. ZeRO lays its parameters out by itself, so call this
-    before. Anything but a Llama's layers is left alone.
-    """
-    if not trunk.knows(policy):
-        return
-    for layer in base_model(policy).model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
-            weights = [getattr(module, "base_layer", module).weight for module in modules]
-            together = torch.cat([w.data for w in weights])
-            for weight, part in zip(weights, together.split([len(w) for w in weights]), strict=True):
-                weight.data = part

@@ -186,6 +186,7 @@ class LlamaWeights:
         self.model: Any = base_model(model)
         self.config = self.model.config
         self._copies: dict[str, Tensor] = {}
+        self._lay: list[int] = []
         self.refresh()
 
     @staticmethod
@@ -216,6 +217,10 @@ class LlamaWeights:
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the copies up to date. A collective under ZeRO-3, whose partitions it gathers layer by layer."""
+        lie = [p.data_ptr() for p in self.model.parameters()]
+        if lie == self._lay and not self._copies:
+            return  # the model's own weights, where they were
+        self._lay = lie
         trunk = self.model.model
         self.layers = [self._layer(f"{i}", layer) for i, layer in enumerate(trunk.layers)]
         with gathered(trunk.norm, trunk.embed_tokens, self.model.lm_head):

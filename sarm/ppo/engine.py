@@ -55,7 +55,8 @@ class PlainEngine:
         return found
 
     def train(self, mode: bool = True) -> Any:
-        self.actor.train(mode)
+        if self.actor.training != mode:  # it visits every module
+            self.actor.train(mode)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sarm.kernels import add_rms_norm, rms_norm, silu_mul
-from sarm.ppo.decoders import Decoded, LlamaWeights, Progress, Sampling, empty_decoded, rotary, rotated
+from sarm.kernels import add_rms_norm, rms_norm, rotate, silu_mul
+from sarm.ppo.decoders import Decoded, LlamaWeights, Progress, Sampling, empty_decoded, rotary
 from sarm.ppo.kernels import advance, attend, draw
 from sarm.ppo.sampling import sample, uniforms
 
@@ -128,19 +128,23 @@ class Slots:
         s = max(map(len, prompts))
         if s == 0:
             return
-        w, eps, where = self.weights, self.weights.config.rms_norm_eps, _on(self.device, slots)
+        w, eps = self.weights, self.weights.config.rms_norm_eps
+        run = slice(slots[0], slots[0] + len(slots))
+        where = run if list(slots) == list(range(run.start, run.stop)) else _on(self.device, slots)  # a run is written without an index
         b, heads, kv, d = len(prompts), w.heads, w.kv_heads, w.head_dim
         ids = _on(self.device, [[*p, *[0] * (s - len(p))] for p in prompts])
+        cos, sin = (t[:s].repeat(b, 1) for t in (self.cos, self.sin))
         x = F.embedding(ids, w.embedding).flatten(0, 1)
         normed = rms_norm(x, w.layers[0].input_norm, eps)
         for i, layer in enumerate(w.layers):
-            qkv = F.linear(normed, layer.qkv).view(b, s, heads + 2 * kv, d).transpose(1, 2)
-            qk = rotated(qkv[:, : heads + kv], self.cos[:s], self.sin[:s])
-            values = qkv[:, heads + kv :]
-            self.keys[i, where, :, :s], self.values[i, where, :, :s] = qk[:, heads:], values
+            together = F.linear(normed, layer.qkv).view(b * s, heads + 2 * kv, d)
+            turning = together[:, : heads + kv]
+            rotate(turning, cos, sin, into=turning)
+            queries, keys, values = together.view(b, s, -1, d).transpose(1, 2).split([heads, kv, kv], 1)
+            self.keys[i, where, :, :s], self.values[i, where, :, :s] = keys, values
             if i + 1 == len(w.layers):
                 return
-            mixed = F.scaled_dot_product_attention(qk[:, :heads], qk[:, heads:], values, is_causal=True, enable_gqa=heads != kv)
+            mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=heads != kv)
             mixed = mixed.transpose(1, 2).reshape(b * s, heads * d)
             normed, x = add_rms_norm(F.linear(mixed, layer.o), x, layer.post_norm, eps)
             normed, x = add_rms_norm(F.linear(silu_mul(F.linear(normed, layer.gate_up)), layer.down), x, w.layers[i + 1].input_norm, eps)
@@ -191,7 +195,7 @@ class GraphDecoder:
 
         while waiting or held:
             if waiting and (len(free) * REFILL_SHARE >= slots.shape.slots or len(free) >= len(waiting) or not held):
-                taken = [(free.pop(), waiting.popleft()) for _ in range(min(len(free), len(waiting)))]
+                taken = [(free.pop(0), waiting.popleft()) for _ in range(min(len(free), len(waiting)))]
                 held.update(taken)
                 slots.begin([prompts[i] for _, i in taken], [slot for slot, _ in taken], noise[_on(self.device, [i for _, i in taken])])
                 watch.forget()
@@ -199,7 +203,7 @@ class GraphDecoder:
             ended = [slot for slot in watch.ended() if slot in held]
             if ended:
                 harvest(ended)
-                free += ended
+                free = sorted([*free, *ended])
                 if progress:
                     progress(n - len(waiting) - len(held), n)
         return Decoded(responses.cpu(), logprobs.cpu(), lengths.cpu())

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -201,15 +202,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     A response ends its episode: the value after its last token is 0. Positions outside the mask pass nothing on.
     """
-    advantages = torch.zeros_like(rewards)
-    ahead = torch.zeros_like(rewards[:, 0])
-    next_value = torch.zeros_like(rewards[:, 0])
-    for at in reversed(range(rewards.shape[1])):
-        delta = rewards[:, at] + gamma * next_value - values[:, at]
-        ahead = torch.where(mask[:, at], delta + gamma * lam * ahead, 0.0)
-        next_value = torch.where(mask[:, at], values[:, at], 0.0)
-        advantages[:, at] = ahead
-    return Advantages(advantages, torch.where(mask, advantages + values, 0.0))
+    # In numpy, of which a call on so little takes a fifth of torch's.
+    r, v, live = (x.T.contiguous().cpu().numpy() for x in (rewards, values, mask))
+    advantages = np.zeros_like(r)
+    ahead = next_value = np.zeros_like(r[0])
+    for at in reversed(range(len(r))):
+        delta = r[at] + gamma * next_value - v[at]
+        ahead = advantages[at] = np.where(live[at], delta + gamma * lam * ahead, 0)
+        next_value = np.where(live[at], v[at], 0)
+    found = torch.from_numpy(advantages.T.copy()).to(rewards.device)
+    return Advantages(found, torch.where(mask, found + values, 0.0))
 
 
 class Moments(NamedTuple):

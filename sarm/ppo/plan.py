@@ -122,6 +122,8 @@ class Plan(NamedTuple):
     """GiB a GPU, at most, in each phase of a step."""
     train_s: float
     """Of a step: reference, judge, update, optimizer."""
+    recorded: bool
+    """Whether the pass over the batch becomes CUDA graphs (`recorded.py`), which keep its memory for themselves."""
 
     @property
     def peak_gib(self) -> float:
@@ -135,7 +137,7 @@ class Plan(NamedTuple):
 def unplanned(ppo: PpoConfig, layers: int) -> Plan:
     """For a CPU (no `layers` to compute again) or a model that is not a bf16 Llama: what the config says, without a count of memory."""
     recompute = layers if ppo.gradient_checkpointing in (None, True) else 0
-    return Plan(ppo.zero_stage or 0, ppo.weights or "float32_master", ppo.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS, recompute, 0, {}, {}, 0.0)
+    return Plan(ppo.zero_stage or 0, ppo.weights or "float32_master", ppo.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS, recompute, 0, {}, {}, 0.0, False)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -148,17 +150,19 @@ def make_plan(ppo: PpoConfig, policy: Shape, sarm_bytes: float, gpus: Gpus, *, l
     """
     rows = math.ceil(ppo.batch_size / ppo.num_mini_batches / gpus.number)
     longest = ppo.max_prompt_tokens + ppo.max_new_tokens
+    once = ppo.num_ppo_epochs * ppo.num_mini_batches == 1
     best: Plan | None = None
     for stage, weights in _ways(ppo, gpus.number):
         plans = [
-            _plan(ppo, policy, sarm_bytes, gpus.number, stage, weights, lean and stage < 3, micro_rows * longest, recompute, visiting)
+            _plan(ppo, policy, sarm_bytes, gpus.number, stage, weights, lean and stage < 3, micro_rows * longest, recompute, visiting, recorded)
             for micro_rows in _micro_batches(ppo, rows, longest)
             for recompute in _recomputed(ppo, policy.layers, lean and stage < 3)
             for visiting in _visiting(ppo, policy.layers, lean)
+            for recorded in ((True, False) if once and lean and stage == recompute == visiting == 0 and micro_rows == rows else (False,))
         ]
         fitting = [plan for plan in plans if plan.peak_gib <= MARGIN * gpus.usable_gib]
         if fitting:
-            return min(fitting, key=lambda plan: (plan.train_s, plan.visiting_layers, plan.peak_gib))
+            return min(fitting, key=lambda plan: (plan.train_s, plan.visiting_layers, not plan.recorded, plan.peak_gib))
         best = min([*plans, *([best] if best else [])], key=lambda plan: plan.peak_gib)
     assert best is not None
     kind = "LoRA" if ppo.lora else "full fine-tuning"
@@ -208,7 +212,17 @@ def _visiting(ppo: PpoConfig, layers: int, lean: bool) -> list[int]:
 
 
 def _plan(
-    ppo: PpoConfig, policy: Shape, sarm_bytes: float, gpus: int, stage: int, weights: str, lean: bool, tokens: int, recompute: int, visiting: int
+    ppo: PpoConfig,
+    policy: Shape,
+    sarm_bytes: float,
+    gpus: int,
+    stage: int,
+    weights: str,
+    lean: bool,
+    tokens: int,
+    recompute: int,
+    visiting: int,
+    recorded: bool,
 ) -> Plan:
     """One way of cutting the work, with its memory and time; `tokens` of a micro-batch."""
     p, full = policy.parameters, ppo.lora is None
@@ -242,6 +256,9 @@ def _plan(
         # As gradients come, layer by layer, what the layers kept goes: the peak is at one end.
         "update": max(kept + logits + head_gradient, gradients + passing),
     }
+    if recorded:
+        stays["recorded pass"] = max(goes.pop("update"), goes.pop("reference"))
+        goes["score"] -= kept
     updates = ppo.num_ppo_epochs * ppo.num_mini_batches
     micros = math.ceil(rows * longest / ppo.num_mini_batches / tokens)
     forward = 2 * (policy.layers * policy.layer * rows * longest + policy.embedding * rows * ppo.max_new_tokens) / RATES.train
@@ -250,7 +267,7 @@ def _plan(
     small = 6 * p * micros * ppo.num_ppo_epochs / RATES.copy  # each micro-batch reads all weights a few times
     step = updates * 12 * p / gpus ** (stage > 0) / RATES.copy if full else 0.0
     in_gib = lambda parts: {name: size / GIB for name, size in parts.items()}  # noqa: E731
-    return Plan(stage, weights, tokens, recompute, visiting, in_gib(stays), in_gib(goes), (1 + passes) * forward + small + step)
+    return Plan(stage, weights, tokens, recompute, visiting, in_gib(stays), in_gib(goes), (1 + passes) * forward + small + step, recorded)
 
 
 def _optimizer_bytes(ppo: PpoConfig, policy: Shape, weights: str, gpus: int, stage: int) -> float:
@@ -348,7 +365,8 @@ def report(config: Config, gpus: Gpus) -> str:
         f"peak              {plan.peak_gib:6.2f} of {gpus.usable_gib:.1f} that torch may reserve",
         "",
         f"zero_stage {plan.zero_stage}, weights {plan.weights}, micro_batch_tokens {plan.micro_batch_tokens}, "
-        f"{plan.recompute_layers} of {policy.layers} layers computed again, {plan.visiting_layers} of the reference's on the host",
+        f"{plan.recompute_layers} of {policy.layers} layers computed again, {plan.visiting_layers} of the reference's on the host"
+        + (", the pass over the batch recorded as CUDA graphs" if plan.recorded else ""),
         f"a step of {step_s:.2f} s at an H100's rates: rollout {rollout_s:.2f}, score {score_s:.2f}, training {plan.train_s:.2f}",
         f"{units} policies of {ppo.steps} steps: {hours:.1f} GPU-hours, starting up and checkpoints aside",
         f"disk: {policies:.1f} GB of policies, and up to {ppo.keep_last + 1} checkpoints of {checkpoint:.1f} GB for each one in training",

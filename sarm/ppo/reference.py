@@ -23,6 +23,8 @@ class Reference:
     def __init__(self, policy: Any, visiting_layers: int = 0) -> None:
         self.model: Any = copy.deepcopy(policy).requires_grad_(False).eval()
         self.lean = trunk.knows(self.model)
+        if next(self.model.parameters()).is_cuda:
+            trunk.lay_side_by_side(self.model)
         layers = list(self.model.model.layers)
         self.layers: Sequence[Any] | VisitingLayers = VisitingLayers(layers, visiting_layers) if visiting_layers else layers
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -111,6 +112,16 @@ def packs(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return batches
 
 
+class Steps(NamedTuple):
+    """What sizes are rounded up to, so that batches of like size have one shape."""
+
+    positions: int
+    tokens: int
+
+
+EXACT = Steps(1, 1)
+
+
 class Teacher(NamedTuple):
     """Prompts and their responses as one right-padded batch; what `forced` makes. Causal attention needs no mask."""
 
@@ -122,17 +133,22 @@ class Teacher(NamedTuple):
     """(n,) int64, those tokens."""
 
 
-def forced(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Teacher:
-    """The batch for teacher forcing."""
-    s = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+def forced(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device: torch.device, steps: Steps = EXACT) -> Teacher:
+    """The batch for teacher forcing. Past the response tokens `predicts` and `labels` are 0 up to a whole step."""
+    s = _rounded_up(max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), steps.positions)
     ids = torch.full((len(prompts), s), pad_id)
     predicts = torch.zeros_like(ids, dtype=torch.bool)
     for row, (p, r) in enumerate(zip(prompts, responses, strict=True)):
         ids[row, : len(p) + len(r)] = torch.tensor([*p, *r])
         predicts[row, len(p) - 1 : len(p) + len(r) - 1] = True
     labels = torch.tensor([token for r in responses for token in r], dtype=torch.int64)
+    room = (0, _rounded_up(len(labels), steps.tokens) - len(labels))
     # As numbers: indexing with booleans on a GPU would wait for it to count them.
-    return Teacher(ids.to(device), predicts.flatten().nonzero().squeeze(1).to(device), labels.to(device))
+    return Teacher(ids.to(device), F.pad(predicts.flatten().nonzero().squeeze(1), room).to(device), F.pad(labels, room).to(device))
+
+
+def _rounded_up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 @torch.no_grad()

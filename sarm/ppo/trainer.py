@@ -26,17 +26,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sarm.config import PpoConfig, UserError
 from sarm.datasets import Prompt
 from sarm.ppo import objective, trunk
-from sarm.ppo.actor import Forward, lay_side_by_side, make_actor
+from sarm.ppo.actor import Forward, make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.checkpoint import engine_tensors, restore_engine
 from sarm.ppo.clock import BusyGpu, Clock, read_later
 from sarm.ppo.decoders import CacheDecoder, Decoder, decoder_for
 from sarm.ppo.engine import start_engine
 from sarm.ppo.plan import Gpus, Plan, make_plan, shape_of, unplanned
+from sarm.ppo.recorded import Recorded
 from sarm.ppo.reference import Reference
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
-from sarm.ppo.rollout import Rollout, forced, generate, prompt_ids, response_text, stop_ids
+from sarm.ppo.rollout import EXACT, Rollout, Steps, forced, generate, prompt_ids, response_text, stop_ids
 from sarm.ppo.world import World
+
+RECORDED_STEPS = Steps(positions=64, tokens=512)
 
 
 class Drawn(NamedTuple):
@@ -68,6 +71,19 @@ class Experience(NamedTuple):
 
     def length(self, row: int) -> int:
         return len(self.prompts[row]) + int(self.mask[row].sum())
+
+
+class Credit(NamedTuple):
+    """What `credit` finds."""
+
+    experience: Experience
+    running: objective.RunningSd
+    """With this step's rewards."""
+    judged: Judged
+    kl: Tensor
+    """(B, t), to the reference."""
+    rewards: Tensor
+    """(B, t)."""
 
 
 class Progress(NamedTuple):
@@ -120,10 +136,14 @@ class Trainer:
         self.reference = None if ppo.lora else Reference(policy, self.plan.visiting_layers)
         cuda = world.device.type == "cuda"
         if cuda:
-            lay_side_by_side(policy)
+            trunk.lay_side_by_side(policy)
         # ZeRO 3 gathers a module's weights when it is called, which the lean forward does not.
         self.actor = make_actor(policy, ppo, seed, lean=cuda and self.plan.zero_stage < 3, recompute=self.plan.recompute_layers).to(world.device)
         self.engine = start_engine(self.actor, ppo, seed, world)
+        self.recorded: Recorded | None = None
+        if self.plan.recorded:
+            frozen = [] if self.reference is None else list(self.reference.model.parameters())
+            self.recorded = Recorded(self._judged, self.actor.trainable(), [*self.actor.parameters(), *frozen])
         self.decoder: Decoder = decoder_for(self.actor.policy)
         if isinstance(self.decoder, CacheDecoder) and self.engine.zero_stage == 3:
             # Its forward would gather weights at every token, and ranks decode for different numbers of tokens.
@@ -178,16 +198,18 @@ class Trainer:
         self.clock.mark("score")
         scores = self.score(drawn, rollout)
         self.clock.mark("credit")
-        experience, running, metrics = self.credit(rollout, scores, judged())
-        metrics |= self.update(experience, step, forward)
+        credit = self.credit(rollout, scores, judged())
+        updated = self.update(credit.experience, step, forward)
         self.clock.mark("refresh")
         self.decoder.refresh()
+        # While the GPU updates, what is only to be logged is added up.
+        metrics = self.credit_metrics(rollout, scores, credit) | updated()
         kl_coef = objective.next_kl_coef(
             self.progress.kl_coef, metrics["objective/kl"], len(drawn), self.ppo.kl_controller, self.ppo.kl_target, self.ppo.kl_horizon
         )
         phases = self.clock.seconds()
         seconds = time.perf_counter() - started
-        self.progress = Progress(step + 1, kl_coef, running, self.progress.training_s + seconds)
+        self.progress = Progress(step + 1, kl_coef, credit.running, self.progress.training_s + seconds)
         return metrics | self._pace(rollout, phases, seconds)
 
     def draw(self, rows: Sequence[int]) -> list[Drawn]:
@@ -253,13 +275,13 @@ class Trainer:
         self.engine.train(once)
         parts, forward = [], None
         for rows in batches[self.world.rank]:
-            self.clock.mark("reference")
+            # A mark cannot be recorded, so of a recorded pass the reference's share is not told apart.
+            self.clock.mark("reference" if self.recorded is None else "judge")
             inputs = self._forced(rollout.prompts, rollout.responses, rollout.mask, rows)
-            with torch.no_grad():
-                ref_logprobs = self._reference_logprobs(inputs)
-            self.clock.mark("judge")
             with torch.set_grad_enabled(once):
-                forward = Forward(*self.engine(*inputs, self.ppo.temperature))
+                found = self.recorded(*inputs) if self.recorded is not None and once else self._judged(*inputs)
+            tokens = int(rollout.mask[rows or [0]].sum())
+            ref_logprobs, forward = found[0][:tokens], Forward(*(out[:tokens] for out in found[1:]))
             if rows:
                 parts.append(torch.stack([forward.logprobs, ref_logprobs, forward.values]).detach())
         hands = [[row for rows in own for row in rows] for own in batches]
@@ -274,20 +296,29 @@ class Trainer:
 
         return judged, forward if once else None
 
-    def _reference_logprobs(self, forward: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _judged(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The reference's log-probabilities (n,), and what `Forward` holds."""
+        with torch.no_grad():
+            ref_logprobs = self._reference_logprobs(*inputs)
+        if self.recorded is None:
+            self.clock.mark("judge")
+        return ref_logprobs, *self.engine(*inputs, self.ppo.temperature)
+
+    def _reference_logprobs(self, ids: Tensor, predicts: Tensor, labels: Tensor) -> Tensor:
         """(n,)."""
         if self.reference is None:
             with self.actor.policy.disable_adapter():
-                return self.engine(*forward, self.ppo.temperature)[0]
-        return self.reference.logprobs(*forward, self.ppo.temperature)
+                return self.engine(ids, predicts, labels, self.ppo.temperature)[0]
+        return self.reference.logprobs(ids, predicts, labels, self.ppo.temperature)
 
     def _forced(self, prompts: Sequence[list[int]], responses: Tensor, mask: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """`rollout.forced` of some rows; of the first row where there are none, its result to be thrown away."""
         rows = rows or [0]
-        return forced([prompts[i] for i in rows], [responses[i][mask[i]].tolist() for i in rows], self.pad_id, self.world.device)
+        steps = RECORDED_STEPS if self.recorded is not None else EXACT
+        return forced([prompts[i] for i in rows], [responses[i][mask[i]].tolist() for i in rows], self.pad_id, self.world.device, steps)
 
-    def credit(self, rollout: Rollout, scores: Scores, judged: Judged) -> tuple[Experience, objective.RunningSd, dict[str, float]]:
-        """Token rewards and advantages, the same on every rank; the running statistics and metrics that go with them."""
+    def credit(self, rollout: Rollout, scores: Scores, judged: Judged) -> Credit:
+        """Token rewards and advantages, the same on every rank."""
         ppo, mask = self.ppo, rollout.mask
         kl = objective.kl_per_token(judged.old_logprobs, judged.ref_logprobs, ppo.kl_estimator, ppo.log_ratio_max)
         docked = objective.dock_missing_eos(scores.total, ~rollout.truncated, ppo.missing_eos_penalty)
@@ -300,24 +331,28 @@ class Trainer:
         if ppo.whiten_advantages:
             advantages = objective.whiten(advantages, mask, _alone)
         experience = Experience(rollout.prompts, rollout.responses, mask, judged.old_logprobs, judged.values, advantages, returns)
+        return Credit(experience, running, judged, kl, rewards)
+
+    def credit_metrics(self, rollout: Rollout, scores: Scores, credit: Credit) -> dict[str, float]:
+        """Means over the batch of what `credit` was given and found."""
+        mask, judged = rollout.mask, credit.judged
         per_sequence = lambda x: float(torch.where(mask, x, 0.0).sum(1).mean())  # noqa: E731
         drift = (judged.old_logprobs - rollout.logprobs)[mask]
-        metrics = {
+        return {
             "objective/kl": per_sequence(judged.old_logprobs - judged.ref_logprobs),
             "objective/entropy": per_sequence(-judged.old_logprobs),
-            "objective/non_score_reward": per_sequence(-self.progress.kl_coef * kl),
-            "objective/rlhf_reward": per_sequence(rewards),
+            "objective/non_score_reward": per_sequence(-self.progress.kl_coef * credit.kl),
+            "objective/rlhf_reward": per_sequence(credit.rewards),
             "objective/kl_coef": self.progress.kl_coef,
-            "objective/reward_sd": running.sd,
-            "val/explained_variance": objective.explained_variance(judged.values, returns, mask, _alone),
+            "objective/reward_sd": credit.running.sd,
+            "val/explained_variance": objective.explained_variance(judged.values, credit.experience.returns, mask, _alone),
             "val/num_eos_tokens": float((~rollout.truncated).sum()),
             "response/length": float(mask.sum(1).float().mean()),
             "response/truncated": float(rollout.truncated.float().mean()),
             "prompts/too_long": float(self.long_prompts),
             "rollout/logprob_mismatch": float(drift.abs().mean()),
             "rollout/logprob_mismatch_max": float(drift.abs().max()),
-        }
-        return experience, running, metrics | self._score_metrics(scores)
+        } | self._score_metrics(scores)
 
     def _score_metrics(self, scores: Scores) -> dict[str, float]:
         metrics = self.reward.metrics(scores)
@@ -328,8 +363,11 @@ class Trainer:
             metrics |= {f"rate/{m.latent}": rate for m, rate in zip(monitored, rates, strict=True)}
         return metrics
 
-    def update(self, experience: Experience, step: int, forward: Forward | None = None) -> dict[str, float]:
-        """The optimizer steps over one batch; metrics over all of them. `forward` is `judge`'s. Raises NotFinite."""
+    def update(self, experience: Experience, step: int, forward: Forward | None = None) -> Callable[[], dict[str, float]]:
+        """Start the optimizer steps over one batch; a function that waits for them and gives metrics over all of them.
+
+        `forward` is `judge`'s. Both raise NotFinite.
+        """
         ppo = self.ppo
         self.engine.train()
         lr = objective.learning_rate(step, steps=ppo.steps, peak=ppo.learning_rate, schedule=ppo.lr_schedule, warmup_steps=ppo.warmup_steps)
@@ -345,13 +383,17 @@ class Trainer:
                 sums.append(self.accumulate(experience, rows, updated=bool(norms), forward=forward))
                 norms.append(self.optimizer_step())
                 stopped = objective.kl_stop(sums[-1][0], ppo.kl_stop, _alone)
-        metrics = objective.policy_means(objective.total_sums([p for p, _ in sums], _alone))
-        metrics |= objective.value_means(objective.total_sums([v for _, v in sums], _alone))
-        norm = float(torch.stack(norms).mean())
-        if not math.isfinite(norm):
-            raise NotFinite("the gradient", updated=True)
-        metrics["loss/total"] = metrics["loss/policy_avg"] + ppo.vf_coef * metrics["loss/value_avg"]
-        return metrics | {"lr": lr, "policy/grad_norm": norm, "policy/updates": float(len(norms)), "policy/kl_stopped": float(stopped)}
+
+        def updated() -> dict[str, float]:
+            metrics = objective.policy_means(objective.total_sums([p for p, _ in sums], _alone))
+            metrics |= objective.value_means(objective.total_sums([v for _, v in sums], _alone))
+            norm = float(torch.stack(norms).mean())
+            if not math.isfinite(norm):
+                raise NotFinite("the gradient", updated=True)
+            metrics["loss/total"] = metrics["loss/policy_avg"] + ppo.vf_coef * metrics["loss/value_avg"]
+            return metrics | {"lr": lr, "policy/grad_norm": norm, "policy/updates": float(len(norms)), "policy/kl_stopped": float(stopped)}
+
+        return updated
 
     def optimizer_step(self) -> Tensor:
         """The norm of the gradient before clipping."""
@@ -385,10 +427,8 @@ class Trainer:
         ppo = self.ppo
         logprobs, entropy, values = forward or self.engine(*self._forced(experience.prompts, experience.responses, experience.mask, rows), ppo.temperature)
         at = rows or [0]
-        mask = experience.mask[at]
-        old_logprobs, old_values, advantages, returns = (
-            field[at][mask].to(logprobs.device) for field in (experience.old_logprobs, experience.old_values, experience.advantages, experience.returns)
-        )
+        fields = torch.stack([experience.old_logprobs, experience.old_values, experience.advantages, experience.returns])
+        old_logprobs, old_values, advantages, returns = fields[:, at][:, experience.mask[at]].to(logprobs.device)
         counts = torch.full_like(logprobs, bool(rows), dtype=torch.bool)
         policy = objective.policy_loss(
             logprobs,

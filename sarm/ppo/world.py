@@ -68,14 +68,15 @@ class World:
     def gather(self, values: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
         """(B, ...): rank r's `values` (len(rows[r]), ...) put at `rows[r]`, which together are 0 ... B-1."""
         total, most = sum(map(len, rows)), max(map(len, rows))
+        whole = values.new_zeros(total, *values.shape[1:])
+        if self.size == 1:
+            whole[list(rows[0])] = values
+            return whole
         padded = values.new_zeros(most, *values.shape[1:]).to(self.device)
         padded[: len(values)] = values.to(self.device)
-        parts = [padded]
-        if self.size > 1:
-            sent = padded.to(torch.uint8) if padded.dtype == torch.bool else padded  # NCCL knows no bool
-            parts = [torch.empty_like(sent) for _ in rows]
-            dist.all_gather(parts, sent)
-        whole = values.new_zeros(total, *values.shape[1:])
+        sent = padded.to(torch.uint8) if padded.dtype == torch.bool else padded  # NCCL knows no bool
+        parts = [torch.empty_like(sent) for _ in rows]
+        dist.all_gather(parts, sent)
         for part, at in zip(parts, rows, strict=True):
             whole[list(at)] = part[: len(at)].to(whole)
         return whole

@@ -3,7 +3,8 @@
 `install(folder)` links it under each name; put that folder first on PATH. Its state is a JSON file in
 $FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch fails), {"lose": N} (its answer is
 lost), {"unknown_partition": true}, {"no_sacct": true}, {"enforce": "associations"} (accounting, at submission),
-{"flags": {"--account=nobody": "Invalid account"}} (what test-only refuses), {"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT}.
+{"flags": {"--account=nobody": "Invalid account"}} (what test-only refuses), {"max_array_size": 5}, {"deaf": ["squeue"]} (commands
+that reach no controller), {"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT}.
 """
 
 import fcntl
@@ -40,6 +41,9 @@ def main(name: str, argv: list[str]) -> int:
         path = home / "state.json"
         state = json.loads(path.read_text()) if path.exists() else {"jobs": {}, "calls": 0}
         faults = json.loads((home / "faults.json").read_text()) if (home / "faults.json").exists() else {}
+        if name in faults.get("deaf", ()):
+            print(f"{name}: error: Unable to contact slurm controller (connect failure)", file=sys.stderr)
+            return 1
         try:
             return COMMANDS[name](argv, state, faults)
         finally:
@@ -52,6 +56,10 @@ def sbatch(argv: list[str], state: dict, faults: dict) -> int:
         state.setdefault("test_only", []).append(text)
         if faults.get("unknown_partition") and "--partition=" in text:
             print("sbatch: error: invalid partition specified: nowhere", file=sys.stderr)
+            return 1
+        array = re.search(r"^#SBATCH --array=0-(\d+)", text, re.MULTILINE)
+        if array and int(array.group(1)) >= faults.get("max_array_size", 1001):
+            print("allocation failure: Invalid job array specification", file=sys.stderr)
             return 1
         for flag, reason in faults.get("flags", {}).items():
             if f"{flag}\n" in text:
@@ -83,11 +91,11 @@ def sbatch(argv: list[str], state: dict, faults: dict) -> int:
 
 
 def squeue(argv: list[str], state: dict, faults: dict) -> int:
-    name = next((word.removeprefix("--name=") for word in argv if word.startswith("--name=")), None)
+    names = next((word.removeprefix("--name=").split(",") for word in argv if word.startswith("--name=")), None)
     for id_, job in state["jobs"].items():
-        if job["state"] not in ("PENDING", "RUNNING") or (name is not None and job["name"] != name):
+        if job["state"] not in ("PENDING", "RUNNING") or (names is not None and job["name"] not in names):
             continue
-        if "--format=%A" in argv:
+        if "--format=%F" in argv:
             print(id_)
         else:
             for shown in [f"{id_}_{i}" for i in range(job["elements"])] or [id_]:

@@ -1,0 +1,66 @@
+"""A recorded pass against the eager one: outputs and gradients to the bit, over steps that move the weights and change the shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sarm.ppo import trunk
+from sarm.ppo.actor import make_actor
+from sarm.ppo.recorded import REPEATS, Recorded
+from sarm.ppo.rollout import EXACT, Steps, forced
+from tests.ranks import tiny_ppo
+
+PROMPTS, RESPONSES = [[5, 9, 12, 40], [7, 300, 8]], [[33, 21, 4], [90, 14, 77, 61, 2]]
+
+
+def test_rounding_up_a_batch_changes_nothing_that_is_read(tiny_policy: Path) -> None:
+    actor = make_actor(AutoModelForCausalLM.from_pretrained(tiny_policy), tiny_ppo(lora=None), 0, lean=True)
+    exact, wider = (forced(PROMPTS, RESPONSES, 0, torch.device("cpu"), steps) for steps in (EXACT, Steps(16, 12)))
+    assert exact.ids.shape == (2, 8) and wider.ids.shape == (2, 16)
+    assert exact.labels.tolist() == [33, 21, 4, 90, 14, 77, 61, 2] and wider.labels.tolist() == [*exact.labels.tolist(), 0, 0, 0, 0]
+    for ours, theirs in zip(actor(*wider, 0.7), actor(*exact, 0.7), strict=True):
+        torch.testing.assert_close(ours[:8], theirs)
+
+
+def step(run: Recorded, actor: torch.nn.Module, responses: list[list[int]], scale: float) -> list[torch.Tensor]:
+    """Outputs and gradients of one pass; the weights then move a little against the gradients."""
+    outputs = run(*forced(PROMPTS, responses, 0, torch.device("cuda"), Steps(16, 12)))
+    logprobs, _, values = (out[: sum(map(len, responses))] for out in outputs)
+    (scale * logprobs.square().sum() + values.sum()).backward()
+    weights = [p for p in actor.parameters() if p.requires_grad]
+    found = [t.detach().clone() for t in (*outputs, *(p.grad for p in weights))]  # type: ignore[union-attr]
+    with torch.no_grad():
+        for p in weights:
+            p -= 1e-4 * p.grad  # type: ignore[operator]
+            p.grad = None
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_recorded_pass_is_the_eager_one(tiny_policy: Path, lora: bool) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # whose backward pass adds up in any order
+    actors = []
+    for _ in range(2):
+        model = AutoModelForCausalLM.from_pretrained(tiny_policy).cuda()
+        trunk.lay_side_by_side(model)
+        actors.append(make_actor(model, tiny_ppo(lora={"rank": 2, "alpha": 4} if lora else None), 0, lean=True).cuda().train())
+    recorded, eager = (
+        Recorded(lambda *inputs, a=actor: a(*inputs, 0.7), [p for p in actor.parameters() if p.requires_grad], list(actor.parameters())) for actor in actors
+    )
+    shorter = [[33, 21, 4], [90]]
+    was = []
+    for i, responses in enumerate([RESPONSES] * (REPEATS + 2) + [shorter] + [RESPONSES]):
+        eager.times = 0  # never comes to be recorded
+        ours, theirs = step(recorded, actors[0], responses, i + 1.0), step(eager, actors[1], responses, i + 1.0)
+        assert all(bool(a.isfinite().all()) and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), i
+        was.append(recorded.graphs is not None)
+    assert was == [False] * REPEATS + [True, True, True, True] and eager.graphs is None  # the shorter batch has the same shape
+    weight = next(actors[0].parameters())
+    weight.data = weight.data.clone()
+    step(recorded, actors[0], RESPONSES, 1.0)
+    assert recorded.graphs is None, "a graph that reads the old place was kept"

@@ -1,0 +1,175 @@
+"""The scripts that jobs run, read and run: each trap of sbatch, submitit and Apptainer that one of them once fell into."""
+
+from __future__ import annotations
+
+import difflib
+import pickletools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sarm.config import PHASES, ROOT, load_config
+from sarm.run import RunDir
+from slurm import images
+from slurm.images import binds
+from slurm.plan import python_command, script, srun_args
+from slurm.profile import Profile, flags
+from tests.fakes.site import CONFIG, PROFILE, Site
+from tests.test_submit import batch_script
+
+EVERYTHING = """
+description: every key at once
+partition: gpu
+account: alignment
+qos: normal
+constraint: nvlink
+reservation: friday
+licenses: sarm:1
+exclude: g[2-3]
+exclusive: true
+pack: 4
+gpu_request: gpus-per-node
+gpu_type: h100
+memory: mem-per-gpu
+array_throttle: 1
+max_array_size: 2
+mail_user: me@example.org
+mail_type: END,FAIL
+wckey: probing
+max_requeues: 2
+signal_lead_s: 300
+extra: {nice: "100", verbose: true, spread-job: false}
+phases: {ppo: {time_min: 90, qos: long, mem_gb: 400}}
+"""
+
+
+def sent(site: Site, name: str) -> str:
+    """The script of the one job whose name ends so."""
+    return next(job["text"] for job in site.jobs.values() if job["name"].endswith(name))
+
+
+def test_a_dry_run_prints_what_is_sent(site: Site, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    image = tmp_path / "sarm.sif"
+    image.write_bytes(b"sif")
+    site.profile.write_text(PROFILE + f"container: {{image: {image}}}\n")
+    assert site.submit("--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert site.submit() == 0
+    submission = next((site.path / "submissions").glob("*/")).name
+    ids = {job["name"].partition(".")[2]: id_ for id_, job in site.jobs.items()}
+    shown = re.sub(r"id-of-([\w.-]+)", lambda found: ids[found.group(1)], shown).replace("dry-run", submission)
+    texts = re.findall(r"^#!/bin/bash\n.*?^exit \$rc$", shown, re.MULTILINE | re.DOTALL)
+    assert len(texts) == len(site.jobs)
+    for text, job in zip(texts, site.jobs.values(), strict=True):
+        assert text == job["text"].rstrip("\n"), "\n".join(difflib.unified_diff(text.splitlines(), job["text"].splitlines()))
+
+
+def test_every_key_reaches_sbatch(site: Site) -> None:
+    site.profile.write_text(EVERYTHING)
+    assert site.submit() == 0
+    ppo, probe = ({line for line in sent(site, name).splitlines() if line.startswith("#SBATCH")} for name in (".ppo.penalty-seed1", ".probe"))
+    both = """--account=alignment --constraint=nvlink --reservation=friday --licenses=sarm:1 --exclude='g[2-3]' --exclusive --gpus-per-node=h100:4
+        --mail-user=me@example.org --mail-type=END,FAIL --wckey=probing --signal=USR2@300 --requeue --nice=100 --verbose --partition=gpu --nodes=1
+        --ntasks-per-node=4 --kill-on-invalid-dep=yes --export=NONE"""
+    for lines in (ppo, probe):
+        assert {f"#SBATCH {flag}" for flag in both.split()} <= lines
+        assert not any("spread-job" in line or "gres" in line for line in lines)
+    assert {"#SBATCH --time=90", "#SBATCH --qos=long", "#SBATCH --mem-per-gpu=100G", "#SBATCH --cpus-per-task=12"} <= ppo
+    # Five shards, four a job: an array of two, one at a time.
+    assert {"#SBATCH --time=60", "#SBATCH --qos=normal", "#SBATCH --mem-per-gpu=64G", "#SBATCH --array=0-1%1"} <= probe
+    assert "-lt 2" in sent(site, ".ppo.penalty-seed1")
+
+
+@pytest.mark.parametrize(("phase", "together"), [("ppo", ["--kill-on-bad-exit=1"]), ("probe", ["--kill-on-bad-exit=0", "--wait=0"])])
+def test_ranks_fall_together_and_packed_shards_do_not(phase: str, together: list[str]) -> None:
+    profile = Profile(description="x", pack=4)
+    assert srun_args(profile, phase) == [f"--cpus-per-task={flags(profile, phase)['cpus-per-task']}", "--export=ALL", *together]  # type: ignore[arg-type]
+
+
+def test_the_container_keeps_slurms_variables_and_none_of_the_home(tmp_path: Path) -> None:
+    profile = Profile.model_validate({"description": "x", "container": {"image": "i.sif", "binds": ("/data/b",)}})
+    ppo, report = (python_command(profile, phase, Path("/i.sif"), ["/run dir"], "unused") for phase in ("ppo", "report"))  # type: ignore[arg-type]
+    # --cleanenv would take SUBMITIT_EXECUTOR and SLURM_PROCID from the job.
+    assert ppo == f"apptainer exec --nv --no-home --pwd {ROOT} --bind '/run dir' --bind /data/b /i.sif python3"
+    assert "--nv" not in report
+
+
+def test_what_is_pickled_is_a_name_and_a_path(site: Site) -> None:
+    site.submit()
+    pickles = list((site.path / "submissions").glob("*/*_submitted.pkl"))
+    assert len(pickles) == 16, "one a unit"
+    for path in pickles:
+        strings = [arg for op, arg, _ in pickletools.genops(path.read_bytes()) if op.name.endswith("UNICODE")]
+        assert "slurm.entry" in strings and "run_spec" in strings and not any("cloudpickle" in text for text in strings)
+        assert path.stat().st_size < 1000
+    folder = pickles[0].parent
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700, "submitit unpickles what lies there"
+
+
+def test_login_node_and_images_have_the_same_submitit() -> None:
+    locks = [(ROOT / "requirements" / f"{name}.lock").read_text() for name in ("light", "report", "cpu", "cuda")]
+    for package in ("submitit", "cloudpickle"):
+        assert len({tuple(re.findall(rf"^{package}==\S+", lock, re.MULTILINE)) for lock in locks}) == 1, package
+
+
+def test_a_jobs_scratch_is_its_own_and_goes_with_it(site: Site, tmp_path: Path) -> None:
+    scratch = tmp_path / "node scratch"
+    scratch.mkdir()
+    site.submit()
+    srun = f'echo "$TMPDIR $TRITON_CACHE_DIR $APPTAINER_BIND" >{tmp_path}/said; touch "$TMPDIR/left"; exit 3'
+    assert batch_script(site, ".select", srun, TMPDIR=str(scratch)) == (3, [])
+    folder, cache, bind = (tmp_path / "said").read_text().replace("node scratch", "node-scratch").split()
+    assert re.fullmatch(rf"{tmp_path}/node-scratch/sarm-\w{{6}}", folder) and cache == f"{folder}/triton" and bind == folder
+    assert not list(scratch.iterdir())
+    assert "/local/x/sarm-XXXXXX" in script(Profile(description="x", scratch="/local/x"), "probe", "x")
+
+
+def test_a_scratch_that_is_not_there_ends_the_job(site: Site) -> None:
+    site.profile.write_text(PROFILE + "scratch: /no/such/place\n")
+    site.submit()
+    assert batch_script(site, ".select", "exit 0") == (1, [])
+
+
+def test_a_job_that_slurm_requeued_too_often_gives_up(site: Site) -> None:
+    site.submit()
+    assert batch_script(site, ".select", "exit 0", SLURM_RESTART_COUNT="3") == (0, [])
+    assert batch_script(site, ".select", "exit 0", SLURM_RESTART_COUNT="4") == (1, [])
+
+
+def test_a_stand_alone_script_does_one_shard_an_element() -> None:
+    text = script(Profile(description="x", pack=4), "probe", "x")
+    assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --gres=gpu:1\n" in text and "#SBATCH --mem=64G\n" in text
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_stand_alone_script_without_its_image_says_so(phase: str, tmp_path: Path) -> None:
+    text = (ROOT / "slurm" / f"{phase}.sbatch").read_text()
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path), "CONFIG": "c", "RUN": str(tmp_path / "run")}
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
+    assert done.returncode == 2 and "make images" in done.stderr
+
+
+def test_what_the_config_names_outside_the_checkout_is_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("policy", "store/judge", "store/data"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    monkeypatch.setenv("SARM_CACHE", str(tmp_path / "not-made-yet"))
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.replace("{model: p}", f"{{model: {tmp_path}/policy}}").replace("data/demo/pairs.jsonl", f"{tmp_path}/link/data"))
+    config = load_config(path, [f"evaluate.judge={{model: {tmp_path}/store/judge}}", "steer.file=data/demo/pairs.jsonl"])
+    found = binds(RunDir(tmp_path / "run", config), "evaluate")
+    for place in ("policy", "link/data", "store/data", "store/judge", "not-made-yet"):
+        assert f"{tmp_path / place}:{tmp_path / place}:ro" in found
+    assert not any("pairs.jsonl" in bind for bind in found), "the checkout holds it"
+
+
+def test_an_image_without_a_note_is_hashed_once(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, hashed = tmp_path / "sarm.sif", []
+    image.write_bytes(b"sif")
+    true = images.file_sha256
+    monkeypatch.setattr(images, "file_sha256", lambda path: hashed.append(path) or true(path))
+    site.profile.write_text(PROFILE + f"container: {{image: {image}}}\n")
+    assert site.submit() == 0
+    assert hashed == [image]
