@@ -125,6 +125,8 @@ def test_a_preemption_by_an_urgent_job_checkpoints_and_goes_on(undisturbed: Clus
     stopped, went_on = run.steps(PPO, f"{job}-0-"), run.steps(PPO, "-".join(attempt.split("-")[:2]))
     assert 0 < len(stopped) < len(went_on) == run.dir.config.ppo.steps
     assert went_on[: len(stopped)] == stopped, "it began anew instead of going on from its checkpoint"
+    # Slurm counts two restarts, its own and the one asked for; one try more is what counts against max_requeues.
+    assert next(run.path.glob(f"submissions/*/tries.{job}")).read_text().count("\n") == 2
     assert run.redone_since(before) == TRAINED
     assert run.figures() == undisturbed.figures()
 
