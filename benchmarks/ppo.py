@@ -1,6 +1,8 @@
 """Time and memory of a PPO step: `python benchmarks/ppo.py --shape 8b --mode full --steps 4`, `--shape tiny` on a CPU.
 
-On several GPUs `torchrun --nproc-per-node 2 benchmarks/ppo.py ...`; memory is rank 0's.
+On several GPUs `torchrun --nproc-per-node 2 benchmarks/ppo.py ...`; memory is that of the fullest. `--batch` is of all ranks.
+`python benchmarks/ppo.py --scaling` on 1, 2, 4 ... GPUs, as many as there are, at `--batch` sequences a GPU: a table of step, tokens/s a
+GPU, efficiency, memory and where the time goes, for each of `--ways`.
 
 The real `Trainer` on a policy and a SARM of the given shapes with random bf16 weights, prompts of exactly `--prompt`
 tokens and responses of exactly `--new`: no token ends them. Medians over `--steps` after `--warmup`; warm-up is shown
@@ -10,10 +12,13 @@ apart. Floors come from bytes and operations at the copy rate and bf16 matrix ra
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -57,6 +62,15 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 MODES: dict[str, dict[str, Any]] = {"lora": {"lora": {"rank": 16, "alpha": 32}}, "full": {"lora": None}}
+WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lora": ("lora", ()),
+    "compact": ("full", ("weights=compact", "zero_stage=0")),
+    "zero2": ("full", ("weights=float32_master", "zero_stage=2")),
+    "zero3": ("full", ("weights=float32_master", "zero_stage=3")),
+}
+"""Ways of training that `--scaling` compares: mode and settings."""
+KINDS = {"decoding": ("rollout", "refresh"), "scoring": ("reference", "judge", "score", "credit"), "updating": ("update", "optimizer")}
+"""Phases of a step by what they are for."""
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -161,18 +175,42 @@ def floors(trainer: Trainer, args: argparse.Namespace, bandwidth: float, rate: f
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def profile(trainer: Trainer) -> None:
-    """One step under the profiler: the share of it with any kernel running, and the kernels that took most."""
+Kernels = list[tuple[float, float, str]]
+"""(start, end, name) in microseconds, by start."""
+
+
+def kernels_of_a_step(trainer: Trainer) -> tuple[float, Kernels]:
+    """(its seconds, what ran on this rank's GPU); a step of all ranks."""
     from torch.profiler import ProfilerActivity
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         seconds = trainer.run_step()["time/step"]
-    kernels = [(e.time_range.start, e.time_range.end, e.name) for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return seconds, sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
+
+
+def busy_us(kernels: Kernels) -> float:
+    """Microseconds in which any of them runs."""
     busy, until = 0.0, 0.0
-    totals: dict[str, list[float]] = {}
-    for start, end, name in sorted(kernels):
+    for start, end, _ in kernels:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
+    return busy
+
+
+def communicating(trainer: Trainer) -> float:
+    """The share of a step in which NCCL alone keeps the GPU: transfers that nothing hides, and waiting for slower ranks."""
+    seconds, kernels = kernels_of_a_step(trainer)
+    others = [kernel for kernel in kernels if "nccl" not in kernel[2].lower()]
+    return (busy_us(kernels) - busy_us(others)) / 1e6 / seconds
+
+
+def profile(trainer: Trainer) -> None:
+    """One step under the profiler: the share of it with any kernel running, and the kernels that took most."""
+    seconds, kernels = kernels_of_a_step(trainer)
+    busy = busy_us(kernels)
+    totals: dict[str, list[float]] = {}
+    for start, end, name in kernels:
         totals.setdefault(name[:110], []).append(end - start)
     print(f"profiled step {seconds:.3f} s, {busy / 1e6:.3f} s of it with a kernel running ({busy / 1e6 / seconds:.1%})")
     for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:45]:
@@ -190,7 +228,12 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config's section ppo")
     parser.add_argument("--profile", action="store_true", help="one more step, kernel by kernel")
+    parser.add_argument("--scaling", action="store_true", help="on 1, 2, 4 ... GPUs, --batch sequences each")
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=["lora", "compact"], help=f"of {', '.join(WAYS)} (default: lora,compact)")
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.scaling:
+        return scaling(args)
     warnings.filterwarnings("ignore", category=FutureWarning)
     world = start_world()
     if world.rank:
@@ -226,6 +269,69 @@ def main() -> None:
     print("  ".join(f"{key} {value:.3f}" for key, value in median.items() if key.startswith(("gpu/", "rollout/logprob", "policy/", "loss/"))))
     if args.profile:
         profile(trainer)
+    if args.record:
+        found = record(trainer, median)
+        if world.rank == 0:
+            args.record.write_text(json.dumps(found))
+
+
+# --- at fixed work a GPU ----------------------------------------------------------------------------------------------
+
+
+def record(trainer: Trainer, median: dict[str, float]) -> dict[str, float]:
+    """What a row of the table says of this run; a collective."""
+    world, cuda = trainer.world, trainer.world.device.type == "cuda"
+    peaks = world.gather_texts(str(median.get("gpu/reserved_peak_gib", float("nan"))))
+    shares = {kind: sum(median.get(f"time/{phase}", 0.0) for phase in phases) / median["time/step"] for kind, phases in KINDS.items()}
+    return {
+        "step_s": median["time/step"],
+        "tokens_per_s": median["tokens_per_s"],
+        "peak_gib": max(map(float, peaks)),
+        **shares,
+        "communicating": communicating(trainer) if cuda else float("nan"),
+    }
+
+
+def scaling(args: argparse.Namespace) -> None:
+    """The table; every row a run of its own. What does not fit or fails is named below it."""
+    most = torch.cuda.device_count() or 2
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= most]
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    print(
+        f"{args.shape}, {args.batch} x ({args.prompt} + {args.new}) tokens a GPU, median of {args.steps} steps, {device}; communicating lies within the others"
+    )
+    print(
+        f"{'way':8} {'GPUs':>4} {'step s':>8} {'tokens/s/GPU':>12} {'efficiency':>10} {'peak GiB':>8}  "
+        + " ".join(f"{k:>13}" for k in (*KINDS, "communicating"))
+    )
+    failed = []
+    for way in args.ways:
+        alone = 0.0
+        for gpus in counts:
+            found, words = run_apart(args, way, gpus)
+            if found is None:
+                failed.append(f"{way} on {gpus}: {words}")
+                continue
+            each = found["tokens_per_s"] / gpus
+            alone = alone or (each if gpus == 1 else 0.0)
+            efficiency = f"{each / alone:.1%}" if alone else "-"
+            shares = " ".join(f"{found[kind]:13.1%}" for kind in (*KINDS, "communicating"))
+            print(f"{way:8} {gpus:4} {found['step_s']:8.3f} {each:12.0f} {efficiency:>10} {found['peak_gib']:8.1f}  {shares}", flush=True)
+    print(*failed, sep="\n")
+
+
+def run_apart(args: argparse.Namespace, way: str, gpus: int) -> tuple[dict[str, float] | None, str]:
+    """(this benchmark's record on so many ranks, or None; the last line of what it printed)."""
+    mode, settings = WAYS[way]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), __file__, "--shape", args.shape, "--mode", mode]
+    for name, value in (("batch", args.batch * gpus), ("prompt", args.prompt), ("new", args.new), ("steps", args.steps), ("warmup", args.warmup)):
+        command += [f"--{name}", str(value)]
+    command += [word for setting in (*settings, *args.set) for word in ("--set", setting)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "record.json")
+        done = subprocess.run([*command, "--record", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        errors = [line for line in done.stdout.splitlines() if "Error" in line] or done.stdout.splitlines() or ["no output"]
+        return (json.loads(path.read_text()) if path.exists() else None), errors[0]
 
 
 if __name__ == "__main__":

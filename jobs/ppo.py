@@ -61,16 +61,14 @@ def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, 
     else:
         kept = loaded.state["calibration"]
         calibration = Calibration(kept["n"], [Rated(*r) for r in kept["harming"]], [Rated(*r) for r in kept["random"]])
-        trainer.restore(loaded.state["trainer"], loaded.tensors)
+        trainer.restore(loaded.state["trainer"], loaded)
     trainer.reward = reward_of(arm, trainer.reward, calibration)
     log = Log(config, unit, attempt, loaded.state["metrics"] if loaded else []) if world.rank == 0 else None
 
     def save() -> Any:
         state = {"trainer": trainer.state(), "calibration": calibration._asdict(), "metrics": log.lines if log else []}
         step = trainer.progress.step
-        return checkpoint.save(
-            checkpoints, step, state, trainer.tensors(), world=world, made_with=made_with, attempt=attempt.id, keep_last=config.ppo.keep_last
-        )
+        return checkpoint.save(checkpoints, step, state, trainer.pieces(), world=world, made_with=made_with, attempt=attempt.id, keep_last=config.ppo.keep_last)
 
     finished = train(trainer, save=save, log=log.write if log else lambda line: None, stop_requested=stop_requested)
     if not finished:

@@ -171,25 +171,32 @@ def _attend_run(queries: Tensor, keys: Tensor, values: Tensor, spans: Sequence[s
 def join_projections(llama: LlamaModel) -> None:
     """Lay the weights that read the same input side by side in memory, so that one product serves them; their values stay.
 
-    Each layer's are copied once. Moved to another device later they fall apart again, which costs speed alone.
+    Of modules with LoRA, the weights beneath. Each layer's are copied once. Moved to another device later they fall apart
+    again, which costs speed alone.
     """
     with torch.inference_mode(False), torch.no_grad():
         for layer in cast("list[LlamaDecoderLayer]", list(llama.layers)):
             attention, mlp = layer.self_attn, layer.mlp
-            for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
-                weights = [linear.weight for linear in linears]
-                for weight, part in zip(weights, torch.cat(weights).split([len(w) for w in weights]), strict=True):
+            for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+                weights = [getattr(module, "base_layer", module).weight for module in modules]
+                together = torch.cat([weight.data for weight in weights])
+                for weight, part in zip(weights, together.split([len(w) for w in weights]), strict=True):
                     weight.data = part
+
+
+def side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
+    """One view over weights that lie one behind another in one storage; None where they do not."""
+    first = weights[0].detach()
+    at, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for w in weights:
+        if not w.is_contiguous() or w.data_ptr() != at or w.untyped_storage().data_ptr() != storage:
+            return None
+        at += w.numel() * w.element_size()
+    return first.as_strided((sum(len(w) for w in weights), *first.shape[1:]), first.stride())
 
 
 def _joined(*linears: nn.Module) -> Tensor | None:
     """One (all outputs, inputs) view of plain linear layers' weights; None where they do not lie side by side or a gradient is asked for."""
     if torch.is_grad_enabled() or not all(type(linear) is nn.Linear and linear.bias is None for linear in linears):
         return None
-    weights = [cast(nn.Linear, linear).weight for linear in linears]
-    at, storage = weights[0].storage_offset(), weights[0].untyped_storage().data_ptr()
-    for weight in weights:
-        if not weight.is_contiguous() or weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != at:
-            return None
-        at += weight.numel()
-    return weights[0].as_strided((sum(len(w) for w in weights), weights[0].shape[1]), weights[0].stride())
+    return side_by_side([cast(nn.Linear, linear).weight for linear in linears])

@@ -7,6 +7,7 @@ job reaches its phase at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,14 +16,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sarm.run import BEGAN, now
+from slurm.ranks import Ranks
 
 GRACE_S = 60.0
 """How long a process asked to end by SIGTERM may take before it is killed."""
+LAST_WORDS_S = 5.0
+"""The same where another rank has died, without which no step will end."""
 
 
 def run_spec(path: str) -> None:
@@ -47,24 +51,37 @@ def run_spec(path: str) -> None:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # in the command too: Slurm may signal the whole process group
         # In this process's own group: where Slurm tells a job's processes by that, another one would outlive its job.
         process = subprocess.Popen([sys.executable, *command["argv"]], cwd=spec["cwd"], env=env, stdout=log, stderr=subprocess.STDOUT)
-        code = wait_forwarding(process, told, spec["grace_s"])
+        ranks = Ranks(Path(path).parent, os.environ) if spec["ranks"] else None
+        code, asked = wait_forwarding(process, told, spec["grace_s"], ranks.deaths if ranks else list)
         if process.returncode < 0:
             log.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())
+        if ranks and code:
+            with contextlib.suppress(OSError):  # such as a full disk, of which the command itself has told
+                ranks.settle(process.returncode, asked, log_path)
     if code:
         raise SystemExit(code)
 
 
-def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None = None, grace_s: float = GRACE_S) -> int:
+class End(NamedTuple):
+    code: int
+    """The exit code; 128 + n where signal n ended it."""
+    asked: bool
+    """It had been told to end, or was ended from here."""
+
+
+def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None, grace_s: float, lost: Callable[[], list[Any]]) -> End:
     """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in time once told.
 
     SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint: it makes the file
     `told_path`, by which the batch script knows to requeue, and leaves `grace_s` to end a step and write the checkpoint.
-    Without that path SIGUSR2 is left alone.
+    Without that path SIGUSR2 is left alone. Once `lost` names a sibling that has died, only last words are waited for.
     """
     deadline = math.inf
+    asked = False
 
     def forward(signum: int, frame: Any) -> None:
-        nonlocal deadline
+        nonlocal deadline, asked
+        asked = True
         if told_path is not None and signum == signal.SIGUSR2:
             told_path.touch()
         deadline = min(deadline, time.monotonic() + (grace_s if signum == signal.SIGUSR2 else GRACE_S))
@@ -75,9 +92,12 @@ def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None = N
     while True:
         try:
             code = process.wait(timeout=1.0)
-            return code if code >= 0 else 128 - code
+            return End(code if code >= 0 else 128 - code, asked)
         except subprocess.TimeoutExpired:
+            if lost():
+                deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
             if time.monotonic() > deadline:
+                asked = True
                 process.kill()
 
 

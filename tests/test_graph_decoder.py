@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from sarm.packed import side_by_side
 from sarm.ppo import graph_decoder, kernels
-from sarm.ppo.decoders import CacheDecoder, LlamaDecoder, rotated, side_by_side
+from sarm.ppo.decoders import CacheDecoder, LlamaDecoder, rotated
 from sarm.ppo.graph_decoder import GraphDecoder
 from sarm.ppo.rollout import generate, prompt_ids
 from sarm.ppo.sampling import row_keys, sample, uniforms

@@ -25,6 +25,7 @@ LIGHT = (
     "slurm.plan",
     "slurm.profile",
     "slurm.queue",
+    "slurm.ranks",
     "slurm.sbatch",
     "slurm.submit",
     "slurm.view",

@@ -1,11 +1,16 @@
 """Checkpoints of a training run: one safetensors file a rank, complete only once a manifest names them all.
 
-    save(folder, 10, state, tensors, world=world, made_with=..., attempt=..., keep_last=1)
+    save(folder, 10, state, pieces, world=world, made_with=..., attempt=..., keep_last=1)
     loaded = load(folder, world=world, made_with=...)
+    with loaded.tensors as tensors:
+        tensors.read("policy.lm_head.weight/exp_avg", start=0, length=100)
+
+What is kept are whole tensors, named by what they are and seen flat. A rank writes the pieces that it holds, so another number
+of ranks, which needs other pieces, finds them whoever wrote them.
 
 An attempt writes folders of its own (`step-00000010.<attempt>`), each rank its own file, and rank 0 publishes
 `manifest.json` last, with every file's size and SHA-256. A folder without a manifest, with a file that does not match
-it, made with another config or other inputs (`made_with`), or by another number of ranks, is never chosen. Nothing is pickled.
+it, or made with another config or other inputs (`made_with`), is never chosen. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -13,43 +18,99 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sarm.config import UserError
 from sarm.ppo.world import World
 from sarm.run import damage, file_sha256, fsync_dir, write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
+
+
+class Piece(NamedTuple):
+    """Elements `start`, `start + 1` ... of a tensor."""
+
+    name: str
+    start: int
+    values: Tensor
+    """(n,)."""
+
+
+class Tensors:
+    """A checkpoint's tensors; within `with`, read from the files piece by piece."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self._stack = ExitStack()
+        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
+
+    def __enter__(self) -> Tensors:
+        for path in self.files:
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
+            for key in file.keys():  # noqa: SIM118
+                name, _, start = key.rpartition("@")
+                part = file.get_slice(key)
+                self._pieces.setdefault(name, []).append((int(start), int(start) + part.get_shape()[0], part))
+        for parts in self._pieces.values():
+            parts.sort(key=lambda part: part[:2])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # Open files of a folder on NFS would keep it from being removed.
+        self._pieces.clear()
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pieces
+
+    def names(self) -> list[str]:
+        return list(self._pieces)
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
+        """(length,) elements from `start` on, all without `length`, on the CPU. Raises UserError where they are not there."""
+        parts = self._pieces.get(name, [])
+        stop = max((end for _, end, _ in parts), default=-1) if length is None else start + length
+        found, at = [], start
+        for begin, end, part in parts:
+            if begin <= at and (at < min(end, stop) or at == stop):
+                found.append(part[at - begin : min(end, stop) - begin])
+                at = min(end, stop)
+        if at != stop or not found:
+            raise UserError(f"{self.files[0].parent} does not hold elements {at} to {stop} of {name}: another version wrote it; remove the folder")
+        return torch.cat(found) if len(found) > 1 else found[0]
 
 
 class Loaded(NamedTuple):
     folder: Path
     step: int
+    ranks: int
+    """How many wrote it."""
     state: dict[str, Any]
     """What all ranks share, as `save` was given it."""
-    tensors: dict[str, Tensor]
-    """This rank's, on the CPU."""
+    tensors: Tensors
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor], *, world: World, made_with: str, attempt: str, keep_last: int) -> Path:
+def save(folder: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece], *, world: World, made_with: str, attempt: str, keep_last: int) -> Path:
     """Write and publish a checkpoint, then remove what it makes superfluous. A collective.
 
-    `state` (JSON) and `attempt` are rank 0's. Raises OSError on every rank where one could not write.
+    `state` (JSON) and `attempt` are rank 0's, `pieces` each rank's own. Raises OSError on every rank where one could not write.
     """
     target = folder / f"step-{step:08d}.{world.broadcast_text(attempt)}"
     entry, error = "", None
     try:
-        entry = _write_rank(target, world.rank, tensors)
+        entry = _write_rank(target, world.rank, pieces)
     except OSError as caught:
         error = caught
     entries = world.gather_texts(entry)
@@ -67,27 +128,22 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
 
 
 def load(folder: Path, *, world: World, made_with: str) -> Loaded | None:
-    """The newest complete checkpoint, or None. A collective: rank 0 proposes, and every rank verifies its own file.
+    """The newest complete checkpoint, or None. A collective: rank 0 proposes, and the ranks share the files out to be verified.
 
     Called before anything is saved: what is unfinished is swept away.
-    Raises UserError where all there is was written by another number of ranks.
     """
     found = []
     if world.rank == 0:
         sweep(folder)
         found = complete(folder, made_with)
-    fitting = [path for path in found if _manifest(path)["ranks"] == world.size]
-    if world.any(bool(found) and not fitting):
-        ranks = f"{_manifest(found[0])['ranks']} ranks" if found else "another number of ranks"
-        raise UserError(f"the checkpoints in {folder} were written by {ranks}, and this job has {world.size}; run with as many, or remove the folder")
-    proposals = iter([path.name for path in fitting])
+    proposals = iter([path.name for path in found])
     while name := world.broadcast_text(next(proposals, "")):
         path = folder / name
         manifest = _manifest(path)
-        file = _rank_file(world.rank)
-        broken = manifest is None or damage(path / file, manifest["files"][file]) is not None
-        if not world.any(broken):
-            return Loaded(path, manifest["step"], manifest["state"], load_file(path / file))
+        files = list(manifest["files"].items()) if manifest else []
+        broken = any(damage(path / file, entry) is not None for file, entry in files[world.rank :: world.size])
+        if not world.any(broken or manifest is None):
+            return Loaded(path, manifest["step"], manifest["ranks"], manifest["state"], Tensors([path / file for file, _ in files]))
     return None
 
 
@@ -118,12 +174,12 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_rank(target: Path, rank: int, tensors: dict[str, Tensor]) -> str:
+def _write_rank(target: Path, rank: int, pieces: Iterable[Piece]) -> str:
     """`bytes sha256` of this rank's file, once it is on the disk."""
     target.mkdir(parents=True, exist_ok=True)
     path = target / _rank_file(rank)
     # A copy each: optimizer states may be views of one buffer, which safetensors refuses.
-    save_file({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, path)
+    save_file({f"{name}@{start}": values.detach().to("cpu", copy=True) for name, start, values in pieces}, path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,59 +207,3 @@ def _manifest(path: Path) -> Any:
 
 def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
-
-
-# --- what a DeepSpeed engine holds ------------------------------------------------------------------------------------
-
-
-def engine_tensors(engine: Any) -> dict[str, Tensor]:
-    """This rank's weights as the optimizer steps them, and the optimizer's state for them."""
-    tensors: dict[str, Tensor] = {}
-    for i, weight in enumerate(stepped_weights(engine)):
-        tensors[f"weight.{i}"] = weight
-        for name, value in engine.basic_optimizer.state.get(weight, {}).items():
-            tensors[f"{name}.{i}"] = torch.as_tensor(value)
-    return tensors
-
-
-@torch.no_grad()
-def restore_engine(engine: Any, tensors: dict[str, Tensor]) -> None:
-    """Put `engine_tensors` back, and the model's weights in step with them. A collective."""
-    # Adam counts its steps on the CPU, but in its fused form where the weight lies.
-    fused = any(group.get("fused") for group in engine.basic_optimizer.param_groups)
-    for i, weight in enumerate(stepped_weights(engine)):
-        weight.copy_(tensors[f"weight.{i}"])
-        state = {name.removesuffix(f".{i}"): value for name, value in tensors.items() if name.endswith(f".{i}") and name != f"weight.{i}"}
-        engine.basic_optimizer.state[weight] = {name: value.to(weight.device if value.ndim or fused else "cpu", copy=True) for name, value in state.items()}
-    _spread_weights(engine)
-
-
-def stepped_weights(engine: Any) -> list[Tensor]:
-    """The tensors the inner optimizer steps: the parameters themselves, or this rank's float32 partitions of them."""
-    zero = engine.optimizer
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):  # ZeRO 3; 1 and 2; 1 in bf16
-        if hasattr(zero, name):
-            return list(getattr(zero, name))
-    return [p for group in zero.param_groups for p in group["params"]]
-
-
-def _spread_weights(engine: Any) -> None:
-    """The model's weights from the stepped ones, as at the end of ZeRO's own step."""
-    zero = engine.optimizer
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        for stepped, flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups, strict=True):
-            flat.copy_(stepped)
-            for parameter, part in zip(parameters, zero.unflatten(flat, parameters), strict=True):
-                parameter.data = part.data
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].partition(zero.persistent_parameters)
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-        return
-    partitions = getattr(zero, "parallel_partitioned_bit16_groups", None) or getattr(zero, "bf16_partitioned_groups", None)
-    if partitions is None:
-        return
-    for stepped, parts in zip(stepped_weights(engine), partitions, strict=True):
-        parts[dist.get_rank()].copy_(stepped)
-        for rank, part in enumerate(parts):
-            if len(parts) > 1:
-                dist.broadcast(part, rank)

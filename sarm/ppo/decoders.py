@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
+from sarm.packed import side_by_side
 from sarm.ppo.sampling import Sampled, sample, uniforms
 
 KEEP_SHARE = 0.75
@@ -254,17 +255,6 @@ class LlamaWeights:
         for part, module, weight in zip(copy.split([w.shape[0] for w in weights]), modules, weights, strict=True):
             _merge(part, module, weight)
         return copy
-
-
-def side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
-    """One view over weights that lie one behind another in one storage; None where they do not."""
-    first = weights[0].detach()
-    at = first.data_ptr()
-    for w in weights:
-        if not w.is_contiguous() or w.data_ptr() != at or w.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
-        at += w.numel() * w.element_size()
-    return first.as_strided((sum(w.shape[0] for w in weights), *first.shape[1:]), first.stride())
 
 
 def _base_weight(module: Any) -> Tensor:

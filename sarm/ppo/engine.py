@@ -21,6 +21,7 @@ SMALL = 1 << 20
 class Engine(Protocol):
     """The actor and its optimizer. Every rank calls `backward` equally often, and `step` after the last of an optimizer step."""
 
+    actor: Actor
     zero_stage: int
     optimizer: Any
     """Its `param_groups` set the learning rate."""
@@ -113,7 +114,8 @@ class ZeroEngine:
         if low_precision:
             settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         self.engine, *_ = deepspeed.initialize(model=actor, optimizer=optimizer, model_parameters=actor.trainable(), config=settings, dist_init_required=False)
-        self.zero_stage, self.optimizer, self.basic_optimizer, self.world = stage, self.engine.optimizer, self.engine.basic_optimizer, world
+        self.actor, self.world, self.zero_stage = actor, world, stage
+        self.optimizer, self.basic_optimizer = self.engine.optimizer, self.engine.basic_optimizer
         if stage == 3:
             # The log-probabilities read the head's weight without calling its module.
             deepspeed.zero.register_external_parameter(actor, base_model(actor.policy).lm_head.weight)

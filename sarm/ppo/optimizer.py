@@ -136,13 +136,19 @@ def update_plainly(weight: Tensor, grad: Tensor, state: State, rates: Rates, sca
     moved = joined(weight, state.low) if len(state.low) else weight
     moved = moved * rates.decay - rates.lr * (mean / rates.bias1) / ((square / rates.bias2).sqrt() + rates.eps)
 
+    _store(moved, mean, square, weight, state, (noise >> 18).float() * 2.0**-14, (noise >> 8 & 1023).float() * 2.0**-10)
+
+
+def _store(moved: Tensor, mean: Tensor, square: Tensor, weight: Tensor, state: State, noise_square: Tensor, noise_ratio: Tensor) -> None:
+    """Write a float32 weight and its moments into `weight` and `state`; the noise, in [0, 1), says which way each is rounded."""
+    n = len(weight)
     top = power_of_two_above(_blocks(square).amax(1))
     state.exp_avg_sq_top.copy_(top)
-    state.exp_avg_sq.copy_(_square_codes(_blocks(square), top[:, None], _blocks((noise >> 18).float() * 2.0**-14)).flatten()[:n])
+    state.exp_avg_sq.copy_(_square_codes(_blocks(square), top[:, None], _blocks(noise_square)).flatten()[:n])
     root = decoded_square(state).sqrt()
     ratio = _blocks(torch.where(root > 0, mean / root, 0.0))
     unit = ratio.abs().amax(1) / 127
-    codes = torch.where(unit[:, None] > 0, ratio / unit[:, None], 0.0) + _blocks((noise >> 8 & 1023).float() * 2.0**-10)
+    codes = torch.where(unit[:, None] > 0, ratio / unit[:, None], 0.0) + _blocks(noise_ratio)
     state.exp_avg_scale.copy_(unit)
     state.exp_avg_ratio.copy_(codes.floor().clamp(-127, 127).flatten()[:n])
     if len(state.low):
@@ -152,6 +158,32 @@ def update_plainly(weight: Tensor, grad: Tensor, state: State, rates: Rates, sca
         state.low.copy_(bits - (upper << 16))
     else:
         weight.copy_(moved)
+
+
+# --- from and to float32, for a run that goes on with another kind of AdamW -------------------------------------------
+
+
+class Expanded(NamedTuple):
+    """(n,) float32 each: what AdamW keeps."""
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def expanded(weight: Tensor, state: State) -> Expanded:
+    """The float32 weight and moments that `weight` (n,) and its state stand for."""
+    square = decoded_square(state)
+    return Expanded(joined(weight, state.low) if len(state.low) else weight.float(), decoded_ratio(state) * square.sqrt(), square)
+
+
+def compacted(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, dtype: torch.dtype) -> tuple[Tensor, State]:
+    """A float32 weight (n,) and its moments as `CompactAdamW` keeps them: the weight to the bit, the moments rounded to the nearest code."""
+    kept = torch.empty_like(weight, dtype=dtype)
+    state = _zero_state(kept)
+    half = torch.full_like(weight, 0.5)
+    _store(weight, exp_avg, exp_avg_sq, kept, state, half, half)
+    return kept, state
 
 
 def joined(weight: Tensor, low: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from sarm.datasets import Prompt
 from sarm.ppo import objective, trunk
 from sarm.ppo.actor import Forward, make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
-from sarm.ppo.checkpoint import engine_tensors, restore_engine
+from sarm.ppo.checkpoint import Loaded, Piece
 from sarm.ppo.clock import BusyGpu, Clock, read_later
 from sarm.ppo.decoders import CacheDecoder, Decoder, decoder_for
 from sarm.ppo.engine import start_engine
@@ -37,6 +37,7 @@ from sarm.ppo.recorded import Recorded
 from sarm.ppo.reference import Reference
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
 from sarm.ppo.rollout import EXACT, Rollout, Steps, forced, generate, prompt_ids, response_text, stop_ids
+from sarm.ppo.shards import engine_pieces, restore_engine
 from sarm.ppo.world import World
 
 RECORDED_STEPS = Steps(positions=64, tokens=512)
@@ -484,22 +485,28 @@ class Trainer:
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        """JSON that, with `tensors`, says all that the next steps depend on."""
+        """JSON that, with `pieces`, says all that the next steps depend on."""
         return self.progress._asdict() | {"running": self.progress.running._asdict()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """This rank's weights, optimizer state and random number generators."""
-        rng = {"rng.cpu": torch.get_rng_state()}
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's part of the weights and the optimizer's state, and its random number generators."""
+        yield from engine_pieces(self.engine)
+        yield Piece(f"generator.cpu.{self.world.rank}", 0, torch.get_rng_state())
         if self.world.device.type == "cuda":
-            rng["rng.cuda"] = torch.cuda.get_rng_state(self.world.device)
-        return engine_tensors(self.engine) | rng
+            yield Piece(f"generator.cuda.{self.world.rank}", 0, torch.cuda.get_rng_state(self.world.device))
 
-    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on as if never interrupted. A collective."""
-        restore_engine(self.engine, {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")})
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.world.device)
+    def restore(self, state: dict[str, Any], loaded: Loaded) -> None:
+        """Go on as if never interrupted. A collective.
+
+        On another number of ranks a step is the same up to rounding: what it draws hangs on seed, step and prompt, and
+        nothing on torch's generators, of which new ranks then take those of old ones.
+        """
+        with loaded.tensors as tensors:
+            restore_engine(self.engine, tensors)
+            rank = self.world.rank % loaded.ranks
+            torch.set_rng_state(tensors.read(f"generator.cpu.{rank}"))
+            if f"generator.cuda.{rank}" in tensors and self.world.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors.read(f"generator.cuda.{rank}"), self.world.device)
         self.decoder.refresh()
         self.progress = Progress(**(state | {"running": objective.RunningSd(**state["running"])}))
 

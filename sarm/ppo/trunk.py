@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from sarm import kernels
-from sarm.ppo.decoders import base_model, side_by_side
+from sarm.packed import join_projections, side_by_side
+from sarm.ppo.decoders import base_model
 
 
 def knows(policy: nn.Module) -> bool:
@@ -35,22 +36,10 @@ def knows(policy: nn.Module) -> bool:
     return config.hidden_act == "silu" and not config.attention_bias and not config.mlp_bias
 
 
-@torch.no_grad()
 def lay_side_by_side(policy: Any) -> None:
-    """Let projections that read the same input lie one after another in memory, so that all of them are one view.
-
-    The parameters stay what they are; of LoRA, the weights beneath. ZeRO lays its parameters out by itself, so call this
-    before. Anything but a Llama's layers is left alone.
-    """
-    if not knows(policy):
-        return
-    for layer in base_model(policy).model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
-            weights = [getattr(module, "base_layer", module).weight for module in modules]
-            together = torch.cat([w.data for w in weights])
-            for weight, part in zip(weights, together.split([len(w) for w in weights]), strict=True):
-                weight.data = part
+    """`join_projections` of a Llama; anything else is left alone. ZeRO lays its parameters out by itself, so call this before."""
+    if knows(policy):
+        join_projections(base_model(policy).model)
 
 
 def last_hidden(model: Any, ids: Tensor, recompute: int = 0, layers: Iterable[Any] | None = None) -> Tensor:

@@ -105,6 +105,25 @@ def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(undist
     assert not run.attempts()[f"ppo/{PPO}"].startswith(f"{job}-")
 
 
+def test_a_killed_rank_ends_its_job_within_a_minute_and_is_named(undisturbed: ClusterRun) -> None:
+    """The others are frozen, as in a collective that never ends: neither srun's SIGTERM nor a closed connection moves them."""
+    run = undisturbed.copy("rank")
+    run.forget(f"ppo/{PPO}")
+    before = run.attempts()
+    run.submit()
+    job = run.jobs[f"ppo.{PPO}"]
+    run.stop_in_training(PPO)
+    run.signal_phase("KILL", "ppo", PPO)
+    killed = time.monotonic()
+    until("the job's end", lambda: job not in inside("squeue", "--noheader", "--states=RUNNING", "--format=%A").stdout.split())
+    assert time.monotonic() - killed < 60
+    run.wait()
+    assert run.attempts()[f"ppo/{PPO}"] == "undone"
+    for text in ((run.path / "logs" / f"ppo.{PPO}.log").read_text(), run.report()):
+        assert re.search(r"rank\s\d\sof\s4\son\s\S+\swas\skilled\sby\sSIGKILL", text)
+    repaired(run, undisturbed, before, TRAINED)
+
+
 def test_a_preemption_by_an_urgent_job_checkpoints_and_goes_on(undisturbed: ClusterRun) -> None:
     run = undisturbed.copy("urgent")
     run.forget(f"ppo/{PPO}")
