@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sarm.ppo import trunk
+from sarm.ppo import recorded, trunk
 from sarm.ppo.actor import make_actor
 from sarm.ppo.recorded import REPEATS, Recorded
 from sarm.ppo.rollout import EXACT, Steps, forced
@@ -24,6 +24,21 @@ def test_rounding_up_a_batch_changes_nothing_that_is_read(tiny_policy: Path) -> 
     assert exact.labels.tolist() == [33, 21, 4, 90, 14, 77, 61, 2] and wider.labels.tolist() == [*exact.labels.tolist(), 0, 0, 0, 0]
     for ours, theirs in zip(actor(*wider, 0.7), actor(*exact, 0.7), strict=True):
         torch.testing.assert_close(ours[:8], theirs)
+
+
+def test_no_room_for_a_recording_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        try:
+            raise torch.OutOfMemoryError("full")
+        finally:
+            raise RuntimeError("the recording was broken off")
+
+    monkeypatch.setattr(recorded, "_Graphs", full)
+    run = Recorded(lambda x: (x,), [], [])
+    for _ in range(REPEATS):
+        run(torch.zeros(2))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        run(torch.zeros(2))
 
 
 def step(run: Recorded, actor: torch.nn.Module, responses: list[list[int]], scale: float) -> list[torch.Tensor]:
@@ -49,18 +64,18 @@ def test_a_recorded_pass_is_the_eager_one(tiny_policy: Path, lora: bool) -> None
         model = AutoModelForCausalLM.from_pretrained(tiny_policy).cuda()
         trunk.lay_side_by_side(model)
         actors.append(make_actor(model, tiny_ppo(lora={"rank": 2, "alpha": 4} if lora else None), 0, lean=True).cuda().train())
-    recorded, eager = (
+    replayed, eager = (
         Recorded(lambda *inputs, a=actor: a(*inputs, 0.7), [p for p in actor.parameters() if p.requires_grad], list(actor.parameters())) for actor in actors
     )
     shorter = [[33, 21, 4], [90]]
     was = []
     for i, responses in enumerate([RESPONSES] * (REPEATS + 2) + [shorter] + [RESPONSES]):
         eager.times = 0  # never comes to be recorded
-        ours, theirs = step(recorded, actors[0], responses, i + 1.0), step(eager, actors[1], responses, i + 1.0)
+        ours, theirs = step(replayed, actors[0], responses, i + 1.0), step(eager, actors[1], responses, i + 1.0)
         assert all(bool(a.isfinite().all()) and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), i
-        was.append(recorded.graphs is not None)
+        was.append(replayed.graphs is not None)
     assert was == [False] * REPEATS + [True, True, True, True] and eager.graphs is None  # the shorter batch has the same shape
     weight = next(actors[0].parameters())
     weight.data = weight.data.clone()
-    step(recorded, actors[0], RESPONSES, 1.0)
-    assert recorded.graphs is None, "a graph that reads the old place was kept"
+    step(replayed, actors[0], RESPONSES, 1.0)
+    assert replayed.graphs is None, "a graph that reads the old place was kept"

@@ -27,7 +27,8 @@ class Recorded:
     """`run(*inputs)`, a function of tensors on one GPU and of `weights`, some of whose outputs have gradients.
 
     `reads` are all tensors beside the inputs whose place the graphs remember: where one moves, the graphs are dropped.
-    Gradients of the weights are the graph's own memory, so a step makes one backward pass between two `zero_grad`.
+    Gradients of the weights are the graphs' own memory: a step makes one backward pass between two `zero_grad`, and they last
+    until the next forward pass.
     """
 
     def __init__(self, run: Run, weights: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
@@ -45,9 +46,18 @@ class Recorded:
         if self.times <= REPEATS:
             return self.run(*inputs)
         if self.graphs is None:
-            self.graphs = _Graphs(self.run, inputs, self.weights)
+            self.graphs = self._recorded(inputs)
         found: tuple[Tensor, ...] = _Replay.apply(self.graphs, inputs, *self.weights)
         return found
+
+    def _recorded(self, inputs: Sequence[Tensor]) -> _Graphs:
+        """Raises OutOfMemoryError where there is no room, though the end of a broken-off recording fails by itself."""
+        try:
+            return _Graphs(self.run, inputs, self.weights)
+        except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
 
 
 class _Graphs:
