@@ -31,6 +31,7 @@ def test_the_whole_dag_goes_in_with_its_dependencies(site: Site) -> None:
     assert jobs["report"][1]["dependency"].startswith("afterany:")
     assert set(jobs["report"][1]["dependency"].removeprefix("afterany:").split(":")) == set(ids.values()) - {ids["report"]}
     assert not any(job["held"] for _, job in jobs.values())
+    assert {name for name, (_, job) in jobs.items() if "#SBATCH --hold\n" in job["text"]} == {"encode"}, "what waits for nothing goes in held"
     for _, job in jobs.values():
         assert "--kill-on-invalid-dep=yes" in job["text"] and "--export=NONE" in job["text"]
         assert "wckey" not in job["text"]
