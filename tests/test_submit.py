@@ -77,6 +77,14 @@ def test_submitting_again_attaches_to_what_is_running(site: Site, capsys: pytest
     assert "still running" in capsys.readouterr().out
 
 
+def test_a_cancelled_run_whose_jobs_are_still_ending_is_submitted_anew(site: Site) -> None:
+    site.submit()
+    site.set_state("CANCELLED")
+    site.set_state("COMPLETING", only=".encode")
+    assert site.submit() == 0
+    assert len(site.jobs) == 26
+
+
 def test_two_at_once_submit_once(site: Site) -> None:
     words = [sys.executable, "-m", "slurm.submit", "--cluster", str(site.profile), "--config", str(site.config), "--run", str(site.path)]
     both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
