@@ -121,19 +121,26 @@ def environment(profile: Profile, phase: Phase, outside: dict[str, str]) -> dict
     return {**fixed, **outside, **profile.environment}
 
 
-def setup_lines(profile: Profile, phase: Phase, outside: dict[str, str]) -> list[str]:
-    """Host-side lines before srun. Any that fails ends the job; afterwards a failing srun must reach the teardown."""
+def setup_lines(profile: Profile, phase: Phase, outside: dict[str, str], folder: Path) -> list[str]:
+    """Host-side lines before srun. Any that fails ends the job; afterwards a failing srun must reach the teardown. `folder` is the submission's."""
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment(profile, phase, outside).items()]
     # A login's start-up files may set one, whatever --export says.
     secrets = [] if phase == "fetch" else [NO_TOKEN]
     asks = [FAILED_JOBS] if phase == "report" else []
-    return ["set -eo pipefail", "umask 077", *bound_lines(profile), *secrets, *exports, *module_lines(profile), *scratch_lines(profile), *asks, "set +e"]
+    lines = [*bound_lines(profile, folder), *secrets, *exports, *module_lines(profile), *scratch_lines(profile), *asks]
+    return ["set -eo pipefail", "umask 077", *lines, "set +e"]
 
 
-def bound_lines(profile: Profile) -> list[str]:
-    """Slurm itself requeues what a lost node or a preemption ended, without a bound: a job that fells every node would go round for ever."""
+def bound_lines(profile: Profile, folder: Path | None = None) -> list[str]:
+    """Slurm itself requeues what a lost node or a preemption ended, without a bound: a job that fells every node would go round for ever.
+
+    Leaves in `tries` which try of the job this is. They are counted in a file: a preempted job that requeues itself is one
+    restart to us and two to Slurm.
+    """
+    file = None if folder is None else f'{shlex.quote(str(folder))}/tries."$SLURM_JOB_ID"'
+    count = [f"echo >>{file}", f"tries=$(wc -l <{file})"] if file else ["tries=$((${SLURM_RESTART_COUNT:-0} + 1))"]
     given_up = f'echo "requeued more than {profile.max_requeues} times, given up" >&2; exit 1'
-    return [f'[ "${{SLURM_RESTART_COUNT:-0}}" -le {profile.max_requeues} ] || {{ {given_up}; }}']
+    return [*count, f'[ "$tries" -le {profile.max_requeues + 1} ] || {{ {given_up}; }}']
 
 
 def scratch_lines(profile: Profile) -> list[str]:
@@ -154,19 +161,20 @@ def module_lines(profile: Profile) -> list[str]:
     return ["command -v module >/dev/null || . /etc/profile || true", *(f"module load {module}" for module in profile.modules)]
 
 
-def teardown_lines(profile: Profile, phase: Phase, told: str | None = None) -> list[str]:
+def teardown_lines(profile: Profile, phase: Phase, folder: Path | None = None) -> list[str]:
     """Host-side lines after srun: requeue a job that was told to checkpoint and has not finished, or told before it could hear; hand on its exit code.
 
-    scontrol runs here because images hold none; a requeue from the running script keeps dependents waiting. `told` is the
-    shell word of the file by which `slurm.entry` says that the signal came. The exit code alone says less: srun returns
+    scontrol runs here because images hold none; a requeue from the running script keeps dependents waiting. In the
+    submission's `folder` `slurm.entry` leaves a file when the signal comes. The exit code alone says less: srun returns
     the highest of all ranks, and kills the others when the first has ended.
     """
     lines = ["rc=$?"]
+    told = None if folder is None else f'{shlex.quote(str(folder))}/told."$SLURM_JOB_ID"."${{SLURM_RESTART_COUNT:-0}}"'
     if profile.max_requeues:
         early = f'[ "$rc" -eq {EXIT_TOLD_EARLY} ]'
         asked = f'[ "$rc" -eq {EXIT_STOPPED} ]' if told is None else f'[ "$rc" -ne 0 ] && [ -e {told} ]'
         lines += [
-            f'if {f"{{ {asked} || {early}; }}" if requeues(phase) else early} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {profile.max_requeues} ]; then',
+            f'if {f"{{ {asked} || {early}; }}" if requeues(phase) else early} && [ "$tries" -le {profile.max_requeues} ]; then',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",
         ]

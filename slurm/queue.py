@@ -80,7 +80,10 @@ def call(words: Sequence[str], *, stdin: str | None = None) -> str:
     if done.returncode:
         # After an unknown option sbatch ends by pointing to its help.
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Try ")] or [f"exit code {done.returncode}"]
-        raise Refused(f"{words[0]} failed: {lines[-1].strip().removeprefix(f'{words[0]}: ').removeprefix('error: ')}")
+        reason = f"{words[0]} failed: {lines[-1].strip().removeprefix(f'{words[0]}: ').removeprefix('error: ')}"
+        if re.search(r"contact slurm controller|timed out|connection refused", reason, re.IGNORECASE):
+            raise UserError(f"{reason}; the controller may be down, try again later")
+        raise Refused(reason)
     return done.stdout
 
 

@@ -87,7 +87,7 @@ def status(args: argparse.Namespace) -> int:
         table.add_row(*map(Text, cells[: len(columns)]))
     console.print(table)
     say_causes(run, [line.unit for line in rows], slurm, console)
-    if not slurm.live and not local and (undone := [line.unit for line in rows if line.unit.kind != "done"]):
+    if slurm.heard and not slurm.live and not local and (undone := [line.unit for line in rows if line.unit.kind != "done"]):
         print(f"nothing of {run.path} is in the queue, {len(undone)} of {len(rows)} are not done; make submit-all or make run goes on from what is done")
     return 0 if all(line.unit.state == "done" for line in rows) else 1
 
@@ -97,10 +97,9 @@ def say_causes(run: RunDir, units: Iterable[Unit], slurm: Slurm, console: Consol
     for unit in units:
         if unit.kind != "failed":
             continue
-        lines, log = last_lines(run.log(*unit.node), 3), run.log(*unit.node)
-        for job_log in run.slurm_logs(slurm.ids[unit.node]) if not lines and unit.node in slurm.ids else []:
-            lines, log = last_lines(job_log, 3), job_log
-        console.print(Text(f"{unit.node}: {log if lines else 'no log'}", "bold"), soft_wrap=True)
+        logs = [run.log(*unit.node), *(run.slurm_logs(slurm.ids[unit.node]) if unit.node in slurm.ids else [])]
+        lines, log = next(((lines, log) for log in logs if (lines := last_lines(log, 3))), ([], None))
+        console.print(Text(f"{unit.node}: {log or 'no log says why'}", "bold"), soft_wrap=True)
         for line in lines:
             console.print(Text(f"  {line}", "dim"), soft_wrap=True)
 
@@ -127,13 +126,15 @@ def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str],
         return Unit(node, "running", "" if job.state == "RUNNING" else job.state.lower())
     if node in local:
         return Unit(node, local[node])
-    needs = [str(need) for task in tasks(run.config) if task.node == node for need in task.needs if not run.done(*need, hashes=False)]
+    task = next(task for task in tasks(run.config) if task.node == node)
+    needs = [str(need) for need in task.needs if not run.done(*need, hashes=False)]
     lacks = f"{', '.join(needs[:3])}{' and more' if len(needs) > 3 else ''}"
     job_logs = run.slurm_logs(slurm.ids[node]) if node in slurm.ids else []
     if past is not None and past.state not in GOOD_ENDS and (job_logs or past.state != "CANCELLED"):
         return Unit(node, past.state, "; ".join(filter(None, (past.exit, slurm_complaint(job_logs)))))
     if slurm.heard and node in slurm.ids and not job_logs:
-        return Unit(node, "not run", f"needs {lacks}" if needs else "its job was cancelled before it began")
+        # A report is written whatever became of the rest: nothing that it lacks keeps it from being run.
+        return Unit(node, "not run", f"needs {lacks}" if needs and task.when == "afterok" else "its job was cancelled before it began")
     if not slurm.heard:
         return Unit(node, "not done", why)
     if job_logs or (run.log(*node).exists() and not needs):
@@ -181,6 +182,8 @@ def cancel(run: RunDir) -> str:
     if journal is None:
         raise UserError(f"nothing was submitted for {run.path}; a local run is stopped with Ctrl-C")
     alive = queue.live_jobs(journal["jobs"].values())
+    if not alive:
+        return f"nothing of submission {journal['id']} is in the queue any more"
     queue.cancel(journal["jobs"].values())
     return f"cancelled {len(alive)} jobs of submission {journal['id']}; make submit-all goes on from what is done"
 

@@ -194,8 +194,8 @@ def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str],
         "additional_parameters": more,
         "array_parallelism": profile.array_throttle,
         "stderr_to_stdout": True,
-        "setup": setup_lines(profile, batch.phase, outside(profile, batch.phase)),
-        "teardown": teardown_lines(profile, batch.phase, f'{shlex.quote(str(folder))}/told."$SLURM_JOB_ID"."${{SLURM_RESTART_COUNT:-0}}"'),
+        "setup": setup_lines(profile, batch.phase, outside(profile, batch.phase), folder),
+        "teardown": teardown_lines(profile, batch.phase, folder),
         "srun_args": srun_args(profile, batch.phase),
     }
 

@@ -114,9 +114,9 @@ def span(seconds: float) -> str:
 
 
 def last_lines(log: Path, count: int) -> list[str]:
-    """The last non-empty lines that the last job wrote to a log, where causes stand; none where the log is gone."""
+    """The last lines that the last job wrote to a log, where causes stand, submitit's own left out; none where the log is gone."""
     try:
-        lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip() and not line.startswith("submitit ")]
     except OSError:
         return []
     return latest(lines)[-count:]

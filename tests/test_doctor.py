@@ -47,6 +47,7 @@ def test_a_cluster_that_is_as_it_should_be(site: Site, capsys: pytest.CaptureFix
         ("", {"sinfo": "main|main*|gpu:h100:2(S:0-1)"}, "ppo wants 4 GPUs of partition main, and no node there has more than 2"),
         ("pack: 8\n", {"sinfo": "main|main*|gpu:h100:4"}, "encode wants 8 GPUs of partition main, and no node there has more than 4"),
         ("", {"max_array_size": 1}, "lower max_array_size"),
+        ("", {"flags": {"--partition=main": "Unable to contact slurm controller (connect failure)"}}, "the controller may be down, try again later"),
         ("reservation: friday\n", {"flags": {"--reservation=friday": "Requested reservation is invalid"}}, "scontrol show reservation"),
         ("", {"nvidia-smi": "525.60.13"}, "needs 580 or newer"),
         ("container: {image: outputs/images/none.sif}\n", {}, "make images"),

@@ -79,7 +79,7 @@ def test_every_key_reaches_sbatch(site: Site) -> None:
     assert {"#SBATCH --time=90", "#SBATCH --qos=long", "#SBATCH --mem-per-gpu=100G", "#SBATCH --cpus-per-task=12"} <= ppo
     # Five shards, four a job: an array of two, one at a time.
     assert {"#SBATCH --time=60", "#SBATCH --qos=normal", "#SBATCH --mem-per-gpu=64G", "#SBATCH --array=0-1%1"} <= probe
-    assert "-lt 2" in sent(site, ".ppo.penalty-seed1")
+    assert '"$tries" -le 2 ]; then' in sent(site, ".ppo.penalty-seed1")
 
 
 @pytest.mark.parametrize(("phase", "together"), [("ppo", ["--kill-on-bad-exit=1"]), ("probe", ["--kill-on-bad-exit=0", "--wait=0"])])
@@ -134,8 +134,8 @@ def test_a_scratch_that_is_not_there_ends_the_job(site: Site) -> None:
 
 def test_a_job_that_slurm_requeued_too_often_gives_up(site: Site) -> None:
     site.submit()
-    assert batch_script(site, ".select", "exit 0", SLURM_RESTART_COUNT="3") == (0, [])
-    assert batch_script(site, ".select", "exit 0", SLURM_RESTART_COUNT="4") == (1, [])
+    assert batch_script(site, ".select", "exit 0", tries=3, SLURM_RESTART_COUNT="6") == (0, [])
+    assert batch_script(site, ".select", "exit 0", tries=4, SLURM_RESTART_COUNT="4") == (1, [])
 
 
 def test_a_stand_alone_script_does_one_shard_an_element() -> None:

@@ -98,6 +98,9 @@ def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(undist
     run.signal_phase("CONT", "ppo", PPO, every=True)
     run.wait()
     assert run.attempts()[f"ppo/{PPO}"] == "undone", "a cancelled job was requeued"
+    assert re.search(rf"evaluate/{PPO} +\d+ +not run: needs ppo/{PPO}\b", run.status())
+    watched = inside("script", "-qec", f"make watch RUN={run.path}", "/dev/null", check=False)  # on a pseudo-terminal
+    assert watched.returncode != 0 and "not done are" in watched.stdout and f"ppo/{PPO}" in watched.stdout
     repaired(run, undisturbed, before, TRAINED)
     assert not run.attempts()[f"ppo/{PPO}"].startswith(f"{job}-")
 
@@ -130,13 +133,19 @@ def test_a_preemption_by_an_urgent_job_checkpoints_and_goes_on(undisturbed: Clus
     run.stop_in_training(PPO)
     node = inside("squeue", "--noheader", f"--jobs={job}", "--format=%N").stdout.strip()
     inside("sbatch", "--partition=urgent", f"--nodelist={node}", "--gres=gpu:4", "--output=/dev/null", "--wrap", "sleep 5")
-    until("the preemption's signal", lambda: list(run.path.glob(f"submissions/*/told.{job}.0")))  # with SIGCONT, as Slurm sends it
+    until("the preemption's signal", lambda: list(run.path.glob(f"submissions/*/told.{job}.0")), every_s=0.005)
+    # Slurm wakes the ranks with it; a step that takes a while yet is what its grace is for.
+    run.signal_phase("STOP", "ppo", PPO, every=True)
+    time.sleep(4)
+    run.signal_phase("CONT", "ppo", PPO, every=True)
     run.wait()
     attempt = run.attempts()[f"ppo/{PPO}"]
     assert attempt.startswith(f"{job}-") and not attempt.startswith(f"{job}-0-")
     stopped, went_on = run.steps(PPO, f"{job}-0-"), run.steps(PPO, "-".join(attempt.split("-")[:2]))
     assert 0 < len(stopped) < len(went_on) == run.dir.config.ppo.steps
     assert went_on[: len(stopped)] == stopped, "it began anew instead of going on from its checkpoint"
+    # Slurm counts two restarts, its own and the one asked for; one try more is what counts against max_requeues.
+    assert next(run.path.glob(f"submissions/*/tries.{job}")).read_text().count("\n") == 2
     assert run.redone_since(before) == TRAINED
     assert run.figures() == undisturbed.figures()
 
