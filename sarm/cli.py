@@ -31,7 +31,9 @@ def ended(work: Callable[[], int], where: str | os.PathLike[str] = "") -> int:
     Whatever else goes wrong is a defect, and is raised.
     """
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()  # here, where a reader that has gone is no surprise, not when the interpreter ends
+        return code
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -242,7 +242,7 @@ def flags(profile: Profile, phase: Phase) -> dict[str, str | bool]:
     elif profile.memory == "mem-per-cpu" or (profile.memory == "mem-per-gpu" and not gpus):
         found["mem-per-cpu"] = f"{max(1, memory_gb * 1024 // (want.cpus_per_task * tasks))}M"
     elif profile.memory == "mem-per-gpu":
-        found["mem-per-gpu"] = f"{memory_gb // gpus}G"
+        found["mem-per-gpu"] = f"{memory_gb * 1024 // gpus}M"
     found.update(profile.extra)
     return {flag: value for flag, value in sorted(found.items()) if value is not None and value is not False}
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from types import MappingProxyType
@@ -127,8 +128,9 @@ def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str],
     if node in local:
         return Unit(node, local[node])
     task = next(task for task in tasks(run.config) if task.node == node)
-    needs = [str(need) for need in task.needs if not run.done(*need, hashes=False)]
-    lacks = f"{', '.join(needs[:3])}{' and more' if len(needs) > 3 else ''}"
+    needs = [need for need in task.needs if not run.done(*need, hashes=False)]
+    counts = Counter(need.phase for need in needs)
+    lacks = ", ".join(dict.fromkeys(str(need) if counts[need.phase] == 1 else f"{counts[need.phase]} of {need.phase}" for need in needs))
     job_logs = run.slurm_logs(slurm.ids[node]) if node in slurm.ids else []
     if past is not None and past.state not in GOOD_ENDS and (job_logs or past.state != "CANCELLED"):
         return Unit(node, past.state, "; ".join(filter(None, (past.exit, slurm_complaint(job_logs)))))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,11 @@ def test_a_partition_slurm_does_not_know_is_found_by_test_only_without_dependenc
     assert "invalid partition" in refused()
     asked = site.state["test_only"]
     assert asked and not any("dependency" in text for text in asked)
+
+
+def test_a_controller_that_is_down(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
+    site.fault(deaf=["sbatch"])
+    assert "the controller may be down" in (said := refused()) and "profile" not in said
 
 
 def test_an_array_longer_than_slurm_takes(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
@@ -137,6 +144,12 @@ def test_a_base_image_without_a_digest_is_refused() -> None:
     for base in ("debian:12", "debian@sha256:abc", "debian:12@sha256:" + "0" * 64 + " --x"):
         done = subprocess.run(["bash", str(ROOT / "containers" / "build"), "light"], env={**os.environ, "BASE": base}, capture_output=True, text=True)
         assert done.returncode == 2 and "names no digest" in done.stderr
+
+
+def test_a_reader_that_has_gone_is_nothing_to_speak_of(site: Site) -> None:
+    words = [sys.executable, "-m", "slurm.submit", "--cluster", str(site.profile), "--config", str(site.config), "--run", str(site.path), "--dry-run"]
+    done = subprocess.run(["bash", "-c", f"{shlex.join(words)} | true"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_the_traceback_is_there_for_those_who_ask(site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,7 @@ def test_a_signal_from_outside_is_likelier_the_cause_than_what_it_brought_about(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_ppo_on_four_ranks_ends_when_one_is_killed_in_a_step_and_goes_on_on_two(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     argv = ["-m", "jobs", "ppo", "--run", str(run.path), "--unit", UNIT]

@@ -76,9 +76,9 @@ def test_every_key_reaches_sbatch(site: Site) -> None:
     for lines in (ppo, probe):
         assert {f"#SBATCH {flag}" for flag in both.split()} <= lines
         assert not any("spread-job" in line or "gres" in line for line in lines)
-    assert {"#SBATCH --time=90", "#SBATCH --qos=long", "#SBATCH --mem-per-gpu=100G", "#SBATCH --cpus-per-task=12"} <= ppo
+    assert {"#SBATCH --time=90", "#SBATCH --qos=long", "#SBATCH --mem-per-gpu=102400M", "#SBATCH --cpus-per-task=12"} <= ppo
     # Five shards, four a job: an array of two, one at a time.
-    assert {"#SBATCH --time=60", "#SBATCH --qos=normal", "#SBATCH --mem-per-gpu=64G", "#SBATCH --array=0-1%1"} <= probe
+    assert {"#SBATCH --time=60", "#SBATCH --qos=normal", "#SBATCH --mem-per-gpu=65536M", "#SBATCH --array=0-1%1"} <= probe
     assert '"$tries" -le 2 ]; then' in sent(site, ".ppo.penalty-seed1")
 
 

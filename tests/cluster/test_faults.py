@@ -120,7 +120,7 @@ def test_a_killed_rank_ends_its_job_within_a_minute_and_is_named(undisturbed: Cl
     run.wait()
     assert run.attempts()[f"ppo/{PPO}"] == "undone"
     for text in ((run.path / "logs" / f"ppo.{PPO}.log").read_text(), run.report()):
-        assert re.search(r"rank\s\d\sof\s4\son\s\S+\swas\skilled\sby\sSIGKILL", text)
+        assert re.search(r"rank \d of 4 on \S+ was killed by SIGKILL", flat(text))
     repaired(run, undisturbed, before, TRAINED)
 
 

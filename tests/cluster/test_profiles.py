@@ -100,7 +100,7 @@ def test_slurm_takes_every_key_for_what_it_says(reservation: None) -> None:
         max_requeues=2,
         partition="gpu",
         extra={"nice": "100", "begin": "now+1hour"},
-        phases={"probe": {"gpus": 1, "time_min": 7}, "ppo": {"mem_gb": 8}},
+        phases={"probe": {"gpus": 1, "time_min": 7}, "ppo": {"mem_gb": 6}},
     )
     run.send()
     try:
@@ -110,7 +110,7 @@ def test_slurm_takes_every_key_for_what_it_says(reservation: None) -> None:
             assert job["OverSubscribe"] == "NO" and job["MailUser"] == "me@example.org" and "END" in job["MailType"] and "FAIL" in job["MailType"]
             assert (job["Nice"], job["Requeue"], job["KillOInInvalidDependent"]) == ("100", "1", "Yes")
             assert job["JobName"].startswith("tiny-") and (not accounted or (job["Account"], job["QOS"]) == ("sarm", "normal"))
-        assert (ppo["TresPerNode"], ppo["MemPerTres"], ppo["TimeLimit"]) == ("gres/gpu:h100:4", "gres/gpu:2048", "00:20:00"), ppo
+        assert (ppo["TresPerNode"], ppo["MemPerTres"], ppo["TimeLimit"]) == ("gres/gpu:h100:4", "gres/gpu:1536", "00:20:00"), ppo
         assert (probe["TresPerNode"], probe["MemPerTres"], probe["TimeLimit"]) == ("gres/gpu:h100:2", "gres/gpu:2048", "00:07:00"), probe
         # Five shards, two a job: an array of two, one at a time, and a job that is no array.
         assert probe["ArrayTaskId"] == "0-1%1" and "ArrayTaskId" not in single
