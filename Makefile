@@ -139,6 +139,8 @@ bench: setup  ## speed and memory, each a ratio against a named peer or a limit 
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
 	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu.lock
+	uv pip compile -q pyproject.toml --extra light --extra report --extra full -c requirements/constraints.txt -c requirements/cpu.lock --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu-image.lock
 	env -u UV_FIND_LINKS uv pip compile -q pyproject.toml --extra light --extra report --extra full -c requirements/constraints.txt --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate -o requirements/cuda.lock
 	uv pip compile -q pyproject.toml --extra light --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/light.lock

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
@@ -68,9 +70,15 @@ def environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     made.filters["plot_json"] = lambda plot: _inline(json.dumps(json.loads(plot.figure.to_json()), separators=(",", ":")))
+    made.filters["coded"] = _coded
     made.filters["first_part"] = lambda path: path.partition("/")[0]
     made.filters["short"] = lambda digest: (digest or "none")[:8]
     return made
+
+
+def _coded(text: str) -> markupsafe.Markup:
+    """What stands between backticks in the text report, as code."""
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def _inline(text: str) -> str:

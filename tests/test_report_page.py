@@ -15,7 +15,7 @@ import jobs.report
 from reports import plots
 from reports.figures import figures
 from reports.frames import Frames, read_run
-from reports.page import SAMPLES, page
+from reports.page import SAMPLES, environment, page
 from reports.sections import SECTIONS
 from sarm.run import RunDir
 from sarm.verdict import decide
@@ -79,6 +79,11 @@ def test_it_says_the_verdict_first_and_the_same_figures_as_the_text(finished):
     assert f"{100 * change['change']:+.1f}" in words
     for row in found["policies"]:
         assert f"{row['policy']} {row['n_unsafe']} {row['n_safe']} {row['reward']:.3f}" in words
+
+
+def test_words_between_backticks_are_code_and_what_they_hold_is_escaped(finished):
+    assert "<code>could show</code> is the least change" in finished[0]
+    assert str(environment().filters["coded"]("`a<b` & c`")) == "<code>a&lt;b</code> &amp; c`"
 
 
 def test_each_plot_has_its_data_and_a_sentence(finished):

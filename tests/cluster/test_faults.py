@@ -165,8 +165,13 @@ def test_a_lost_node_with_its_ranks_still_writing_spoils_nothing(undisturbed: Cl
         until("the requeue", lambda: inside("squeue", "--noheader", f"--jobs={job}", "--states=RUNNING", "--format=%N").stdout.strip() not in ("", node))
         assert "down" in inside("sinfo", "--noheader", f"--nodes={node}", "--format=%T").stdout
         until("the new ranks' going on", lambda: run.steps(PPO, f"{job}-1-"), every_s=0.05)
+        # Both write at once for a while; then the old ranks come last, when all others have read what stands.
         inside("kill", "-CONT", *old_ranks, root=True)
+        until("a step of the old ranks'", lambda: len(run.steps(PPO, f"{job}-0-")) > len(saved), every_s=0.005)
+        inside("kill", "-STOP", *old_ranks, root=True)
         run.wait()
+        assert run.attempts()[f"ppo/{PPO}"].startswith(f"{job}-1-") and old_ranks <= set(run.processes("ppo")), "they had ended before"
+        inside("kill", "-CONT", *old_ranks, root=True)
         until("the old ranks' end", lambda: not old_ranks & set(run.processes("ppo")))
     finally:
         inside("slurmd", "-N", node, root=True)
