@@ -98,7 +98,7 @@ def start_up(folder: Path, profile: Profile, run: RunDir, phase: Phase) -> float
     out = run.path / f"start-{uuid.uuid4().hex[:6]}"
     spec = Path(f"{out}.json")
     command = {"argv": ["-c", code, f"{out}.entered"], "log": f"{out}.log"}
-    spec.write_text(json.dumps({"commands": [command], "cwd": str(ROOT), "env": {}, "ranks": False}))
+    spec.write_text(json.dumps({"commands": [command], "cwd": str(ROOT), "env": {}, "ranks": False, "grace_s": 60}))
     batch = Batch(f"bench-{phase}", phase, (("all",),), (), "afterok")
     given = submit.parameters(run, profile, batch, {}, "bench", run.path)
     given["setup"] = [f"date +%s.%N >{out}.began", *given["setup"]]

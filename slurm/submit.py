@@ -102,7 +102,8 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
     elif before is not None:
         alive = queue.live_jobs(before["jobs"].values())
         reports = {before["jobs"].get("report")}
-        if {job.id.partition("_")[0] for job in alive} - reports:
+        # A job that completes has ended, or is being cancelled: neither is worth waiting for.
+        if {job.id.partition("_")[0] for job in alive if job.state != "COMPLETING"} - reports:
             return {**before, "attached": True}
         # Only the report of a run that failed still waits: what is resubmitted ends with a report of its own.
         queue.cancel(job.id for job in alive)

@@ -31,6 +31,7 @@ def test_the_whole_dag_goes_in_with_its_dependencies(site: Site) -> None:
     assert jobs["report"][1]["dependency"].startswith("afterany:")
     assert set(jobs["report"][1]["dependency"].removeprefix("afterany:").split(":")) == set(ids.values()) - {ids["report"]}
     assert not any(job["held"] for _, job in jobs.values())
+    assert {name for name, (_, job) in jobs.items() if "#SBATCH --hold\n" in job["text"]} == {"encode"}, "what waits for nothing goes in held"
     for _, job in jobs.values():
         assert "--kill-on-invalid-dep=yes" in job["text"] and "--export=NONE" in job["text"]
         assert "wckey" not in job["text"]
@@ -74,6 +75,14 @@ def test_submitting_again_attaches_to_what_is_running(site: Site, capsys: pytest
     assert site.submit() == 0
     assert set(site.jobs) == before
     assert "still running" in capsys.readouterr().out
+
+
+def test_a_cancelled_run_whose_jobs_are_still_ending_is_submitted_anew(site: Site) -> None:
+    site.submit()
+    site.set_state("CANCELLED")
+    site.set_state("COMPLETING", only=".encode")
+    assert site.submit() == 0
+    assert len(site.jobs) == 26
 
 
 def test_two_at_once_submit_once(site: Site) -> None:

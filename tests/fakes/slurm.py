@@ -93,7 +93,7 @@ def sbatch(argv: list[str], state: dict, faults: dict) -> int:
 def squeue(argv: list[str], state: dict, faults: dict) -> int:
     names = next((word.removeprefix("--name=").split(",") for word in argv if word.startswith("--name=")), None)
     for id_, job in state["jobs"].items():
-        if job["state"] not in ("PENDING", "RUNNING") or (names is not None and job["name"] not in names):
+        if job["state"] not in ("PENDING", "RUNNING", "COMPLETING") or (names is not None and job["name"] not in names):
             continue
         if "--format=%F" in argv:
             print(id_)
