@@ -144,8 +144,10 @@ def test_a_preemption_by_an_urgent_job_checkpoints_and_goes_on(undisturbed: Clus
     stopped, went_on = run.steps(PPO, f"{job}-0-"), run.steps(PPO, "-".join(attempt.split("-")[:2]))
     assert 0 < len(stopped) < len(went_on) == run.dir.config.ppo.steps
     assert went_on[: len(stopped)] == stopped, "it began anew instead of going on from its checkpoint"
-    # Slurm counts two restarts, its own and the one asked for; one try more is what counts against max_requeues.
-    assert next(run.path.glob(f"submissions/*/tries.{job}")).read_text().count("\n") == 2
+    # What counts against max_requeues is tries, where Slurm may count a restart twice. A third finds all done: Slurm may
+    # requeue a job that was preempted even when it has ended well.
+    tries = next(run.path.glob(f"submissions/*/tries.{job}")).read_text().count("\n")
+    assert tries == (run.path / "logs" / f"ppo.{PPO}.log").read_text().count(f"=== job {job} ") and tries in (2, 3)
     assert run.redone_since(before) == TRAINED
     assert run.figures() == undisturbed.figures()
 
