@@ -41,10 +41,21 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
+def silu_mul_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """Of `silu_mul`, (n, 2 f); grad (n, f)."""
+    if _on_gpu(gate_up):
+        from sarm import triton_kernels
+
+        return triton_kernels.silu_mul_gradient(grad, gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    share = torch.sigmoid(gate)
+    return torch.cat([grad * up * share * (1 + gate * (1 - share)), grad * gate * share], dim=-1)
+
+
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, into: Tensor | None = None) -> Tensor:
     """Rotary embedding: dimension j of a head turns with j + half; (n, heads, head_dim) by (n, head_dim) each.
 
-    `heads` may be a view whose rows lie apart, and so may `into`, where the result goes if it is given; the two may be one.
+    Rows and heads may lie apart, in `heads` and in `into`, where the result goes if it is given; the two may be one.
     """
     if _on_gpu(heads):
         from sarm import triton_kernels

@@ -48,6 +48,19 @@ def _silu_mul(gate_up, out, stride, f, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _silu_mul_gradient(grad, gate_up, out, f, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < f
+    d = tl.load(grad + row * f + at, inside, 0).to(tl.float32)
+    gate_up += row * 2 * f + at
+    g, u = tl.load(gate_up, inside, 0).to(tl.float32), tl.load(gate_up + f, inside, 0).to(tl.float32)
+    share = 1 / (1 + tl.exp(-g))
+    out += row * 2 * f + at
+    tl.store(out, (d * u * share * (1 + g * (1 - share))).to(out.dtype.element_ty), inside)
+    tl.store(out + f, (d * g * share).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
 def _rotate(
     x, cos, sin, out, row_stride, head_stride, out_stride, out_head, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -86,6 +99,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty(*gate_up.shape[:-1], f, dtype=gate_up.dtype, device=gate_up.device)
     block = min(WIDE, triton.next_power_of_2(f))
     _silu_mul[(len(rows), triton.cdiv(f, block))](rows, out, rows.stride(0), f, block, num_warps=_warps(block))
+    return out
+
+
+def silu_mul_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
+    grad, gate_up = grad.contiguous(), gate_up.contiguous()
+    n, f = grad.shape
+    out = torch.empty_like(gate_up)
+    block = min(WIDE, triton.next_power_of_2(f))
+    _silu_mul_gradient[(n, triton.cdiv(f, block))](grad, gate_up, out, f, block)
     return out
 
 

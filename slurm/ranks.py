@@ -77,7 +77,11 @@ class Ranks:
 
     def deaths(self) -> list[Death]:
         """Those noted so far, the likeliest cause first."""
-        return sorted((Death(*json.loads(path.read_text())) for path in self.folder.glob(f"died.{self.stem}.*")), key=lambda death: death.order)
+        try:
+            found = [Death(*json.loads(path.read_text())) for path in self.folder.glob(f"died.{self.stem}.*")]
+        except OSError:  # a file system that stumbles is no death; it is asked again
+            return []
+        return sorted(found, key=lambda death: death.order)
 
     def cause(self, log: Path, patience_s: float) -> str:
         """What rank 0's log is to end with; empty where that says it already, or where nobody died by itself.

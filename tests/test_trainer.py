@@ -20,6 +20,7 @@ from sarm.ppo.actor import make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.calibration import calibrate
 from sarm.ppo.export import policy_weights, save_policy
+from sarm.ppo.recorded import Recorded
 from sarm.ppo.rollout import prompt_ids
 from sarm.ppo.trainer import Experience, train
 from sarm.ppo.world import place
@@ -161,12 +162,23 @@ def two_steps(world: Any, policy: Path, out: Path) -> None:
         (out / f"steps-{world.size}.json").write_text(json.dumps(lines))
 
 
+class NeverRecorded(Recorded):
+    """Rounds batches up as a recorded pass has them, and stays eager."""
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.run(*inputs)
+
+
 def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
     found: dict[str, Any] = {}
     trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo(num_ppo_epochs=2, num_mini_batches=4, kl_controller="adaptive", kl_target=1e-6))
     found["many"] = trainer.run_step()
     found["kl_coef"] = trainer.progress.kl_coef
     found["stopped"] = tiny_trainer(world, policy, PlantedReward(), tiny_ppo(num_ppo_epochs=2, num_mini_batches=4, kl_stop=1e-9)).run_step()
+
+    exact, rounded = (tiny_trainer(world, policy, PlantedReward(worth=0.5), tiny_ppo(micro_batch_tokens=1000)) for _ in range(2))
+    rounded.recorded = NeverRecorded(rounded._judged, rounded.actor.trainable(), [])
+    found["exact"], found["rounded"] = ([trainer.run_step() for _ in range(2)] for trainer in (exact, rounded))
 
     trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo(lora={"rank": 2, "alpha": 4}, learning_rate=0.05, max_grad_norm=1e9))
     calibration = calibrate(trainer, 30, [], seed=3)
@@ -220,6 +232,12 @@ def outcome(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def found(outcome: Path) -> dict[str, Any]:
     return json.loads((outcome / "found.json").read_text())
+
+
+def test_a_batch_rounded_up_for_recording_is_the_same_step(found: dict[str, Any]) -> None:
+    for a, b in zip(found["exact"], found["rounded"], strict=True):
+        same = {key for key in a if not key.startswith("time/") and "per_s" not in key and key != "eps"}
+        assert {key: b[key] for key in same} == pytest.approx({key: a[key] for key in same}, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 def test_one_rank_or_two_take_the_same_steps(outcome: Path) -> None:

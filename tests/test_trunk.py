@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from sarm.config import ROOT
 from sarm.ppo import trunk
 from sarm.ppo.actor import make_actor
+from sarm.ppo.decoders import LlamaWeights
 from sarm.ppo.reference import Reference
 from sarm.ppo.rollout import forced
 from tests.ranks import tiny_ppo
@@ -23,9 +24,11 @@ from tests.ranks import tiny_ppo
 PROMPTS, RESPONSES = [[5, 9, 12, 40], [7, 300, 8]], [[33, 21, 4], [90, 14, 77, 61, 2]]
 
 
-def outputs(policy: Path, device: str, lean: bool, lora: bool, recompute: int = 0, beside: bool = True) -> dict[str, torch.Tensor]:
+def outputs(
+    policy: Path, device: str, lean: bool, lora: bool, recompute: int = 0, beside: bool = True, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     """Log-probabilities, values and, of a made-up loss on them, every gradient."""
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype).to(device)
     if lean and beside:
         trunk.lay_side_by_side(model)
     actor = make_actor(model, tiny_ppo(lora={"rank": 4, "alpha": 8} if lora else None), 0, lean=lean).to(device)
@@ -45,7 +48,7 @@ def outputs(policy: Path, device: str, lean: bool, lora: bool, recompute: int = 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
-        assert float((ours[name] - expected).norm()) <= tolerance * float(expected.norm()), name
+        assert float((ours[name].float() - expected).norm()) <= tolerance * float(expected.norm()), name
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -53,6 +56,12 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], 
 def test_values_and_gradients_are_those_of_transformers(tiny_policy: Path, lora: bool, recompute: int, beside: bool) -> None:
     """Whether the weights lie side by side or, as after ZeRO has laid them out, anywhere."""
     assert_same(outputs(tiny_policy, "cpu", True, lora, recompute, beside), outputs(tiny_policy, "cpu", False, lora), 1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_bfloat16_is_float32_up_to_its_rounding(tiny_policy: Path, lora: bool) -> None:
+    """As on a GPU: weights in bfloat16, adapters in float32 that are multiplied in bfloat16."""
+    assert_same(outputs(tiny_policy, "cpu", True, lora, dtype=torch.bfloat16), outputs(tiny_policy, "cpu", True, lora), 0.05)
 
 
 @pytest.mark.gpu
@@ -102,13 +111,12 @@ def test_layers_that_wait_on_the_host_compute_the_same(tiny_policy: Path, visiti
 
 def swiglu_agrees(device: str) -> None:
     from sarm import triton_kernels
-    from sarm.ppo import trunk_kernels
 
     gate_up, grad = torch.randn(3, 2000, device=device, requires_grad=True), torch.randn(3, 1000, device=device)
     expected = F.silu(gate_up[:, :1000]) * gate_up[:, 1000:]
     torch.testing.assert_close(triton_kernels.silu_mul(gate_up.detach()), expected.detach())
     (theirs,) = torch.autograd.grad(expected, gate_up, grad)
-    torch.testing.assert_close(trunk_kernels.silu_mul_gradient(grad, gate_up.detach()), theirs)
+    torch.testing.assert_close(triton_kernels.silu_mul_gradient(grad, gate_up.detach()), theirs)
 
 
 @pytest.mark.gpu
@@ -123,4 +131,4 @@ def test_the_interpreted_swiglu_kernels() -> None:
 
 
 def test_other_models_keep_their_own_forward() -> None:
-    assert not trunk.knows(torch.nn.Linear(2, 2))
+    assert not LlamaWeights.knows(torch.nn.Linear(2, 2))

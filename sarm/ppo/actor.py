@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sarm.config import PpoConfig
 from sarm.ppo import objective, trunk
-from sarm.ppo.decoders import base_model
+from sarm.ppo.decoders import LlamaWeights, base_model
 
 
 class Forward(NamedTuple):
@@ -39,9 +39,9 @@ class Actor(nn.Module):
     and gradient checkpointing is its own.
     """
 
-    def __init__(self, policy: Any, lean: bool = False) -> None:
+    def __init__(self, policy: Any, lean: bool = False, recompute: int = 0) -> None:
         super().__init__()
-        self.lean, self.recompute = lean, 0
+        self.lean, self.recompute = lean, recompute
         self.policy = policy
         self.value_head = ValueHead(base_model(policy).config.hidden_size)
         self.mixed = len({p.dtype for p in policy.parameters()}) > 1
@@ -77,8 +77,7 @@ def make_actor(policy: Any, ppo: PpoConfig, seed: int, lean: bool = False, recom
             module.attention_dropout = 0.0
         if hasattr(module, "cast_input_dtype_enabled"):  # peft's copy of each input to float32; autocast does without
             module.cast_input_dtype_enabled = False
-    actor = Actor(policy, lean and trunk.knows(policy))
-    actor.recompute = recompute
+    actor = Actor(policy, lean and LlamaWeights.knows(policy), recompute)
     if recompute and not actor.lean:
         base_model(policy).gradient_checkpointing_enable({"use_reentrant": False})
     return actor

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,9 +79,10 @@ class Tensors:
         """(length,) elements from `start` on, all without `length`, on the CPU. Raises UserError where they are not there."""
         parts = self._pieces.get(name, [])
         stop = max((end for _, end, _ in parts), default=-1) if length is None else start + length
-        found, at = [], start
+        found: list[Tensor] = []
+        at = start
         for begin, end, part in parts:
-            if begin <= at and (at < min(end, stop) or at == stop):
+            if begin <= at and (at < min(end, stop) or (at == stop and not found)):
                 found.append(part[at - begin : min(end, stop) - begin])
                 at = min(end, stop)
         if at != stop or not found:
@@ -130,12 +131,16 @@ def save(folder: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece]
 def load(folder: Path, *, world: World, made_with: str) -> Loaded | None:
     """The newest complete checkpoint, or None. A collective: rank 0 proposes, and the ranks share the files out to be verified.
 
-    Called before anything is saved: what is unfinished is swept away.
+    Called before anything is saved: what is unfinished is swept away. Raises UserError where all there is has another schema.
     """
-    found = []
+    found: list[Path] = []
+    foreign = False
     if world.rank == 0:
         sweep(folder)
         found = complete(folder, made_with)
+        foreign = not found and any(_manifest(path) is None for path in folder.glob("step-*"))
+    if world.any(foreign):
+        raise UserError(f"the checkpoints in {folder} are of another version of this code; go on with that version, or remove the folder to begin anew")
     proposals = iter([path.name for path in found])
     while name := world.broadcast_text(next(proposals, "")):
         path = folder / name
@@ -170,7 +175,7 @@ def prune(folder: Path, keep_last: int) -> None:
 def sweep(folder: Path) -> None:
     """Remove what earlier attempts left unfinished. One of them that still lives, on a lost node, fails at its next write."""
     for path in folder.glob("step-*"):
-        if _manifest(path) is None:
+        if not _is_json(path / MANIFEST):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -179,7 +184,10 @@ def _write_rank(target: Path, rank: int, pieces: Iterable[Piece]) -> str:
     target.mkdir(parents=True, exist_ok=True)
     path = target / _rank_file(rank)
     # A copy each: optimizer states may be views of one buffer, which safetensors refuses.
-    save_file({f"{name}@{start}": values.detach().to("cpu", copy=True) for name, start, values in pieces}, path)
+    try:
+        save_file({f"{name}@{start}": values.detach().to("cpu", copy=True) for name, start, values in pieces}, path)
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(f"{path}: {error}") from error
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -203,6 +211,14 @@ def _manifest(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return True
 
 
 def _rank_file(rank: int) -> str:

@@ -192,8 +192,14 @@ class LlamaWeights:
 
     @staticmethod
     def knows(model: nn.Module) -> bool:
+        """Whether this is a Llama, with LoRA or without, that is computed as here and in `trunk.py`."""
         base: Any = base_model(model)
-        return type(base) is LlamaForCausalLM and base.config.hidden_act == "silu" and not base.config.attention_bias and not base.config.mlp_bias
+        if type(base) is not LlamaForCausalLM:
+            return False
+        config = base.config
+        turning = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        # Dynamic rotation looks at each batch's length on the host, and depends on what came before.
+        return config.hidden_act == "silu" and not config.attention_bias and not config.mlp_bias and turning != "dynamic"
 
     @property
     def heads(self) -> int:

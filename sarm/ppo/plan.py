@@ -1,7 +1,7 @@
 """What of a PPO run fits on which GPUs, and how it is cut so that it does: `make plan CONFIG=configs/llama31-8b.yaml GPUS=4x80`.
 
-`make_plan` is the one place that chooses ZeRO stage, how weights are kept, micro-batch, layers to compute again and layers
-of the reference that wait on the host, wherever the config leaves them open. The trainer asks it with the models it has
+`make_plan` is the one place that chooses ZeRO stage, how weights are kept, micro-batch, layers to compute again, layers of
+the reference that wait on the host, and whether the pass is recorded, wherever the config leaves them open. The trainer asks it with the models it has
 loaded; here it is asked with their shapes. No torch: a login node can plan.
 
 Memory is counted for the worst batch (every row at `max_prompt_tokens + max_new_tokens`), per GPU, as the sum of what stays
@@ -32,6 +32,10 @@ MARGIN = 0.95
 LOGITS = 4096
 """Positions whose logits exist at a time; see `objective.logprobs_from_hidden`."""
 DEFAULT_MICRO_BATCH_TOKENS = 16384
+RECORDED_POSITIONS, RECORDED_TOKENS = 64, 512
+"""A recorded pass rounds its longest row and its response tokens up to whole steps of these, so that a run has few shapes."""
+LAUNCH_S = 4e-3
+"""A layer's kernels in reference, judge and update, launched one by one on a slow host; hidden where the GPU takes longer."""
 
 
 class Rates(NamedTuple):
@@ -219,15 +223,18 @@ def _plan(
     stage: int,
     weights: str,
     lean: bool,
-    tokens: int,
+    micro_tokens: int,
     recompute: int,
     visiting: int,
     recorded: bool,
 ) -> Plan:
-    """One way of cutting the work, with its memory and time; `tokens` of a micro-batch."""
+    """One way of cutting the work, with its memory and time; `micro_tokens` of a micro-batch."""
     p, full = policy.parameters, ppo.lora is None
     rows = math.ceil(ppo.batch_size / gpus)
     longest = ppo.max_prompt_tokens + ppo.max_new_tokens
+    padded = math.ceil(longest / RECORDED_POSITIONS) * RECORDED_POSITIONS if recorded else longest
+    tokens = micro_tokens * padded / longest
+    responses = micro_tokens * ppo.max_new_tokens / longest + (RECORDED_TOKENS - 1 if recorded else 0)
     share = gpus if stage == 3 else 1
     layer_bytes = 2 * policy.layer
     stays = {
@@ -239,7 +246,6 @@ def _plan(
         "SARM": sarm_bytes,
         "overhead": OVERHEAD_GIB * GIB,
     }
-    responses = tokens * ppo.max_new_tokens / longest
     layer_kept = 2 * tokens * policy.kept(lean)
     kept = layer_kept * (policy.layers - recompute) + 2 * tokens * policy.hidden * recompute
     # Between the layers of a backward pass: the MLP's gradients, and a layer computed again.
@@ -260,14 +266,16 @@ def _plan(
         stays["recorded pass"] = max(goes.pop("update"), goes.pop("reference"))
         goes["score"] -= kept
     updates = ppo.num_ppo_epochs * ppo.num_mini_batches
-    micros = math.ceil(rows * longest / ppo.num_mini_batches / tokens)
-    forward = 2 * (policy.layers * policy.layer * rows * longest + policy.embedding * rows * ppo.max_new_tokens) / RATES.train
+    micros = math.ceil(rows * longest / ppo.num_mini_batches / micro_tokens)
+    forward = 2 * (policy.layers * policy.layer * rows * padded + policy.embedding * rows * ppo.max_new_tokens) / RATES.train
     shared = updates == 1 and micros == 1 and stage < 3
     passes = 1 + ppo.num_ppo_epochs * ((2 if full else 1) + recompute / policy.layers + (0 if shared else 1))
     small = 6 * p * micros * ppo.num_ppo_epochs / RATES.copy  # each micro-batch reads all weights a few times
     step = updates * 12 * p / gpus ** (stage > 0) / RATES.copy if full else 0.0
+    launching = 0.0 if recorded else LAUNCH_S * (policy.layers + recompute / 4) * micros
+    train_s = max((1 + passes) * forward + small + step, launching)
     in_gib = lambda parts: {name: size / GIB for name, size in parts.items()}  # noqa: E731
-    return Plan(stage, weights, tokens, recompute, visiting, in_gib(stays), in_gib(goes), (1 + passes) * forward + small + step, recorded)
+    return Plan(stage, weights, micro_tokens, recompute, visiting, in_gib(stays), in_gib(goes), train_s, recorded)
 
 
 def _optimizer_bytes(ppo: PpoConfig, policy: Shape, weights: str, gpus: int, stage: int) -> float:

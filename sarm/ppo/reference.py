@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sarm.ppo import objective, trunk
+from sarm.ppo.decoders import LlamaWeights
 
 
 class Reference:
@@ -22,7 +23,7 @@ class Reference:
 
     def __init__(self, policy: Any, visiting_layers: int = 0) -> None:
         self.model: Any = copy.deepcopy(policy).requires_grad_(False).eval()
-        self.lean = trunk.knows(self.model)
+        self.lean = LlamaWeights.knows(self.model)
         if next(self.model.parameters()).is_cuda:
             trunk.lay_side_by_side(self.model)
         layers = list(self.model.model.layers)

@@ -36,6 +36,10 @@ class Rollout(NamedTuple):
     truncated: Tensor
     """(b,) bool: no stop token within max_new_tokens."""
 
+    def lengths(self) -> list[int]:
+        """Tokens of each row, prompt and response."""
+        return [len(p) + n for p, n in zip(self.prompts, self.mask.sum(1).tolist(), strict=True)]
+
     def ids(self, row: int) -> list[int]:
         """A row's response tokens."""
         return self.responses[row][self.mask[row]].tolist()
@@ -134,7 +138,10 @@ class Teacher(NamedTuple):
 
 
 def forced(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device: torch.device, steps: Steps = EXACT) -> Teacher:
-    """The batch for teacher forcing. Past the response tokens `predicts` and `labels` are 0 up to a whole step."""
+    """The batch for teacher forcing, its positions and response tokens rounded up to whole `steps`.
+
+    What is added is `pad_id`, and 0 in `predicts` and `labels`.
+    """
     s = _rounded_up(max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), steps.positions)
     ids = torch.full((len(prompts), s), pad_id)
     predicts = torch.zeros_like(ids, dtype=torch.bool)

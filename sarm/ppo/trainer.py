@@ -30,17 +30,15 @@ from sarm.ppo.actor import Forward, make_actor
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.checkpoint import Loaded, Piece
 from sarm.ppo.clock import BusyGpu, Clock, read_later
-from sarm.ppo.decoders import CacheDecoder, Decoder, decoder_for
+from sarm.ppo.decoders import CacheDecoder, Decoder, LlamaWeights, decoder_for
 from sarm.ppo.engine import start_engine
-from sarm.ppo.plan import Gpus, Plan, make_plan, shape_of, unplanned
+from sarm.ppo.plan import RECORDED_POSITIONS, RECORDED_TOKENS, Gpus, Plan, make_plan, shape_of, unplanned
 from sarm.ppo.recorded import Recorded
 from sarm.ppo.reference import Reference
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
 from sarm.ppo.rollout import EXACT, Rollout, Steps, forced, generate, prompt_ids, response_text, stop_ids
 from sarm.ppo.shards import engine_pieces, restore_engine
 from sarm.ppo.world import World
-
-RECORDED_STEPS = Steps(positions=64, tokens=512)
 
 
 class Drawn(NamedTuple):
@@ -143,8 +141,8 @@ class Trainer:
         self.engine = start_engine(self.actor, ppo, seed, world)
         self.recorded: Recorded | None = None
         if self.plan.recorded:
-            frozen = [] if self.reference is None else list(self.reference.model.parameters())
-            self.recorded = Recorded(self._judged, self.actor.trainable(), [*self.actor.parameters(), *frozen])
+            frozen = [] if self.reference is None else [*self.reference.model.parameters(), *self.reference.model.buffers()]
+            self.recorded = Recorded(self._judged, self.actor.trainable(), [*self.actor.parameters(), *self.actor.buffers(), *frozen])
         self.decoder: Decoder = decoder_for(self.actor.policy)
         if isinstance(self.decoder, CacheDecoder) and self.engine.zero_stage == 3:
             # Its forward would gather weights at every token, and ranks decode for different numbers of tokens.
@@ -174,7 +172,7 @@ class Trainer:
 
     def _planned(self, policy: PreTrainedModel) -> Plan:
         """What the config leaves open, by the memory of the smallest GPU. Raises UserError where it does not fit."""
-        device, lean = self.world.device, trunk.knows(policy)
+        device, lean = self.world.device, LlamaWeights.knows(policy)
         if device.type != "cuda" or policy.dtype != torch.bfloat16 or not lean:
             return unplanned(self.ppo, int(getattr(policy.config, "num_hidden_layers", 1)) if device.type == "cuda" else 0)
         gib = min(float(text) for text in self.world.gather_texts(str(torch.cuda.get_device_properties(device).total_memory / 2**30)))
@@ -260,7 +258,7 @@ class Trainer:
         return [*drawn.prompt.messages, {"role": "assistant", "content": response_text(self.tokenizer, ids)}]
 
     def hands(self, rollout: Rollout) -> list[list[int]]:
-        return deal([len(p) + int(n) for p, n in zip(rollout.prompts, rollout.mask.sum(1), strict=True)], self.world.size)
+        return deal(rollout.lengths(), self.world.size)
 
     def judge(self, rollout: Rollout) -> tuple[Callable[[], Judged], Forward | None]:
         """A function that waits for teacher-forced log-probabilities under policy and reference, at the sampling temperature, and values.
@@ -268,7 +266,7 @@ class Trainer:
         Where the step makes one update of one micro-batch a rank, the policy's forward pass is that update's too: it is
         returned with its graph, so as not to be done twice.
         """
-        lengths = [len(p) + int(n) for p, n in zip(rollout.prompts, rollout.mask.sum(1), strict=True)]
+        lengths = rollout.lengths()
         batches = micro_batches(range(len(lengths)), lengths, self.plan.micro_batch_tokens, self.world.size)
         updates = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches
         # ZeRO 3 lets go of the weights between a forward and a backward pass in an order that it has learnt.
@@ -280,7 +278,7 @@ class Trainer:
             self.clock.mark("reference" if self.recorded is None else "judge")
             inputs = self._forced(rollout.prompts, rollout.responses, rollout.mask, rows)
             with torch.set_grad_enabled(once):
-                found = self.recorded(*inputs) if self.recorded is not None and once else self._judged(*inputs)
+                found = (self.recorded or self._judged)(*inputs)  # where the pass is recorded it is the update's
             tokens = int(rollout.mask[rows or [0]].sum())
             ref_logprobs, forward = found[0][:tokens], Forward(*(out[:tokens] for out in found[1:]))
             if rows:
@@ -313,9 +311,9 @@ class Trainer:
         return self.reference.logprobs(ids, predicts, labels, self.ppo.temperature)
 
     def _forced(self, prompts: Sequence[list[int]], responses: Tensor, mask: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """`rollout.forced` of some rows; of the first row where there are none, its result to be thrown away."""
+        """`rollout.forced` of some rows, rounded up where the pass is recorded; of the first row where there are none, its result to be thrown away."""
         rows = rows or [0]
-        steps = RECORDED_STEPS if self.recorded is not None else EXACT
+        steps = Steps(RECORDED_POSITIONS, RECORDED_TOKENS) if self.recorded is not None else EXACT
         return forced([prompts[i] for i in rows], [responses[i][mask[i]].tolist() for i in rows], self.pad_id, self.world.device, steps)
 
     def credit(self, rollout: Rollout, scores: Scores, judged: Judged) -> Credit:

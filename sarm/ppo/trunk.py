@@ -18,27 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaForCausalLM
 
 from sarm import kernels
 from sarm.packed import join_projections, side_by_side
-from sarm.ppo.decoders import base_model
-
-
-def knows(policy: nn.Module) -> bool:
-    """Whether this is a Llama, with LoRA or without, whose layers are computed as below."""
-    base: Any = base_model(policy)
-    if type(base) is not LlamaForCausalLM:
-        return False
-    config = base.config
-    return config.hidden_act == "silu" and not config.attention_bias and not config.mlp_bias
+from sarm.ppo.decoders import LlamaWeights, base_model
 
 
 def lay_side_by_side(policy: Any) -> None:
     """`join_projections` of a Llama; anything else is left alone. ZeRO lays its parameters out by itself, so call this before."""
-    if knows(policy):
+    if LlamaWeights.knows(policy):
         join_projections(base_model(policy).model)
 
 
@@ -124,7 +114,7 @@ class _AfterAttention(torch.autograd.Function):
         first, second = ctx.counts[0], sum(ctx.counts)
         d_out = grad.flatten(0, 1)
         d_active, of_down = down.gradients(d_out, active, kept[second:], True)
-        d_pair = silu_mul_gradient(d_active, pair)
+        d_pair = kernels.silu_mul_gradient(d_active, pair)
         d_x, of_pair = gate_up.gradients(d_pair, x, kept[first:second], True)
         d_total, d_weight = norm_gradients(d_x, total, scale, ctx.norm)
         d_total += d_out
@@ -237,14 +227,3 @@ def norm_gradients(grad: Tensor, x: Tensor, scale: Tensor, norm: _Norm) -> tuple
     unit, d_unit = x * scale, grad * norm.weight
     d_x = scale * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
     return d_x.to(x.dtype), (grad * unit).sum(0).to(norm.weight.dtype) if trained else None
-
-
-def silu_mul_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """(n, 2 f), of `kernels.silu_mul`; grad (n, f)."""
-    if gate_up.is_cuda:
-        from sarm.ppo import trunk_kernels
-
-        return trunk_kernels.silu_mul_gradient(grad, gate_up)
-    gate, up = gate_up.chunk(2, -1)
-    share = torch.sigmoid(gate)
-    return torch.cat([grad * up * share * (1 + gate * (1 - share)), grad * gate * share], -1)
