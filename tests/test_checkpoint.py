@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -137,6 +138,30 @@ def test_a_full_disk_is_an_error_and_leaves_the_older_one(tmp_path: Path, monkey
         with pytest.raises(OSError, match="No space"):
             write(tmp_path, 2)
     assert newest(tmp_path) == 1
+
+
+def test_a_file_that_cannot_be_written_whole_is_an_error_too(tmp_path: Path) -> None:
+    """Told by safetensors' own exception, which is no OSError."""
+    write(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(OSError, match="rank-00000"):
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert newest(tmp_path) == 1
+
+
+def test_what_another_version_wrote_is_neither_read_nor_swept_away(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"schema": checkpoint.SCHEMA - 1}))
+    with pytest.raises(UserError, match="another version of this code"):
+        newest(tmp_path)
+    assert folder.exists()
+    write(tmp_path, 2)
+    assert newest(tmp_path) == 2
 
 
 WRITER = """
