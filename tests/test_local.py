@@ -133,9 +133,14 @@ def test_ctrl_c_stops_the_jobs_and_leaves_a_run_that_goes_on(fake_run: RunDir) -
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # Under nohup or in the background of a script SIGINT is ignored from the start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        local.run_all(fake_run, workers=2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            local.run_all(fake_run, workers=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert subprocess.run(["pgrep", "-f", f"select --run {fake_run.path}"]).returncode == 1, "the job outlived Ctrl-C"
     (fake_run.path / "faults.json").write_text("{}")
     again = local.run_all(fake_run, workers=2)
