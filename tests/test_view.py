@@ -209,7 +209,15 @@ def test_on_a_terminal_ctrl_c_leaves_the_run_and_the_screen_alone(site: Site, tm
     assert site.submit() == 0
     ours, theirs = pty.openpty()
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30", "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen([sys.executable, "-m", "slurm.watch", "--run", str(site.path)], cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slurm.watch", "--run", str(site.path)],
+        cwd=ROOT,
+        env=env,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under nohup, and inherited
+    )
     os.close(theirs)
     shown = b""
     while b"report" not in shown:
