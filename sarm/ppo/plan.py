@@ -1,8 +1,8 @@
 """What of a PPO run fits on which GPUs, and how it is cut so that it does: `make plan CONFIG=configs/llama31-8b.yaml GPUS=4x80`.
 
 `make_plan` is the one place that chooses ZeRO stage, how weights are kept, micro-batch, layers to compute again, layers of
-the reference that wait on the host, and whether the pass is recorded, wherever the config leaves them open. The trainer asks it with the models it has
-loaded; here it is asked with their shapes. No torch: a login node can plan.
+the reference that wait on the host, and whether the pass is recorded, wherever the config leaves them open. The trainer asks
+it with the models it has loaded; here it is asked with their shapes. No torch: a login node can plan.
 
 Memory is counted for the worst batch (every row at `max_prompt_tokens + max_new_tokens`), per GPU, as the sum of what stays
 all the time and the largest of what comes and goes. Seconds are at what an H100 reaches here, see `RATES`.

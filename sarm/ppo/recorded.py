@@ -1,6 +1,6 @@
 """A step's one pass over its batch as two CUDA graphs, forward and backward: what launches its thousand kernels at once.
 
-    run = Recorded(judge, weights)
+    run = Recorded(judge, weights, all_parameters_and_buffers)
     outputs = run(ids, predicts, labels)  # eager at first; by graphs once the same shape has come REPEATS times in a row
     loss(outputs).backward()              # fills the weights' .grad either way
 

@@ -4,9 +4,9 @@
 
 Between them lies torch's attention. Projections that read one input are one product, both ways, over weights that lie side by
 side (`lay_side_by_side`), and what is between the products is one pass each. Per token and layer half is kept for the
-backward pass of what transformers' own forward keeps, a LoRA adapter adds its part in place, and a third of the calls
-remain, which is what bounds small models. Same results, up to rounding (tests/test_trunk.py). Right-padded rows need no mask:
-no real position looks ahead.
+backward pass of what transformers' own forward keeps, a LoRA adapter adds its part in place, and there are fewer calls, which
+are what bounds small models. Same results, up to rounding (tests/test_trunk.py). Right-padded rows need no mask: no real
+position looks ahead.
 
 Notation: b rows, s positions, n = b s, d the model's width, f the MLP's, r the rank of LoRA.
 """
