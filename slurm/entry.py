@@ -1,5 +1,7 @@
 """What a submitted job runs: one importable function and the path of a JSON file, never a pickled closure.
 
+Stand-alone scripts run `python -m slurm.entry FOLDER GRACE_S PHASE --config C --run R [--unit U]`.
+
 The JSON holds `commands` (a list of `argv` for Python and `log`), `cwd`, `env` (null unsets), `grace_s` and `ranks`. With `ranks` every task
 runs the first command as one rank of a torch process group; without, task n runs command n. Imports no torch, so a
 job reaches its phase at once.
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from sarm.run import BEGAN, now
 from slurm.ranks import Ranks
@@ -40,26 +42,46 @@ def run_spec(path: str) -> None:
     if not spec["ranks"] and task >= len(spec["commands"]):
         return  # the last job of a packed array may hold fewer shards than tasks
     command = spec["commands"][0 if spec["ranks"] else task]
-    given = rank_environment(os.environ) if spec["ranks"] else device_environment(os.environ, len(spec["commands"]))
+    given = {} if spec["ranks"] else device_environment(os.environ, len(spec["commands"]))
     env = {name: value for name, value in {**os.environ, **spec["env"], **given}.items() if value is not None}
-    log_path = Path(command["log"] if not spec["ranks"] or task == 0 else f"{command['log']}.rank{task}")
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_path, "ab", buffering=0) as log:
-        log.write(f"{BEGAN}{os.environ.get('SLURM_JOB_ID', '')} on {socket.gethostname()} at {now()} ===\n".encode())
-        told = told_file(Path(path).parent, os.environ) if spec["ranks"] else None
+    os.chdir(spec["cwd"])
+    log = Path(command["log"] if not spec["ranks"] or task == 0 else f"{command['log']}.rank{task}")
+    if code := run_command(command["argv"], env, log, Path(path).parent, spec["grace_s"], ranks=spec["ranks"]):
+        raise SystemExit(code)
+
+
+def main(argv: list[str]) -> int:
+    """This task's command of a stand-alone script, in whose own output it is heard."""
+    folder, grace_s, phase, *words = argv
+    return run_command(["-m", "jobs", phase, *words], os.environ, None, Path(folder), float(grace_s), ranks=phase == "ppo")
+
+
+def run_command(argv: list[str], env: Mapping[str, str], log: Path | None, folder: Path, grace_s: float, *, ranks: bool) -> int:
+    """Run a command for Python as this task, alone or as one of the `ranks` of a job, and return its code, 128 + n where signal n ended it.
+
+    In `folder` the ranks tell each other, and the batch script, how they end.
+    """
+    with contextlib.ExitStack() as stack:
+        output: BinaryIO = sys.stdout.buffer
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(open(log, "ab", buffering=0))
+            output.write(f"{BEGAN}{os.environ.get('SLURM_JOB_ID', '')} on {socket.gethostname()} at {now()} ===\n".encode())
+        told = told_file(folder, os.environ) if ranks else None
         if told is None:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # in the command too: Slurm may signal the whole process group
         # In this process's own group: where Slurm tells a job's processes by that, another one would outlive its job.
-        process = subprocess.Popen([sys.executable, *command["argv"]], cwd=spec["cwd"], env=env, stdout=log, stderr=subprocess.STDOUT)
-        ranks = Ranks(Path(path).parent, os.environ) if spec["ranks"] else None
-        code, asked = wait_forwarding(process, told, spec["grace_s"], ranks.deaths if ranks else list)
+        env = {**env, **(rank_environment(os.environ) if ranks else {})}
+        process = subprocess.Popen([sys.executable, *argv], env=env, stdout=output, stderr=subprocess.STDOUT)
+        siblings = Ranks(folder, os.environ) if ranks else None
+        code, asked = wait_forwarding(process, told, grace_s, siblings.deaths if siblings else list)
         if process.returncode < 0:
-            log.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())
-        if ranks and code:
+            output.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())
+            output.flush()
+        if siblings and code:
             with contextlib.suppress(OSError):  # such as a full disk, of which the command itself has told
-                ranks.settle(process.returncode, asked, log_path)
-    if code:
-        raise SystemExit(code)
+                siblings.settle(process.returncode, asked, log)
+    return code
 
 
 class End(NamedTuple):
@@ -143,3 +165,7 @@ def device_environment(env: Mapping[str, str], tasks: int) -> dict[str, str]:
         return {}
     listed = devices.split(",")
     return {"CUDA_VISIBLE_DEVICES": listed[int(env.get("SLURM_LOCALID", "0")) % len(listed)]}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -45,7 +45,9 @@ def check_images(profile: Profile) -> list[str]:
     warnings = []
     for path in images_of(profile):
         if not path.exists():
-            raise UserError(f"image {path} does not exist; build it with make images, or correct container.image in the profile")
+            kind = re.match(r"sarm-(gpu|cpu|light)\b", path.name)
+            target = f"make images KIND={kind[1]}" if kind else "make images"
+            raise UserError(f"image {path} does not exist; build it with {target}, or correct container.image in the profile")
         commit = built_from(path)
         if commit and commit != (git_commit() or "").rstrip("+"):
             warnings.append(

@@ -14,8 +14,11 @@ from sarm.config import ROOT, Config, Phase
 from slurm.dag import Node, tasks
 from slurm.profile import Profile, flags, requeues, resources, tasks_per_job
 
-EXIT_STOPPED = 75
-"""What a job returns that has checkpointed on a signal and can go on later (EX_TEMPFAIL)."""
+REQUEUE_S = 10
+"""Of the time between signal and end, what the batch script keeps for itself to requeue."""
+
+BY_HAND = '"$RUN"/submissions/by-hand'
+"""Where a job of a stand-alone script, which has no submission, keeps what a submission's folder holds."""
 
 EXIT_TOLD_EARLY = 128 + 12
 """What srun returns where that signal, SIGUSR2, came before Python was up to catch it."""
@@ -127,18 +130,22 @@ def setup_lines(profile: Profile, phase: Phase, outside: dict[str, str], folder:
     # A login's start-up files may set one, whatever --export says.
     secrets = [] if phase == "fetch" else [NO_TOKEN]
     asks = [FAILED_JOBS] if phase == "report" else []
-    lines = [*bound_lines(profile, folder), *secrets, *exports, *module_lines(profile), *scratch_lines(profile), *asks]
+    lines = [*bound_lines(profile, shlex.quote(str(folder))), *secrets, *exports, *module_lines(profile), *scratch_lines(profile), *asks]
     return ["set -eo pipefail", "umask 077", *lines, "set +e"]
 
 
-def bound_lines(profile: Profile, folder: Path | None = None) -> list[str]:
+def grace_s(profile: Profile) -> int:
+    """What ranks have from the signal to the end of their checkpoint."""
+    return profile.signal_lead_s - REQUEUE_S
+
+
+def bound_lines(profile: Profile, folder: str) -> list[str]:
     """Slurm itself requeues what a lost node or a preemption ended, without a bound: a job that fells every node would go round for ever.
 
-    Leaves in `tries` which try of the job this is. They are counted in a file: a preempted job that requeues itself is one
-    restart to us and two to Slurm.
+    Leaves in `tries` which try of the job this is. They are counted in a file of `folder`, a word for the shell: a
+    preempted job that requeues itself is one restart to us and two to Slurm.
     """
-    file = None if folder is None else f'{shlex.quote(str(folder))}/tries."$SLURM_JOB_ID"'
-    count = [f"echo >>{file}", f"tries=$(wc -l <{file})"] if file else ["tries=$((${SLURM_RESTART_COUNT:-0} + 1))"]
+    count = [f'echo >>{folder}/tries."$SLURM_JOB_ID"', f'tries=$(wc -l <{folder}/tries."$SLURM_JOB_ID")']
     given_up = f'echo "requeued more than {profile.max_requeues} times, given up" >&2; exit 1'
     return [*count, f'[ "$tries" -le {profile.max_requeues + 1} ] || {{ {given_up}; }}']
 
@@ -161,18 +168,18 @@ def module_lines(profile: Profile) -> list[str]:
     return ["command -v module >/dev/null || . /etc/profile || true", *(f"module load {module}" for module in profile.modules)]
 
 
-def teardown_lines(profile: Profile, phase: Phase, folder: Path | None = None) -> list[str]:
+def teardown_lines(profile: Profile, phase: Phase, folder: str) -> list[str]:
     """Host-side lines after srun: requeue a job that was told to checkpoint and has not finished, or told before it could hear; hand on its exit code.
 
-    scontrol runs here because images hold none; a requeue from the running script keeps dependents waiting. In the
-    submission's `folder` `slurm.entry` leaves a file when the signal comes. The exit code alone says less: srun returns
+    scontrol runs here because images hold none; a requeue from the running script keeps dependents waiting. In `folder`,
+    a word for the shell, `slurm.entry` leaves a file when the signal comes. The exit code alone says less: srun returns
     the highest of all ranks, and kills the others when the first has ended.
     """
     lines = ["rc=$?"]
-    told = None if folder is None else f'{shlex.quote(str(folder))}/told."$SLURM_JOB_ID"."${{SLURM_RESTART_COUNT:-0}}"'
+    told = f'{folder}/told."$SLURM_JOB_ID"."${{SLURM_RESTART_COUNT:-0}}"'
     if profile.max_requeues:
         early = f'[ "$rc" -eq {EXIT_TOLD_EARLY} ]'
-        asked = f'[ "$rc" -eq {EXIT_STOPPED} ]' if told is None else f'[ "$rc" -ne 0 ] && [ -e {told} ]'
+        asked = f'[ "$rc" -ne 0 ] && [ -e {told} ]'
         lines += [
             f'if {f"{{ {asked} || {early}; }}" if requeues(phase) else early} && [ "$tries" -le {profile.max_requeues} ]; then',
             '  scontrol requeue "$SLURM_JOB_ID"',
@@ -219,7 +226,8 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         "",
         'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
         ': "${CONFIG:?give --export=ALL,CONFIG=...,RUN=...}" "${RUN:?give --export=ALL,CONFIG=...,RUN=...}"',
-        *bound_lines(profile),
+        f"mkdir -p {BY_HAND}",
+        *bound_lines(profile, BY_HAND),
         *module_lines(profile),
         *(f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()),
         *scratch_lines(profile),
@@ -228,7 +236,7 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         "export SARM_CACHE=${SARM_CACHE:-$HOME/.cache/sarm} HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}",
         "export HF_HUB_CACHE=${HF_HUB_CACHE:-$HF_HOME/hub}",
         *([] if phase == "fetch" else ["export HF_HUB_OFFLINE=1", NO_TOKEN]),
-        'mkdir -p "$RUN" "$SARM_CACHE" "$HF_HUB_CACHE"',
+        'mkdir -p "$SARM_CACHE" "$HF_HUB_CACHE"',
     ]
     box = profile.container
     if box is None:
@@ -248,7 +256,8 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
             'if [ -e "$image.commit" ]; then SARM_IMAGE_COMMIT=$(cat "$image.commit"); export SARM_IMAGE_COMMIT; fi',
         ]
     unit = ' ${UNIT:+--unit "$UNIT"}'
-    lines += [f'srun {" ".join(srun_args(profile, phase))} {python} -m jobs {phase} --config "$CONFIG" --run "$RUN"{unit}', *teardown_lines(profile, phase)]
+    words = f'{python} -m slurm.entry {BY_HAND} {grace_s(profile)} {phase} --config "$CONFIG" --run "$RUN"{unit}'
+    lines += [f"srun {' '.join(srun_args(profile, phase))} {words}", *teardown_lines(profile, phase, BY_HAND)]
     return "\n".join(lines) + "\n"
 
 

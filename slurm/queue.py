@@ -30,6 +30,8 @@ class QueuedJob(NamedTuple):
     """`123` or `123_4`."""
     name: str
     state: str
+    elapsed_s: float
+    """Of this try; 0 where it waits."""
     reason: str
 
 
@@ -93,8 +95,9 @@ def live_jobs(ids: Iterable[str]) -> list[QueuedJob]:
     if not wanted:
         return []
     # One user's whole queue and a filter here: squeue refuses a list that holds a purged id.
-    text = call(["squeue", "--me", "--noheader", "--array", "--format=%i|%j|%T|%r"])
-    jobs = [QueuedJob(*line.strip().split("|", 3)) for line in text.splitlines() if line.count("|") >= 3]
+    text = call(["squeue", "--me", "--noheader", "--array", "--format=%i|%j|%T|%M|%r"])
+    lines = [line.strip().split("|", 4) for line in text.splitlines() if line.count("|") >= 4]
+    jobs = [QueuedJob(id_, name, state, _seconds(elapsed), reason) for id_, name, state, elapsed, reason in lines]
     return [job for job in jobs if job.id.partition("_")[0] in wanted]
 
 
@@ -186,11 +189,14 @@ def accounting_enforced() -> bool:
 
 
 def _seconds(clock: str) -> float:
-    """`1-02:03:04` or `03:04.5` as seconds."""
+    """`1-02:03:04` or `03:04.5` as seconds; 0 for what is no time, such as squeue's INVALID."""
     days, _, rest = clock.rpartition("-")
     total = 0.0
-    for part in rest.split(":"):
-        total = total * 60 + float(part or 0)
+    try:
+        for part in rest.split(":"):
+            total = total * 60 + float(part or 0)
+    except ValueError:
+        return 0.0
     return total + 86400 * int(days or 0)
 
 

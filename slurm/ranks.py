@@ -6,10 +6,12 @@ So each rank's entry leaves a note when its own has died, the others end theirs,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +33,7 @@ class Death(NamedTuple):
     returncode: int
     """Its exit code; -n where signal n ended it."""
     log: str
+    """Empty where it is heard in the script's own output."""
     words: str
     """The last line of its log."""
 
@@ -43,7 +46,8 @@ class Death(NamedTuple):
     def sentence(self) -> str:
         who = f"rank {self.rank} of {self.ranks} on {self.host}"
         if self.returncode >= 0:
-            return f"{who} ended with exit code {self.returncode}, and the others with it: {self.words or 'its log is empty'} ({self.log})"
+            said = f": {self.words or 'its log is empty'} ({self.log})" if self.log else ""
+            return f"{who} ended with exit code {self.returncode}, and the others with it{said}"
         name = signal.Signals(-self.returncode).name
         why = ", as the kernel does where memory runs out" if name == "SIGKILL" else ""
         again = "submit again to go on from the newest checkpoint" + (", with more mem_gb if memory was short" if why else "")
@@ -58,10 +62,13 @@ class Ranks:
         self.host = env.get("SLURMD_NODENAME") or socket.gethostname()
         self.folder, self.stem = folder, f"{env.get('SLURM_JOB_ID', 'local')}.{env.get('SLURM_RESTART_COUNT', '0')}"
 
-    def settle(self, returncode: int, asked: bool, log: Path) -> None:
-        """Of a rank that did not end well: note it, unless it was `asked` to end; rank 0's writes the cause, others wait until it stands."""
+    def settle(self, returncode: int, asked: bool, log: Path | None) -> None:
+        """Of a rank that did not end well: note it, unless it was `asked` to end; rank 0's writes the cause, others wait until it stands.
+
+        Without a log of its own a rank is heard, and the cause written, in the script's output.
+        """
         if not asked and returncode != os.EX_TEMPFAIL:  # which it returns where a sibling alone was asked
-            death = Death(self.rank, self.size, self.host, returncode, log.name, last_line(log))
+            death = Death(self.rank, self.size, self.host, returncode, log.name if log else "", last_line(log) if log else "")
             unfinished = self.folder / f".died.{self.stem}.{self.rank}"
             unfinished.write_text(json.dumps(death))
             os.replace(unfinished, self.folder / f"died.{self.stem}.{self.rank}")
@@ -69,8 +76,8 @@ class Ranks:
         deadline = time.monotonic() + HOLD_S
         if self.rank == 0:
             if cause := self.cause(log, 0.0 if asked else PATIENCE_S):
-                with open(log, "a", encoding="utf-8") as file:
-                    file.write(f"error: {cause}\n")
+                with open(log, "a", encoding="utf-8") if log else contextlib.nullcontext(sys.stdout) as file:
+                    print(f"error: {cause}", file=file, flush=True)
             stands.touch()
         while not asked and not stands.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -83,7 +90,7 @@ class Ranks:
             return []
         return sorted(found, key=lambda death: death.order)
 
-    def cause(self, log: Path, patience_s: float) -> str:
+    def cause(self, log: Path | None, patience_s: float) -> str:
         """What rank 0's log is to end with; empty where that says it already, or where nobody died by itself.
 
         Within `patience_s` a likelier cause than what is known may be noted.
@@ -91,7 +98,7 @@ class Ranks:
         deadline = time.monotonic() + patience_s
         while not ((found := self.deaths()) and found[0].order[0] < 2) and time.monotonic() < deadline:
             time.sleep(0.1)
-        if not found or (found[0].returncode >= 0 and (found[0].rank == 0 or found[0].words == last_line(log))):
+        if not found or (found[0].returncode >= 0 and (found[0].rank == 0 or found[0].words == (last_line(log) if log else ""))):
             return ""
         return found[0].sentence()
 

@@ -111,7 +111,8 @@ def row(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, has
     shown = "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(run, node) or "")
     shares = (past.cpu_efficiency, past.memory_share) if past is not None and past.ended else ()
     efficiency = ", ".join(f"{share:.0%}" for share in shares if share is not None)
-    return Row(unit, shown, duration(run, node), efficiency, str(log.relative_to(run.path)) if log.exists() else "")
+    took = f"{span(slurm.live[node].elapsed_s)} so far" if unit.kind == "running" and node in slurm.live else duration(run, node)
+    return Row(unit, shown, took, efficiency, str(log.relative_to(run.path)) if log.exists() else "")
 
 
 def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool) -> Unit:

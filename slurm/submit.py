@@ -36,16 +36,13 @@ from slurm.dag import Node
 from slurm.entry import run_spec
 from slurm.images import binds, caches, check_images, image_of, images_of, make_caches, read_image, token_file
 from slurm.lock import held
-from slurm.plan import Batch, plan, python_command, setup_lines, srun_args, teardown_lines, undone
+from slurm.plan import Batch, grace_s, plan, python_command, setup_lines, srun_args, teardown_lines, undone
 from slurm.profile import Profile, flags, load_profile, resources, tasks_per_job
 
 MISREAD = re.compile(r"[\x00-\x1f\x7f:,%\\'\"`$]")
 """In paths: `%` begins a pattern of sbatch's file names, `:` and `,` part a bind's fields, and the rest is no good in scripts."""
 
 SECRET = re.compile(r"(?i)\b(\w*(?:token(?!izers)|secret|password|api_?key)\w*)=\S+")
-
-REQUEUE_S = 10
-"""What of `signal_lead_s` is kept for the batch script's requeue."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,7 +193,7 @@ def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str],
         "array_parallelism": profile.array_throttle,
         "stderr_to_stdout": True,
         "setup": setup_lines(profile, batch.phase, outside(profile, batch.phase), folder),
-        "teardown": teardown_lines(profile, batch.phase, folder),
+        "teardown": teardown_lines(profile, batch.phase, shlex.quote(str(folder))),
         "srun_args": srun_args(profile, batch.phase),
     }
 
@@ -212,7 +209,7 @@ def write_spec(run: RunDir, profile: Profile, batch: Batch, element: tuple[str, 
     ]
     path = folder / f"{batch.phase}.{element[0]}.json"
     # Killed by the entry a little before Slurm would, the batch script still has time to requeue.
-    spec = {"commands": commands, "cwd": str(ROOT), "env": env, "ranks": batch.phase == "ppo", "grace_s": profile.signal_lead_s - REQUEUE_S}
+    spec = {"commands": commands, "cwd": str(ROOT), "env": env, "ranks": batch.phase == "ppo", "grace_s": grace_s(profile)}
     write_atomic(path, json.dumps(spec).encode())
     return path
 

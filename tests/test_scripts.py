@@ -6,6 +6,7 @@ import difflib
 import pickletools
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,71 @@ def test_a_job_that_slurm_requeued_too_often_gives_up(site: Site) -> None:
 def test_a_stand_alone_script_does_one_shard_an_element() -> None:
     text = script(Profile(description="x", pack=4), "probe", "x")
     assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --gres=gpu:1\n" in text and "#SBATCH --mem=64G\n" in text
+
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for rank in $RANKS; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=$(wc -w <<<"$RANKS") "$@" & pids+=($!); done
+worst=0
+for _ in $RANKS; do wait -n; code=$?; ((code == 0)) || kill "${pids[@]}"; worst=$((code > worst ? code : worst)); done 2>/dev/null
+exit $worst
+"""
+PHASE = """
+import glob, os, signal, sys, time
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75)) if sys.argv[1] == "ppo" else None
+print(*sys.argv[1:], "rank", os.environ.get("RANK"), "of", os.environ.get("WORLD_SIZE"), flush=True)
+open(f"up.{{os.environ.get('RANK')}}", "w").close()
+while len(glob.glob("up.*")) < int(os.environ.get("WORLD_SIZE", 1)): time.sleep(0.01)
+{does}
+"""
+FIRST_IS = "os.environ.get('RANK', '0') == '0' and os.kill({}, signal.{}); time.sleep(2 if sys.argv[1] == 'select' else 600)"
+
+
+def by_hand(tmp_path: Path, phase: str, does: str, ranks: str = "0", restarts: str = "0") -> tuple[int, str, list[str]]:
+    """(exit code, output, calls of scontrol) of a stand-alone script on a machine where a phase `does` something."""
+    for name in ("slurm", "sarm"):
+        if not (tmp_path / name).exists():
+            (tmp_path / name).symlink_to(ROOT / name)
+    files = {
+        "jobs/__main__.py": PHASE.format(does=does),
+        "bin/srun": SRUN,
+        "bin/scontrol": f'#!/bin/bash\necho "$*" >>{tmp_path}/calls\n',
+        ".venv/bin/python": f'#!/bin/bash\nexec {sys.executable} "$@"\n',
+        "calls": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    text = script(Profile(description="x", container=None, max_requeues=2), phase, "x")  # type: ignore[arg-type]
+    for up in tmp_path.glob("up.*"):
+        up.unlink()
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path), "CONFIG": "c", "RUN": "runs/a run"}
+    slurm = {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": restarts, "SLURMD_NODENAME": "node7", "RANKS": ranks}
+    done = subprocess.run(["bash"], input=text, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env | slurm, timeout=120)
+    return done.returncode, done.stdout, (tmp_path / "calls").read_text().splitlines()
+
+
+def test_a_stand_alone_ppo_that_was_told_requeues_whatever_code_srun_returns_and_not_for_ever(tmp_path: Path) -> None:
+    told = FIRST_IS.format("os.getppid()", "SIGUSR2")  # as Slurm would, here for one rank; srun ends the others
+    code, said, calls = by_hand(tmp_path, "ppo", told, "0 1 2")
+    assert calls == ["requeue 5"] and code == 128 + 15, said
+    assert "ppo --config c --run runs/a run rank 2 of 3" in said
+    assert by_hand(tmp_path, "ppo", told, "0", restarts="2")[2] == ["requeue 5"], "a restart that Slurm counts twice is one try"
+    assert by_hand(tmp_path, "ppo", told, "0", restarts="3")[::2] == (75, []), "the third try is the last"
+    assert "given up" in by_hand(tmp_path, "ppo", "", "0", restarts="4")[1]
+
+
+def test_a_stand_alone_ppo_names_the_rank_that_was_killed(tmp_path: Path) -> None:
+    code, said, calls = by_hand(tmp_path, "ppo", "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(600)", "0 1 2")
+    assert code > 128 and calls == []
+    assert "error: rank 1 of 3 on node7 was killed by SIGKILL" in said
+
+
+def test_a_stand_alone_shard_outlives_the_signal_for_those_that_checkpoint(tmp_path: Path) -> None:
+    for whom in ("os.getpid()", "os.getppid()"):
+        code, said, calls = by_hand(tmp_path, "select", FIRST_IS.format(whom, "SIGUSR2"))
+        assert (code, calls) == (0, []) and "select --config c --run runs/a run rank None" in said, said
 
 
 @pytest.mark.parametrize("phase", PHASES)

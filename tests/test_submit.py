@@ -223,9 +223,10 @@ def test_unfetched_models_are_named(site: Site, tmp_path: Path, capsys: pytest.C
 
 
 def test_a_missing_image_is_named(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    site.profile.write_text(PROFILE + "container: {image: outputs/images/none.sif}\n")
-    assert site.submit() == 2
-    assert "make images" in capsys.readouterr().err and not site.jobs
+    for name, target in (("none.sif", "make images,"), ("sarm-cpu.sif", "make images KIND=cpu,")):
+        site.profile.write_text(PROFILE + f"container: {{image: no/such/{name}}}\n")
+        assert site.submit() == 2
+        assert f"build it with {target}" in capsys.readouterr().err and not site.jobs
 
 
 def test_a_partition_slurm_does_not_know_is_found_before_anything_is_sent(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,7 +332,7 @@ def test_status_reads_manifests_first_then_the_queue_then_accounting(site: Site,
     capsys.readouterr()
     assert status(["--run", str(site.path)]) == 1
     out = capsys.readouterr().out
-    assert "done" in out and "running" in out and "MemoryError" in out
+    assert "done" in out and "running" in out and "26 h 3 min so far" in out and "MemoryError" in out
     assert "25%, 50%" in out, "half a CPU of two, two tasks of half a GB of two"
     assert "FAILED: exit code 1" in out and "pending: Dependency" in out and "in the queue" not in out
     next(site.path.glob("submissions/*/103_0_0_log.out")).write_text("slurmstepd: error: StepId=103.0 exceeded memory limit (2 > 1), being killed\n")

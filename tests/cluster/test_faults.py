@@ -326,3 +326,25 @@ def test_a_script_by_hand_runs_its_phase(undisturbed: ClusterRun, tmp_path: Path
     job = inside(*words).stdout.strip()
     until("its end", lambda: not inside("squeue", "--noheader", f"--jobs={job}", check=False).stdout.strip())
     assert run.attempts()["steer"].startswith(f"{job}-"), (run.path / "byhand.log").read_text()
+
+
+def test_ppo_by_hand_told_before_its_time_limit_checkpoints_requeues_and_goes_on(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("byhandppo")
+    run.forget(f"ppo/{PPO}")
+    scripts = RUNS / "scripts"
+    inside("mkdir", "-p", str(scripts))
+    inside("python", "-m", "slurm.sbatch", "--cluster", "development", "--out", str(scripts))
+    log = run.path / "byhand.log"
+    export = f"--export=ALL,CONFIG=configs/tiny.yaml,RUN={run.path},UNIT={PPO}"
+    job = inside("sbatch", "--parsable", f"--output={log}", export, str(scripts / "ppo.sbatch")).stdout.strip()
+    until("a step", lambda: run.steps(PPO), every_s=0.005)
+    inside("scancel", "--signal=USR2", job)  # as --signal does: to the tasks, not to the script
+    until("its end", lambda: not inside("squeue", "--noheader", f"--jobs={job}", check=False).stdout.strip())
+    attempt = run.attempts()[f"ppo/{PPO}"]
+    assert attempt.startswith(f"{job}-1-"), log.read_text()
+    stopped, went_on = run.steps(PPO, f"{job}-0-"), run.steps(PPO, f"{job}-1-")
+    assert 0 < len(stopped) < len(went_on) == run.dir.config.ppo.steps
+    assert went_on[: len(stopped)] == stopped, "it began anew instead of going on from its checkpoint"
+    run.submit()
+    run.wait()
+    assert run.figures() == undisturbed.figures()

@@ -99,7 +99,8 @@ def squeue(argv: list[str], state: dict, faults: dict) -> int:
             print(id_)
         else:
             for shown in [f"{id_}_{i}" for i in range(job["elements"])] or [id_]:
-                print(f"{shown}|{job['name']}|{job['state']}|{'JobHeldUser' if job['held'] else 'Dependency'}")
+                elapsed = "0:00" if job["state"] == "PENDING" else "1-02:03:04"
+                print(f"{shown}|{job['name']}|{job['state']}|{elapsed}|{'JobHeldUser' if job['held'] else 'Dependency'}")
     return 0
 
 
