@@ -8,7 +8,7 @@ large weight that fire alike on both (heavy). Beside the probe's confirmed laten
 in mean activation|, by |upstream's s| and by the probe's |effect|.
 
 Background latents are "other". Directions are not orthogonal and TopK makes latents compete, so some of them do differ
-between the sides: `other, real` have an effect more than three standard errors from zero on 2,000 fresh prompts, `other, false` have not.
+between the sides: `other, real` have an effect more than three standard errors from zero on 20,000 fresh prompts, `other, false` have not.
 
 `--calibration` prints instead how often p falls below a level where labels mean nothing, one chosen against three rejected.
 """
@@ -37,7 +37,7 @@ from sarm.probing.upstream import selection_scores, summed_latents
 from sarm.sae import TopKSae
 
 D_IN, D_SAE, K = 256, 512, 24
-PROMPTS = {"discovery": 150, "validation": 100, "population": 2000}
+PROMPTS = {"discovery": 150, "validation": 100, "population": 20_000}
 """The last part is only for telling which background latents have an effect after all."""
 LEVELS = (0.05, 0.01, 0.001)
 

@@ -28,7 +28,7 @@ from sarm.config import ROOT, Phase, load_config
 from sarm.run import RunDir
 from slurm import queue, submit
 from slurm.entry import run_spec
-from slurm.images import binds, image_of
+from slurm.images import binds, image_of, make_caches
 from slurm.plan import Batch, plan, python_command, undone
 from slurm.profile import Profile, load_profile
 from slurm.submit import header, last_journal
@@ -45,6 +45,7 @@ def main() -> int:
     if profile.fetch != "job":
         # Nothing is fetched for a benchmark: the job that would is submitted with the rest, and cancelled with it.
         profile = profile.model_copy(update={"fetch": "job"})
+    make_caches()
     folder = args.folder / f"bench-{uuid.uuid4().hex[:6]}"
     ours, bare = [], []
     for i in range(args.repeats):
