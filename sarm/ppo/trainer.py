@@ -135,6 +135,8 @@ class Trainer:
         self.reference = None if ppo.lora else Reference(policy, self.plan.visiting_layers)
         cuda = world.device.type == "cuda"
         if cuda:
+            # What is left to the CPU is small, and torch would index even that by all cores: on a busy host each waits for the last.
+            torch.set_num_threads(1)
             trunk.lay_side_by_side(policy)
         # ZeRO 3 gathers a module's weights when it is called, which the lean forward does not.
         self.actor = make_actor(policy, ppo, seed, lean=cuda and self.plan.zero_stage < 3, recompute=self.plan.recompute_layers).to(world.device)
