@@ -130,5 +130,18 @@ def test_the_interpreted_swiglu_kernels() -> None:
     subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=240)
 
 
+def test_what_other_models_compute_again_they_do_not_keep(tiny_policy: Path) -> None:
+    """By transformers' own gradient checkpointing, in the mode in which an engine finds the actor."""
+
+    def kept(recompute: int) -> int:
+        actor = make_actor(AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32), tiny_ppo(lora=None), 0, recompute=recompute)
+        elements: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: elements.append(t.numel()) or t, lambda t: t):
+            actor(*forced(PROMPTS, RESPONSES, 0, torch.device("cpu")), 0.7)
+        return sum(elements)
+
+    assert kept(2) < 0.5 * kept(0)
+
+
 def test_other_models_keep_their_own_forward() -> None:
     assert not LlamaWeights.knows(torch.nn.Linear(2, 2))

@@ -80,4 +80,4 @@ def make_actor(policy: Any, ppo: PpoConfig, seed: int, lean: bool = False, recom
     actor = Actor(policy, lean and LlamaWeights.knows(policy), recompute)
     if recompute and not actor.lean:
         base_model(policy).gradient_checkpointing_enable({"use_reentrant": False})
-    return actor
+    return actor.train()  # the policy too, which comes from its file in eval mode, where transformers computes no layer again
