@@ -326,14 +326,17 @@ def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def made_into_the_other(kept: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Float32 masters and moments from weights in halves, or the other way round, parameter by parameter."""
+    # Made where the weights lie: a GPU's exponentials, of which scales consist, differ in the last bit.
+    place = "cuda" if torch.cuda.is_available() else "cpu"
     made = {}
     for parameter in [name.removesuffix("/weight") for name in kept if name.endswith("/weight")]:
         weight, step = kept[f"{parameter}/weight"], kept[f"{parameter}/step"]
         if f"{parameter}/low" in kept:
             fields = expanded(weight, State(*(kept[f"{parameter}/{field}"] for field in State._fields)))._asdict()
         else:
-            upper, state = compacted(weight, kept[f"{parameter}/exp_avg"], kept[f"{parameter}/exp_avg_sq"], like[f"{parameter}/weight"].dtype)
-            fields = {"weight": upper, **state._asdict()}
+            moments = (kept[f"{parameter}/{field}"].to(place) for field in ("exp_avg", "exp_avg_sq"))
+            upper, state = compacted(weight.to(place), *moments, like[f"{parameter}/weight"].dtype)
+            fields = {field: values.cpu() for field, values in {"weight": upper, **state._asdict()}.items()}
         made |= {f"{parameter}/{field}": values for field, values in {**fields, "step": step}.items()}
     return made
 

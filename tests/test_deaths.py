@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from reports.frames import last_error
 from sarm.config import ROOT
+from sarm.run import RunDir
 from slurm.ranks import Death
 from tests.test_jobs_ppo import UNIT, a_run
 
@@ -111,23 +113,42 @@ def test_a_signal_from_outside_is_likelier_the_cause_than_what_it_brought_about(
     assert [death.rank for death in sorted(ends_of, key=lambda death: death.order)] == [3, 2, 0, 1]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_ppo_on_four_ranks_ends_when_one_is_killed_in_a_step_and_goes_on_on_two(tmp_path: Path) -> None:
-    run = a_run(tmp_path)
+def killed_in_a_step(tmp_path: Path, ranks: int, victim: int) -> tuple[RunDir, list[str]]:
+    """A run whose PPO on so many ranks lost one after its first checkpoint, and its command."""
+    run = a_run(tmp_path, log_to="none")
     argv = ["-m", "jobs", "ppo", "--run", str(run.path), "--unit", UNIT]
     log, folder = tmp_path / "log", run.folder("ppo", UNIT)
-    entries = start_job(tmp_path, argv, log, 4)
+    entries = start_job(tmp_path, argv, log, ranks)
     while not list(folder.glob("checkpoints/*/manifest.json")):
         assert entries[0].poll() is None, log.read_text()
         time.sleep(0.05)
-    victim = subprocess.run(["pgrep", "-P", str(entries[2].pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(victim[0]), signal.SIGKILL)
+    found = subprocess.run(["pgrep", "-P", str(entries[victim].pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(found[0]), signal.SIGKILL)
     assert all(ends(entries))
-    assert last_error(log).startswith("error: rank 2 of 4 on node7 was killed by SIGKILL")
+    assert last_error(log).startswith(f"error: rank {victim} of {ranks} on node7 was killed by SIGKILL")
     assert run.manifest("ppo", UNIT) is None
-    entries = start_job(tmp_path, argv, log, 2, job="8")
-    assert [entry.wait(600) for entry in entries] == [0, 0]
+    return run, argv
+
+
+def goes_on(tmp_path: Path, run: RunDir, argv: list[str], ranks: int) -> None:
+    """To its end, every step logged once."""
+    entries = start_job(tmp_path, argv, tmp_path / "log", ranks, job="8")
+    assert [entry.wait(600) for entry in entries] == [0] * ranks
     lines = [json.loads(line) for line in run.read("ppo", UNIT).path("metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(40))
-    assert run.read("ppo", UNIT).manifest["ranks"] == 2
+    assert run.read("ppo", UNIT).manifest["ranks"] == ranks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ppo_on_four_ranks_ends_when_one_is_killed_in_a_step_and_goes_on_on_two(tmp_path: Path) -> None:
+    goes_on(tmp_path, *killed_in_a_step(tmp_path, 4, 2), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ppo_on_two_gpus_ends_when_one_is_killed_in_a_step_and_goes_on_on_the_other(tmp_path: Path, victim: int) -> None:
+    """Under NCCL, where the other waits in a collective for ten minutes."""
+    goes_on(tmp_path, *killed_in_a_step(tmp_path, 2, victim), 1)

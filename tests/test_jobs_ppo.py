@@ -20,9 +20,9 @@ from tests.tiny import tiny_config
 UNIT = "random-seed0"
 
 
-def a_run(tmp_path: Path) -> RunDir:
+def a_run(tmp_path: Path, log_to: str = "tensorboard") -> RunDir:
     """Select's output, made up, and nothing else."""
-    run = RunDir.create(tmp_path / "run", tiny_config(tmp_path, **{"ppo.steps": 40, "ppo.checkpoint_every": 5, "ppo.log_to": "tensorboard"}))
+    run = RunDir.create(tmp_path / "run", tiny_config(tmp_path, **{"ppo.steps": 40, "ppo.checkpoint_every": 5, "ppo.log_to": log_to}))
     features = {
         "schema": 1,
         "penalised": [{"latent": 1, "tau": 0.5, "alpha": 0.1}, {"latent": 7, "tau": 0.2, "alpha": 0.1}],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sarm.config import ROOT
 from sarm.ppo import recorded, trunk
 from sarm.ppo.actor import make_actor
 from sarm.ppo.recorded import REPEATS, Recorded
@@ -39,6 +42,31 @@ def test_no_room_for_a_recording_is_told_as_such(monkeypatch: pytest.MonkeyPatch
         run(torch.zeros(2))
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         run(torch.zeros(2))
+
+
+def no_room_on_a_gpu() -> None:
+    """A pass that asks for 1 TiB when it is recorded, not before; what is queued afterwards is computed."""
+    weight = torch.ones(2, device="cuda", requires_grad=True)
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(1 << 40, dtype=torch.uint8, device="cuda")
+        return (weight * x,)
+
+    given = torch.full((2,), 3.0, device="cuda")
+    recorded_run = Recorded(run, [weight], [weight])
+    for _ in range(REPEATS):
+        recorded_run(given)
+    with pytest.raises(torch.OutOfMemoryError, match=r"1024\.00 GiB"):
+        recorded_run(given)
+    assert (given * 2).tolist() == [6.0, 6.0]
+
+
+@pytest.mark.gpu
+def test_no_room_for_a_recording_on_a_gpu_is_told_as_such() -> None:
+    """In a process of its own: a broken-off recording leaves torch's allocator in the middle of one."""
+    command = [sys.executable, "-c", "from tests.test_recorded import no_room_on_a_gpu; no_room_on_a_gpu()"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
 
 
 def step(run: Recorded, actor: torch.nn.Module, responses: list[list[int]], scale: float) -> list[torch.Tensor]:
