@@ -55,6 +55,17 @@ class ModelConfig(Strict):
     revision: str | None = None
     dtype: Dtype = "bfloat16"
 
+    def folder(self) -> Path | None:
+        """The folder here that it names; None where it is embedded or on the hub. Raises UserError where it can be neither."""
+        if self.model.startswith("embedded:"):
+            return None
+        folder = ROOT / Path(self.model).expanduser()
+        if folder.is_dir():
+            return folder
+        if self.revision is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.model):
+            raise UserError(f"model {self.model!r} is no folder here; a hub model needs an id such as owner/name and a pinned revision in the config")
+        return None
+
 
 class SarmConfig(ModelConfig):
     """The reward model. `use_topk` settles a checkpoint whose config does not say."""
@@ -425,6 +436,11 @@ class Config(Strict):
     def sha256(self) -> str:
         """Hash of the resolved config, independent of key order and YAML spelling."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """Every model that a run reads."""
+        return (self.policy, self.sarm, *([self.evaluate.judge] if self.evaluate.judge else []))
 
     def units(self, phase: Phase) -> tuple[str, ...]:
         """The units of work of a phase: shards, trained policies, evaluated policies, or `all`."""

@@ -7,7 +7,6 @@ verifies it and converts it; without `download` nothing here touches the network
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sarm.config import ROOT, UserError
+from sarm.config import ModelConfig, UserError
 from sarm.run import file_sha256, fsync_dir
 
 
@@ -52,17 +51,15 @@ def local_model(model: str, revision: str | None, *, download: bool = False) -> 
         if model not in EMBEDDED:
             raise UserError(f"there is no {model}; embedded models are {', '.join(EMBEDDED)}")
         return embedded_model(EMBEDDED[model], download=download)
-    folder = ROOT / Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no config.json, so it is not a model folder; point the config at the folder that does")
-        return folder
-    if revision is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise UserError(f"model {model!r} is no folder here; a hub model needs an id such as owner/name and a pinned revision in the config")
-    return hub_snapshot(model, revision, download=download)
+    folder = ModelConfig(model=model, revision=revision).folder()
+    if folder is None:
+        return hub_snapshot(model, revision, download=download)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json, so it is not a model folder; point the config at the folder that does")
+    return folder
 
 
-def hub_snapshot(model: str, revision: str, *, download: bool) -> Path:
+def hub_snapshot(model: str, revision: str | None, *, download: bool) -> Path:
     """The cached snapshot of a hub model at a pinned revision. Raises UserError where it cannot be had."""
     from huggingface_hub import errors, snapshot_download
 

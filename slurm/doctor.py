@@ -31,7 +31,7 @@ from slurm.dag import tasks
 from slurm.images import check_images, images_of, token_file
 from slurm.plan import plan
 from slurm.profile import Profile, gpus_per_job, load_profile, resources
-from slurm.submit import arguments, own_run, refusals, unchecked
+from slurm.submit import arguments, check_named, own_run, refusals, unchecked
 
 MIN_DRIVER = {"12": 525, "13": 580}
 """The oldest NVIDIA driver that each CUDA generation of torch's wheels runs on (NVIDIA's compatibility table)."""
@@ -107,12 +107,14 @@ def check_fetched(profile: Profile, config: Config, run: RunDir) -> Iterator[Fin
     if run.done("fetch", hashes=False):
         yield Finding("ok", "models and data", "fetched")
         return
-    hub = [model for model in (config.policy, config.sarm) if model.revision is not None and not (ROOT / model.model).is_dir()]
     if profile.fetch == "by-hand":
         yield Finding("wrong", "models and data", "not fetched, and the profile says by-hand; make fetch says what to bring")
         return
+    check_named(config)
     networked = None
-    for model in hub:
+    for model in config.models:
+        if model.folder() is not None or model.model.startswith("embedded:"):
+            continue
         gate = gated(model.model)
         networked = gate is not None
         if gate and not (os.environ.get("HF_TOKEN") if profile.fetch == "login" else None) and not token_file().exists():

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 from sarm.cli import ended
 from sarm.config import ROOT, Config, UserError, load_config
@@ -59,13 +58,14 @@ def python_here(profile: Profile, run: RunDir) -> list[str]:
 
 def to_bring(config: Config) -> str:
     """What a machine with a network has to download, and where it goes here."""
-    models = [config.policy, config.sarm, *([config.evaluate.judge] if config.evaluate.judge else [])]
-    hub = [f"hf download {m.model} --revision {m.revision}" for m in models if m.revision and not Path(ROOT / m.model).is_dir()]
+    hub = [f"hf download {m.model} --revision {m.revision}" for m in config.models if m.folder() is None and not m.model.startswith("embedded:")]
     for source in config.data.sources.values():
         if source.repo:
             hub.append(f"hf download --repo-type dataset {source.repo} {' '.join(source.files)} --revision {source.revision}")
     other = [f"{source.path}  (data of {source.label})" for source in config.data.sources.values() if source.path and not (ROOT / source.path).exists()]
-    other += [f"{m.model}: make fetch there, then bring SARM_CACHE to {caches('fetch')['SARM_CACHE']}" for m in models if m.model.startswith("embedded:")]
+    other += [
+        f"{m.model}: make fetch there, then bring SARM_CACHE to {caches('fetch')['SARM_CACHE']}" for m in config.models if m.model.startswith("embedded:")
+    ]
     return "\n".join(
         [
             "this profile fetches by hand; where there is a network, run",

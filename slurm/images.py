@@ -97,8 +97,7 @@ def binds(run: RunDir, phase: Phase) -> list[str]:
     """
     mine = {ROOT: "", run.path: "", **dict.fromkeys(caches(phase).values(), "" if phase == "fetch" else ":ro")}
     config = run.config
-    models = [config.policy, config.sarm, *([config.evaluate.judge] if config.evaluate.judge else [])]
-    named = [*(source.path for source in config.data.sources.values()), config.steer.file, *(model.model for model in models)]
+    named = [*(source.path for source in config.data.sources.values()), config.steer.file, *(model.model for model in config.models)]
     there = [path for name in named if name and (path := ROOT / Path(name).expanduser()).exists()]
     theirs = dict.fromkeys((way for path in there for way in (path, path.resolve()) if not way.is_relative_to(ROOT)), ":ro")
     return [f"{path}:{path}{mode}" if mode else str(path) for path, mode in {**theirs, **mine}.items()]

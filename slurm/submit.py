@@ -76,6 +76,7 @@ def submit_or_show(args: argparse.Namespace) -> int:
     batches = chosen(config, profile, todo, args.phase)
     warnings += check_batches(profile, batches)
     if any(batch.phase == "fetch" for batch in batches):
+        check_named(config)
         warnings += check_token()
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -295,6 +296,15 @@ def header(profile: Profile, phase: Phase, elements: int = 1) -> str:
     asked = [f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={value}" for flag, value in flags(profile, phase).items()]
     array = [f"#SBATCH --array=0-{elements - 1}"] if elements > 1 else []
     return "\n".join(["#!/bin/bash", *asked, *array, "true"]) + "\n"
+
+
+def check_named(config: Config) -> None:
+    """Raises UserError where the config names a model or data that fetch could not bring, or would not find: a job would say so much later."""
+    for model in config.models:
+        model.folder()
+    for name, source in config.data.sources.items():
+        if source.path and not (ROOT / source.path).exists():
+            raise UserError(f"data source {name}: {ROOT / source.path} does not exist; correct data.sources.{name}.path")
 
 
 def check_token() -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from sarm.config import ROOT
-from slurm import fetch, submit
+from slurm import doctor, fetch, submit
 from slurm.images import token_file
 from slurm.plan import environment, script
 from slurm.profile import Profile
@@ -90,6 +90,22 @@ def test_as_a_job_fetch_comes_first_and_finds_the_token_in_its_file_alone(gated:
         assert CANARY not in job["text"] and "--export=NONE" in job["text"]
         if name != "fetch":
             assert "export HF_HUB_OFFLINE=1" in job["text"] and "HF_HOME" not in job["text"]
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("policy.model=no/such/folder", "no folder here"),
+        ("evaluate.judge={model: nowhere}", "'nowhere' is no folder"),
+        ("data.sources.demo.path=no/data", "no/data does not exist"),
+    ],
+)
+def test_what_no_fetch_job_could_bring_is_refused_before_it_is_sent(gated: Site, capfd: pytest.CaptureFixture[str], key: str, says: str) -> None:
+    gated.profile.write_text(PROFILE + "fetch: job\n")
+    assert submit.main([*arguments(gated), key]) == 2
+    assert says in capfd.readouterr().err and not gated.jobs
+    assert doctor.main([*arguments(gated), key]) == 2
+    assert says in capfd.readouterr().out
 
 
 def test_make_fetch_submits_the_job_where_the_profile_says_so(gated: Site, capfd: pytest.CaptureFixture[str]) -> None:
