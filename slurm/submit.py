@@ -91,7 +91,8 @@ def submit_or_show(args: argparse.Namespace) -> int:
 def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str, Any]:
     """Submit what is undone and return the journal of the submission, or of the live one it attaches to.
 
-    Raises UserError where a phase's needs are not done, or where Slurm refuses any job: then none is left behind.
+    Raises UserError where a phase's needs are not done, where a live submission lacks what is asked for, or where Slurm
+    refuses any job: then none is left behind.
     """
     before = last_journal(run)
     if before is not None and before["state"] == "submitting":
@@ -102,6 +103,10 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
         reports = {before["jobs"].get("report")}
         # A job that completes has ended, or is being cancelled: neither is worth waiting for.
         if {job.id.partition("_")[0] for job in alive if job.state != "COMPLETING"} - reports:
+            asked = {node for node in undone(run.config, lambda node: run.done(*node, hashes=False)) if phase in (None, node.phase)}
+            if more := asked - unit_ids(before).keys():
+                lacks = ", ".join(dict.fromkeys(node.phase for node in sorted(more, key=lambda node: PHASES.index(node.phase))))
+                raise UserError(f"submission {before['id']} still runs, without {lacks}; submit again when it has ended (make watch), or make cancel first")
             return {**before, "attached": True}
         # Only the report of a run that failed still waits: what is resubmitted ends with a report of its own.
         queue.cancel(job.id for job in alive)

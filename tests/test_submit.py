@@ -77,6 +77,18 @@ def test_submitting_again_attaches_to_what_is_running(site: Site, capsys: pytest
     assert "still running" in capsys.readouterr().out
 
 
+def test_one_phase_that_runs_is_not_taken_for_the_whole_run(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert site.submit("--phase", "encode") == 0
+    before = set(site.jobs)
+    assert site.submit() == 2
+    assert "still runs, without probe, select, steer, cards, ppo, evaluate, report; submit again when" in capsys.readouterr().err
+    assert set(site.jobs) == before
+    assert site.submit("--phase", "encode") == 0, "attached to"
+    site.set_state("COMPLETED")
+    assert site.submit() == 0 and site.submit("--phase", "encode") == 0, "the whole run holds it"
+    assert len(site.jobs) > len(before)
+
+
 def test_a_cancelled_run_whose_jobs_are_still_ending_is_submitted_anew(site: Site) -> None:
     site.submit()
     site.set_state("CANCELLED")
