@@ -153,10 +153,11 @@ def bound_lines(profile: Profile, folder: str) -> list[str]:
 def scratch_lines(profile: Profile) -> list[str]:
     """A folder of the job's own for temporary files, seen in the image too. What others left in /tmp is neither trusted nor in the way."""
     parent = profile.scratch or "${TMPDIR:-/tmp}"
+    binds = "SINGULARITY_BIND" if profile.container and Path(profile.container.command).name == "singularity" else "APPTAINER_BIND"
     return [
         f'TMPDIR=$(mktemp -d "{parent}/sarm-XXXXXX") || exit 1',
         "trap 'rm -rf \"$TMPDIR\"' EXIT",
-        'export TMPDIR TRITON_CACHE_DIR="$TMPDIR/triton" APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$TMPDIR"',
+        f'export TMPDIR TRITON_CACHE_DIR="$TMPDIR/triton" {binds}="${{{binds}:+${binds},}}$TMPDIR"',
     ]
 
 

@@ -16,7 +16,7 @@ from sarm.run import RunDir
 from slurm import images
 from slurm.images import binds
 from slurm.plan import python_command, script, srun_args
-from slurm.profile import Profile, flags
+from slurm.profile import Profile, flags, load_profile
 from tests.fakes.site import CONFIG, PROFILE, Site
 from tests.test_submit import batch_script
 
@@ -125,6 +125,9 @@ def test_a_jobs_scratch_is_its_own_and_goes_with_it(site: Site, tmp_path: Path) 
     assert re.fullmatch(rf"{tmp_path}/node-scratch/sarm-\w{{6}}", folder) and cache == f"{folder}/triton" and bind == folder
     assert not list(scratch.iterdir())
     assert "/local/x/sarm-XXXXXX" in script(Profile(description="x", scratch="/local/x"), "probe", "x")
+    site.profile.write_text(PROFILE + "container: {command: /opt/bin/singularity, image: x.sif}\n")
+    text = script(load_profile(str(site.profile)), "probe", "x")
+    assert 'SINGULARITY_BIND="${SINGULARITY_BIND:+$SINGULARITY_BIND,}$TMPDIR"' in text and "APPTAINER_BIND" not in text, "which that one does not read"
 
 
 def test_a_scratch_that_is_not_there_ends_the_job(site: Site) -> None:

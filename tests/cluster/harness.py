@@ -1,4 +1,4 @@
-"""What tests of whole runs on the development cluster share: `from tests.cluster.harness import Cluster`.
+"""What tests of whole runs on the development cluster share: `from tests.cluster.harness import ClusterRun`.
 
 A fault is done to a copy of an undisturbed run, which is submitted again and must end with the same figures.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -48,12 +47,20 @@ def until(what: str, true: Callable[[], Any], every_s: float = 0.5) -> Any:
     return found
 
 
+def stand_alone(name: str) -> str:
+    """The path of a phase's script as the development cluster's profile has it."""
+    inside("python", "-m", "slurm.sbatch", "--cluster", "development", "--out", str(RUNS / "scripts"))
+    return str(RUNS / "scripts" / name)
+
+
 class ClusterRun:
     """A run on the development cluster, driven as its user would."""
 
     def __init__(self, name: str) -> None:
         self.path = RUNS / name
         self.dir = RunDir(self.path, load_config(ROOT / CONFIG))
+        self.before: dict[str, str] = {}
+        """Of a copy, its attempts when it was made."""
 
     def make(self, target: str, *more: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return inside("make", "--no-print-directory", target, "CLUSTER=development", f"CONFIG={CONFIG}", f"RUN={self.path}", *more, check=check)
@@ -61,16 +68,14 @@ class ClusterRun:
     def submit(self) -> str:
         return self.make("submit-all").stdout
 
-    def copy(self, name: str) -> ClusterRun:
+    def copy(self, name: str, *undone: str) -> ClusterRun:
+        """Another run where this one stands but for the `undone` units, such as `probe/shard-0000-of-0002`."""
         other = ClusterRun(name)
         inside("cp", "-a", str(self.path), str(other.path))
-        inside("rm", "-rf", str(other.path / "submissions"))
+        for folder in ("submissions", *undone):
+            inside("rm", "-r", str(other.path / folder))
+        other.before = other.attempts()
         return other
-
-    def forget(self, *units: str) -> None:
-        """Undo units such as `probe/shard-0000-of-0002`."""
-        for unit in units:
-            shutil.rmtree(self.path / unit)
 
     @property
     def jobs(self) -> dict[str, str]:
@@ -90,9 +95,9 @@ class ClusterRun:
         found = {task.node: self.dir.manifest(*task.node) for task in tasks(self.dir.config)}
         return {str(node): manifest["attempt"] if manifest else "undone" for node, manifest in found.items()}
 
-    def redone_since(self, before: dict[str, str]) -> set[str]:
+    def redone(self) -> set[str]:
         """Units whose manifest is another attempt's than `before`; the report, which is always written anew, left out."""
-        return {unit for unit, attempt in self.attempts().items() if attempt != before[unit]} - {"report"}
+        return {unit for unit, attempt in self.attempts().items() if attempt != self.before[unit]} - {"report"}
 
     def figures(self) -> Any:
         """All that report.json says of results."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.harness import RUNS, STATE, ClusterRun, inside, until
+from tests.cluster.harness import RUNS, STATE, ClusterRun, inside, stand_alone, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 PPO = "penalty-seed0"
@@ -40,18 +40,16 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def repaired(run: ClusterRun, undisturbed: ClusterRun, before: dict[str, str], damaged: set[str]) -> None:
+def repaired(run: ClusterRun, undisturbed: ClusterRun, damaged: set[str]) -> None:
     """Submitted again it redoes what was damaged alone, and ends with the undisturbed figures."""
     run.submit()
     run.wait()
-    assert run.redone_since(before) == damaged
+    assert run.redone() == damaged
     assert run.figures() == undisturbed.figures()
 
 
 def test_a_shard_out_of_memory_is_named(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("memory")
-    run.forget(SHARD)
-    before = run.attempts()
+    run = undisturbed.copy("memory", SHARD)
     with closed("cpu"):
         run.submit()
         inside("scontrol", "update", f"JobId={run.jobs['probe']}", "MinMemoryNode=60", root=True)
@@ -60,13 +58,11 @@ def test_a_shard_out_of_memory_is_named(undisturbed: ClusterRun) -> None:
     said = r"exceeded memory limit \(\d+ > 62914560\)"
     assert re.search(rf"{SHARD} \(failed\): FAILED: .*{said}", flat(run.report()))
     assert re.search(rf"{SHARD} .*{said}", run.status())
-    repaired(run, undisturbed, before, {SHARD})
+    repaired(run, undisturbed, {SHARD})
 
 
 def test_a_shard_past_its_time_limit_is_named(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("time")
-    run.forget(SHARD)
-    before = run.attempts()
+    run = undisturbed.copy("time", SHARD)
     run.submit()
     job = run.jobs["probe"]
     run.signal_phase("STOP", "probe", "shard-0000-of-0002")
@@ -84,13 +80,11 @@ def test_a_shard_past_its_time_limit_is_named(undisturbed: ClusterRun) -> None:
     assert run.attempts()[SHARD] == "undone"
     assert re.search(rf"{SHARD} \(failed\): TIMEOUT", flat(run.report()))
     assert re.search(rf"{SHARD} .*TIMEOUT", run.status())
-    repaired(run, undisturbed, before, {SHARD})
+    repaired(run, undisturbed, {SHARD})
 
 
 def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("cancelled")
-    run.forget(f"ppo/{PPO}")
-    before = run.attempts()
+    run = undisturbed.copy("cancelled", f"ppo/{PPO}")
     run.submit()
     job = run.jobs[f"ppo.{PPO}"]
     run.stop_in_training(PPO)
@@ -101,15 +95,13 @@ def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(undist
     assert re.search(rf"evaluate/{PPO} +\d+ +not run: needs ppo/{PPO}\b", run.status())
     watched = inside("script", "-qec", f"make watch RUN={run.path}", "/dev/null", check=False)  # on a pseudo-terminal
     assert watched.returncode != 0 and "not done are" in watched.stdout and f"ppo/{PPO}" in watched.stdout
-    repaired(run, undisturbed, before, TRAINED)
+    repaired(run, undisturbed, TRAINED)
     assert not run.attempts()[f"ppo/{PPO}"].startswith(f"{job}-")
 
 
 def test_a_killed_rank_ends_its_job_within_a_minute_and_is_named(undisturbed: ClusterRun) -> None:
     """The others are frozen, as in a collective that never ends: neither srun's SIGTERM nor a closed connection moves them."""
-    run = undisturbed.copy("rank")
-    run.forget(f"ppo/{PPO}")
-    before = run.attempts()
+    run = undisturbed.copy("rank", f"ppo/{PPO}")
     run.submit()
     job = run.jobs[f"ppo.{PPO}"]
     run.stop_in_training(PPO)
@@ -121,13 +113,11 @@ def test_a_killed_rank_ends_its_job_within_a_minute_and_is_named(undisturbed: Cl
     assert run.attempts()[f"ppo/{PPO}"] == "undone"
     for text in ((run.path / "logs" / f"ppo.{PPO}.log").read_text(), run.report()):
         assert re.search(r"rank \d of 4 on \S+ was killed by SIGKILL", flat(text))
-    repaired(run, undisturbed, before, TRAINED)
+    repaired(run, undisturbed, TRAINED)
 
 
 def test_a_preemption_by_an_urgent_job_checkpoints_and_goes_on(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("urgent")
-    run.forget(f"ppo/{PPO}")
-    before = run.attempts()
+    run = undisturbed.copy("urgent", f"ppo/{PPO}")
     run.submit()
     job = run.jobs[f"ppo.{PPO}"]
     run.stop_in_training(PPO)
@@ -148,14 +138,12 @@ def test_a_preemption_by_an_urgent_job_checkpoints_and_goes_on(undisturbed: Clus
     # requeue a job that was preempted even when it has ended well.
     tries = next(run.path.glob(f"submissions/*/tries.{job}")).read_text().count("\n")
     assert tries == (run.path / "logs" / f"ppo.{PPO}.log").read_text().count(f"=== job {job} ") and tries in (2, 3)
-    assert run.redone_since(before) == TRAINED
+    assert run.redone() == TRAINED
     assert run.figures() == undisturbed.figures()
 
 
 def test_a_lost_node_with_its_ranks_still_writing_spoils_nothing(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("lost")
-    run.forget(f"ppo/{PPO}")
-    before = run.attempts()
+    run = undisturbed.copy("lost", f"ppo/{PPO}")
     run.submit()
     job = run.jobs[f"ppo.{PPO}"]
     run.stop_in_training(PPO, checkpointed=True)
@@ -182,16 +170,14 @@ def test_a_lost_node_with_its_ranks_still_writing_spoils_nothing(undisturbed: Cl
     assert len(late) == len(went_on) == run.dir.config.ppo.steps, "the old ranks did not go on writing"
     kept = min(len(saved), run.dir.config.ppo.checkpoint_every)
     assert went_on[:kept] == late[:kept] and went_on[kept:] != late[kept:], "the new ranks did not go on from the checkpoint"
-    assert run.redone_since(before) == TRAINED
+    assert run.redone() == TRAINED
     assert run.figures() == undisturbed.figures()
     assert run.make("verify", check=False).returncode == 0
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("full")
     unit = "encode/shard-0001-of-0002"
-    run.forget(unit)
-    before = run.attempts()
+    run = undisturbed.copy("full", unit)
     inside("mkdir", str(run.path / unit))
     inside("mount", "-t", "tmpfs", "-o", "size=16k,mode=777", "full", str(run.path / unit), root=True)
     try:
@@ -202,35 +188,30 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(undisturbed: Clust
         inside("umount", str(run.path / unit), root=True)
     assert "no room left" in (run.path / "logs" / "encode.shard-0001-of-0002.log").read_text()
     assert re.search(rf"{unit} \(failed\): [^/]*error: .*no room left", flat(run.report()))
-    repaired(run, undisturbed, before, {unit})
+    repaired(run, undisturbed, {unit})
 
 
 def test_a_truncated_shard_is_done_again_alone(undisturbed: ClusterRun) -> None:
     run = undisturbed.copy("truncated")
-    before = run.attempts()
     victim = max((run.path / SHARD).glob("*.parquet"), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-100])
     assert SHARD in run.status()
-    repaired(run, undisturbed, before, {SHARD})
+    repaired(run, undisturbed, {SHARD})
 
 
 def test_what_waits_for_a_cancelled_job_goes_with_it_and_the_report_says_why(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("upstream")
-    run.forget("select/all")
-    before = run.attempts()
+    run = undisturbed.copy("upstream", "select/all")
     run.submit()
     run.signal_phase("STOP", "select", "all")
     inside("scancel", run.jobs["select"])
     run.wait()
     assert run.attempts()["select"] == "undone" and "select" in run.report()
     assert len(inside("squeue", "--noheader").stdout.split()) == 0
-    repaired(run, undisturbed, before, {"select"})
+    repaired(run, undisturbed, {"select"})
 
 
 def test_a_lost_answer_of_sbatch_leaves_no_job_behind(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("answer")
-    run.forget("select/all")
-    before = run.attempts()
+    run = undisturbed.copy("answer", "select/all")
     folder = RUNS / "bin"
     inside("mkdir", "-p", str(folder))
     real = inside("which", "sbatch").stdout.strip()
@@ -253,7 +234,7 @@ def test_a_lost_answer_of_sbatch_leaves_no_job_behind(undisturbed: ClusterRun) -
     assert failed.returncode != 0 and "nothing runs" in failed.stderr
     assert (folder / "calls").read_text().count(".") == 3
     until("an empty queue", lambda: not inside("squeue", "--noheader").stdout.strip())
-    repaired(run, undisturbed, before, {"select"})
+    repaired(run, undisturbed, {"select"})
 
 
 def test_a_deleted_log_and_shifted_times_change_nothing(undisturbed: ClusterRun) -> None:
@@ -268,9 +249,7 @@ def test_a_deleted_log_and_shifted_times_change_nothing(undisturbed: ClusterRun)
 
 @needs_accounting
 def test_status_with_accounting_without_it_and_with_everything_purged(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("status")
-    run.forget(SHARD)
-    before = run.attempts()
+    run = undisturbed.copy("status", SHARD)
     run.submit()
     run.signal_phase("KILL", "probe", "shard-0000-of-0002")
     until("the failure", lambda: run.jobs["probe"] not in run.queued())
@@ -292,17 +271,16 @@ def test_status_with_accounting_without_it_and_with_everything_purged(undisturbe
         until("the purge", lambda: inside("scontrol", "show", "job", run.jobs["probe"], check=False).returncode != 0)
         shown = inside(*status, check=False).stdout
         assert re.search(rf"{SHARD} +\d+ +failed: no manifest", shown), shown
-        assert shown.count(" done ") == len(before) - 2 and re.search(rf"select +\d+ +not run: needs {SHARD}", shown), shown
-        repaired(run, undisturbed, before, {SHARD})
+        assert shown.count(" done ") == len(run.before) - 2 and re.search(rf"select +\d+ +not run: needs {SHARD}", shown), shown
+        repaired(run, undisturbed, {SHARD})
     finally:
         inside("bash", "-c", "sed -i s/MinJobAge=.*/MinJobAge=300/ /etc/slurm/slurm.conf; scontrol reconfigure", root=True)
-    assert inside(*status).stdout.count(" done ") == len(before)
+    assert inside(*status).stdout.count(" done ") == len(run.before)
     assert re.search(rf"{SHARD} +\d+ +done .* \d+%", run.status()), "no efficiency where there is accounting"
 
 
 def test_the_submitting_shells_secrets_reach_no_job(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("canary")
-    run.forget("steer/all")
+    run = undisturbed.copy("canary", "steer/all")
     canary = "hf_canaryCANARYcanary"
     words = ["env", f"HF_TOKEN={canary}", "SBATCH_EXPORT=ALL", "make", "submit-all", "CLUSTER=development", "CONFIG=configs/tiny.yaml", f"RUN={run.path}"]
     inside(*words)
@@ -316,27 +294,19 @@ def test_the_submitting_shells_secrets_reach_no_job(undisturbed: ClusterRun) -> 
     assert run.figures() == undisturbed.figures()
 
 
-def test_a_script_by_hand_runs_its_phase(undisturbed: ClusterRun, tmp_path: Path) -> None:
-    run = undisturbed.copy("byhand")
-    run.forget("steer/all")
-    scripts = RUNS / "scripts"
-    inside("mkdir", "-p", str(scripts))
-    inside("python", "-m", "slurm.sbatch", "--cluster", "development", "--out", str(scripts))
-    words = ["sbatch", "--parsable", f"--output={run.path}/byhand.log", f"--export=ALL,CONFIG=configs/tiny.yaml,RUN={run.path}", str(scripts / "steer.sbatch")]
+def test_a_script_by_hand_runs_its_phase(undisturbed: ClusterRun) -> None:
+    run = undisturbed.copy("byhand", "steer/all")
+    words = ["sbatch", "--parsable", f"--output={run.path}/byhand.log", f"--export=ALL,CONFIG=configs/tiny.yaml,RUN={run.path}", stand_alone("steer.sbatch")]
     job = inside(*words).stdout.strip()
     until("its end", lambda: not inside("squeue", "--noheader", f"--jobs={job}", check=False).stdout.strip())
     assert run.attempts()["steer"].startswith(f"{job}-"), (run.path / "byhand.log").read_text()
 
 
 def test_ppo_by_hand_told_before_its_time_limit_checkpoints_requeues_and_goes_on(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("byhandppo")
-    run.forget(f"ppo/{PPO}")
-    scripts = RUNS / "scripts"
-    inside("mkdir", "-p", str(scripts))
-    inside("python", "-m", "slurm.sbatch", "--cluster", "development", "--out", str(scripts))
+    run = undisturbed.copy("byhandppo", f"ppo/{PPO}")
     log = run.path / "byhand.log"
     export = f"--export=ALL,CONFIG=configs/tiny.yaml,RUN={run.path},UNIT={PPO}"
-    job = inside("sbatch", "--parsable", f"--output={log}", export, str(scripts / "ppo.sbatch")).stdout.strip()
+    job = inside("sbatch", "--parsable", f"--output={log}", export, stand_alone("ppo.sbatch")).stdout.strip()
     until("a step", lambda: run.steps(PPO), every_s=0.005)
     inside("scancel", "--signal=USR2", job)  # as --signal does: to the tasks, not to the script
     until("its end", lambda: not inside("squeue", "--noheader", f"--jobs={job}", check=False).stdout.strip())

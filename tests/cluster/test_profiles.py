@@ -13,7 +13,7 @@ import yaml
 from sarm.config import ROOT, load_config
 from sarm.run import RunDir
 from slurm.profile import CLUSTERS
-from tests.cluster.harness import CONFIG, RUNS, STATE, ClusterRun, inside, until
+from tests.cluster.harness import CONFIG, RUNS, STATE, ClusterRun, inside, stand_alone, until
 
 pytestmark = [
     pytest.mark.cluster,
@@ -208,13 +208,9 @@ def test_a_limit_on_jobs_that_a_site_sets_stops_a_submission_whole() -> None:
 
 
 def test_a_sharded_script_by_hand_is_an_array(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("handmade")
-    run.forget("probe/shard-0000-of-0002", "probe/shard-0001-of-0002")
-    scripts = RUNS / "scripts"
-    inside("mkdir", "-p", str(scripts))
-    inside("python", "-m", "slurm.sbatch", "--cluster", "development", "--out", str(scripts))
+    run = undisturbed.copy("handmade", "probe/shard-0000-of-0002", "probe/shard-0001-of-0002")
     export = f"--export=ALL,CONFIG={CONFIG},RUN={run.path}"
-    inside("sbatch", f"--output={run.path}/hand-%a.log", export, "--array=0-1", str(scripts / "probe.sbatch"))
+    inside("sbatch", f"--output={run.path}/hand-%a.log", export, "--array=0-1", stand_alone("probe.sbatch"))
     until("its end", nothing_is_queued)
     logs = [path.read_text() for path in run.path.glob("hand-*.log")]
     assert run.dir.done("probe", "shard-0000-of-0002") and run.dir.done("probe", "shard-0001-of-0002"), logs

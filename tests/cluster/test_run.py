@@ -32,10 +32,8 @@ def test_the_tiny_run_ends_with_a_whole_report(undisturbed: ClusterRun) -> None:
 
 
 def test_a_shard_that_is_killed_is_named_and_done_again_alone(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("killed")
     shard = "probe/shard-0000-of-0002"
-    run.forget(shard)
-    before = run.attempts()
+    run = undisturbed.copy("killed", shard)
     run.submit()
     run.signal_phase("KILL", "probe", "shard-0000-of-0002")
     run.wait()
@@ -43,14 +41,12 @@ def test_a_shard_that_is_killed_is_named_and_done_again_alone(undisturbed: Clust
     assert shard in run.report()
     run.submit()
     run.wait()
-    assert run.redone_since(before) == {shard}
+    assert run.redone() == {shard}
     assert run.figures() == undisturbed.figures()
 
 
 def test_ppo_told_to_stop_in_a_step_goes_on_from_its_checkpoint(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("preempted")
-    run.forget(f"ppo/{PPO}")
-    before = run.attempts()
+    run = undisturbed.copy("preempted", f"ppo/{PPO}")
     run.submit()
     job = run.jobs[f"ppo.{PPO}"]
     run.stop_in_training(PPO)
@@ -64,24 +60,21 @@ def test_ppo_told_to_stop_in_a_step_goes_on_from_its_checkpoint(undisturbed: Clu
     stopped, went_on = run.steps(PPO, f"{job}-0-"), run.steps(PPO, f"{job}-1-")
     assert 0 < len(stopped) < len(went_on) == run.dir.config.ppo.steps
     assert went_on[: len(stopped)] == stopped, "it began anew instead of going on from its checkpoint"
-    assert run.redone_since(before) == TRAINED
+    assert run.redone() == TRAINED
     assert run.figures() == undisturbed.figures()
 
 
 def test_a_corrupt_shard_is_done_again_alone(undisturbed: ClusterRun) -> None:
     run = undisturbed.copy("corrupt")
-    before = run.attempts()
     flip_a_bit(next((run.path / "encode" / "shard-0001-of-0002").glob("encoded.*.safetensors")))
     run.submit()
     run.wait()
-    assert run.redone_since(before) == {"encode/shard-0001-of-0002"}
+    assert run.redone() == {"encode/shard-0001-of-0002"}
     assert run.figures() == undisturbed.figures()
 
 
 def test_two_submissions_at_once_submit_once(undisturbed: ClusterRun) -> None:
-    run = undisturbed.copy("twice")
-    run.forget("evaluate/base")
-    before = run.attempts()
+    run = undisturbed.copy("twice", "evaluate/base")
     words = [str(HERE / "in-cluster"), "make", "submit-all", "CLUSTER=development", f"CONFIG={CONFIG}", f"RUN={run.path}"]
     both = [subprocess.Popen(words, cwd=ROOT, env=os.environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
@@ -89,5 +82,5 @@ def test_two_submissions_at_once_submit_once(undisturbed: ClusterRun) -> None:
     assert codes == [0, 0] or (codes == [0, 2] and any("under way" in text for text in said)), said
     assert len(list((run.path / "submissions").glob("*/"))) == 1
     run.wait()
-    assert run.redone_since(before) == {"evaluate/base"}
+    assert run.redone() == {"evaluate/base"}
     assert run.figures() == undisturbed.figures()
