@@ -110,6 +110,7 @@ def test_slurm_takes_every_key_for_what_it_says(reservation: None) -> None:
             assert job["OverSubscribe"] == "NO" and job["MailUser"] == "me@example.org" and "END" in job["MailType"] and "FAIL" in job["MailType"]
             assert (job["Nice"], job["Requeue"], job["KillOInInvalidDependent"]) == ("100", "1", "Yes")
             assert job["JobName"].startswith("tiny-") and (not accounted or (job["Account"], job["QOS"]) == ("sarm", "normal"))
+            assert job["WCKey"] == "probing", job
         assert (ppo["TresPerNode"], ppo["MemPerTres"], ppo["TimeLimit"]) == ("gres/gpu:h100:4", "gres/gpu:1536", "00:20:00"), ppo
         assert (probe["TresPerNode"], probe["MemPerTres"], probe["TimeLimit"]) == ("gres/gpu:h100:2", "gres/gpu:2048", "00:07:00"), probe
         # Five shards, two a job: an array of two, one at a time, and a job that is no array.
@@ -131,6 +132,8 @@ def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(
         max_array_size=2,
         modules=["apptainer/1.4"],
         scratch="/opt/scratch",
+        mail_user="me@example.org",
+        mail_type="FAIL",
         environment={"OMP_NUM_THREADS": "1", "SITE_SAYS": "hello"},
         container={
             "command": "site-apptainer",
@@ -157,6 +160,7 @@ def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(
     assert devices == {"0", "1"}
     node = run.shown("encode.0")
     assert (node["OverSubscribe"], node["NumCPUs"]) == ("NO", "8"), "the node is not the job's alone"
+    assert "submitit" not in node.get("WCKey", ""), "submitit's own, which a profile did not ask for"
     run.signal_phase("KILL", "encode", pair[0])
     run.signal_phase("CONT", "encode", pair[1])
     run.wait()
@@ -164,6 +168,8 @@ def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(
     assert run.is_done(*rest) and not run.is_done(f"encode/{pair[0]}"), run.attempts()
     assert pair[0] in run.report()
     assert inside("ls", "/opt/scratch").stdout == ""
+    mail = rf"Job_id={run.jobs['encode.0']}.*(Failed|Mixed).* me@example\.org"
+    until("a mail", lambda: re.search(mail, inside("cat", "/var/log/mail", root=True, check=False).stdout))
     before = run.attempts()
     run.send()
     try:
