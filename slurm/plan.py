@@ -227,6 +227,7 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         "",
         'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
         ': "${CONFIG:?give --export=ALL,CONFIG=...,RUN=...}" "${RUN:?give --export=ALL,CONFIG=...,RUN=...}"',
+        "umask 077",
         f"mkdir -p {BY_HAND}",
         *bound_lines(profile, BY_HAND),
         *module_lines(profile),

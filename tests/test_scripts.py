@@ -195,6 +195,7 @@ def test_a_stand_alone_ppo_that_was_told_requeues_whatever_code_srun_returns_and
     code, said, calls = by_hand(tmp_path, "ppo", told, "0 1 2")
     assert calls == ["requeue 5"] and code == 128 + 15, said
     assert "ppo --config c --run runs/a run rank 2 of 3" in said
+    assert (tmp_path / "runs/a run/submissions").stat().st_mode & 0o077 == 0, "where submissions keep what jobs unpickle"
     assert by_hand(tmp_path, "ppo", told, "0", restarts="2")[2] == ["requeue 5"], "a restart that Slurm counts twice is one try"
     assert by_hand(tmp_path, "ppo", told, "0", restarts="3")[::2] == (75, []), "the third try is the last"
     assert "given up" in by_hand(tmp_path, "ppo", "", "0", restarts="4")[1]
