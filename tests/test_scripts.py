@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import pickletools
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -243,3 +244,23 @@ def test_an_image_without_a_note_is_hashed_once(site: Site, tmp_path: Path, monk
     site.profile.write_text(PROFILE + f"container: {{image: {image}}}\n")
     assert site.submit() == 0
     assert hashed == [image]
+
+
+@pytest.mark.parametrize(
+    ("uid", "apptainer", "entered"), [(0, "own", False), (0, "cluster's", True), (0, None, True), (1000, "own", False), (1000, None, False)]
+)
+def test_only_root_without_an_apptainer_of_its_own_builds_in_the_development_cluster(tmp_path: Path, uid: int, apptainer: str | None, entered: bool) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "id").write_text(f"#!/bin/sh\necho {uid}\n")
+    (folder / "id").chmod(0o755)
+    if apptainer == "own":
+        (folder / "apptainer").write_text("#!/bin/sh\n")
+        (folder / "apptainer").chmod(0o755)
+    # Nothing but make's own needs, so that an Apptainer of this machine is not found.
+    for name in ("make", "bash"):
+        if found := shutil.which(name):
+            (folder / name).symlink_to(found)
+    path = f"{folder}:{ROOT / 'tests/cluster/bin'}" if apptainer == "cluster's" else str(folder)
+    done = subprocess.run(["make", "-n", "images", "KIND=light"], cwd=ROOT, env={"PATH": path}, capture_output=True, text=True, check=True)
+    assert ("in-cluster" in done.stdout) == entered and "containers/build" in done.stdout

@@ -2,8 +2,9 @@
 .PHONY: cluster-up cluster-down cluster-shell images test-cluster test-faults
 
 KIND ?= light gpu
-# Where this machine has no Apptainer, the development cluster's builds.
-IMAGE_BUILDER := $(if $(shell command -v apptainer),,tests/cluster/in-cluster) env BASE="$(BASE)" containers/build
+# Where root's machine has no Apptainer but the name in tests/cluster/bin, the development cluster's builds.
+IMAGE_BUILDER := $(if $(filter 0,$(shell id -u)),$(if $(filter-out %/tests/cluster/bin/apptainer,$(shell command -v apptainer)),,tests/cluster/in-cluster)) \
+  env BASE="$(BASE)" containers/build
 
 cluster-up:  ## start a throwaway Slurm with Apptainer on this machine (root, Debian); ACCOUNTING=1 adds slurmdbd
 	@tests/cluster/cluster up
