@@ -84,7 +84,7 @@ def submit_or_show(args: argparse.Namespace) -> int:
     make_caches()
     with held(run.path / "submit.lock", f"a submission of {run.path}"):
         journal = submit(run, profile, args.phase)
-    show(run, profile, journal)
+    show(run, profile, journal, args.phase)
     return 0
 
 
@@ -391,10 +391,10 @@ def dry_run(run: RunDir, profile: Profile, phase: str | None) -> None:
     print(cost_table(run.config, profile, run, batches))
 
 
-def show(run: RunDir, profile: Profile, journal: dict[str, Any]) -> None:
-    """The table of what was submitted."""
+def show(run: RunDir, profile: Profile, journal: dict[str, Any], phase: str | None = None) -> None:
+    """The table of what was submitted, of `phase` alone where one was asked for."""
     if journal["state"] == "nothing to do":
-        print(f"everything in {run.path} is done")
+        print(f"{f'all of {phase}' if phase else 'everything'} in {run.path} is done")
         return
     if journal.get("attached"):
         print(f"submission {journal['id']} of {journal['at']} is still running; attached to it, nothing was submitted")

@@ -196,7 +196,14 @@ def test_modules_are_loaded_after_path_is_set_and_a_missing_one_ends_the_job(sit
 def test_everything_done_submits_nothing(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.do(*PHASES)
     assert site.submit() == 0
-    assert not site.jobs and "is done" in capsys.readouterr().out
+    assert not site.jobs and "everything in" in capsys.readouterr().out
+
+
+def test_a_phase_that_is_done_says_so_of_itself_alone(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.do("fetch", "encode", "probe")
+    assert site.submit("--phase", "probe") == 0
+    out = capsys.readouterr().out
+    assert not site.jobs and "all of probe in" in out and "everything" not in out
 
 
 def test_one_phase_by_itself_wants_its_needs_done(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
