@@ -288,7 +288,7 @@ class Attempt:
             "git_commit": git_commit(),
             "image_sha256": os.environ.get("SARM_IMAGE_SHA256"),
             "image_commit": os.environ.get("SARM_IMAGE_COMMIT"),
-            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "job_id": job_id(os.environ),
             "seed": self.seed,
             "host": socket.gethostname(),
             "device": device,
@@ -412,6 +412,13 @@ def attempt_id() -> str:
     env = os.environ
     job = env.get("SLURM_JOB_ID", "local")
     return f"{job}-{env.get('SLURM_RESTART_COUNT', '0')}-{env.get('SLURM_PROCID', '0')}-{uuid.uuid4().hex[:8]}"
+
+
+def job_id(env: Mapping[str, str]) -> str | None:
+    """This job's id as squeue shows it: `12`, or `12_3` of an array's element; None outside Slurm."""
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")
 
 
 def patience_s() -> float:

@@ -18,7 +18,7 @@ from sarm.cli import ended
 from sarm.config import ROOT, Config, UserError, load_config
 from sarm.run import RunDir
 from slurm import submit
-from slurm.images import binds, caches, image_of, make_caches
+from slurm.images import binds, caches, image_of, image_target, make_caches
 from slurm.plan import python_command
 from slurm.profile import Profile, load_profile
 
@@ -52,8 +52,13 @@ def python_here(profile: Profile, run: RunDir) -> list[str]:
         return shlex.split(python_command(profile, "fetch", image, binds(run, "fetch"), sys.executable))
     if find_spec("huggingface_hub") and find_spec("pyarrow"):
         return [sys.executable]
-    missing = f"no image {image}, or no {box.command} to run it" if box else "nothing here that can fetch"
-    raise UserError(f"there is {missing}; make images, or make setup for an environment that fetches without one")
+    if box is None:
+        missing = "nothing here that can fetch; make setup"
+    elif image is not None and not image.exists():
+        missing = f"no image {image}; {image_target(image)}, or make setup"
+    else:
+        missing = f"no {box.command} here to run the image; load its module, or make setup"
+    raise UserError(f"there is {missing} for an environment that fetches without an image")
 
 
 def to_bring(config: Config) -> str:

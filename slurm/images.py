@@ -41,19 +41,25 @@ def images_of(profile: Profile) -> list[Path]:
 
 
 def check_images(profile: Profile) -> list[str]:
-    """Warnings about images. Raises UserError naming `make images` where one is missing."""
+    """Warnings about images. Raises UserError naming `make images` where some are missing."""
     warnings = []
+    if missing := [path for path in images_of(profile) if not path.exists()]:
+        names, key = ", ".join(map(str, missing)), "image" if len(missing) == 1 else "images"
+        raise UserError(f"no {key} {names}; build with {image_target(*missing)}, or correct container in the profile")
     for path in images_of(profile):
-        if not path.exists():
-            kind = re.match(r"sarm-(gpu|cpu|light)\b", path.name)
-            target = f"make images KIND={kind[1]}" if kind else "make images"
-            raise UserError(f"image {path} does not exist; build it with {target}, or correct container.image in the profile")
         commit = built_from(path)
         if commit and commit != (git_commit() or "").rstrip("+"):
             warnings.append(
                 f"image {path.name} is of commit {commit[:12]} ({contents(path)}), the checkout of {(git_commit() or 'none')[:12]}; manifests record both"
             )
     return warnings
+
+
+def image_target(*images: Path) -> str:
+    """The command that builds images of these names."""
+    kinds = dict.fromkeys(found[1] for image in images if (found := re.match(r"sarm-(gpu|cpu|light)\b", image.name)))
+    named = " ".join(kinds)
+    return f'make images KIND="{named}"' if len(kinds) > 1 else f"make images KIND={named}" if kinds else "make images"
 
 
 def read_image(path: Path) -> Image:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from sarm.config import UserError
 
 TIMEOUT_S = 60.0
+SHORT_S = 10
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGKILL, signal.SIGSEGV, signal.SIGUSR2, signal.SIGTERM)
 """What ends jobs; none of them is an exit code of this suite's."""
 
@@ -43,7 +44,7 @@ class PastJob(NamedTuple):
     exit_code: str
     elapsed_s: int
     cpu_efficiency: float | None
-    """CPU time over elapsed time times CPUs."""
+    """CPU time over elapsed time times CPUs; None where that is too short for sacct's whole seconds."""
     memory_share: float | None
     """Memory at its highest, of all tasks together, over what was asked for; None where either was not recorded."""
 
@@ -130,9 +131,10 @@ def history(ids: Iterable[str]) -> dict[str, PastJob]:
     for id_, state, code, elapsed, cpu, cpus, asked, _, _ in lines:
         if "." in id_:
             continue
-        seconds, wall, memory = _seconds(cpu), int(elapsed or 0) * int(cpus or 0), _bytes(asked)
+        took, memory = int(elapsed or 0), _bytes(asked)
+        efficiency = _seconds(cpu) / (took * int(cpus)) if took >= SHORT_S and int(cpus or 0) else None
         share = used[id_] / memory if used.get(id_) and memory else None
-        found[id_] = PastJob(id_, state.split()[0], code, int(elapsed or 0), seconds / wall if wall else None, share)
+        found[id_] = PastJob(id_, state.split()[0], code, took, efficiency, share)
     return found
 
 

@@ -39,6 +39,7 @@ class Row(NamedTuple):
     """One unit's line."""
 
     unit: Unit
+    job: str
     progress: str
     took: str
     efficiency: str
@@ -84,7 +85,7 @@ def status(args: argparse.Namespace) -> int:
         table.add_column(column, overflow="fold", no_wrap=column in ("phase", "job", "took"))
     for line in rows:
         state = f"{line.unit.state}: {line.unit.note}" if line.unit.note and line.unit.kind != "done" else line.unit.state
-        cells = (str(line.unit.node), slurm.ids.get(line.unit.node, ""), state, *line[1:])
+        cells = (str(line.unit.node), line.job, state, *line[2:])
         table.add_row(*map(Text, cells[: len(columns)]))
     console.print(table)
     say_causes(run, [line.unit for line in rows], slurm, console)
@@ -109,23 +110,26 @@ def row(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, has
     """A unit's line."""
     unit, past, log = unit_state(run, node, slurm, local, hashes=hashes), slurm.past.get(node), run.log(*node)
     shown = "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(run, node) or "")
-    shares = (past.cpu_efficiency, past.memory_share) if past is not None and past.ended else ()
-    efficiency = ", ".join(f"{share:.0%}" for share in shares if share is not None)
-    took = f"{span(slurm.live[node].elapsed_s)} so far" if unit.kind == "running" and node in slurm.live else duration(run, node)
-    return Row(unit, shown, took, efficiency, str(log.relative_to(run.path)) if log.exists() else "")
+    shares = (past.cpu_efficiency, past.memory_share) if past is not None and past.ended else (None, None)
+    efficiency = "" if shares == (None, None) else ", ".join("-" if share is None else f"{share:.0%}" for share in shares)
+    took = f"{span(slurm.live[node].elapsed_s)} so far" if unit.kind == "running" and node in slurm.live else ""
+    took = duration(run, node) if unit.kind == "done" else took
+    job = slurm.ids.get(node) or (published_by(run, node) if unit.kind == "done" else "")
+    return Row(unit, job, shown, took, efficiency, str(log.relative_to(run.path)) if log.exists() else "")
 
 
 def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool) -> Unit:
     """A unit as it stands: done by its manifest, else as the queue, a local launcher or the accounting has it, else why it is not done."""
     why = run.undone_because(*node, hashes=hashes)
     past = slurm.past.get(node)
-    if why is None:
-        return Unit(node, "done", duration(run, node))
-    if node in slurm.live:
+    # A report is made anew with every submission: one that stands may be an earlier one's.
+    if node in slurm.live and (why is not None or node.phase == "report"):
         job = slurm.live[node]
         if job.state == "PENDING":
             return Unit(node, "pending", job.reason)
         return Unit(node, "running", "" if job.state == "RUNNING" else job.state.lower())
+    if why is None:
+        return Unit(node, "done", duration(run, node))
     if node in local:
         return Unit(node, local[node])
     task = next(task for task in tasks(run.config) if task.node == node)
@@ -165,18 +169,24 @@ def local_states(run: RunDir) -> dict[Node, str]:
 
 
 def ask_slurm(run: RunDir) -> Slurm:
-    """The queue's and the accounting's word on the last submission's units; empty without a submission or Slurm."""
-    journal = last_journal(run)
-    if journal is None or shutil.which("squeue") is None:
+    """The queue's and the accounting's word on the last submission's units, and on what was done before; empty without Slurm."""
+    if shutil.which("squeue") is None:
         return Slurm({}, {})
-    ids, heard = journal["jobs"], True
+    journal, heard = last_journal(run), True
     try:
-        live = {job.id: job for job in queue.live_jobs(ids.values())}
+        live = {job.id: job for job in queue.live_jobs(journal["jobs"].values())} if journal else {}
     except UserError:
         live, heard = {}, False
-    past = queue.history(ids.values())
-    nodes = unit_ids(journal)
-    return Slurm({n: live[i] for n, i in nodes.items() if i in live}, {n: past[i] for n, i in nodes.items() if i in past}, nodes, heard)
+    ids = unit_ids(journal) if journal else {}
+    known = {task.node: id_ for task in tasks(run.config) if (id_ := ids.get(task.node) or published_by(run, task.node))}
+    past = queue.history(known.values())
+    return Slurm({n: live[i] for n, i in ids.items() if i in live}, {n: past[i] for n, i in known.items() if i in past}, ids, heard)
+
+
+def published_by(run: RunDir, node: Node) -> str:
+    """The job that the standing manifest names; empty where there is none."""
+    manifest = run.manifest(*node)
+    return (manifest["job_id"] or "") if manifest else ""
 
 
 def cancel(run: RunDir) -> str:
@@ -184,11 +194,11 @@ def cancel(run: RunDir) -> str:
     journal = last_journal(run)
     if journal is None:
         raise UserError(f"nothing was submitted for {run.path}; a local run is stopped with Ctrl-C")
-    alive = queue.live_jobs(journal["jobs"].values())
+    alive = [job for job in queue.live_jobs(journal["jobs"].values()) if job.state != "COMPLETING"]
     if not alive:
         return f"nothing of submission {journal['id']} is in the queue any more"
     queue.cancel(journal["jobs"].values())
-    return f"cancelled {len(alive)} jobs of submission {journal['id']}; make submit-all goes on from what is done"
+    return f"cancelled {len(alive)} job{'s' if len(alive) > 1 else ''} of submission {journal['id']}; make submit-all goes on from what is done"
 
 
 def duration(run: RunDir, node: Node) -> str:

@@ -1,6 +1,7 @@
 """Submission, on a pretended Slurm: what is sent, all or nothing, again and again, and what must never be sent."""
 
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from sarm.config import PHASES, ROOT, Config, UserError
+from sarm.run import Attempt
 from slurm import plan as planning
 from slurm import submit as submitting
 from slurm.dag import Node, tasks
@@ -242,10 +244,10 @@ def test_unfetched_models_are_named(site: Site, tmp_path: Path, capsys: pytest.C
 
 
 def test_a_missing_image_is_named(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, target in (("none.sif", "make images,"), ("sarm-cpu.sif", "make images KIND=cpu,")):
-        site.profile.write_text(PROFILE + f"container: {{image: no/such/{name}}}\n")
+    for names, target in (("image: none.sif", "make images,"), ("image: no/sarm-cpu.sif, light_image: no/sarm-light.sif", 'make images KIND="cpu light",')):
+        site.profile.write_text(PROFILE + f"container: {{{names}}}\n")
         assert site.submit() == 2
-        assert f"build it with {target}" in capsys.readouterr().err and not site.jobs
+        assert f"build with {target}" in capsys.readouterr().err and not site.jobs
 
 
 def test_a_partition_slurm_does_not_know_is_found_before_anything_is_sent(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,6 +363,28 @@ def test_status_reads_manifests_first_then_the_queue_then_accounting(site: Site,
     out = capsys.readouterr().out
     assert out.count("done") >= 3 and "failed: StepId=103.0 exceeded memory limit (2 > 1)" in out
     assert "not run: needs 5 of probe" in out and "nothing of" in out, "select never began"
+
+
+def test_status_knows_the_jobs_of_what_was_done_before_the_last_submission(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.submit()
+    encode = next(id_ for id_, job in site.jobs.items() if job["name"].endswith(".encode"))
+    site.set_state("COMPLETED", only=".encode")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", encode)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    site.do("encode")
+    Attempt(site.run, "report").publish()
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name)
+    assert status(["--run", str(site.path), "--cancel"]) == 0
+    assert site.submit() == 0
+    site.fault(no_sacct=False)
+    capsys.readouterr()
+    status(["--run", str(site.path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(rf"^encode/\S+ +{encode}_1 +done .* 25%, 50%", next(line for line in lines if line.startswith("encode/")))
+    assert re.search(r"^report +\d+ +pending: Dependency +$", next(line for line in lines if line.startswith("report "))), "the one that stands is no longer it"
 
 
 def test_cancel_cancels_the_submission(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
