@@ -355,6 +355,9 @@ def test_status_reads_manifests_first_then_the_queue_then_accounting(site: Site,
     out = capsys.readouterr().out
     assert "done" in out and "running" in out and "26 h 3 min so far" in out and "MemoryError" in out
     assert "25%, 50%" in out, "half a CPU of two, two tasks of half a GB of two"
+    site.fault(no_sacct=False, elapsed=9)
+    status(["--run", str(site.path)])
+    assert "-, 50%" in capsys.readouterr().out, "whole seconds tell nothing of so short a job"
     assert "FAILED: exit code 1" in out and "pending: Dependency" in out and "in the queue" not in out
     next(site.path.glob("submissions/*/103_0_0_log.out")).write_text("slurmstepd: error: StepId=103.0 exceeded memory limit (2 > 1), being killed\n")
     site.fault(no_sacct=True)
@@ -392,6 +395,10 @@ def test_cancel_cancels_the_submission(site: Site, capsys: pytest.CaptureFixture
     site.submit()
     assert status(["--run", str(site.path), "--cancel"]) == 0
     assert {job["state"] for job in site.jobs.values()} == {"CANCELLED"}
+    site.set_state("COMPLETING", only=".encode")
+    capsys.readouterr()
+    assert status(["--run", str(site.path), "--cancel"]) == 0
+    assert "is in the queue any more" in capsys.readouterr().out, "what is ending is cancelled already"
 
 
 def test_undone_work_takes_everything_downstream_with_it() -> None:

@@ -4,7 +4,7 @@
 $FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch fails), {"lose": N} (its answer is
 lost), {"unknown_partition": true}, {"no_sacct": true}, {"enforce": "associations"} (accounting, at submission),
 {"flags": {"--account=nobody": "Invalid account"}} (what test-only refuses), {"max_array_size": 5}, {"deaf": ["squeue"]} (commands
-that reach no controller), {"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT}.
+that reach no controller), {"elapsed": 9} (seconds, to accounting), {"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT}.
 """
 
 import fcntl
@@ -110,7 +110,7 @@ def sacct(argv: list[str], state: dict, faults: dict) -> int:
         return 1
     for id_, job in state["jobs"].items():
         for shown in [f"{id_}_{i}" for i in range(job["elements"])] or [id_]:
-            print(f"{shown}|{job['state']}|{'0:0' if job['state'] == 'COMPLETED' else '1:0'}|100|00:50.000|2|2G||")
+            print(f"{shown}|{job['state']}|{'0:0' if job['state'] == 'COMPLETED' else '1:0'}|{faults.get('elapsed', 100)}|00:50.000|2|2G||")
             print(f"{shown}.0|{job['state']}|0:0|100|00:50.000|2||524288K|2")
     return 0
 
