@@ -16,6 +16,7 @@ from sarm.config import UserError
 
 TIMEOUT_S = 60.0
 SHORT_S = 10
+"""Below it the CPU time of a job over its whole seconds is left out: it says more of the rounding."""
 SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGKILL, signal.SIGSEGV, signal.SIGUSR2, signal.SIGTERM)
 """What ends jobs; none of them is an exit code of this suite's."""
 

@@ -68,7 +68,7 @@ class Ranks:
         Without a log of its own a rank is heard, and the cause written, in the script's output.
         """
         if not asked and returncode != os.EX_TEMPFAIL:  # which it returns where a sibling alone was asked
-            death = Death(self.rank, self.size, self.host, returncode, log.name if log else "", last_line(log) if log else "")
+            death = Death(self.rank, self.size, self.host, returncode, log.name if log else "", last_line(log))
             unfinished = self.folder / f".died.{self.stem}.{self.rank}"
             unfinished.write_text(json.dumps(death))
             os.replace(unfinished, self.folder / f"died.{self.stem}.{self.rank}")
@@ -98,13 +98,15 @@ class Ranks:
         deadline = time.monotonic() + patience_s
         while not ((found := self.deaths()) and found[0].order[0] < 2) and time.monotonic() < deadline:
             time.sleep(0.1)
-        if not found or (found[0].returncode >= 0 and (found[0].rank == 0 or found[0].words == (last_line(log) if log else ""))):
+        if not found or (found[0].returncode >= 0 and (found[0].rank == 0 or found[0].words == last_line(log))):
             return ""
         return found[0].sentence()
 
 
-def last_line(log: Path) -> str:
-    """The last line that this job has left in a log; empty where it left none."""
+def last_line(log: Path | None) -> str:
+    """The last line that this job has left in a log; empty where it left none, or has no log of its own."""
+    if log is None:
+        return ""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
         lines = [line.strip() for line in file.read().decode("utf-8", errors="replace").splitlines() if line.strip()]

@@ -112,8 +112,8 @@ def row(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, has
     shown = "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(run, node) or "")
     shares = (past.cpu_efficiency, past.memory_share) if past is not None and past.ended else (None, None)
     efficiency = "" if shares == (None, None) else ", ".join("-" if share is None else f"{share:.0%}" for share in shares)
-    took = f"{span(slurm.live[node].elapsed_s)} so far" if unit.kind == "running" and node in slurm.live else ""
-    took = duration(run, node) if unit.kind == "done" else took
+    running = slurm.live.get(node) if unit.kind == "running" else None
+    took = duration(run, node) if unit.kind == "done" else f"{span(running.elapsed_s)} so far" if running else ""
     job = slurm.ids.get(node) or (published_by(run, node) if unit.kind == "done" else "")
     return Row(unit, job, shown, took, efficiency, str(log.relative_to(run.path)) if log.exists() else "")
 

@@ -163,7 +163,7 @@ open(f"up.{{os.environ.get('RANK')}}", "w").close()
 while len(glob.glob("up.*")) < int(os.environ.get("WORLD_SIZE", 1)): time.sleep(0.01)
 {does}
 """
-FIRST_IS = "os.environ.get('RANK', '0') == '0' and os.kill({}, signal.{}); time.sleep(2 if sys.argv[1] == 'select' else 600)"
+TOLD = "os.environ.get('RANK', '0') == '0' and os.kill({}, signal.SIGUSR2); time.sleep(2 if sys.argv[1] == 'select' else 600)"
 
 
 def by_hand(tmp_path: Path, phase: str, does: str, ranks: str = "0", restarts: str = "0") -> tuple[int, str, list[str]]:
@@ -182,7 +182,7 @@ def by_hand(tmp_path: Path, phase: str, does: str, ranks: str = "0", restarts: s
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    text = script(Profile(description="x", container=None, max_requeues=2), phase, "x")  # type: ignore[arg-type]
+    text = script(Profile(description="x", max_requeues=2), phase, "x")
     for up in tmp_path.glob("up.*"):
         up.unlink()
     env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path), "CONFIG": "c", "RUN": "runs/a run"}
@@ -192,7 +192,7 @@ def by_hand(tmp_path: Path, phase: str, does: str, ranks: str = "0", restarts: s
 
 
 def test_a_stand_alone_ppo_that_was_told_requeues_whatever_code_srun_returns_and_not_for_ever(tmp_path: Path) -> None:
-    told = FIRST_IS.format("os.getppid()", "SIGUSR2")  # as Slurm would, here for one rank; srun ends the others
+    told = TOLD.format("os.getppid()")  # as Slurm would, here for one rank; srun ends the others
     code, said, calls = by_hand(tmp_path, "ppo", told, "0 1 2")
     assert calls == ["requeue 5"] and code == 128 + 15, said
     assert "ppo --config c --run runs/a run rank 2 of 3" in said
@@ -210,7 +210,7 @@ def test_a_stand_alone_ppo_names_the_rank_that_was_killed(tmp_path: Path) -> Non
 
 def test_a_stand_alone_shard_outlives_the_signal_for_those_that_checkpoint(tmp_path: Path) -> None:
     for whom in ("os.getpid()", "os.getppid()"):
-        code, said, calls = by_hand(tmp_path, "select", FIRST_IS.format(whom, "SIGUSR2"))
+        code, said, calls = by_hand(tmp_path, "select", TOLD.format(whom))
         assert (code, calls) == (0, []) and "select --config c --run runs/a run rank None" in said, said
 
 
