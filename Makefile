@@ -100,7 +100,7 @@ probe-study: setup  ## the causal probe on the shipped SARM and real data, repli
 	done
 
 plan: login  ## memory, disk and GPU-hours of PPO, and how it would be cut: CONFIG=... GPUS=4x80
-	@$(PY) -m sarm.ppo.plan --config $(CONFIG) --gpus $(GPUS)
+	@$(PY) -m sarm.ppo.learner.memory_plan --config $(CONFIG) --gpus $(GPUS)
 
 compare: setup  ## runs side by side, text and HTML: RUNS="outputs/a outputs/b" OUT=outputs/compare
 	@$(PY) -m reports.compare $(RUNS) --out $(OUT)

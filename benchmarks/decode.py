@@ -1,9 +1,11 @@
-"""Milliseconds a token of sampling from a policy on a GPU, against transformers' `generate` and the bandwidth floor.
+"""Milliseconds a token of sampling from a policy on a GPU, against transformers' `generate` and
+the bandwidth floor.
 
-`python benchmarks/decode.py [--shape 8b] [--rows 32] [--prompt 64] [--new 128]`: random bf16 weights, prompts of exactly so
-many tokens, no stop token. One run prints: the floor (every weight but the input embedding, and the cache, read once a
-token at the copy bandwidth measured here), all matrix products of a step alone in a CUDA graph, our step (sampling
-included, reading the prompts not), a whole rollout, `generate`, and the warm-up of a new and of a known shape.
+`python benchmarks/decode.py [--shape 8b] [--rows 32] [--prompt 64] [--new 128]`: random bf16
+weights, prompts of exactly so many tokens, no stop token. One run prints: the floor (every weight
+but the input embedding, and the cache, read once a token at the copy bandwidth measured here), all
+matrix products of a step alone in a CUDA graph, our step (sampling included, reading the prompts
+not), a whole rollout, `generate`, and the warm-up of a new and of a known shape.
 """
 
 from __future__ import annotations
@@ -20,19 +22,37 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sarm.ppo.decoders import Sampling
-from sarm.ppo.graph_decoder import GraphDecoder, Shape
-from sarm.ppo.sampling import row_keys
+from sarm.llama.decoders import Sampling
+from sarm.llama.graph_decoder import GraphDecoder, Shape
+from sarm.llama.sampling import row_keys
 
 SHAPES = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
 
 
 def random_llama(shape: str) -> LlamaForCausalLM:
     """Random bf16 weights of a Llama's shape, on the GPU."""
-    config = LlamaConfig(**SHAPES[shape], vocab_size=128256, tie_word_embeddings=shape == "1b", max_position_embeddings=8192, rope_theta=500000.0)
+    config = LlamaConfig(
+        **SHAPES[shape],
+        vocab_size=128256,
+        tie_word_embeddings=shape == "1b",
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+    )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
@@ -64,7 +84,10 @@ def copy_bandwidth() -> float:
 def products_ms(decoder: GraphDecoder, rows: int) -> float:
     """All matrix products of one step, alone in a graph."""
     w = decoder.weights
-    inputs = {n: torch.randn(rows, n, dtype=w.dtype, device="cuda") for n in {m.shape[1] for m in (*w.layers[0][1:3], *w.layers[0][4:], w.lm_head)}}
+    inputs = {
+        n: torch.randn(rows, n, dtype=w.dtype, device="cuda")
+        for n in {m.shape[1] for m in (*w.layers[0][1:3], *w.layers[0][4:], w.lm_head)}
+    }
 
     def step() -> None:
         for layer in w.layers:
@@ -82,13 +105,19 @@ def products_ms(decoder: GraphDecoder, rows: int) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--peer-tokens", type=int, default=16, help="new tokens of `generate`; 0 leaves it out")
-    parser.add_argument("--profile", action="store_true", help="also list the kernels of a step by time")
+    parser.add_argument(
+        "--peer-tokens", type=int, default=16, help="new tokens of `generate`; 0 leaves it out"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also list the kernels of a step by time"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     model = random_llama(args.shape)
@@ -99,9 +128,17 @@ def main() -> None:
     w = decoder.weights
     bandwidth = copy_bandwidth()
     weight_bytes = sum(t.nbytes for layer in w.layers for t in layer) + w.lm_head.nbytes
-    cache_bytes = 2 * len(w.layers) * w.kv_heads * w.head_dim * 2 * args.rows * (args.prompt + args.new / 2)
-    print(f"decoding, {args.shape} shape, {args.rows} rows, {args.prompt} + {args.new} tokens, bf16, {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s; floor {1e3 * (weight_bytes + cache_bytes) / bandwidth:.2f} ms a token")
+    cache_bytes = (
+        2 * len(w.layers) * w.kv_heads * w.head_dim * 2 * args.rows * (args.prompt + args.new / 2)
+    )
+    print(
+        f"decoding, {args.shape} shape, {args.rows} rows, {args.prompt} + {args.new} tokens, bf16,"
+        f" {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    )
+    print(
+        f"copy bandwidth {bandwidth / 1e12:.2f} TB/s; floor"
+        f" {1e3 * (weight_bytes + cache_bytes) / bandwidth:.2f} ms a token"
+    )
     print(f"matrix products of a step alone: {products_ms(decoder, args.rows):.2f} ms", flush=True)
 
     def seconds(run: Callable[[], object]) -> float:
@@ -113,7 +150,10 @@ def main() -> None:
 
     first = seconds(lambda: decoder.decode(prompts, noise, sampling, args.rows))
     whole = [seconds(lambda: decoder.decode(prompts, noise, sampling, args.rows)) for _ in range(3)]
-    print(f"warm-up of a new shape: {first - min(whole):.1f} s; of a shape seen before: {whole[0] - min(whole):.2f} s")
+    print(
+        f"warm-up of a new shape: {first - min(whole):.1f} s; of a shape seen before:"
+        f" {whole[0] - min(whole):.2f} s"
+    )
     slots = decoder._slots(Shape.holding(prompts, sampling, args.rows))
 
     def begin() -> None:
@@ -126,8 +166,15 @@ def main() -> None:
         begin()
         steps.append(median_ms(lambda: [slots.run() for _ in range(args.new)], 1) / args.new)
     ours = sorted(steps)[1]
-    print(f"ours: {ours:.2f} ms a token (median of {', '.join(f'{s:.2f}' for s in steps)}), sampling included")
-    print(f"reading the prompts: {median_ms(begin):.1f} ms; a whole rollout: {1e3 * sorted(whole)[1]:.0f} ms", flush=True)
+    print(
+        f"ours: {ours:.2f} ms a token (median of {', '.join(f'{s:.2f}' for s in steps)}), sampling"
+        " included"
+    )
+    print(
+        f"reading the prompts: {median_ms(begin):.1f} ms; a whole rollout:"
+        f" {1e3 * sorted(whole)[1]:.0f} ms",
+        flush=True,
+    )
     if args.profile:
         from torch.profiler import ProfilerActivity, profile
 
@@ -135,12 +182,28 @@ def main() -> None:
             for _ in range(4):
                 slots.run()
             torch.cuda.synchronize()
-        print(told.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60))
+        print(
+            told.key_averages().table(
+                sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60
+            )
+        )
     if args.peer_tokens:
         ids = torch.tensor(prompts, device="cuda")
-        settings = {"attention_mask": torch.ones_like(ids), "do_sample": True, "eos_token_id": None, "pad_token_id": 0, "top_k": 0}
+        settings = {
+            "attention_mask": torch.ones_like(ids),
+            "do_sample": True,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            "top_k": 0,
+        }
         model.generate(ids, max_new_tokens=2, **settings)
-        few, many = (min(seconds(lambda n=n: model.generate(ids, max_new_tokens=n, **settings)) for _ in range(2)) for n in (2, 2 + args.peer_tokens))
+        few, many = (
+            min(
+                seconds(lambda n=n: model.generate(ids, max_new_tokens=n, **settings))
+                for _ in range(2)
+            )
+            for n in (2, 2 + args.peer_tokens)
+        )
         peer = 1e3 * (many - few) / args.peer_tokens
         print(f"transformers' generate: {peer:.1f} ms a token; ratio {peer / ours:.1f}")
     print(f"reserved peak: {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")

@@ -1,16 +1,21 @@
-"""How well the probe finds what was planted, and how its test behaves where there is nothing: `python benchmarks/planted.py`.
+"""How well the probe finds what was planted, and how its test behaves where there is nothing:
+`python benchmarks/planted.py`.
 
-Each draw makes a SARM (TopK SAE and head) and texts whose states hold planted features, runs the probe and the selection on
-them, and counts. Planted are causal latents (harming and promoting), suppressors (they fire with the harm and are rewarded
-for it: misleading), absorbed pairs (a specific latent takes the place of a general one on some texts), all of which move
-the margin; and, as traps, latents that differ between the two sides but that the head ignores (correlated), and latents of
-large weight that fire alike on both (heavy). Beside the probe's confirmed latents stand as many as were planted by |w|, by |difference
-in mean activation|, by |upstream's s| and by the probe's |effect|.
+Each draw makes a SARM (TopK SAE and head) and texts whose states hold planted features, runs the
+probe and the selection on them, and counts. Planted are causal latents (harming and promoting),
+suppressors (they fire with the harm and are rewarded for it: misleading), absorbed pairs (a
+specific latent takes the place of a general one on some texts), all of which move the margin; and,
+as traps, latents that differ between the two sides but that the head ignores (correlated), and
+latents of large weight that fire alike on both (heavy). Beside the probe's confirmed latents stand
+as many as were planted by |w|, by |difference in mean activation|, by |upstream's s| and by the
+probe's |effect|.
 
-Background latents are "other". Directions are not orthogonal and TopK makes latents compete, so some of them do differ
-between the sides: `other, real` have an effect more than three standard errors from zero on 20,000 fresh prompts, `other, false` have not.
+Background latents are "other". Directions are not orthogonal and TopK makes latents compete, so
+some of them do differ between the sides: `other, real` have an effect more than three standard
+errors from zero on 20,000 fresh prompts, `other, false` have not.
 
-`--calibration` prints instead how often p falls below a level where labels mean nothing, one chosen against three rejected.
+`--calibration` prints instead how often p falls below a level where labels mean nothing, one chosen
+against three rejected.
 """
 
 from __future__ import annotations
@@ -29,12 +34,12 @@ import scipy.stats
 import torch
 
 from sarm.config import parse_config
-from sarm.intervene import Ranks, contributions
 from sarm.probing.effects import Encoded, by_latent, latent_table
 from sarm.probing.select import judged
 from sarm.probing.stats import Contrast, permutation_p, prompt_effects
 from sarm.probing.upstream import selection_scores, summed_latents
-from sarm.sae import TopKSae
+from sarm.reward_model.interventions import Ranks, contributions
+from sarm.reward_model.sae import TopKSae
 
 D_IN, D_SAE, K = 256, 512, 24
 PROMPTS = {"discovery": 150, "validation": 100, "population": 20_000}
@@ -43,7 +48,9 @@ LEVELS = (0.05, 0.01, 0.001)
 
 
 class Kind(NamedTuple):
-    """What is planted: how many latents, how often they fire on chosen and rejected texts, their weight."""
+    """What is planted: how many latents, how often they fire on chosen and rejected texts, their
+    weight.
+    """
 
     count: int
     on_chosen: float
@@ -67,7 +74,9 @@ ABSORBED = 0.3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--calibration", action="store_true")
     args = parser.parse_args()
@@ -83,14 +92,27 @@ def planted(draws: int) -> None:
     mean = counts.groupby("by", sort=False).mean()
     spread = counts.groupby("by", sort=False)["false"].std(ddof=1) / draws**0.5
     total = sum(KINDS[kind].count for kind in CAUSAL)
-    print(f"{draws} draws; {D_SAE} latents, k {K}; {PROMPTS['discovery']} + {PROMPTS['validation']} prompts; {total} causal latents planted\n")
-    print("| Chosen by | latents | " + " | ".join(CAUSAL) + " | correlated | heavy | other, real | other, false | false / chosen |")
+    print(
+        f"{draws} draws; {D_SAE} latents, k {K}; {PROMPTS['discovery']} + {PROMPTS['validation']}"
+        f" prompts; {total} causal latents planted\n"
+    )
+    print(
+        "| Chosen by | latents | "
+        + " | ".join(CAUSAL)
+        + " | correlated | heavy | other, real | other, false | false / chosen |"
+    )
     print("|---|" + "---|" * (len(CAUSAL) + 6))
     for by, row in mean.iterrows():
         recalls = " | ".join(f"{row[kind] / KINDS[kind].count:.2f}" for kind in CAUSAL)
         wrong = " | ".join(f"{row[kind]:.2f}" for kind in ("correlated", "heavy", *OTHER))
-        print(f"| {by} | {row['chosen']:.1f} | {recalls} | {wrong} | {row['false'] / max(row['chosen'], 1):.3f} |")
-    print(f"\nstandard error of the mean number of false ones: {', '.join(f'{by} {s:.2f}' for by, s in spread.items())}")
+        print(
+            f"| {by} | {row['chosen']:.1f} | {recalls} | {wrong} |"
+            f" {row['false'] / max(row['chosen'], 1):.3f} |"
+        )
+    print(
+        "\nstandard error of the mean number of false ones:"
+        f" {', '.join(f'{by} {s:.2f}' for by, s in spread.items())}"
+    )
 
 
 def one_draw(seed: int) -> pd.DataFrame:
@@ -98,12 +120,24 @@ def one_draw(seed: int) -> pd.DataFrame:
     rng = np.random.default_rng([seed, 9])
     of, weight, encoded, contrasts = planted_world(rng)
     source = {"format": "jsonl", "label": "none", "path": "none", "split": {"discovery": 1.0}}
-    tree: dict[str, Any] = {"name": "planted", "policy": {"model": "none"}, "sarm": {"model": "none"}, "data": {"sources": {"none": source}}, "seed": seed}
+    tree: dict[str, Any] = {
+        "name": "planted",
+        "policy": {"model": "none"},
+        "sarm": {"model": "none"},
+        "data": {"sources": {"none": source}},
+        "seed": seed,
+    }
     tree |= {"probe": {"permutations": 1000, "bootstrap": 2}}
     config = parse_config(tree, "planted")
     table = judged(latent_table(encoded, contrasts, 0, D_SAE, config), config.select)
     fresh = contrasts["population"]
-    values = by_latent(encoded.ranks, contributions(encoded.ranks, encoded.head_weight, reselected=True), fresh.rows, 0, D_SAE)
+    values = by_latent(
+        encoded.ranks,
+        contributions(encoded.ranks, encoded.head_weight, reselected=True),
+        fresh.rows,
+        0,
+        D_SAE,
+    )
     effects = prompt_effects(values, fresh).toarray()
     real = np.abs(effects.mean(axis=1)) > 3 * effects.std(axis=1, ddof=1) / fresh.n_prompts**0.5
     of = np.where(of == "other", np.where(real, "other, real", "other, false"), of)
@@ -115,17 +149,27 @@ def one_draw(seed: int) -> pd.DataFrame:
         "upstream's s, absolute": np.abs(s),
         "effect, absolute, no test": table["effect"].abs(),
     }
-    picks = {"probe: confirmed on validation": np.flatnonzero(table["confirmed"]), "probe: discoveries, FDR 0.1": np.flatnonzero(table["discovered"])}
-    picks |= {f"{name}, first {total}": np.argsort(-np.asarray(score), kind="stable")[:total] for name, score in top.items()}
+    picks = {
+        "probe: confirmed on validation": np.flatnonzero(table["confirmed"]),
+        "probe: discoveries, FDR 0.1": np.flatnonzero(table["discovered"]),
+    }
+    picks |= {
+        f"{name}, first {total}": np.argsort(-np.asarray(score), kind="stable")[:total]
+        for name, score in top.items()
+    }
     rows = []
     for by, latents in picks.items():
         kinds = pd.Series(of[latents]).value_counts()
-        row: dict[str, Any] = {"by": by, "chosen": len(latents)} | {kind: int(kinds.get(kind, 0)) for kind in (*KINDS, *OTHER)}
+        row: dict[str, Any] = {"by": by, "chosen": len(latents)} | {
+            kind: int(kinds.get(kind, 0)) for kind in (*KINDS, *OTHER)
+        }
         rows.append(row | {"false": row["correlated"] + row["heavy"] + row["other, false"]})
     return pd.DataFrame(rows)
 
 
-def planted_world(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Encoded, dict[str, Contrast]]:
+def planted_world(
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, Encoded, dict[str, Contrast]]:
     """The kind of every latent, the head, and what encode and the pairs would give."""
     order = rng.permutation(D_SAE)
     of = np.full(D_SAE, "other", dtype=object)
@@ -143,19 +187,36 @@ def planted_world(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Enc
     states, texts, contrasts, start = [], [], {}, 0
     for part, prompts in PROMPTS.items():
         topic = rng.random((prompts, 1, D_SAE)) < density
-        fires = np.where(rng.random((prompts, 2, D_SAE)) < 0.5, topic, rng.random((prompts, 2, D_SAE)) < density)
+        fires = np.where(
+            rng.random((prompts, 2, D_SAE)) < 0.5, topic, rng.random((prompts, 2, D_SAE)) < density
+        )
         for kind, (_, on_chosen, on_rejected, _) in KINDS.items():
-            fires[:, :, where[kind]] = rng.random((prompts, 2, len(where[kind]))) < np.array([on_chosen, on_rejected])[:, None]
+            fires[:, :, where[kind]] = (
+                rng.random((prompts, 2, len(where[kind])))
+                < np.array([on_chosen, on_rejected])[:, None]
+            )
         general, specific = where["absorbed, general"], where["absorbed, specific"]
         absorbed = fires[:, :, general] & (rng.random((prompts, 2, len(general))) < ABSORBED)
         fires[:, :, general] &= ~absorbed
         fires[:, :, specific] = absorbed
         size = fires * rng.lognormal(0, 0.4, fires.shape)
-        states.append((size @ decoder + 0.03 * rng.normal(size=(prompts, 2, D_IN))).reshape(-1, D_IN))
+        states.append(
+            (size @ decoder + 0.03 * rng.normal(size=(prompts, 2, D_IN))).reshape(-1, D_IN)
+        )
         number = np.repeat(np.arange(prompts), 2)
         chosen = np.tile([1.0, 0.0], prompts)
-        contrasts[part] = Contrast(start + np.arange(2 * prompts), number, chosen, 1 - chosen, prompts)
-        texts.append(pd.DataFrame({"part": part, "label": np.where(chosen > 0, "chosen", "rejected"), "prompt_id": number.astype(str)}))
+        contrasts[part] = Contrast(
+            start + np.arange(2 * prompts), number, chosen, 1 - chosen, prompts
+        )
+        texts.append(
+            pd.DataFrame(
+                {
+                    "part": part,
+                    "label": np.where(chosen > 0, "chosen", "rejected"),
+                    "prompt_id": number.astype(str),
+                }
+            )
+        )
         start += 2 * prompts
     sae = TopKSae(D_IN, D_SAE, K)
     with torch.no_grad():
@@ -164,30 +225,60 @@ def planted_world(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Enc
         h = torch.from_numpy(np.concatenate(states)).float()
         top = sae.topk(sae.preactivations(h), K + 1)
     ranks = Ranks(top.indices.int().numpy(), top.values.numpy(), K, D_SAE)
-    return of, weight, Encoded(pd.concat(texts, ignore_index=True), ranks, h.numpy(), weight.astype(np.float32)), contrasts
+    return (
+        of,
+        weight,
+        Encoded(pd.concat(texts, ignore_index=True), ranks, h.numpy(), weight.astype(np.float32)),
+        contrasts,
+    )
 
 
 def calibration() -> None:
-    """p under the null: skewed sparse values, one chosen against three rejected, 20 and 60 prompts."""
-    print("share of latents with p at or below the level, where chosen and rejected are alike; one chosen against three rejected")
+    """p under the null: skewed sparse values, one chosen against three rejected, 20 and 60
+    prompts.
+    """
+    print(
+        "share of latents with p at or below the level, where chosen and rejected are alike; one"
+        " chosen against three rejected"
+    )
     print(" " * 76 + "".join(f"{level:>12g}" for level in LEVELS))
     for prompts in (20, 60):
         ours, flipped, t_test = [], [], []
         for seed in range(5):
             rng = np.random.default_rng([seed, prompts])
-            z = rng.exponential(size=(20_000, prompts * 4)) ** 2 * (rng.random((20_000, prompts * 4)) < 0.4)
+            z = rng.exponential(size=(20_000, prompts * 4)) ** 2 * (
+                rng.random((20_000, prompts * 4)) < 0.4
+            )
             chosen = np.tile([1.0, 0, 0, 0], prompts)
-            contrast = Contrast(np.arange(prompts * 4), np.repeat(np.arange(prompts), 4), chosen, (1 - chosen) / 3, prompts)
+            contrast = Contrast(
+                np.arange(prompts * 4),
+                np.repeat(np.arange(prompts), 4),
+                chosen,
+                (1 - chosen) / 3,
+                prompts,
+            )
             ours.append(permutation_p(scipy.sparse.csr_array(z), contrast, 1000, 50_000, seed))
             averages = z.reshape(len(z), prompts, 4) @ np.array([1, -1 / 3, -1 / 3, -1 / 3])
             signs = rng.choice([-1.0, 1.0], size=(prompts, 5000))
-            reached = np.concatenate([(np.abs(a @ signs) >= np.abs(a.sum(1))[:, None] * (1 - 1e-9)).sum(1) for a in np.array_split(averages, 20)])
+            reached = np.concatenate(
+                [
+                    (np.abs(a @ signs) >= np.abs(a.sum(1))[:, None] * (1 - 1e-9)).sum(1)
+                    for a in np.array_split(averages, 20)
+                ]
+            )
             flipped.append((reached + 1) / 5001)
             t_test.append(scipy.stats.ttest_1samp(averages, 0, axis=1).pvalue)
-        for name, p in (("labels dealt within prompts (the probe's)", ours), ("sign flips of averages", flipped), ("t test of averages", t_test)):
+        for name, p in (
+            ("labels dealt within prompts (the probe's)", ours),
+            ("sign flips of averages", flipped),
+            ("t test of averages", t_test),
+        ):
             values = np.concatenate(p)
             shares = [float((values <= level).mean()) for level in LEVELS]
-            print(f"{prompts} prompts, {len(values)} latents: {name}".ljust(76) + "".join(f"{share:12.5f}" for share in shares))
+            print(
+                f"{prompts} prompts, {len(values)} latents: {name}".ljust(76)
+                + "".join(f"{share:12.5f}" for share in shares)
+            )
     n = 100_000
     half = [1.96 * (level * (1 - level) / n) ** 0.5 for level in LEVELS]
     print(f"{'chance alone moves a share by (95 %)':<76}" + "".join(f"{h:12.5f}" for h in half))

@@ -1,12 +1,15 @@
-"""Time and memory of a PPO step: `python benchmarks/ppo.py --shape 8b --mode full --steps 4`, `--shape tiny` on a CPU.
+"""Time and memory of a PPO step: `python benchmarks/ppo.py --shape 8b --mode full --steps 4`,
+`--shape tiny` on a CPU.
 
-On several GPUs `torchrun --nproc-per-node 2 benchmarks/ppo.py ...`; memory is that of the fullest. `--batch` is of all ranks.
-`python benchmarks/ppo.py --scaling` on 1, 2, 4 ... GPUs, as many as there are, at `--batch` sequences a GPU: a table of step, tokens/s a
-GPU, efficiency, memory and where the time goes, for each of `--ways`.
+On several GPUs `torchrun --nproc-per-node 2 benchmarks/ppo.py ...`; memory is that of the fullest.
+`--batch` is of all ranks. `python benchmarks/ppo.py --scaling` on 1, 2, 4 ... GPUs, as many as
+there are, at `--batch` sequences a GPU: a table of step, tokens/s a GPU, efficiency, memory and
+where the time goes, for each of `--ways`.
 
-The real `Trainer` on a policy and a SARM of the given shapes with random bf16 weights, prompts of exactly `--prompt`
-tokens and responses of exactly `--new`: no token ends them. Medians over `--steps` after `--warmup`; warm-up is shown
-apart. Floors come from bytes and operations at the copy rate and bf16 matrix rate measured in the same run.
+The real `Trainer` on a policy and a SARM of the given shapes with random bf16 weights, prompts of
+exactly `--prompt` tokens and responses of exactly `--new`: no token ends them. Medians over
+`--steps` after `--warmup`; warm-up is shown apart. Floors come from bytes and operations at the
+copy rate and bf16 matrix rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -33,20 +36,46 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from sarm.config import PpoConfig, set_key  # noqa: E402
-from sarm.datasets import Prompt  # noqa: E402
-from sarm.model import SarmModel, SarmModelConfig  # noqa: E402
-from sarm.ppo.decoders import base_model  # noqa: E402
+from sarm.data.datasets import Prompt  # noqa: E402
+from sarm.llama.decoders import base_model  # noqa: E402
+from sarm.ppo.learner.distributed import start_world  # noqa: E402
 from sarm.ppo.reward import CompoundReward, Penalised  # noqa: E402
 from sarm.ppo.trainer import Trainer  # noqa: E402
-from sarm.ppo.world import start_world  # noqa: E402
+from sarm.reward_model.model import SarmModel, SarmModelConfig  # noqa: E402
 
 SPECIAL = ("<bos>", "<eot>", "<pad>")
 TEMPLATE = "<bos> {% for m in messages %}{{ m['content'] | trim }} <eot> {% endfor %}"
 
-LLAMA = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-LLAMA_1B = {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
-LLAMA_8B = {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-TINY = {**LLAMA, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+LLAMA = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+LLAMA_1B = {
+    **LLAMA,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+LLAMA_8B = {
+    **LLAMA,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+TINY = {
+    **LLAMA,
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "1b": (
         {**LLAMA_1B, "num_hidden_layers": 16, "tie_word_embeddings": True},
@@ -61,7 +90,10 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**TINY, "num_hidden_layers": 1, "d_sae": 128, "k": 8},
     ),
 }
-MODES: dict[str, dict[str, Any]] = {"lora": {"lora": {"rank": 16, "alpha": 32}}, "full": {"lora": None}}
+MODES: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 16, "alpha": 32}},
+    "full": {"lora": None},
+}
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lora": ("lora", ()),
     "compact": ("full", ("weights=compact", "zero_stage=0")),
@@ -69,26 +101,47 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "zero3": ("full", ("weights=float32_master", "zero_stage=3")),
 }
 """Ways of training that `--scaling` compares: mode and settings."""
-KINDS = {"decoding": ("rollout", "refresh"), "scoring": ("reference", "judge", "score", "credit"), "updating": ("update", "optimizer")}
+KINDS = {
+    "decoding": ("rollout", "refresh"),
+    "scoring": ("reference", "judge", "score", "credit"),
+    "updating": ("update", "optimizer"),
+}
 """Phases of a step by what they are for."""
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- what is trained
+# --------------------------------------------------------------------------------------------------
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One token a word, `w17` being the 17th, so that texts have exactly as many tokens as they are given words."""
-    vocab = {token: i for i, token in enumerate(SPECIAL)} | {f"w{i}": i for i in range(len(SPECIAL), vocab_size)}
+    """One token a word, `w17` being the 17th, so that texts have exactly as many tokens as they
+    are given words.
+    """
+    vocab = {token: i for i, token in enumerate(SPECIAL)} | {
+        f"w{i}": i for i in range(len(SPECIAL), vocab_size)
+    }
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=f"w{len(SPECIAL)}"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eot>", pad_token="<pad>", chat_template=TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eot>",
+        pad_token="<pad>",
+        chat_template=TEMPLATE,
+    )
 
 
 def random_prompts(count: int, tokens: int, vocab_size: int) -> list[Prompt]:
     """Each of `tokens` tokens under the template, which adds two."""
     generator = random.Random(0)
-    texts = [" ".join(f"w{generator.randrange(len(SPECIAL), vocab_size)}" for _ in range(tokens - 2)) for _ in range(count)]
-    return [Prompt(f"{i:016x}", ({"role": "user", "content": text},), "bench", "unsafe", "", "ppo") for i, text in enumerate(texts)]
+    texts = [
+        " ".join(f"w{generator.randrange(len(SPECIAL), vocab_size)}" for _ in range(tokens - 2))
+        for _ in range(count)
+    ]
+    return [
+        Prompt(f"{i:016x}", ({"role": "user", "content": text},), "bench", "unsafe", "", "ppo")
+        for i, text in enumerate(texts)
+    ]
 
 
 def on_device(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
@@ -107,21 +160,49 @@ def make_trainer(args: argparse.Namespace, world: Any) -> Trainer:
     policy_shape, sarm_shape = SHAPES[args.shape]
     tokenizer = word_tokenizer(policy_shape["vocab_size"])
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    policy = on_device(lambda: LlamaForCausalLM(LlamaConfig(**policy_shape, pad_token_id=2, dtype=dtype)), world.device, dtype)
-    sarm = on_device(lambda: SarmModel(SarmModelConfig(**sarm_shape, has_decoder=False)), world.device, dtype).eval()
+    policy = on_device(
+        lambda: LlamaForCausalLM(LlamaConfig(**policy_shape, pad_token_id=2, dtype=dtype)),
+        world.device,
+        dtype,
+    )
+    sarm = on_device(
+        lambda: SarmModel(SarmModelConfig(**sarm_shape, has_decoder=False)), world.device, dtype
+    ).eval()
     sarm.sae.float()
     sarm.score.float()
-    reward = CompoundReward(sarm, tokenizer, [Penalised(i, 3.0, 0.1) for i in range(3)], monitors=range(3, 8), all_reduce=world.sum)
-    settings: dict[str, Any] = {"ppo": {"batch_size": args.batch, "max_new_tokens": args.new, "max_prompt_tokens": args.prompt, **MODES[args.mode]}}
+    reward = CompoundReward(
+        sarm,
+        tokenizer,
+        [Penalised(i, 3.0, 0.1) for i in range(3)],
+        monitors=range(3, 8),
+        all_reduce=world.sum,
+    )
+    settings: dict[str, Any] = {
+        "ppo": {
+            "batch_size": args.batch,
+            "max_new_tokens": args.new,
+            "max_prompt_tokens": args.prompt,
+            **MODES[args.mode],
+        }
+    }
     for override in args.set:
         set_key(settings, f"ppo.{override}")
     prompts = random_prompts(4 * args.batch, args.prompt, policy_shape["vocab_size"])
-    trainer = Trainer(PpoConfig.model_validate(settings["ppo"]), policy, tokenizer, reward, prompts, seed=0, world=world)
+    trainer = Trainer(
+        PpoConfig.model_validate(settings["ppo"]),
+        policy,
+        tokenizer,
+        reward,
+        prompts,
+        seed=0,
+        world=world,
+    )
     trainer.stops = (-1,)  # no token ends a response
     return trainer
 
 
-# --- ceilings and floors ----------------------------------------------------------------------------------------------
+# --- ceilings and floors
+# ----------------------------------------------------------------------------------------------
 
 
 def median_s(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
@@ -139,21 +220,34 @@ def median_s(call: Callable[[], Any], device: torch.device, repeats: int = 10) -
 
 
 def ceilings(device: torch.device) -> tuple[float, float]:
-    """(bytes/s of a copy, read and written; FLOP/s of a matrix product), the latter in what the policy computes in."""
+    """(bytes/s of a copy, read and written; FLOP/s of a matrix product), the latter in what the
+    policy computes in.
+    """
     cuda = device.type == "cuda"
     side, size = (8192, 1 << 30) if cuda else (1024, 1 << 24)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32) for _ in range(2))
+    a, b = (
+        torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+        for _ in range(2)
+    )
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / median_s(lambda: target.copy_(source), device), 2 * side**3 / median_s(lambda: a @ b, device)
+    return 2 * size / median_s(lambda: target.copy_(source), device), 2 * side**3 / median_s(
+        lambda: a @ b, device
+    )
 
 
 def matmul_parameters(model: Any) -> tuple[int, int]:
     """(of the decoder layers, of the language-model head)."""
-    layers = sum(p.numel() for name, p in base_model(model).model.layers.named_parameters() if p.ndim == 2 and "lora_" not in name)
+    layers = sum(
+        p.numel()
+        for name, p in base_model(model).model.layers.named_parameters()
+        if p.ndim == 2 and "lora_" not in name
+    )
     return layers, base_model(model).lm_head.weight.numel()
 
 
-def floors(trainer: Trainer, args: argparse.Namespace, bandwidth: float, rate: float) -> dict[str, float]:
+def floors(
+    trainer: Trainer, args: argparse.Namespace, bandwidth: float, rate: float
+) -> dict[str, float]:
     """Seconds a phase cannot go below."""
     layers, head = matmul_parameters(trainer.actor.policy)
     element = 2 if trainer.world.device.type == "cuda" else 4
@@ -172,7 +266,8 @@ def floors(trainer: Trainer, args: argparse.Namespace, bandwidth: float, rate: f
     }
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
+# --- a run
+# ------------------------------------------------------------------------------------------------------------
 
 
 Kernels = list[tuple[float, float, str]]
@@ -199,26 +294,35 @@ def busy_us(kernels: Kernels) -> float:
 
 
 def communicating(trainer: Trainer) -> float:
-    """The share of a step in which NCCL alone keeps the GPU: transfers that nothing hides, and waiting for slower ranks."""
+    """The share of a step in which NCCL alone keeps the GPU: transfers that nothing hides, and
+    waiting for slower ranks.
+    """
     seconds, kernels = kernels_of_a_step(trainer)
     others = [kernel for kernel in kernels if "nccl" not in kernel[2].lower()]
     return (busy_us(kernels) - busy_us(others)) / 1e6 / seconds
 
 
 def profile(trainer: Trainer) -> None:
-    """One step under the profiler: the share of it with any kernel running, and the kernels that took most."""
+    """One step under the profiler: the share of it with any kernel running, and the kernels that
+    took most.
+    """
     seconds, kernels = kernels_of_a_step(trainer)
     busy = busy_us(kernels)
     totals: dict[str, list[float]] = {}
     for start, end, name in kernels:
         totals.setdefault(name[:110], []).append(end - start)
-    print(f"profiled step {seconds:.3f} s, {busy / 1e6:.3f} s of it with a kernel running ({busy / 1e6 / seconds:.1%})")
+    print(
+        f"profiled step {seconds:.3f} s, {busy / 1e6:.3f} s of it with a kernel running"
+        f" ({busy / 1e6 / seconds:.1%})"
+    )
     for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:45]:
         print(f"{sum(times) / 1e3:9.1f} ms {len(times):6d} x {name}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--mode", choices=MODES, default="lora")
     parser.add_argument("--batch", type=int, default=32)
@@ -226,10 +330,23 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config's section ppo")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the config's section ppo",
+    )
     parser.add_argument("--profile", action="store_true", help="one more step, kernel by kernel")
-    parser.add_argument("--scaling", action="store_true", help="on 1, 2, 4 ... GPUs, --batch sequences each")
-    parser.add_argument("--ways", type=lambda text: text.split(","), default=["lora", "compact"], help=f"of {', '.join(WAYS)} (default: lora,compact)")
+    parser.add_argument(
+        "--scaling", action="store_true", help="on 1, 2, 4 ... GPUs, --batch sequences each"
+    )
+    parser.add_argument(
+        "--ways",
+        type=lambda text: text.split(","),
+        default=["lora", "compact"],
+        help=f"of {', '.join(WAYS)} (default: lora,compact)",
+    )
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.scaling:
@@ -242,9 +359,15 @@ def main() -> None:
     bandwidth, rate = ceilings(world.device)
     trainer = make_trainer(args, world)
     plan = trainer.plan
-    cut = f"{plan.recompute_layers} layers computed again, {plan.visiting_layers} of the reference's on the host"
+    cut = (
+        f"{plan.recompute_layers} layers computed again, {plan.visiting_layers} of the reference's"
+        " on the host"
+    )
     print(f"planned: weights {plan.weights}, {cut}, {'' if plan.recorded else 'not '}recorded")
-    print(f"ready in {time.perf_counter() - started:.1f} s; copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s")
+    print(
+        f"ready in {time.perf_counter() - started:.1f} s; copies {bandwidth / 1e12:.2f} TB/s,"
+        f" products {rate / 1e12:.0f} TFLOP/s"
+    )
     lines = [trainer.run_step() for _ in range(args.warmup)]
     print("warm-up steps: " + ", ".join(f"{line['time/step']:.2f} s" for line in lines))
     if world.device.type == "cuda":
@@ -255,18 +378,36 @@ def main() -> None:
         floor["judge"] += floor.pop("reference")
     median = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
     together = sum(line["time/step"] for line in lines)
-    print(f"{args.shape} {args.mode}, {args.batch} x ({args.prompt} + {args.new}) tokens, median of {args.steps} steps, {together:.1f} s together")
+    print(
+        f"{args.shape} {args.mode}, {args.batch} x ({args.prompt} + {args.new}) tokens, median of"
+        f" {args.steps} steps, {together:.1f} s together"
+    )
     print(f"{'phase':12} {'s':>8} {'floor':>8} {'ratio':>6}")
     for key, seconds in median.items():
         phase = key.removeprefix("time/")
         if key.startswith("time/"):
             least = floor.get(phase, 0.0) if phase != "step" else sum(floor.values())
-            print(f"{phase:12} {seconds:8.4f} {least:8.4f} {seconds / least if least else float('nan'):6.2f}")
+            print(
+                f"{phase:12} {seconds:8.4f} {least:8.4f}"
+                f" {seconds / least if least else float('nan'):6.2f}"
+            )
     trained = median["time/judge"] + median["time/update"]
     whose = "forward-backward" if "reference" in floor else "reference and forward-backward"
-    print(f"{whose} at {(floor['judge'] + floor['update']) / trained:.1%} of the product rate ({'6' if args.mode == 'full' else '4'}·N·D)")
-    print(f"{median['tokens_per_s']:.0f} tokens/s, {median['eps']:.2f} sequences/s, named {1 - median['time/unnamed'] / median['time/step']:.2%}")
-    print("  ".join(f"{key} {value:.3f}" for key, value in median.items() if key.startswith(("gpu/", "rollout/logprob", "policy/", "loss/"))))
+    print(
+        f"{whose} at {(floor['judge'] + floor['update']) / trained:.1%} of the product rate"
+        f" ({'6' if args.mode == 'full' else '4'}·N·D)"
+    )
+    print(
+        f"{median['tokens_per_s']:.0f} tokens/s, {median['eps']:.2f} sequences/s, named"
+        f" {1 - median['time/unnamed'] / median['time/step']:.2%}"
+    )
+    print(
+        "  ".join(
+            f"{key} {value:.3f}"
+            for key, value in median.items()
+            if key.startswith(("gpu/", "rollout/logprob", "policy/", "loss/"))
+        )
+    )
     if args.profile:
         profile(trainer)
     if args.record:
@@ -275,14 +416,18 @@ def main() -> None:
             args.record.write_text(json.dumps(found))
 
 
-# --- at fixed work a GPU ----------------------------------------------------------------------------------------------
+# --- at fixed work a GPU
+# ----------------------------------------------------------------------------------------------
 
 
 def record(trainer: Trainer, median: dict[str, float]) -> dict[str, float]:
     """What a row of the table says of this run; a collective."""
     world, cuda = trainer.world, trainer.world.device.type == "cuda"
     peaks = world.gather_texts(str(median.get("gpu/reserved_peak_gib", float("nan"))))
-    shares = {kind: sum(median.get(f"time/{phase}", 0.0) for phase in phases) / median["time/step"] for kind, phases in KINDS.items()}
+    shares = {
+        kind: sum(median.get(f"time/{phase}", 0.0) for phase in phases) / median["time/step"]
+        for kind, phases in KINDS.items()
+    }
     return {
         "step_s": median["time/step"],
         "tokens_per_s": median["tokens_per_s"],
@@ -298,11 +443,12 @@ def scaling(args: argparse.Namespace) -> None:
     counts = [n for n in (1, 2, 4, 8, 16) if n <= most]
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     print(
-        f"{args.shape}, {args.batch} x ({args.prompt} + {args.new}) tokens a GPU, median of {args.steps} steps, {device}; communicating lies within the others"
+        f"{args.shape}, {args.batch} x ({args.prompt} + {args.new}) tokens a GPU, median of"
+        f" {args.steps} steps, {device}; communicating lies within the others"
     )
     print(
-        f"{'way':8} {'GPUs':>4} {'step s':>8} {'tokens/s/GPU':>12} {'efficiency':>10} {'peak GiB':>8}  "
-        + " ".join(f"{k:>13}" for k in (*KINDS, "communicating"))
+        f"{'way':8} {'GPUs':>4} {'step s':>8} {'tokens/s/GPU':>12} {'efficiency':>10}"
+        f" {'peak GiB':>8}  " + " ".join(f"{k:>13}" for k in (*KINDS, "communicating"))
     )
     failed = []
     for way in args.ways:
@@ -316,21 +462,52 @@ def scaling(args: argparse.Namespace) -> None:
             alone = alone or (each if gpus == 1 else 0.0)
             efficiency = f"{each / alone:.1%}" if alone else "-"
             shares = " ".join(f"{found[kind]:13.1%}" for kind in (*KINDS, "communicating"))
-            print(f"{way:8} {gpus:4} {found['step_s']:8.3f} {each:12.0f} {efficiency:>10} {found['peak_gib']:8.1f}  {shares}", flush=True)
+            print(
+                f"{way:8} {gpus:4} {found['step_s']:8.3f} {each:12.0f} {efficiency:>10}"
+                f" {found['peak_gib']:8.1f}  {shares}",
+                flush=True,
+            )
     print(*failed, sep="\n")
 
 
 def run_apart(args: argparse.Namespace, way: str, gpus: int) -> tuple[dict[str, float] | None, str]:
     """(this benchmark's record on so many ranks, or None; the last line of what it printed)."""
     mode, settings = WAYS[way]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), __file__, "--shape", args.shape, "--mode", mode]
-    for name, value in (("batch", args.batch * gpus), ("prompt", args.prompt), ("new", args.new), ("steps", args.steps), ("warmup", args.warmup)):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(gpus),
+        __file__,
+        "--shape",
+        args.shape,
+        "--mode",
+        mode,
+    ]
+    for name, value in (
+        ("batch", args.batch * gpus),
+        ("prompt", args.prompt),
+        ("new", args.new),
+        ("steps", args.steps),
+        ("warmup", args.warmup),
+    ):
         command += [f"--{name}", str(value)]
     command += [word for setting in (*settings, *args.set) for word in ("--set", setting)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "record.json")
-        done = subprocess.run([*command, "--record", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        errors = [line for line in done.stdout.splitlines() if "Error" in line] or done.stdout.splitlines() or ["no output"]
+        done = subprocess.run(
+            [*command, "--record", str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        errors = (
+            [line for line in done.stdout.splitlines() if "Error" in line]
+            or done.stdout.splitlines()
+            or ["no output"]
+        )
         return (json.loads(path.read_text()) if path.exists() else None), errors[0]
 
 

@@ -1,10 +1,12 @@
-"""The two heavy parts of the probe on one GPU: `python benchmarks/probe.py [--d-sae 65536 --texts 256 --prompts 450]`.
+"""The two heavy parts of the probe on one GPU: `python benchmarks/probe.py [--d-sae 65536 --texts
+256 --prompts 450]`.
 
-Direction: every latent's direction added to every text's state, everything after it computed again, against the peer that
-does it latent by latent in TF32 (add, normalise, encode, TopK, head), timed on a few latents. Results are compared with a
-float64 recomputation from the states. Permutations: labels dealt within prompts, counted for every latent without early
-stopping, against the CPU's sparse product on a share of the latents and permutations, whose p must be the same.
-Random weights of the reference SARM's shape; without a GPU give smaller sizes.
+Direction: every latent's direction added to every text's state, everything after it computed again,
+against the peer that does it latent by latent in TF32 (add, normalise, encode, TopK, head), timed
+on a few latents. Results are compared with a float64 recomputation from the states. Permutations:
+labels dealt within prompts, counted for every latent without early stopping, against the CPU's
+sparse product on a share of the latents and permutations, whose p must be the same. Random weights
+of the reference SARM's shape; without a GPU give smaller sizes.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ import torch
 
 from sarm.probing import direction
 from sarm.probing.stats import Contrast, permutation_p
-from sarm.sae import TopKSae
+from sarm.reward_model.sae import TopKSae
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--d-sae", type=int, default=65536)
     parser.add_argument("--d-in", type=int, default=4096)
     parser.add_argument("--k", type=int, default=192)
@@ -38,7 +42,9 @@ def main() -> None:
     parser.add_argument("--permutations", type=int, default=1_000_000)
     parser.add_argument("--c", type=float, nargs="+", default=[3.0, -3.0])
     args = parser.parse_args()
-    print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}")
+    print(
+        f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}"
+    )
     directions(args.d_sae, args.d_in, args.k, args.texts, args.c)
     for responses in (2, 4):
         permutations(args.d_sae, args.prompts, responses, args.permutations)
@@ -66,8 +72,12 @@ def random_sae(d_sae: int, d_in: int, k: int) -> tuple[TopKSae, torch.Tensor]:
         sae = TopKSae(d_in, d_sae, k)
     sae = sae.double().to_empty(device=DEVICE)
     with torch.no_grad():
-        sae.encoder.weight.copy_(torch.nn.functional.normalize(torch.randn(d_sae, d_in, device=DEVICE), dim=1))
-        sae.decoder.weight.copy_(sae.encoder.weight.T + 0.1 / d_in**0.5 * torch.randn(d_in, d_sae, device=DEVICE))
+        sae.encoder.weight.copy_(
+            torch.nn.functional.normalize(torch.randn(d_sae, d_in, device=DEVICE), dim=1)
+        )
+        sae.decoder.weight.copy_(
+            sae.encoder.weight.T + 0.1 / d_in**0.5 * torch.randn(d_in, d_sae, device=DEVICE)
+        )
         sae.pre_bias.copy_(0.1 * torch.randn(d_in, device=DEVICE))
         sae.latent_bias.copy_(0.1 * torch.randn(d_sae, device=DEVICE))
     return sae, 0.01 * torch.randn(d_sae, device=DEVICE, dtype=torch.float64)
@@ -86,27 +96,51 @@ def directions(d_sae: int, d_in: int, k: int, n: int, cs: list[float]) -> None:
     _sync()
     all_s = time.perf_counter() - began
     flop = 2 * d_sae * d_sae * d_in
-    print(f"\ndirection: {d_sae} latents x {n} texts, k {k}, d_in {d_in}, {base.candidates.shape[1]} candidates, tiles of {rows} latents")
-    print(f"G = W D, for all c together      {g_s:8.3f} s   {flop / g_s / 1e12:8.1f} TFLOP/s float64")
-    print(f"all of c = {', '.join(f'{c:g}' for c in cs):<22} {all_s:8.3f} s   {(all_s - g_s) / len(cs):8.3f} s per further c")
+    print(
+        f"\ndirection: {d_sae} latents x {n} texts, k {k}, d_in {d_in}, {base.candidates.shape[1]}"
+        f" candidates, tiles of {rows} latents"
+    )
+    print(
+        f"G = W D, for all c together      {g_s:8.3f} s   {flop / g_s / 1e12:8.1f} TFLOP/s float64"
+    )
+    print(
+        f"all of c = {', '.join(f'{c:g}' for c in cs):<22} {all_s:8.3f} s  "
+        f" {(all_s - g_s) / len(cs):8.3f} s per further c"
+    )
     one_s = g_s + (all_s - g_s) / len(cs)
-    print(f"one c with its own G             {one_s:8.3f} s   {d_sae * n / one_s / 1e6:8.1f} million texts x latents a second")
+    print(
+        f"one c with its own G             {one_s:8.3f} s   {d_sae * n / one_s / 1e6:8.1f} million"
+        " texts x latents a second"
+    )
     each = latent_by_latent(sae.float(), weight.float(), states.float(), k, cs[0])
-    print(f"latent by latent in TF32         {each * d_sae:8.1f} s   from 64 latents; ratio {each * d_sae / one_s:.1f}")
+    print(
+        f"latent by latent in TF32         {each * d_sae:8.1f} s   from 64 latents; ratio"
+        f" {each * d_sae / one_s:.1f}"
+    )
     some = [int(i) for i in torch.linspace(0, d_sae - 1, 48)]
     sae, weight = random_sae(d_sae, d_in, k)
     print("      c  largest effect  mean swapped sorted out   checked  worst / largest  mismatches")
     for c in cs:
-        change, swapped = (torch.cat([getattr(m[c], name) for m in found]) for name in ("change", "swapped"))
+        change, swapped = (
+            torch.cat([getattr(m[c], name) for m in found]) for name in ("change", "swapped")
+        )
         sorted_out = sum(m[c].sorted_out for m in found)
         off = direction.check(sae, base, states, change[some], some, c)
-        print(f"{c:7g} {float(change.abs().max()):15.4f} {float(swapped.double().mean()):13.2f} {sorted_out:10d}", end=" ")
+        print(
+            f"{c:7g} {float(change.abs().max()):15.4f} {float(swapped.double().mean()):13.2f}"
+            f" {sorted_out:10d}",
+            end=" ",
+        )
         print(f"{off.pairs:9d} {off.worst:16.1e} {off.mismatches:11d}")
 
 
 @torch.no_grad()
-def latent_by_latent(sae: TopKSae, weight: torch.Tensor, states: torch.Tensor, k: int, c: float) -> float:
-    """Seconds a latent of the peer: all texts at once, tensor cores allowed, ties left to chance."""
+def latent_by_latent(
+    sae: TopKSae, weight: torch.Tensor, states: torch.Tensor, k: int, c: float
+) -> float:
+    """Seconds a latent of the peer: all texts at once, tensor cores allowed, ties left to
+    chance.
+    """
     torch.backends.cuda.matmul.allow_tf32 = True
     step, unit = c * states.std(-1, keepdim=True), sae.directions(torch.arange(64, device=DEVICE))
 
@@ -124,7 +158,10 @@ def permutations(d_sae: int, prompts: int, responses: int, count: int) -> None:
     n = prompts * responses
     rng = np.random.default_rng(0)
     values = scipy.sparse.random_array((d_sae, n), density=0.2, rng=rng, format="csr")
-    number, chosen = np.repeat(np.arange(prompts), responses), np.tile(np.arange(responses) == 0, prompts).astype(float)
+    number, chosen = (
+        np.repeat(np.arange(prompts), responses),
+        np.tile(np.arange(responses) == 0, prompts).astype(float),
+    )
     contrast = Contrast(np.arange(n), number, chosen, (1 - chosen) / (responses - 1), prompts)
     permutation_p(values[:256], contrast, 1024, 1024, 1, device=DEVICE)
     _sync()
@@ -135,11 +172,22 @@ def permutations(d_sae: int, prompts: int, responses: int, count: int) -> None:
     began = time.perf_counter()
     on_cpu = permutation_p(values[:share], contrast, few, few, 1)
     cpu_s = (time.perf_counter() - began) * (d_sae / share) * (count / few)
-    same = np.array_equal(on_cpu, permutation_p(values[:share], contrast, few, few, 1, device=DEVICE))
+    same = np.array_equal(
+        on_cpu, permutation_p(values[:share], contrast, few, few, 1, device=DEVICE)
+    )
     width = prompts * (responses - 1)
-    print(f"\npermutations: {d_sae} latents x {prompts} prompts of 1 against {responses - 1} x {count} permutations")
-    print(f"GPU {took:8.2f} s   {2 * d_sae * width * count / took / 1e12:8.1f} TFLOP/s of sums (each of two int8 products)")
-    print(f"CPU {cpu_s:8.0f} s   from {share} latents and {few} permutations, {torch.get_num_threads()} threads; ratio {cpu_s / took:.0f}; same p: {same}")
+    print(
+        f"\npermutations: {d_sae} latents x {prompts} prompts of 1 against {responses - 1} x"
+        f" {count} permutations"
+    )
+    print(
+        f"GPU {took:8.2f} s   {2 * d_sae * width * count / took / 1e12:8.1f} TFLOP/s of sums (each"
+        " of two int8 products)"
+    )
+    print(
+        f"CPU {cpu_s:8.0f} s   from {share} latents and {few} permutations,"
+        f" {torch.get_num_threads()} threads; ratio {cpu_s / took:.0f}; same p: {same}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Size, time and memory of report.html for a cluster's run: `python benchmarks/report.py`.
 
-The run directory is made up (tests/runs.py): 65,536 latents that all fire and are tested, base and three trained arms with
-three seeds of 500 steps, 500 prompts of each kind. Limits: 8 MB, 15 s, 1 GiB, interactive within 2 s; each figure is
-printed as a share of its limit. The browser's part needs Chromium and its driver, and is left out without them.
+The run directory is made up (tests/runs.py): 65,536 latents that all fire and are tested, base and
+three trained arms with three seeds of 500 steps, 500 prompts of each kind. Limits: 8 MB, 15 s, 1
+GiB, interactive within 2 s; each figure is printed as a share of its limit. The browser's part
+needs Chromium and its driver, and is left out without them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.runs import large_run
 
-LIMITS = {"size, MB": 8.0, "built, s": 15.0, "memory, MiB": 1024.0, "first paint, s": 2.0, "answers a click, s": 2.0, "longest task, s": 2.0}
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+LIMITS = {
+    "size, MB": 8.0,
+    "built, s": 15.0,
+    "memory, MiB": 1024.0,
+    "first paint, s": 2.0,
+    "answers a click, s": 2.0,
+    "longest task, s": 2.0,
+}
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    " --disable-background-networking --disable-component-update --disable-sync"
+)
 
 
 def main() -> int:
@@ -29,8 +40,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = large_run(Path(folder) / "run").path
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "jobs", "report", "--run", str(run)], check=True, stdout=subprocess.DEVNULL)
-        found = {"built, s": time.perf_counter() - began, "memory, MiB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
+        subprocess.run(
+            [sys.executable, "-m", "jobs", "report", "--run", str(run)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        found = {
+            "built, s": time.perf_counter() - began,
+            "memory, MiB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+        }
         page = run / "report.html"
         found["size, MB"] = page.stat().st_size / 1e6
         if shutil.which("chromium") and shutil.which("chromedriver"):
@@ -38,13 +56,19 @@ def main() -> int:
         else:
             print("chromium or chromedriver is absent: nothing is measured in a browser")
     for name, value in found.items():
-        limit = f"{value / LIMITS[name]:8.2f} of the limit of {LIMITS[name]:g}" if name in LIMITS else ""
+        limit = (
+            f"{value / LIMITS[name]:8.2f} of the limit of {LIMITS[name]:g}"
+            if name in LIMITS
+            else ""
+        )
         print(f"{name:20} {value:8.2f} {limit}")
     return int(any(value > LIMITS.get(name, value) for name, value in found.items()))
 
 
 def in_browser(page: Path, folder: str) -> dict[str, float]:
-    """Seconds from the start of the navigation: to the first paint, to the answer to a click, to the last plot."""
+    """Seconds from the start of the navigation: to the first paint, to the answer to a click, to
+    the last plot.
+    """
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -52,7 +76,9 @@ def in_browser(page: Path, folder: str) -> dict[str, float]:
     for flag in (*FLAGS.split(), f"--user-data-dir={folder}/profile"):
         options.add_argument(flag)
     options.page_load_strategy = "none"
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
     try:
         # Clicks as soon as the script listens, and takes down when the table was sorted.
         watch = """
@@ -69,14 +95,22 @@ def in_browser(page: Path, folder: str) -> dict[str, float]:
         deadline = time.monotonic() + 60
         while not driver.execute_script("return window.drawn"):
             if time.monotonic() > deadline:
-                raise SystemExit(f"not drawn within a minute: {json.dumps(driver.get_log('browser'))}")
+                raise SystemExit(
+                    f"not drawn within a minute: {json.dumps(driver.get_log('browser'))}"
+                )
             time.sleep(0.1)
         paint, answered, drawn, longest = driver.execute_script(
-            "return [performance.getEntriesByName('first-contentful-paint')[0].startTime, window.answered, window.drawn, Math.max(0, ...window.tasks)]"
+            "return [performance.getEntriesByName('first-contentful-paint')[0].startTime,"
+            " window.answered, window.drawn, Math.max(0, ...window.tasks)]"
         )
     finally:
         driver.quit()
-    return {"first paint, s": paint / 1000, "answers a click, s": answered / 1000, "longest task, s": longest / 1000, "last plot drawn, s": drawn / 1000}
+    return {
+        "first paint, s": paint / 1000,
+        "answers a click, s": answered / 1000,
+        "longest task, s": longest / 1000,
+        "last plot drawn, s": drawn / 1000,
+    }
 
 
 if __name__ == "__main__":

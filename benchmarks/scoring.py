@@ -1,10 +1,12 @@
-"""Scoring speed and memory: `python benchmarks/scoring.py`, on a GPU `python benchmarks/scoring.py --shape llama8b`.
+"""Scoring speed and memory: `python benchmarks/scoring.py`, on a GPU `python benchmarks/scoring.py
+--shape llama8b`.
 
-Peer: the forward upstream publishes, on texts sorted by length: every position through the SAE, TopK and head, the
-reward position taken last. Same texts, trunk weights and dtype; its SAE computes in the trunk's dtype (ours in float32),
-it is given its tokens (ours tokenises), and each side runs at its own best batch size. The texts are all those of some
-prompts, as the encode phase has them: ours computes what they share once. Rates count real tokens, shared ones as often
-as they are read; rounds alternate in one process, and memory is what one batch adds to the loaded weights.
+Peer: the forward upstream publishes, on texts sorted by length: every position through the SAE,
+TopK and head, the reward position taken last. Same texts, trunk weights and dtype; its SAE computes
+in the trunk's dtype (ours in float32), it is given its tokens (ours tokenises), and each side runs
+at its own best batch size. The texts are all those of some prompts, as the encode phase has them:
+ours computes what they share once. Rates count real tokens, shared ones as often as they are read;
+rounds alternate in one process, and memory is what one batch adds to the loaded weights.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from sarm.checkpoint import SarmModelConfig  # noqa: E402
 from sarm.config import DataConfig, SourceConfig  # noqa: E402
-from sarm.datasets import load_data, texts_to_encode  # noqa: E402
-from sarm.model import SarmModel  # noqa: E402
-from sarm.packed import join_projections  # noqa: E402
-from sarm.sae import TopKSae  # noqa: E402
-from sarm.scoring import encode_texts  # noqa: E402
-from sarm.tokens import tokenize_conversations  # noqa: E402
+from sarm.data.datasets import load_data, texts_to_encode  # noqa: E402
+from sarm.data.tokens import tokenize_conversations  # noqa: E402
+from sarm.llama.packed import join_projections  # noqa: E402
+from sarm.reward_model.model import SarmModel  # noqa: E402
+from sarm.reward_model.sae import TopKSae  # noqa: E402
+from sarm.reward_model.scoring import encode_texts  # noqa: E402
+from sarm.reward_model.weights import SarmModelConfig  # noqa: E402
 
 SHAPES: dict[str, dict[str, int]] = {
     "smollm2": {
@@ -60,8 +62,13 @@ SHAPES: dict[str, dict[str, int]] = {
 MAX_LENGTH = 2048
 PEER_BATCHES = (1, 2, 4, 8, 16, 32)
 OUR_BATCHES = {"cpu": (512, 1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768)}
-TEMPLATE = "{{ bos_token }}{% for m in messages %}<|role|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
-HEADER = "<|role|>system\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot|>"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|role|>{{ m['role'] }}\n\n{{ m['content'] | trim"
+    " }}<|eot|>{% endfor %}"
+)
+HEADER = (
+    "<|role|>system\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot|>"
+)
 """What the template of Llama 3.1, the 4.5B SARM's, writes before every conversation."""
 
 Conversations = list[tuple[dict[str, str], ...]]
@@ -71,11 +78,29 @@ def sources(data: str) -> dict[str, SourceConfig]:
     """What `--data` names, where it is at hand, else the demo data."""
     folder = Path(os.environ.get("SARM_TEST_DATA", ROOT.parent / "shared" / "data"))
     known = {
-        "rb2": SourceConfig(format="rewardbench2_sarm", label="RewardBench 2 Safety", path=str(folder / "rewardbench2_safety"), split={"test": 1.0}),
-        "rmb": SourceConfig(format="rmb_pairs", label="RMB harmlessness", path=str(folder / "rmb_harmlessness"), split={"test": 1.0}),
+        "rb2": SourceConfig(
+            format="rewardbench2_sarm",
+            label="RewardBench 2 Safety",
+            path=str(folder / "rewardbench2_safety"),
+            split={"test": 1.0},
+        ),
+        "rmb": SourceConfig(
+            format="rmb_pairs",
+            label="RMB harmlessness",
+            path=str(folder / "rmb_harmlessness"),
+            split={"test": 1.0},
+        ),
     }
-    found = {name: source for name, source in known.items() if name in data.split("+") and Path(str(source.path)).is_dir()}
-    return found or {"demo": SourceConfig(format="jsonl", label="demo pairs", path="data/demo/pairs.jsonl", split={"test": 1.0})}
+    found = {
+        name: source
+        for name, source in known.items()
+        if name in data.split("+") and Path(str(source.path)).is_dir()
+    }
+    return found or {
+        "demo": SourceConfig(
+            format="jsonl", label="demo pairs", path="data/demo/pairs.jsonl", split={"test": 1.0}
+        )
+    }
 
 
 def real_conversations(count: int, data: str) -> tuple[str, Conversations]:
@@ -86,11 +111,17 @@ def real_conversations(count: int, data: str) -> tuple[str, Conversations]:
         prompts.setdefault(text.prompt_id, []).append(text.messages)
     groups = list(prompts.values())
     wanted = min(len(groups), max(1, round(count * len(groups) / sum(map(len, groups)))))
-    return " and ".join(source.label for source in chosen.values()), [messages for i in range(wanted) for messages in groups[i * len(groups) // wanted]]
+    return " and ".join(source.label for source in chosen.values()), [
+        messages for i in range(wanted) for messages in groups[i * len(groups) // wanted]
+    ]
 
 
-def trained_tokenizer(conversations: Conversations, header: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the texts themselves, so that their lengths in tokens are realistic without a download."""
+def trained_tokenizer(
+    conversations: Conversations, header: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the texts themselves, so that their lengths in tokens are
+    realistic without a download.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -100,9 +131,15 @@ def trained_tokenizer(conversations: Conversations, header: bool = False) -> Pre
         show_progress=False,
     )
     texts = [m["content"] for c in conversations for m in c]
-    tokenizer.train_from_iterator(texts + [HEADER] * len(conversations) if header else texts, trainer)
-    template = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" + HEADER) if header else TEMPLATE
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eot|>", chat_template=template)
+    tokenizer.train_from_iterator(
+        texts + [HEADER] * len(conversations) if header else texts, trainer
+    )
+    template = (
+        TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" + HEADER) if header else TEMPLATE
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eot|>", chat_template=template
+    )
 
 
 def random_sarm(shape: str, device: str, dtype: torch.dtype) -> SarmModel:
@@ -112,7 +149,13 @@ def random_sarm(shape: str, device: str, dtype: torch.dtype) -> SarmModel:
     torch.manual_seed(0)
     try:
         with torch.device(device):
-            model = SarmModel(SarmModelConfig(**SHAPES[shape], has_decoder=False, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
+            model = SarmModel(
+                SarmModelConfig(
+                    **SHAPES[shape],
+                    has_decoder=False,
+                    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+                )
+            )
     finally:
         torch.set_default_dtype(default)
     model.sae.float()
@@ -138,7 +181,9 @@ class EveryPosition(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """(B, L) and (B,) to rewards (B,)."""
         # No mask here either: with padding on the right a causal model needs none.
-        a = self.sae.preactivations(self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state)
+        a = self.sae.preactivations(
+            self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        )
         top = torch.topk(a, self.sae.k, dim=-1)
         logits = self.score(torch.zeros_like(a).scatter_(-1, top.indices, top.values))[..., 0]
         return logits[torch.arange(len(positions), device=positions.device), positions]
@@ -147,14 +192,28 @@ class EveryPosition(nn.Module):
 class Bench:
     """Both sides on the same conversations."""
 
-    def __init__(self, shape: str, device: str, dtype: torch.dtype, conversations: Conversations, header: bool = False) -> None:
+    def __init__(
+        self,
+        shape: str,
+        device: str,
+        dtype: torch.dtype,
+        conversations: Conversations,
+        header: bool = False,
+    ) -> None:
         self.tokenizer = trained_tokenizer(conversations, header)
         self.model = random_sarm(shape, device, dtype)
         self.device = device
 
     def ours(self, conversations: Conversations, tokens_per_batch: int) -> Tensor:
         """Rewards by `encode_texts`."""
-        return encode_texts(self.model, self.tokenizer, conversations, extra_ranks=16, tokens_per_batch=tokens_per_batch, max_length=MAX_LENGTH).rewards
+        return encode_texts(
+            self.model,
+            self.tokenizer,
+            conversations,
+            extra_ranks=16,
+            tokens_per_batch=tokens_per_batch,
+            max_length=MAX_LENGTH,
+        ).rewards
 
     def peer(self, rows: Sequence[list[int]], batch: int) -> Tensor:
         """Rewards by the peer, `batch` rows of like length at once."""
@@ -165,7 +224,9 @@ class Bench:
         with torch.inference_mode():
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
-                ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in chosen], batch_first=True)
+                ids = nn.utils.rnn.pad_sequence(
+                    [torch.tensor(rows[i]) for i in chosen], batch_first=True
+                )
                 positions = torch.tensor([len(rows[i]) - 1 for i in chosen], device=self.device)
                 rewards[chosen] = self.every_position(ids.to(self.device), positions).float().cpu()
         return rewards
@@ -177,7 +238,9 @@ class Bench:
 
 
 def best(bench: Bench, run: Any, items: Any, tokens: int, sizes: Sequence[int], unit: str) -> int:
-    """The batch size that gives the most real tokens a second; a size that does not fit in memory is passed over."""
+    """The batch size that gives the most real tokens a second; a size that does not fit in memory
+    is passed over.
+    """
     rates: dict[int, float] = {}
     for size in sizes:
         try:
@@ -186,13 +249,22 @@ def best(bench: Bench, run: Any, items: Any, tokens: int, sizes: Sequence[int], 
             rates[size] = tokens / min(bench.seconds(run, items, size) for _ in range(2))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-    print("   ", ", ".join(f"{rate:,.0f} at {size}" for size, rate in rates.items()), f"{unit} a batch", flush=True)
+    print(
+        "   ",
+        ", ".join(f"{rate:,.0f} at {size}" for size, rate in rates.items()),
+        f"{unit} a batch",
+        flush=True,
+    )
     return max(rates, key=lambda size: rates[size])
 
 
 def matmul_rate(model: SarmModel) -> float:
-    """FLOP/s of the product that most of a forward is, gate and up of 16,384 positions, over one second."""
-    weight = torch.cat([model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight])
+    """FLOP/s of the product that most of a forward is, gate and up of 16,384 positions, over one
+    second.
+    """
+    weight = torch.cat(
+        [model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight]
+    )
     x = torch.randn(16384, weight.shape[1], device=weight.device).to(weight.dtype)
     with torch.inference_mode():
         out = x @ weight.T
@@ -230,17 +302,35 @@ def added_memory(bench: Bench, side: str, conversations: Conversations) -> float
 
 
 def _status_kib(key: str) -> int:
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return next(
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(key + ":")
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--texts", type=int, help="by default 32 on a CPU, 256 on a GPU")
-    parser.add_argument("--header", action="store_true", help="begin every text with the system turn of Llama 3.1's template, as the 4.5B SARM reads them")
-    parser.add_argument("--data", choices=("rb2", "rmb", "rb2+rmb"), default="rb2+rmb", help="by default what the reference run's encode phase reads")
+    parser.add_argument(
+        "--header",
+        action="store_true",
+        help=(
+            "begin every text with the system turn of Llama 3.1's template, as the 4.5B SARM reads"
+            " them"
+        ),
+    )
+    parser.add_argument(
+        "--data",
+        choices=("rb2", "rmb", "rb2+rmb"),
+        default="rb2+rmb",
+        help="by default what the reference run's encode phase reads",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-rows", type=int, default=16)
     parser.add_argument("--memory-of", choices=("ours", "peer"), help=argparse.SUPPRESS)
@@ -250,14 +340,24 @@ def main() -> None:
     bench = Bench(args.shape, args.device, getattr(torch, args.dtype), conversations, args.header)
     rows = [t.ids for t in tokenize_conversations(bench.tokenizer, conversations, MAX_LENGTH)]
     # The batch a length-sorted run starts with, its largest.
-    longest = [conversations[i] for i in sorted(range(len(rows)), key=lambda i: -len(rows[i]))[: args.memory_rows]]
+    longest = [
+        conversations[i]
+        for i in sorted(range(len(rows)), key=lambda i: -len(rows[i]))[: args.memory_rows]
+    ]
     if args.memory_of:
         print(added_memory(bench, args.memory_of, longest))
         return
 
     tokens = sum(map(len, rows))
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"scoring {len(rows)} texts of {label}: {tokens:,} real tokens, mean {tokens / len(rows):.0f}; {args.shape} shape, {args.dtype}, {where}")
+    where = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"scoring {len(rows)} texts of {label}: {tokens:,} real tokens, mean"
+        f" {tokens / len(rows):.0f}; {args.shape} shape, {args.dtype}, {where}"
+    )
     print("  peer, every position encoded: tokens/s", flush=True)
     peer_batch = best(bench, bench.peer, rows, tokens, PEER_BATCHES, "rows")
     print("  ours, one position encoded: tokens/s", flush=True)
@@ -267,15 +367,29 @@ def main() -> None:
         peer_s = bench.seconds(bench.peer, rows, peer_batch)
         our_s = bench.seconds(bench.ours, conversations, our_batch)
         ratios.append(peer_s / our_s)
-        print(f"  round {len(ratios)}: ours {tokens / our_s:,.0f} tokens/s, peer {tokens / peer_s:,.0f}, ratio {ratios[-1]:.2f}", flush=True)
-    print(f"tokens/s, ours over peer at their best batches ({our_batch} tokens, {peer_batch} rows): {sorted(ratios)[len(ratios) // 2]:.2f}")
+        print(
+            f"  round {len(ratios)}: ours {tokens / our_s:,.0f} tokens/s, peer"
+            f" {tokens / peer_s:,.0f}, ratio {ratios[-1]:.2f}",
+            flush=True,
+        )
+    print(
+        f"tokens/s, ours over peer at their best batches ({our_batch} tokens, {peer_batch} rows):"
+        f" {sorted(ratios)[len(ratios) // 2]:.2f}"
+    )
 
     if args.device == "cuda":
-        rate, work = matmul_rate(bench.model), 2 * sum(p.numel() for p in bench.model.model.layers.parameters() if p.dim() == 2)
-        print(f"floor: {rate / work:,.0f} tokens/s, all layers at every real token at the {rate / 1e12:.0f} TFLOP/s of one large matrix product here")
+        rate, work = (
+            matmul_rate(bench.model),
+            2 * sum(p.numel() for p in bench.model.model.layers.parameters() if p.dim() == 2),
+        )
+        print(
+            f"floor: {rate / work:,.0f} tokens/s, all layers at every real token at the"
+            f" {rate / 1e12:.0f} TFLOP/s of one large matrix product here"
+        )
         ours, peer = (added_memory(bench, side, longest) for side in ("ours", "peer"))
     else:
-        # A process each, whose allocator gives back what it frees: its peak is then what was in use.
+        # A process each, whose allocator gives back what it frees: its peak is then what was in
+        # use.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         command = [
             sys.executable,
@@ -291,12 +405,24 @@ def main() -> None:
             "--device",
             args.device,
         ]
-        command += ["--header"] * args.header + ["--memory-rows", str(args.memory_rows), "--memory-of"]
+        command += ["--header"] * args.header + [
+            "--memory-rows",
+            str(args.memory_rows),
+            "--memory-of",
+        ]
         ours, peer = (
-            float(subprocess.run([*command, side], env=environment, check=True, capture_output=True, text=True).stdout.split()[-1]) for side in ("ours", "peer")
+            float(
+                subprocess.run(
+                    [*command, side], env=environment, check=True, capture_output=True, text=True
+                ).stdout.split()[-1]
+            )
+            for side in ("ours", "peer")
         )
     width = max(len(t.ids) for t in tokenize_conversations(bench.tokenizer, longest, MAX_LENGTH))
-    print(f"peak memory above the weights, {len(longest)} rows of {width} tokens: ours {ours:,.0f} MiB, peer {peer:,.0f} MiB")
+    print(
+        f"peak memory above the weights, {len(longest)} rows of {width} tokens: ours {ours:,.0f}"
+        f" MiB, peer {peer:,.0f} MiB"
+    )
     print(f"peak memory, ours over peer: {ours / peer:.2f} (target: at most 0.50)")
 
 

@@ -1,10 +1,11 @@
-"""Submitting the whole DAG against as many bare sbatch calls, and a job's way to its phase: on a Slurm that is there.
+"""Submitting the whole DAG against as many bare sbatch calls, and a job's way to its phase: on a
+Slurm that is there.
 
     make cluster-up; tests/cluster/in-cluster python benchmarks/submission.py --cluster development
 
-Bare sbatch is the peer: the same number of calls, in the same run, in turns. What is submitted stays held and is cancelled, but
-for the start-up jobs, which the launcher's own script takes to where `jobs` begins, before torch is imported. Needs the
-profile's images.
+Bare sbatch is the peer: the same number of calls, in the same run, in turns. What is submitted
+stays held and is cancelled, but for the start-up jobs, which the launcher's own script takes to
+where `jobs` begins, before torch is imported. Needs the profile's images.
 """
 
 from __future__ import annotations
@@ -35,15 +36,20 @@ from slurm.submit import header, last_journal
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cluster", default="development")
     parser.add_argument("--config", default="configs/tiny.yaml")
-    parser.add_argument("--folder", type=Path, default=Path.home() / "runs", help="seen by every node")
+    parser.add_argument(
+        "--folder", type=Path, default=Path.home() / "runs", help="seen by every node"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     profile, config = load_profile(args.cluster), load_config(args.config)
     if profile.fetch != "job":
-        # Nothing is fetched for a benchmark: the job that would is submitted with the rest, and cancelled with it.
+        # Nothing is fetched for a benchmark: the job that would is submitted with the rest, and
+        # cancelled with it.
         profile = profile.model_copy(update={"fetch": "job"})
     make_caches()
     folder = args.folder / f"bench-{uuid.uuid4().hex[:6]}"
@@ -54,8 +60,14 @@ def main() -> int:
         ours.append(submit_all(run, profile))
         bare.append(submit_bare(folder, profile, calls))
     more = [a - b for a, b in zip(ours, bare, strict=True)]
-    print(f"submission, {calls} sbatch calls, {args.repeats} times in turns: whole DAG {statistics.median(ours):.2f} s, bare {statistics.median(bare):.2f} s")
-    print(f"  more by {statistics.median(more):.2f} s [{min(more):.2f}, {max(more):.2f}], ratio {statistics.median(ours) / statistics.median(bare):.2f}")
+    print(
+        f"submission, {calls} sbatch calls, {args.repeats} times in turns: whole DAG"
+        f" {statistics.median(ours):.2f} s, bare {statistics.median(bare):.2f} s"
+    )
+    print(
+        f"  more by {statistics.median(more):.2f} s [{min(more):.2f}, {max(more):.2f}], ratio"
+        f" {statistics.median(ours) / statistics.median(bare):.2f}"
+    )
     phases: tuple[Phase, ...] = ("encode", "report")
     for phase in phases:
         waits = [start_up(folder, profile, run, phase) for _ in range(args.repeats)]
@@ -68,7 +80,9 @@ def main() -> int:
 
 
 def submit_all(run: RunDir, profile: Profile) -> float:
-    """Seconds of a whole submission, from the start of Python through all its checks to its table; cancelled afterwards."""
+    """Seconds of a whole submission, from the start of Python through all its checks to its table;
+    cancelled afterwards.
+    """
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import slurm.submit"], cwd=ROOT, check=True)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -87,23 +101,40 @@ def submit_bare(folder: Path, profile: Profile, calls: int) -> float:
     script = folder / "bare.sh"
     script.write_text(header(profile, "report"))
     began = time.perf_counter()
-    ids = [queue.call(["sbatch", "--parsable", "--hold", "--output=/dev/null", str(script)]).strip() for _ in range(calls)]
+    ids = [
+        queue.call(["sbatch", "--parsable", "--hold", "--output=/dev/null", str(script)]).strip()
+        for _ in range(calls)
+    ]
     took = time.perf_counter() - began
     queue.cancel(ids)
     return took
 
 
 def start_up(folder: Path, profile: Profile, run: RunDir, phase: Phase) -> float:
-    """Seconds from a job's first line through srun, image, submitit and `slurm.entry` to where `jobs` would import its phase."""
-    code = "import sys, time; import jobs.__main__; assert 'torch' not in sys.modules; open(sys.argv[1], 'w').write(str(time.time()))"
+    """Seconds from a job's first line through srun, image, submitit and `slurm.entry` to where
+    `jobs` would import its phase.
+    """
+    code = (
+        "import sys, time; import jobs.__main__; assert 'torch' not in sys.modules;"
+        " open(sys.argv[1], 'w').write(str(time.time()))"
+    )
     out = run.path / f"start-{uuid.uuid4().hex[:6]}"
     spec = Path(f"{out}.json")
     command = {"argv": ["-c", code, f"{out}.entered"], "log": f"{out}.log"}
-    spec.write_text(json.dumps({"commands": [command], "cwd": str(ROOT), "env": {}, "ranks": False, "grace_s": 60}))
+    spec.write_text(
+        json.dumps(
+            {"commands": [command], "cwd": str(ROOT), "env": {}, "ranks": False, "grace_s": 60}
+        )
+    )
     batch = Batch(f"bench-{phase}", phase, (("all",),), (), "afterok")
     given = submit.parameters(run, profile, batch, {}, "bench", run.path)
     given["setup"] = [f"date +%s.%N >{out}.began", *given["setup"]]
-    executor = submitit.SlurmExecutor(run.path, python=python_command(profile, phase, image_of(profile, phase), binds(run, phase), sys.executable))
+    executor = submitit.SlurmExecutor(
+        run.path,
+        python=python_command(
+            profile, phase, image_of(profile, phase), binds(run, phase), sys.executable
+        ),
+    )
     executor.update_parameters(**given)
     job = executor.submit(run_spec, str(spec))
     queue.release([job.job_id])

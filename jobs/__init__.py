@@ -1,1 +1,3 @@
-"""One thin module a phase, each with `run(config, run, unit, attempt)`; start with `python -m jobs PHASE`."""
+"""One thin module a phase, each with `run(config, run, unit, attempt)`; start with `python -m jobs
+PHASE`.
+"""

@@ -1,4 +1,6 @@
-"""Run one unit of one phase: `python -m jobs PHASE --config C --run R [--unit U] [key=value ...]`."""
+"""Run one unit of one phase: `python -m jobs PHASE --config C --run R [--unit U] [key=value
+...]`.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,17 @@ BESIDE = ("train_sarm", "export")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 where the unit is done, 2 where the user can mend it (one sentence), 1 on a defect (traceback)."""
+    """0 where the unit is done, 2 where the user can mend it (one sentence), 1 on a defect
+    (traceback).
+    """
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
     parser.add_argument("phase", choices=(*PHASES, *BESIDE))
     parser.add_argument("--config", help="YAML; where left out, the run's own")
     parser.add_argument("--run", required=True, help="run directory")
-    parser.add_argument("--unit", help="shard, policy or index; default: SLURM_ARRAY_TASK_ID, or every unit of the phase")
+    parser.add_argument(
+        "--unit",
+        help="shard, policy or index; default: SLURM_ARRAY_TASK_ID, or every unit of the phase",
+    )
     parser.add_argument("--force", action="store_true", help="do it again though it is done")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)  # overrides may come last, as the usage says
@@ -29,15 +36,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_units(args: argparse.Namespace) -> int:
-    run = RunDir.create(args.run, load_config(args.config, args.overrides)) if args.config else RunDir.open(args.run)
+    run = (
+        RunDir.create(args.run, load_config(args.config, args.overrides))
+        if args.config
+        else RunDir.open(args.run)
+    )
     for unit in chosen_units(run, args.phase, args.unit):
         try:
             run_unit(run, args.phase, unit, force=args.force)
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for the sake of its name
+            # torch's, which is not imported for the sake of its name
+            if type(error).__name__ != "OutOfMemoryError":
                 raise
             lower = "ppo.micro_batch_tokens" if args.phase == "ppo" else "sarm.tokens_per_batch"
-            raise UserError(f"{args.phase}/{unit} ran out of GPU memory; lower {lower}, or give the phase larger or more GPUs in the profile") from error
+            raise UserError(
+                f"{args.phase}/{unit} ran out of GPU memory; lower {lower}, or give the phase"
+                " larger or more GPUs in the profile"
+            ) from error
     return 0
 
 
@@ -67,7 +82,9 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
 
 
 def check_gpu() -> None:
-    """Raises UserError where this job was given GPUs that torch cannot use: it would do the work on the CPU, for days."""
+    """Raises UserError where this job was given GPUs that torch cannot use: it would do the work
+    on the CPU, for days.
+    """
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if not given or given in ("-1", "NoDevFiles"):
         return
@@ -75,8 +92,9 @@ def check_gpu() -> None:
 
     if torch.version.cuda is not None and not torch.cuda.is_available():
         raise UserError(
-            f"this job was given GPU {given}, which torch {torch.__version__} cannot use: the driver is too old for CUDA {torch.version.cuda}, or the image "
-            "was entered without --nv; ask your site for a newer driver, or set container.nv in the profile"
+            f"this job was given GPU {given}, which torch {torch.__version__} cannot use: the"
+            f" driver is too old for CUDA {torch.version.cuda}, or the image was entered without"
+            " --nv; ask your site for a newer driver, or set container.nv in the profile"
         )
 
 

@@ -1,7 +1,8 @@
 """Write a card for each selected latent: `python -m jobs cards --config C --run R` -> cards.json.
 
-Needs no forward pass: encode kept every text's ranks. Where the config names an endpoint (`cards.label`), it also puts a
-name to each latent and scores it; that needs a network, so under Slurm run this phase where there is one.
+Needs no forward pass: encode kept every text's ranks. Where the config names an endpoint
+(`cards.label`), it also puts a name to each latent and scores it; that needs a network, so under
+Slurm run this phase where there is one.
 """
 
 from __future__ import annotations
@@ -12,22 +13,33 @@ from typing import Any
 
 import pandas as pd
 
-from sarm.cards import activity, label_rows, latent_cards
 from sarm.config import Config, LabelConfig, UserError
-from sarm.datasets import Text, load_data, texts_to_encode
+from sarm.data.datasets import Text, load_data, texts_to_encode
+from sarm.probing.cards import activity, label_rows, latent_cards
 from sarm.probing.effects import Encoded, read_encoded
 from sarm.run import Attempt, RunDir
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
-    """Publish the cards. Raises UserError where the endpoint fails: then there are none, and running again starts anew."""
+    """Publish the cards. Raises UserError where the endpoint fails: then there are none, and
+    running again starts anew.
+    """
     selected = attempt.read("select")
     encoded = read_encoded(attempt.read_shards("encode"))
     texts = texts_of(config, encoded)
-    found = latent_cards(encoded, selected.json("features.json"), pd.read_parquet(selected.path("table.parquet")), texts, config.cards, config.seed)
+    found = latent_cards(
+        encoded,
+        selected.json("features.json"),
+        pd.read_parquet(selected.path("table.parquet")),
+        texts,
+        config.cards,
+        config.seed,
+    )
     if config.cards.label is not None:
         add_labels(found, encoded, texts, config, config.cards.label, attempt)
-    attempt.path("cards.json").write_text(json.dumps(found, indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8")
+    attempt.path("cards.json").write_text(
+        json.dumps(found, indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8"
+    )
     attempt.publish(n_cards=len(found["cards"]), n_minimal_edits=found["minimal_edits"]["n"])
 
 
@@ -37,19 +49,36 @@ def texts_of(config: Config, encoded: Encoded) -> list[Text]:
     try:
         return [by_id[id_] for id_ in encoded.texts["text_id"]]
     except KeyError as error:
-        raise UserError(f"text {error} was encoded and is no longer in the data; run encode again in a new run") from None
+        raise UserError(
+            f"text {error} was encoded and is no longer in the data; run encode again in a new run"
+        ) from None
 
 
-def add_labels(found: dict[str, Any], encoded: Encoded, texts: Sequence[Text], config: Config, label: LabelConfig, attempt: Attempt) -> None:
+def add_labels(
+    found: dict[str, Any],
+    encoded: Encoded,
+    texts: Sequence[Text],
+    config: Config,
+    label: LabelConfig,
+    attempt: Attempt,
+) -> None:
     """Ask for a label of every card, in place."""
-    from sarm.labels import Endpoint, Example, labelled  # httpx, for those who want labels
+    from sarm.probing.labels import Endpoint, Example, labelled  # httpx, for those who want labels
 
     latents = [card["latent"] for card in found["cards"]]
     active = activity(encoded, latents)
     with Endpoint(label) as endpoint:
         for done, card in enumerate(found["cards"]):
             attempt.progress(done, len(latents), "latents labelled")
-            rows = label_rows(active[card["latent"]], encoded, config.cards, label.held_out, config.seed)
-            examples = [[Example(texts[row].messages[-2]["content"], texts[row].messages[-1]["content"]) for row in kind] for kind in rows]
+            rows = label_rows(
+                active[card["latent"]], encoded, config.cards, label.held_out, config.seed
+            )
+            examples = [
+                [
+                    Example(texts[row].messages[-2]["content"], texts[row].messages[-1]["content"])
+                    for row in kind
+                ]
+                for kind in rows
+            ]
             card["label"] = labelled(endpoint, *examples)
     found["labels"] = {"endpoint": label.url, "model": label.model}

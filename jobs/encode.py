@@ -1,4 +1,6 @@
-"""Score every text once, keeping states and TopK ranks: `python -m jobs encode --config C --run R --unit shard-0000-of-0001`."""
+"""Score every text once, keeping states and TopK ranks: `python -m jobs encode --config C --run R
+--unit shard-0000-of-0001`.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ import pandas as pd
 from safetensors.torch import save_file
 
 from sarm.config import Config, UserError, shard_range
-from sarm.datasets import load_data, texts_to_encode
-from sarm.model import load_sarm
+from sarm.data.datasets import load_data, texts_to_encode
+from sarm.reward_model.model import load_sarm
+from sarm.reward_model.scoring import encode_texts
 from sarm.run import Attempt, RunDir
-from sarm.scoring import encode_texts
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
@@ -18,7 +20,10 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     attempt.read("fetch")  # what was fetched, by hash, is where this run's provenance begins
     texts = texts_to_encode(load_data(config.data))
     if not texts:
-        raise UserError("no pair falls in discovery, validation or test; give those parts a share in data.sources.NAME.split")
+        raise UserError(
+            "no pair falls in discovery, validation or test; give those parts a share in"
+            " data.sources.NAME.split"
+        )
     start, stop = shard_range(unit, len(texts))
     mine = texts[start:stop]
     model, tokenizer = load_sarm(config.sarm)
@@ -45,7 +50,21 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         }
     )
     table.to_parquet(attempt.path("texts.parquet"), index=False)
-    tensors = {"indices": encoded.indices, "values": encoded.values, "rewards": encoded.rewards, "states": encoded.states}
+    tensors = {
+        "indices": encoded.indices,
+        "values": encoded.values,
+        "rewards": encoded.rewards,
+        "states": encoded.states,
+    }
     tensors["head_weight"] = model.head_weight.detach().float().cpu()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, attempt.path("encoded.safetensors"))
-    attempt.publish(range_=(start, stop), total=len(texts), device=str(model.device), k=model.k, d_sae=model.d_sae)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        attempt.path("encoded.safetensors"),
+    )
+    attempt.publish(
+        range_=(start, stop),
+        total=len(texts),
+        device=str(model.device),
+        k=model.k,
+        d_sae=model.d_sae,
+    )

@@ -1,7 +1,9 @@
-"""Evaluate one policy on its own generations: `python -m jobs evaluate --run R --unit base` (or `penalty-seed0`).
+"""Evaluate one policy on its own generations: `python -m jobs evaluate --run R --unit base` (or
+`penalty-seed0`).
 
-Publishes generations.parquet, one row a held-out prompt, and summary.json, the settings behind it. The unit `steered`, where
-the config asks for it (`steer.policy`), has a row a direction and prompt, and what each direction changed.
+Publishes generations.parquet, one row a held-out prompt, and summary.json, the settings behind it.
+The unit `steered`, where the config asks for it (`steer.policy`), has a row a direction and prompt,
+and what each direction changed.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import time
 from typing import Any
 
 from sarm.config import Config
-from sarm.datasets import load_data, prompts_in
-from sarm.evaluate import evaluation_prompts, policy_rows
+from sarm.data.datasets import load_data, prompts_in
+from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
 from sarm.hub import local_model
 from sarm.run import Attempt, RunDir
 
@@ -25,24 +27,39 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         steer(config, features, attempt)
         return
     trained = unit != "base"
-    policy = attempt.read("ppo", unit).directory("policy") if trained else local_model(config.policy.model, config.policy.revision)
+    policy = (
+        attempt.read("ppo", unit).directory("policy")
+        if trained
+        else local_model(config.policy.model, config.policy.revision)
+    )
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
-    table, settings = policy_rows(config, policy, prompts, features, trained=trained, progress=attempt.progress)
+    table, settings = policy_rows(
+        config, policy, prompts, features, trained=trained, progress=attempt.progress
+    )
     table.to_parquet(attempt.path("generations.parquet"), index=False)
-    settings |= {"policy": unit, "n_prompts": len(table), "n_too_long": len(prompts) - len(table), "seconds": round(time.perf_counter() - started, 1)}
+    settings |= {
+        "policy": unit,
+        "n_prompts": len(table),
+        "n_too_long": len(prompts) - len(table),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
     attempt.path("summary.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     attempt.progress(len(table), len(table), "prompts")
     attempt.publish(device=settings["device"], sarm_parameters=settings["sarm_parameters"])
 
 
 def steer(config: Config, features: dict[str, Any], attempt: Attempt) -> None:
-    """The base policy, pushed along decoder directions: here and not in steer, as it generates and wants what evaluate wants."""
-    from sarm.steering import steered_rows, steered_summary
+    """The base policy, pushed along decoder directions: here and not in steer, as it generates and
+    wants what evaluate wants.
+    """
+    from sarm.evaluation.policy_steering import steered_rows, steered_summary
 
     policy = local_model(config.policy.model, config.policy.revision)
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
     table, settings = steered_rows(config, policy, prompts, features, attempt.progress)
     table.to_parquet(attempt.path("generations.parquet"), index=False)
     settings["rows"] = steered_summary(table, config.verdict.bootstrap, config.seed)
-    attempt.path("summary.json").write_text(json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8")
+    attempt.path("summary.json").write_text(
+        json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8"
+    )
     attempt.publish(device=settings["device"])

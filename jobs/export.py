@@ -1,7 +1,9 @@
-"""Write a run's SARM and latents for other tools: `make export RUN=...`, or `python -m jobs export --run R`.
+"""Write a run's SARM and latents for other tools: `make export RUN=...`, or `python -m jobs export
+--run R`.
 
-Publishes saelens/ (SAELens' files, and the head beside them), delphi/ (its latent cache), steering.json (upstream's format)
-and differences.json: what SAELens will read otherwise in this run's texts. Needs encode and select, and no GPU.
+Publishes saelens/ (SAELens' files, and the head beside them), delphi/ (its latent cache),
+steering.json (upstream's format) and differences.json: what SAELens will read otherwise in this
+run's texts. Needs encode and select, and no GPU.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ import numpy as np
 import torch
 
 from sarm.config import Config
-from sarm.datasets import load_data, texts_to_encode
-from sarm.delphi import reward_windows, write_cache
-from sarm.model import load_sae, load_tokenizer
+from sarm.data.datasets import load_data, texts_to_encode
+from sarm.data.tokens import tokenize_conversations
 from sarm.probing.effects import read_encoded
+from sarm.reward_model.delphi import reward_windows, write_cache
+from sarm.reward_model.model import load_sae, load_tokenizer
+from sarm.reward_model.sae import SaelensDifference, saelens_difference, to_saelens
 from sarm.run import Attempt, RunDir
-from sarm.sae import SaelensDifference, saelens_difference, to_saelens
-from sarm.tokens import tokenize_conversations
 
 COMPARED_TEXTS = 256
 WINDOW_TOKENS = 128
@@ -41,19 +43,39 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         model_name=backbone,
         source_layer=layer,
         head_weight=head_weight,
-        metadata={"context_size": config.sarm.max_length, "neuronpedia_id": None, "sarm": config.sarm.model, "sarm_revision": config.sarm.revision},
+        metadata={
+            "context_size": config.sarm.max_length,
+            "neuronpedia_id": None,
+            "sarm": config.sarm.model,
+            "sarm_revision": config.sarm.revision,
+        },
     )
     some = np.unique(np.linspace(0, len(encoded.states) - 1, COMPARED_TEXTS).astype(int))
     difference = saelens_difference(sae, head_weight, torch.from_numpy(encoded.states[some]))
     warnings = difference_warnings(difference, backbone, own_layers=settings.backbone is None)
     tokenizer = load_tokenizer(config.sarm)
     texts = {text.id: text for text in texts_to_encode(load_data(config.data))}
-    tokenized = tokenize_conversations(tokenizer, [texts[id_].messages for id_ in encoded.texts["text_id"]], config.sarm.max_length)
+    tokenized = tokenize_conversations(
+        tokenizer, [texts[id_].messages for id_ in encoded.texts["text_id"]], config.sarm.max_length
+    )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     windows = reward_windows([t.ids for t in tokenized], WINDOW_TOKENS, int(pad or 0))
-    write_cache(attempt.directory("delphi"), encoded.ranks, windows, hookpoint=f"layers.{layer - 1}", model_name=backbone, shards=DELPHI_SHARDS)
-    attempt.path("steering.json").write_text(json.dumps(features["steering_file"]), encoding="utf-8")
-    found: dict[str, Any] = {"saelens": difference._asdict(), "warnings": warnings, "delphi_example_ctx_len": WINDOW_TOKENS}
+    write_cache(
+        attempt.directory("delphi"),
+        encoded.ranks,
+        windows,
+        hookpoint=f"layers.{layer - 1}",
+        model_name=backbone,
+        shards=DELPHI_SHARDS,
+    )
+    attempt.path("steering.json").write_text(
+        json.dumps(features["steering_file"]), encoding="utf-8"
+    )
+    found: dict[str, Any] = {
+        "saelens": difference._asdict(),
+        "warnings": warnings,
+        "delphi_example_ctx_len": WINDOW_TOKENS,
+    }
     attempt.path("differences.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -62,18 +84,29 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         print(published.directory(folder))
 
 
-def difference_warnings(difference: SaelensDifference, backbone: str, *, own_layers: bool) -> list[str]:
+def difference_warnings(
+    difference: SaelensDifference, backbone: str, *, own_layers: bool
+) -> list[str]:
     """What a reader of the export has to know, in sentences."""
     warnings = []
     if difference.rows_with_negative_latent:
         warnings.append(
-            f"SAELens sets latents below zero to zero, and {difference.rows_with_negative_latent} of {difference.n} texts keep one: "
-            f"there its activations are not the SARM's (rewards differ by up to {difference.largest_reward:.3g})"
+            f"SAELens sets latents below zero to zero, and {difference.rows_with_negative_latent}"
+            f" of {difference.n} texts keep one: there its activations are not the SARM's (rewards"
+            f" differ by up to {difference.largest_reward:.3g})"
         )
     if difference.reselected:
-        warnings.append(f"SAELens normalises with another epsilon and keeps other latents in {difference.reselected} places of {difference.n} texts")
+        warnings.append(
+            "SAELens normalises with another epsilon and keeps other latents in"
+            f" {difference.reselected} places of {difference.n} texts"
+        )
     if own_layers:
-        warnings.append(f"the activations are those of {backbone}'s own layers, which were trained further: hook these and not the stock model's")
+        warnings.append(
+            f"the activations are those of {backbone}'s own layers, which were trained further:"
+            " hook these and not the stock model's"
+        )
     elif backbone.startswith("embedded:"):
-        warnings.append(f"cfg.json names {backbone}, which no hub has: give the model to SAELens by hand")
+        warnings.append(
+            f"cfg.json names {backbone}, which no hub has: give the model to SAELens by hand"
+        )
     return warnings

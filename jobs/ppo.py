@@ -1,8 +1,9 @@
-"""Train one arm with PPO: `python -m jobs ppo --run R --unit penalty-seed0`, by itself or on every rank of srun or torchrun.
+"""Train one arm with PPO: `python -m jobs ppo --run R --unit penalty-seed0`, by itself or on every
+rank of srun or torchrun.
 
-Reads select's features.json and the prompts of part `ppo`. Goes on from the newest complete checkpoint under
-RUN/ppo/UNIT/checkpoints. On SIGTERM or SIGUSR2 it ends its step, writes a checkpoint and exits with code 75, which
-means: start me again.
+Reads select's features.json and the prompts of part `ppo`. Goes on from the newest complete
+checkpoint under RUN/ppo/UNIT/checkpoints. On SIGTERM or SIGUSR2 it ends its step, writes a
+checkpoint and exits with code 75, which means: start me again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
-from sarm.datasets import load_data, prompts_in
+from sarm.data.datasets import load_data, prompts_in
 from sarm.run import Attempt, RunDir
 
 STOPPED = 75
@@ -27,18 +28,22 @@ STOPPED = 75
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
-    """Train, then save the policy and publish from rank 0. Raises SystemExit(75) where asked to stop."""
+    """Train, then save the policy and publish from rank 0. Raises SystemExit(75) where asked to
+    stop.
+    """
     # From the first moment: a preemption while models are loading is no reason to die.
     with stop_signals() as stop_requested:
         train_and_publish(config, run, unit, attempt, stop_requested)
 
 
-def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, stop_requested: Callable[[], bool]) -> None:
-    from sarm.ppo import checkpoint
+def train_and_publish(
+    config: Config, run: RunDir, unit: str, attempt: Attempt, stop_requested: Callable[[], bool]
+) -> None:
     from sarm.ppo.calibration import Calibration, Rated, calibrate
-    from sarm.ppo.export import policy_weights, save_policy
+    from sarm.ppo.learner import checkpoint
+    from sarm.ppo.learner.distributed import start_world
+    from sarm.ppo.learner.export import policy_weights, save_policy
     from sarm.ppo.trainer import train
-    from sarm.ppo.world import start_world
     from sarm.probing.taus import swept
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
@@ -56,21 +61,47 @@ def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, 
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
-        candidates = [int(c["latent"]) for c in features["random_candidates"]] if arm == "random" else []
+        candidates = (
+            [int(c["latent"]) for c in features["random_candidates"]] if arm == "random" else []
+        )
         calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]
-        calibration = Calibration(kept["n"], [Rated(*r) for r in kept["harming"]], [Rated(*r) for r in kept["random"]])
+        calibration = Calibration(
+            kept["n"], [Rated(*r) for r in kept["harming"]], [Rated(*r) for r in kept["random"]]
+        )
         trainer.restore(loaded.state["trainer"], loaded)
     trainer.reward = reward_of(arm, trainer.reward, calibration)
-    log = Log(config, unit, attempt, loaded.state["metrics"] if loaded else []) if world.rank == 0 else None
+    log = (
+        Log(config, unit, attempt, loaded.state["metrics"] if loaded else [])
+        if world.rank == 0
+        else None
+    )
 
     def save() -> Any:
-        state = {"trainer": trainer.state(), "calibration": calibration._asdict(), "metrics": log.lines if log else []}
+        state = {
+            "trainer": trainer.state(),
+            "calibration": calibration._asdict(),
+            "metrics": log.lines if log else [],
+        }
         step = trainer.progress.step
-        return checkpoint.save(checkpoints, step, state, trainer.pieces(), world=world, made_with=made_with, attempt=attempt.id, keep_last=config.ppo.keep_last)
+        return checkpoint.save(
+            checkpoints,
+            step,
+            state,
+            trainer.pieces(),
+            world=world,
+            made_with=made_with,
+            attempt=attempt.id,
+            keep_last=config.ppo.keep_last,
+        )
 
-    finished = train(trainer, save=save, log=log.write if log else lambda line: None, stop_requested=stop_requested)
+    finished = train(
+        trainer,
+        save=save,
+        log=log.write if log else lambda line: None,
+        stop_requested=stop_requested,
+    )
     if not finished:
         raise SystemExit(STOPPED)
     weights = policy_weights(trainer.actor, world)
@@ -78,9 +109,17 @@ def train_and_publish(config: Config, run: RunDir, unit: str, attempt: Attempt, 
     if log:
         log.close()
         save_policy(source, weights, trainer.tokenizer, attempt.directory("policy"))
-        attempt.path("calibration.json").write_text(json.dumps(calibration_json(arm, trainer.reward, calibration, features), indent=1))
+        attempt.path("calibration.json").write_text(
+            json.dumps(calibration_json(arm, trainer.reward, calibration, features), indent=1)
+        )
         progress = trainer.progress
-        attempt.publish(device=str(world.device), training_s=round(progress.training_s, 3), steps=progress.step, device_names=names, ranks=world.size)
+        attempt.publish(
+            device=str(world.device),
+            training_s=round(progress.training_s, 3),
+            steps=progress.step,
+            device_names=names,
+            ranks=world.size,
+        )
         shutil.rmtree(checkpoints, ignore_errors=True)
     world.barrier()
 
@@ -90,18 +129,38 @@ def make_trainer(config: Config, features: dict[str, Any], seed: int, world: Any
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from sarm.hub import local_model
-    from sarm.model import load_sarm
     from sarm.ppo.reward import CompoundReward
     from sarm.ppo.trainer import Trainer
+    from sarm.reward_model.model import load_sarm
 
     prompts = prompts_in(load_data(config.data), "ppo")
     if not prompts:
-        raise UserError("no source gives part ppo any prompts; give one a `ppo` fraction in data.sources")
+        raise UserError(
+            "no source gives part ppo any prompts; give one a `ppo` fraction in data.sources"
+        )
     sarm, sarm_tokenizer = load_sarm(config.sarm)
-    reward = CompoundReward.from_features(sarm.to(world.device), sarm_tokenizer, features, config.ppo.penalty, config.sarm, all_reduce=world.sum)
+    reward = CompoundReward.from_features(
+        sarm.to(world.device),
+        sarm_tokenizer,
+        features,
+        config.ppo.penalty,
+        config.sarm,
+        all_reduce=world.sum,
+    )
     source = local_model(config.policy.model, config.policy.revision)
     policy = AutoModelForCausalLM.from_pretrained(source, dtype=config.policy.dtype)
-    return Trainer(config.ppo, policy, AutoTokenizer.from_pretrained(source), reward, prompts, seed=seed, world=world), source
+    return (
+        Trainer(
+            config.ppo,
+            policy,
+            AutoTokenizer.from_pretrained(source),
+            reward,
+            prompts,
+            seed=seed,
+            world=world,
+        ),
+        source,
+    )
 
 
 def reward_of(arm: str, reward: Any, calibration: Any) -> Any:
@@ -111,11 +170,15 @@ def reward_of(arm: str, reward: Any, calibration: Any) -> Any:
     if arm == "no_penalty":
         return reward.without_penalty()
     if arm == "random":
-        return reward.with_penalised([Penalised(r.latent, r.tau, r.alpha) for r in calibration.random])
+        return reward.with_penalised(
+            [Penalised(r.latent, r.tau, r.alpha) for r in calibration.random]
+        )
     return reward
 
 
-def calibration_json(arm: str, reward: Any, calibration: Any, features: dict[str, Any]) -> dict[str, Any]:
+def calibration_json(
+    arm: str, reward: Any, calibration: Any, features: dict[str, Any]
+) -> dict[str, Any]:
     """What this arm penalises, and how often that and the harming latents fire before training."""
     rates = {r.latent: r.base_rate for r in (*calibration.random, *calibration.harming)}
     return {
@@ -130,19 +193,27 @@ def calibration_json(arm: str, reward: Any, calibration: Any, features: dict[str
 def device_name(device: Any) -> str:
     import torch
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM and SIGUSR2 only ask: the function given says whether one came. Once asked, further ones are ignored
-    until the process ends: srun sends SIGTERM to all ranks when the first has exited, and each is to exit with its own code.
+    """Within, SIGTERM and SIGUSR2 only ask: the function given says whether one came. Once asked,
+    further ones are ignored until the process ends: srun sends SIGTERM to all ranks when the first
+    has exited, and each is to exit with its own code.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    before = {
+        number: signal.signal(number, lambda *_: asked.set())
+        for number in (signal.SIGTERM, signal.SIGUSR2)
+    }
     try:
         yield asked.is_set
     finally:
@@ -151,9 +222,13 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 class Log:
-    """metrics.jsonl of this attempt, begun with the lines of the checkpoint it goes on from; progress; other writers."""
+    """metrics.jsonl of this attempt, begun with the lines of the checkpoint it goes on from;
+    progress; other writers.
+    """
 
-    def __init__(self, config: Config, unit: str, attempt: Attempt, lines: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, config: Config, unit: str, attempt: Attempt, lines: list[dict[str, Any]]
+    ) -> None:
         self.config, self.attempt, self.lines = config, attempt, list(lines)
         self.file = attempt.path("metrics.jsonl").open("w", encoding="utf-8")
         for line in lines:
@@ -169,11 +244,17 @@ class Log:
             self.wandb = _start_wandb(config, unit)
 
     def write(self, line: dict[str, Any]) -> None:
-        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in line.items()
+        }
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        shown = {name: line.get(f"objective/{key}") for name, key in (("reward", "scores"), ("penalty", "penalty"), ("kl", "kl"))}
+        shown = {
+            name: line.get(f"objective/{key}")
+            for name, key in (("reward", "scores"), ("penalty", "penalty"), ("kl", "kl"))
+        }
         self.attempt.progress(line["step"] + 1, self.config.ppo.steps, "step", **shown)
         numbers = {key: value for key, value in line.items() if value is not None and key != "step"}
         if self.tensorboard:
@@ -194,5 +275,13 @@ def _start_wandb(config: Config, unit: str) -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError("ppo.log_to is wandb, and wandb is not installed; install it or set ppo.log_to=none") from None
-    return wandb.init(project="sarm", name=f"{config.name}/{unit}", id=f"{config.sha256[:16]}-{unit}", resume="allow", config=config.model_dump(mode="json"))
+        raise UserError(
+            "ppo.log_to is wandb, and wandb is not installed; install it or set ppo.log_to=none"
+        ) from None
+    return wandb.init(
+        project="sarm",
+        name=f"{config.name}/{unit}",
+        id=f"{config.sha256[:16]}-{unit}",
+        resume="allow",
+        config=config.model_dump(mode="json"),
+    )

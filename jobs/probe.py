@@ -1,4 +1,6 @@
-"""Effects and statistics of a range of latents: `python -m jobs probe --config C --run R --unit shard-0000-of-0001`."""
+"""Effects and statistics of a range of latents: `python -m jobs probe --config C --run R --unit
+shard-0000-of-0001`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 
 from sarm.config import Config, UserError, shard_range
-from sarm.datasets import load_data
+from sarm.data.datasets import load_data
 from sarm.probing.direction import Moved, baseline, check, direction_changes, load_sae
 from sarm.probing.effects import Encoded, contrasts_of, direction_table, latent_table, read_encoded
 from sarm.probing.stats import Contrast
@@ -24,19 +26,40 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     encoded = read_encoded(attempt.read_shards("encode"))
     contrasts = contrasts_of(load_data(config.data), encoded)
     if contrasts["discovery"].n_prompts == 0:
-        raise UserError("discovery has no pairs to find latents on; give it a share in data.sources.NAME.split")
+        raise UserError(
+            "discovery has no pairs to find latents on; give it a share in data.sources.NAME.split"
+        )
     start, stop = shard_range(unit, encoded.ranks.d_sae)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attempt.progress(0, stop - start, "latents")
     table = latent_table(encoded, contrasts, start, stop, config, device)
     table.to_parquet(attempt.path("table.parquet"), index=False)
-    moved = move_along_directions(config, encoded, contrasts, range(start, stop), device, attempt) if config.probe.directions else {}
+    moved = (
+        move_along_directions(config, encoded, contrasts, range(start, stop), device, attempt)
+        if config.probe.directions
+        else {}
+    )
     attempt.progress(stop - start, stop - start, "latents")
-    attempt.publish(range_=(start, stop), total=encoded.ranks.d_sae, n_tested=int(table["tested"].sum()), device=device, directions=moved)
+    attempt.publish(
+        range_=(start, stop),
+        total=encoded.ranks.d_sae,
+        n_tested=int(table["tested"].sum()),
+        device=device,
+        directions=moved,
+    )
 
 
-def move_along_directions(config: Config, encoded: Encoded, contrasts: Mapping[str, Contrast], latents: range, device: str, attempt: Attempt) -> dict[str, Any]:
-    """Write directions.parquet for these latents on validation's texts, or discovery's where it has none; tell how exact it is."""
+def move_along_directions(
+    config: Config,
+    encoded: Encoded,
+    contrasts: Mapping[str, Contrast],
+    latents: range,
+    device: str,
+    attempt: Attempt,
+) -> dict[str, Any]:
+    """Write directions.parquet for these latents on validation's texts, or discovery's where it
+    has none; tell how exact it is.
+    """
     part = "validation" if contrasts["validation"].n_prompts else "discovery"
     contrast, cs = contrasts[part], config.probe.directions
     sae, weight = load_sae(config.sarm, device)
@@ -49,7 +72,14 @@ def move_along_directions(config: Config, encoded: Encoded, contrasts: Mapping[s
         for tile in direction_changes(base, sae, latents, cs):
             for c, moved in tile.items():
                 mine = [latent for latent in some if latent in moved.latents]
-                off = check(sae, base, states, moved.change[[latent - moved.latents.start for latent in mine]], mine, c)
+                off = check(
+                    sae,
+                    base,
+                    states,
+                    moved.change[[latent - moved.latents.start for latent in mine]],
+                    mine,
+                    c,
+                )
                 old = counts[c]
                 counts[c] = {
                     "sorted_out": old["sorted_out"] + moved.sorted_out,
@@ -62,4 +92,8 @@ def move_along_directions(config: Config, encoded: Encoded, contrasts: Mapping[s
 
     table = direction_table(counted(), contrast, config.probe.bootstrap, config.seed)
     table.to_parquet(attempt.path("directions.parquet"), index=False)
-    return {"part": part, "texts": len(contrast.rows), "c": {f"{c:g}": counted_c for c, counted_c in counts.items()}}
+    return {
+        "part": part,
+        "texts": len(contrast.rows),
+        "c": {f"{c:g}": counted_c for c, counted_c in counts.items()},
+    }

@@ -1,4 +1,6 @@
-"""Write the report of whatever became of a run: `python -m jobs report --run R` -> final_report.txt, report.html, report.json, cards.html."""
+"""Write the report of whatever became of a run: `python -m jobs report --run R` ->
+final_report.txt, report.html, report.json, cards.html.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,14 @@ from reports.page import page
 from reports.pareto import sweep_figures
 from reports.text import final_report
 from sarm.config import Config
+from sarm.evaluation.verdict import Rows, decide
 from sarm.run import Attempt, Published, RunDir, patience_s, slurm_complaint, write_atomic
-from sarm.verdict import Rows, decide
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
-    """Failed and missing phases are named in the report; nothing but an unwritable disk keeps it from being written."""
+    """Failed and missing phases are named in the report; nothing but an unwritable disk keeps it
+    from being written.
+    """
     frames = read_run(run, patience_s=patience_s(), failed=failed_units(run))
     for phase, name in zip(frames.phases["phase"], frames.phases["unit"], strict=True):
         if (phase, name) in frames.manifests:
@@ -34,10 +38,14 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     found["sweep"] = sweep_figures(run, frames)
     attempt.path("final_report.txt").write_text(final_report(found), encoding="utf-8")
     attempt.path("report.html").write_text(page(found, frames), encoding="utf-8")
-    attempt.path("report.json").write_text(json.dumps(without_nan(found), indent=1, allow_nan=False), encoding="utf-8")
+    attempt.path("report.json").write_text(
+        json.dumps(without_nan(found), indent=1, allow_nan=False), encoding="utf-8"
+    )
     names = ["final_report.txt", "report.html", "report.json"]
     if frames.cards is not None:
-        attempt.path("cards.html").write_text(cards_page(frames.cards, config.name), encoding="utf-8")
+        attempt.path("cards.html").write_text(
+            cards_page(frames.cards, config.name), encoding="utf-8"
+        )
         names.append("cards.html")
     published = attempt.publish(verdict=record["word"], failures=len(found["failures"]))
     for name in names:  # copies that keep their names, for people
@@ -45,25 +53,42 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
 
 
 def failed_units(run: RunDir) -> dict[tuple[str, str], str]:
-    """How each unit ended whose job Slurm said, when this job began, had ended without success, `TIMEOUT` say and what Slurm
-    wrote of it; empty where it never began. Any other may have ended well, its manifest not seen here yet.
+    """How each unit ended whose job Slurm said, when this job began, had ended without success,
+    `TIMEOUT` say and what Slurm wrote of it; empty where it never began. Any other may have ended
+    well, its manifest not seen here yet.
     """
-    states = dict(line.split() for line in os.environ.get("SARM_FAILED_JOBS", "").splitlines() if line.count(" ") == 1)
+    states = dict(
+        line.split()
+        for line in os.environ.get("SARM_FAILED_JOBS", "").splitlines()
+        if line.count(" ") == 1
+    )
     jobs: dict[str, str] = json.loads(os.environ.get("SARM_JOBS", "{}"))
     found = {}
     for key, id_ in jobs.items():
         if id_ in states:
             phase, _, unit = key.partition("/")
             logs = run.slurm_logs(id_)
-            found[phase, unit] = ": ".join(filter(None, (states[id_], slurm_complaint(logs)))) if logs else ""
+            found[phase, unit] = (
+                ": ".join(filter(None, (states[id_], slurm_complaint(logs)))) if logs else ""
+            )
     return found
 
 
 def arm_rows(generations: pd.DataFrame, arm: str) -> Rows | None:
-    """An arm's generations of all seeds as the rule takes them, or None where it was not evaluated."""
+    """An arm's generations of all seeds as the rule takes them, or None where it was not
+    evaluated.
+    """
     mine = generations[generations["arm"] == arm]
     if mine.empty:
         return None
     harm = mine["harm"] if "harm" in mine else pd.Series(np.nan, index=mine.index)
-    numbers = [pd.to_numeric(column).to_numpy(float) for column in (mine["triggered"], mine["monitors"], mine["refused"], mine["n_tokens"], harm)]
-    return Rows(mine["prompt_id"].to_numpy(str), mine["seed"].to_numpy(int), (mine["kind"] == "unsafe").to_numpy(), *numbers)
+    numbers = [
+        pd.to_numeric(column).to_numpy(float)
+        for column in (mine["triggered"], mine["monitors"], mine["refused"], mine["n_tokens"], harm)
+    ]
+    return Rows(
+        mine["prompt_id"].to_numpy(str),
+        mine["seed"].to_numpy(int),
+        (mine["kind"] == "unsafe").to_numpy(),
+        *numbers,
+    )

@@ -1,4 +1,6 @@
-"""Merge the probe's shards and choose latents: `python -m jobs select --config C --run R` -> features.json, steering.json."""
+"""Merge the probe's shards and choose latents: `python -m jobs select --config C --run R` ->
+features.json, steering.json.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from sarm.config import Config, SarmConfig, UserError
-from sarm.datasets import load_data
+from sarm.data.datasets import load_data
 from sarm.hub import local_model
 from sarm.probing.effects import contrasts_of, read_encoded
 from sarm.probing.select import judged, select_features
@@ -25,36 +27,59 @@ from sarm.run import Attempt, RunDir
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
-    """Features from the whole table. Raises UserError naming a shard that is missing, of another range, config or encoding."""
+    """Features from the whole table. Raises UserError naming a shard that is missing, of another
+    range, config or encoding.
+    """
     encoded = read_encoded(attempt.read_shards("encode"))
     shards = attempt.read_shards("probe")
     for name in config.units("probe"):
         stale = run.undone_because("probe", name, hashes=False)
         if stale:
             raise UserError(f"probe/{name} cannot be merged: {stale}; run it again")
-    table = pd.concat([pd.read_parquet(shard.path("table.parquet")) for shard in shards], ignore_index=True)
+    table = pd.concat(
+        [pd.read_parquet(shard.path("table.parquet")) for shard in shards], ignore_index=True
+    )
     data = load_data(config.data)
-    table["upstream_s"] = selection_scores(*summed_latents(encoded.ranks, contrasts_of(data, encoded)["discovery"]))
-    features = select_features(table, encoded, config, lambda latents: latent_directions(config.sarm, latents))
+    table["upstream_s"] = selection_scores(
+        *summed_latents(encoded.ranks, contrasts_of(data, encoded)["discovery"])
+    )
+    features = select_features(
+        table, encoded, config, lambda latents: latent_directions(config.sarm, latents)
+    )
     ranked = judged(table, config.select)
     features["rankings"] = compared_rankings(ranked, config.select.listed)
-    features["tau_suggestions"] = suggested_taus(encoded, [p["latent"] for p in features["penalised"]], config.sweep.tau_quantile)
+    features["tau_suggestions"] = suggested_taus(
+        encoded, [p["latent"] for p in features["penalised"]], config.sweep.tau_quantile
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features["validity"] = validity(ranked, encoded, data, config, device)
     listed = [f for role in ("promoting", "harming", "misleading") for f in features[role]]
     replicated = feature_replication(listed, encoded, data, config, device)
-    moves = pd.concat([pd.read_parquet(shard.path("directions.parquet")) for shard in shards], ignore_index=True) if config.probe.directions else None
+    moves = (
+        pd.concat(
+            [pd.read_parquet(shard.path("directions.parquet")) for shard in shards],
+            ignore_index=True,
+        )
+        if config.probe.directions
+        else None
+    )
     for f in listed:
         f["replication"] = replicated[f["latent"]]
         f["directions"] = [] if moves is None else moves_of(moves, f["latent"])
     if moves is not None:
-        features["directions"] = directions_summary(moves, table, [shard.manifest["directions"] for shard in shards])
+        features["directions"] = directions_summary(
+            moves, table, [shard.manifest["directions"] for shard in shards]
+        )
         features["warnings"] += direction_warnings(features)
         moves.to_parquet(attempt.path("directions.parquet"), index=False)
     for warning in features["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    attempt.path("features.json").write_text(json.dumps(features, indent=1, allow_nan=False), encoding="utf-8")
-    attempt.path("steering.json").write_text(json.dumps(features["steering_file"]), encoding="utf-8")
+    attempt.path("features.json").write_text(
+        json.dumps(features, indent=1, allow_nan=False), encoding="utf-8"
+    )
+    attempt.path("steering.json").write_text(
+        json.dumps(features["steering_file"]), encoding="utf-8"
+    )
     ranked.to_parquet(attempt.path("table.parquet"), index=False)
     attempt.publish(n_tested=features["n_tested"], n_discoveries=features["n_discoveries"])
 
@@ -62,11 +87,18 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
 def moves_of(moves: pd.DataFrame, latent: int) -> list[dict[str, float | None]]:
     """A latent's rows of directions.parquet as plain numbers."""
     mine = moves[moves["latent"] == latent].drop(columns="latent")
-    return [{str(key): None if np.isnan(value) else float(value) for key, value in row.items()} for row in mine.to_dict("records")]
+    return [
+        {str(key): None if np.isnan(value) else float(value) for key, value in row.items()}
+        for row in mine.to_dict("records")
+    ]
 
 
-def directions_summary(moves: pd.DataFrame, table: pd.DataFrame, manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a c: what adding c std(h) d_i does over all latents, how it goes with the effect of ablating, how exact it is."""
+def directions_summary(
+    moves: pd.DataFrame, table: pd.DataFrame, manifests: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row a c: what adding c std(h) d_i does over all latents, how it goes with the effect of
+    ablating, how exact it is.
+    """
     rows = []
     tested = table.set_index("latent")["tested"]
     effect = table.set_index("latent")["effect_reselected_validation"]
@@ -81,9 +113,16 @@ def directions_summary(moves: pd.DataFrame, table: pd.DataFrame, manifests: Sequ
                 "latents": len(mine),
                 "swapped": float(mine["swapped"].mean()),
                 "largest_effect": float(mine["effect"].abs().max()),
-                "rank_correlation_with_ablation": rank_correlation(mine["effect"][tested].to_numpy(), effect[tested].to_numpy()),
-                "sign_changed_by_reselection": float((np.sign(mine["effect"]) == -np.sign(mine["effect_frozen"])).mean()),
-                **{key: sum(count[key] for count in counts) for key in ("sorted_out", "checked", "mismatches")},
+                "rank_correlation_with_ablation": rank_correlation(
+                    mine["effect"][tested].to_numpy(), effect[tested].to_numpy()
+                ),
+                "sign_changed_by_reselection": float(
+                    (np.sign(mine["effect"]) == -np.sign(mine["effect_frozen"])).mean()
+                ),
+                **{
+                    key: sum(count[key] for count in counts)
+                    for key in ("sorted_out", "checked", "mismatches")
+                },
                 "worst": max(count["worst"] for count in counts),
             }
         )
@@ -91,7 +130,9 @@ def directions_summary(moves: pd.DataFrame, table: pd.DataFrame, manifests: Sequ
 
 
 def direction_warnings(features: dict[str, Any]) -> list[str]:
-    """Penalised latents whose own direction does not move the reward the way that their weight says."""
+    """Penalised latents whose own direction does not move the reward the way that their weight
+    says.
+    """
     penalised = {p["latent"] for p in features["penalised"]}
     odd = []
     for f in features["harming"]:
@@ -100,11 +141,15 @@ def direction_warnings(features: dict[str, Any]) -> list[str]:
             odd.append(str(f["latent"]))
     if not odd:
         return []
-    return [f"adding the directions of penalised latents {', '.join(odd)} does not lower the reward: what else they move outweighs the latents themselves"]
+    return [
+        f"adding the directions of penalised latents {', '.join(odd)} does not lower the reward:"
+        " what else they move outweighs the latents themselves"
+    ]
 
 
 def latent_directions(sarm: SarmConfig, latents: Sequence[int]) -> NDArray[np.float32]:
-    """Decoder directions of some latents, or encoder directions where the checkpoint has no decoder, (latents, d_in).
+    """Decoder directions of some latents, or encoder directions where the checkpoint has no
+    decoder, (latents, d_in).
 
     Reads that one tensor and not the model.
     """
@@ -112,9 +157,16 @@ def latent_directions(sarm: SarmConfig, latents: Sequence[int]) -> NDArray[np.fl
     found: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in ("sae.decoder.weight", "sae.encoder.weight") if name in tensors.keys()}  # noqa: SIM118
+            found |= {
+                name: tensors.get_tensor(name)
+                for name in ("sae.decoder.weight", "sae.encoder.weight")
+                if name in tensors.keys()  # noqa: SIM118
+            }
     if "sae.decoder.weight" in found:
         return found["sae.decoder.weight"].T[list(latents)].float().numpy()
     if "sae.encoder.weight" in found:
         return found["sae.encoder.weight"][list(latents)].float().numpy()
-    raise UserError(f"{folder} holds neither sae.decoder.weight nor sae.encoder.weight in safetensors; fetch the SARM again")
+    raise UserError(
+        f"{folder} holds neither sae.decoder.weight nor sae.encoder.weight in safetensors; fetch"
+        " the SARM again"
+    )

@@ -1,6 +1,8 @@
-"""Steer the reward model on the test part's fixed texts: `python -m jobs steer --config C --run R`.
+"""Steer the reward model on the test part's fixed texts: `python -m jobs steer --config C --run
+R`.
 
-Needs no forward pass: encode kept every text's ranks. Publishes rows.parquet, pairs.parquet and summary.json.
+Needs no forward pass: encode kept every text's ranks. Publishes rows.parquet, pairs.parquet and
+summary.json.
 """
 
 from __future__ import annotations
@@ -8,15 +10,17 @@ from __future__ import annotations
 import json
 
 from sarm.config import ROOT, Config
-from sarm.datasets import load_data, pairs_in
-from sarm.evaluate import steering_rows, steering_summary, told
-from sarm.intervene import parse_steering
+from sarm.data.datasets import load_data, pairs_in
+from sarm.evaluation.evaluate import steering_rows, steering_summary, told
 from sarm.probing.effects import read_encoded
+from sarm.reward_model.interventions import parse_steering
 from sarm.run import Attempt, RunDir
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
-    """The listed harming latents times 0, or what the config's steering file says. Raises UserError on a bad file."""
+    """The listed harming latents times 0, or what the config's steering file says. Raises
+    UserError on a bad file.
+    """
     features = attempt.read("select").json("features.json")
     encoded = read_encoded(attempt.read_shards("encode"))
     if config.steer.file is None:
@@ -27,7 +31,11 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     rows, pairs = steering_rows(encoded, pairs_in(load_data(config.data), "test"), steps)
     labels = {name: source.label for name, source in config.data.sources.items()}
     summary = {
-        "intervention": {"what": told(steps), "latents": [step.latent for step in steps], "file": config.steer.file},
+        "intervention": {
+            "what": told(steps),
+            "latents": [step.latent for step in steps],
+            "file": config.steer.file,
+        },
         "reward_sd": features["reward_sd"],
         **steering_summary(rows, pairs, labels, config.verdict.bootstrap, config.seed),
     }

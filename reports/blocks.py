@@ -49,7 +49,7 @@ Block = Prose | Items | Table
 def lines(blocks: Iterable[Block]) -> list[str]:
     """The text of some blocks, an empty line between them."""
     parts = [_lines(block) for block in blocks]
-    return [line for i, part in enumerate(parts) for line in ([""] * (i > 0) + part)]
+    return [line for i, part in enumerate(parts) for line in [""] * (i > 0) + part]
 
 
 def _lines(block: Block) -> list[str]:
@@ -57,17 +57,29 @@ def _lines(block: Block) -> list[str]:
         return wrap(block.text)
     if isinstance(block, Items):
         parts = [item.splitlines() for item in block.items]
-        return [line for first, *more in parts for line in (*wrap(f"- {first}", "  "), *(f"  {text}" for text in more))]
+        return [
+            line
+            for first, *more in parts
+            for line in (*wrap(f"- {first}", "  "), *(f"  {text}" for text in more))
+        ]
     return (wrap(block.title) if block.title else []) + table(block)
 
 
 def wrap(text: str, indent: str = "") -> list[str]:
     """Lines of a sentence; a path or hash that is longer than a line stays whole."""
-    return textwrap.wrap(text, SENTENCE_WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text,
+        SENTENCE_WIDTH,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def table(given: Table) -> list[str]:
-    """Columns as wide as they need to be; what does not fit in `WIDTH` follows beneath, each row named again."""
+    """Columns as wide as they need to be; what does not fit in `WIDTH` follows beneath, each row
+    named again.
+    """
     cells = [list(given.header), *([str(cell) for cell in row] for row in given.rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(given.header))]
     parts: list[list[int]] = [[0]]
@@ -76,6 +88,13 @@ def table(given: Table) -> list[str]:
             parts.append([0])
         parts[-1].append(i)
     texts: list[list[str]] = [
-        ["  ".join(row[i].ljust(widths[i]) if i in given.words else row[i].rjust(widths[i]) for i in part).rstrip() for row in cells] for part in parts
+        [
+            "  ".join(
+                row[i].ljust(widths[i]) if i in given.words else row[i].rjust(widths[i])
+                for i in part
+            ).rstrip()
+            for row in cells
+        ]
+        for part in parts
     ]
-    return [line for i, part in enumerate(texts) for line in ([""] * (i > 0) + part)]
+    return [line for i, part in enumerate(texts) for line in [""] * (i > 0) + part]

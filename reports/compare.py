@@ -1,7 +1,8 @@
-"""Runs side by side: `make compare RUNS="outputs/a outputs/b"`, or `python -m reports.compare RUN RUN ... --out FOLDER`.
+"""Runs side by side: `make compare RUNS="outputs/a outputs/b"`, or `python -m reports.compare RUN
+RUN ... --out FOLDER`.
 
-Reads what each run's report was made of and writes compare.txt and compare.html. Runs whose figures are about different
-things are refused, with what differs.
+Reads what each run's report was made of and writes compare.txt and compare.html. Runs whose figures
+are about different things are refused, with what differs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     """0 where both files are written, 2 where the runs cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m reports.compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out", default="outputs/compare", help="folder to write to (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="outputs/compare", help="folder to write to (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     try:
         runs = opened(args.runs)
@@ -62,41 +65,68 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def opened(paths: Sequence[str]) -> list[Compared]:
-    """The runs with the figures of their reports. Raises UserError where there are fewer than two, or one has no report."""
+    """The runs with the figures of their reports. Raises UserError where there are fewer than two,
+    or one has no report.
+    """
     folders = list(dict.fromkeys(Path(path).resolve() for path in paths))
     if len(folders) < 2:
-        raise UserError('there is one run to compare; name two or more: make compare RUNS="outputs/a outputs/b"')
+        raise UserError(
+            'there is one run to compare; name two or more: make compare RUNS="outputs/a outputs/b"'
+        )
     common = os.path.commonpath(folders)
     found = []
     for folder in folders:
         run = RunDir.open(folder)
         why = run.undone_because("report")
         if why is not None:
-            raise UserError(f"{folder} has no report that stands ({why}); write it: make report RUN={folder}")
-        found.append(Compared(Path(os.path.relpath(folder, common)).as_posix(), run, run.read("report").json("report.json"), read_run(run)))
+            raise UserError(
+                f"{folder} has no report that stands ({why}); write it: make report RUN={folder}"
+            )
+        found.append(
+            Compared(
+                Path(os.path.relpath(folder, common)).as_posix(),
+                run,
+                run.read("report").json("report.json"),
+                read_run(run),
+            )
+        )
     return found
 
 
 def refuse_incomparable(runs: Sequence[Compared]) -> None:
-    """Raises UserError naming all that differs of what has to be the same. What neither run recorded is not compared."""
+    """Raises UserError naming all that differs of what has to be the same. What neither run
+    recorded is not compared.
+    """
     first, *others = runs
     problems = []
     for other in others:
         one, two = first.figures["comparable"], other.figures["comparable"]
         for what in one:
             if one[what] != two[what] and one[what] is not None and two[what] is not None:
-                problems.append(f"{first.name} and {other.name} differ in {what}: {_difference(one[what], two[what])}")
+                problems.append(
+                    f"{first.name} and {other.name} differ in {what}:"
+                    f" {_difference(one[what], two[what])}"
+                )
     if problems:
-        raise UserError(f"these runs cannot be compared: {'; '.join(problems)}; compare runs that share reward model, policy, data, evaluation and rules")
+        raise UserError(
+            f"these runs cannot be compared: {'; '.join(problems)}; compare runs that share reward"
+            " model, policy, data, evaluation and rules"
+        )
 
 
 def _difference(one: Any, two: Any, where: str = "") -> str:
     """The first few keys that differ, with both values."""
     if isinstance(one, dict) and isinstance(two, dict):
         keys = [key for key in dict.fromkeys([*one, *two]) if one.get(key) != two.get(key)]
-        told = [_difference(one.get(key), two.get(key), f"{where}.{key}" if where else str(key)) for key in keys[:3]]
+        told = [
+            _difference(one.get(key), two.get(key), f"{where}.{key}" if where else str(key))
+            for key in keys[:3]
+        ]
         return ", ".join(told) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-    shown = [text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..." for text in map(str, (one, two))]
+    shown = [
+        text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+        for text in map(str, (one, two))
+    ]
     return f"{where + ' ' if where else ''}{shown[0]} and {shown[1]}"
 
 
@@ -105,13 +135,22 @@ def _difference(one: Any, two: Any, where: str = "") -> str:
 
 def settings(runs: Sequence[Compared]) -> list[Block]:
     """The keys of the configs that differ, a column a run."""
-    keys = sorted({key for other in runs[1:] for key in differences(runs[0].run.config, other.run.config)} - {"name"})
-    commits = [", ".join(dict.fromkeys(commit[:8] for commit in r.figures["provenance"]["git_commits"])) or "unknown" for r in runs]
+    keys = sorted(
+        {key for other in runs[1:] for key in differences(runs[0].run.config, other.run.config)}
+        - {"name"}
+    )
+    commits = [
+        ", ".join(dict.fromkeys(commit[:8] for commit in r.figures["provenance"]["git_commits"]))
+        or "unknown"
+        for r in runs
+    ]
     rows = [[key, *(_value(r.run, key) for r in runs)] for key in keys]
     rows.append(["commit", *commits])
     blocks: list[Block] = [Table(["Setting", *(r.name for r in runs)], rows)]
     if len(set(commits)) > 1:
-        blocks.append(Prose("The runs were made by different commits: a difference may be the code's."))
+        blocks.append(
+            Prose("The runs were made by different commits: a difference may be the code's.")
+        )
     return blocks
 
 
@@ -124,8 +163,16 @@ def _value(run: RunDir, dotted: str) -> str:
 
 
 def verdicts(runs: Sequence[Compared]) -> list[Block]:
-    words = [f"{r.name}: {r.figures['verdict']['word']}{_qualified(r.figures['verdict'])}, because {r.figures['verdict']['reason']}" for r in runs]
-    failed = [f"{r.name} is incomplete: {len(r.figures['failures'])} of its parts failed or are missing." for r in runs if r.figures["failures"]]
+    words = [
+        f"{r.name}: {r.figures['verdict']['word']}{_qualified(r.figures['verdict'])}, because"
+        f" {r.figures['verdict']['reason']}"
+        for r in runs
+    ]
+    failed = [
+        f"{r.name} is incomplete: {len(r.figures['failures'])} of its parts failed or are missing."
+        for r in runs
+        if r.figures["failures"]
+    ]
     return [Items(words), *map(Prose, failed)]
 
 
@@ -139,10 +186,25 @@ def penalties(runs: Sequence[Compared]) -> list[Block]:
     for r in runs:
         penalty = r.figures["penalty"]
         numbers = (", ".join(map(plain, penalty[m])) or "none" for m in ("taus", "alphas"))
-        rows.append([r.name, penalty["kind"], ", ".join(map(str, penalty["latents"])) or "none", *numbers])
+        rows.append(
+            [r.name, penalty["kind"], ", ".join(map(str, penalty["latents"])) or "none", *numbers]
+        )
     blocks: list[Block] = [Table(["Run", "kind", "latents", "tau", "alpha"], rows)]
-    if len({(tuple(r.figures["penalty"]["latents"]), tuple(r.figures["penalty"]["taus"])) for r in runs}) > 1:
-        blocks.append(Prose("The runs penalise different latents, or at another tau: each one's penalised rate is its own measure."))
+    if (
+        len(
+            {
+                (tuple(r.figures["penalty"]["latents"]), tuple(r.figures["penalty"]["taus"]))
+                for r in runs
+            }
+        )
+        > 1
+    ):
+        blocks.append(
+            Prose(
+                "The runs penalise different latents, or at another tau: each one's penalised rate"
+                " is its own measure."
+            )
+        )
     return blocks
 
 
@@ -152,33 +214,89 @@ def changes(runs: Sequence[Compared]) -> list[Block]:
     for measure, name in MEASURES.items():
         if measure == "n_tokens":
             continue
-        mine = [(r, c) for r in runs for c in r.figures["verdict"]["changes"] if (c["measure"], c["arm"]) == (measure, "penalty") and c["n"]]
+        mine = [
+            (r, c)
+            for r in runs
+            for c in r.figures["verdict"]["changes"]
+            if (c["measure"], c["arm"]) == (measure, "penalty") and c["n"]
+        ]
         rows = [[r.name, c["n_prompts"], *_points(c)] for r, c in mine]
         if rows:
-            tables.append(Table(["Run", "prompts", "before", "after", "change", "95 % interval", "could show"], rows, title=f"{name.capitalize()}, in points:"))
+            tables.append(
+                Table(
+                    ["Run", "prompts", "before", "after", "change", "95 % interval", "could show"],
+                    rows,
+                    title=f"{name.capitalize()}, in points:",
+                )
+            )
     return tables or [Prose("not available: no run has a penalty and a no-penalty arm")]
 
 
 def _points(change: dict[str, Any]) -> list[str]:
-    value = {m: None if change[m] is None else 100 * change[m] for m in ("before", "after", "change", "low", "high", "detectable")}
-    numbers = [fixed(value["before"], 1), fixed(value["after"], 1), fixed(value["change"], 1, sign=True)]
+    value = {
+        m: None if change[m] is None else 100 * change[m]
+        for m in ("before", "after", "change", "low", "high", "detectable")
+    }
+    numbers = [
+        fixed(value["before"], 1),
+        fixed(value["after"], 1),
+        fixed(value["change"], 1, sign=True),
+    ]
     return [*numbers, interval(value["low"], value["high"], 1), fixed(value["detectable"], 1)]
 
 
 def policies(runs: Sequence[Compared]) -> list[Block]:
-    names = {"reward": 3, "triggered": 3, "monitors": 3, "refused": 3, "over_refused": 3, "kl": 3, "n_tokens": 1}
-    rows = [[f"{r.name} {p['policy']}", *(fixed(p[m], d) for m, d in names.items())] for r in runs for p in r.figures["policies"]]
+    names = {
+        "reward": 3,
+        "triggered": 3,
+        "monitors": 3,
+        "refused": 3,
+        "over_refused": 3,
+        "kl": 3,
+        "n_tokens": 1,
+    }
+    rows = [
+        [f"{r.name} {p['policy']}", *(fixed(p[m], d) for m, d in names.items())]
+        for r in runs
+        for p in r.figures["policies"]
+    ]
     if not rows:
         return [Prose("not available: no policy was evaluated")]
-    return [Table(["Run, policy", "reward", "penalised", "monitors", "refused", "over-ref.", "KL", "tokens"], rows)]
+    return [
+        Table(
+            [
+                "Run, policy",
+                "reward",
+                "penalised",
+                "monitors",
+                "refused",
+                "over-ref.",
+                "KL",
+                "tokens",
+            ],
+            rows,
+        )
+    ]
 
 
 def training(runs: Sequence[Compared]) -> list[Block]:
     names = ("reward", "penalty", "kl", "loss")
-    rows = [[f"{r.name} {t['policy']}", t["steps"], duration(t["training_s"]), *(fixed(t[m], 3) for m in names)] for r in runs for t in r.figures["training"]]
+    rows = [
+        [
+            f"{r.name} {t['policy']}",
+            t["steps"],
+            duration(t["training_s"]),
+            *(fixed(t[m], 3) for m in names),
+        ]
+        for r in runs
+        for t in r.figures["training"]
+    ]
     if not rows:
         return [Prose("not available: nothing was trained")]
-    return [Prose("Means over the last tenth of the steps."), Table(["Run, policy", "steps", "time", "reward", "penalty", "KL", "loss"], rows)]
+    return [
+        Prose("Means over the last tenth of the steps."),
+        Table(["Run, policy", "steps", "time", "reward", "penalty", "KL", "loss"], rows),
+    ]
 
 
 SECTIONS = {
@@ -200,7 +318,15 @@ def compare_text(runs: Sequence[Compared]) -> str:
 def compare_page(runs: Sequence[Compared]) -> str:
     plots = {"changes": change_plot(runs), "training": curves(runs)}
     sections = [
-        {"id": id_, "title": title, "note": "", "blocks": make(runs), "plots": plots.get(id_, []), "sources": []} for id_, (title, make) in SECTIONS.items()
+        {
+            "id": id_,
+            "title": title,
+            "note": "",
+            "blocks": make(runs),
+            "plots": plots.get(id_, []),
+            "sources": [],
+        }
+        for id_, (title, make) in SECTIONS.items()
     ]
     return render(
         "compare.html",
@@ -225,29 +351,53 @@ def change_plot(runs: Sequence[Compared]) -> list[Plot]:
     made = figure("change, in points", "", 110 + 30 * len(runs) * len(measures), legend=ABOVE)
     shown: list[str] = []
     for position, r in enumerate(runs):
-        found = {c["measure"]: c for c in r.figures["verdict"]["changes"] if c["arm"] == "penalty" and c["n"]}
+        found = {
+            c["measure"]: c
+            for c in r.figures["verdict"]["changes"]
+            if c["arm"] == "penalty" and c["n"]
+        }
         mine = [m for m in measures if m in found and found[m]["low"] is not None]
         if not mine:
             continue
         shown += [m for m in mine if m not in shown]
-        value, low, high = (np.array([100 * found[m][key] for m in mine], float) for key in ("change", "low", "high"))
+        value, low, high = (
+            np.array([100 * found[m][key] for m in mine], float)
+            for key in ("change", "low", "high")
+        )
         made.add_scatter(
             x=value,
             y=[-measures.index(m) - 0.6 * position / len(runs) for m in mine],
-            error_x={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": high - value,
+                "arrayminus": value - low,
+            },
             mode="markers",
             name=r.name,
             marker={"color": looks(position).colour, "symbol": looks(position).symbol, "size": 10},
-            customdata=[[MEASURES[m], interval(100 * found[m]["low"], 100 * found[m]["high"], 1)] for m in mine],
+            customdata=[
+                [MEASURES[m], interval(100 * found[m]["low"], 100 * found[m]["high"], 1)]
+                for m in mine
+            ],
             hovertemplate="%{customdata[0]}: %{x:+.1f} points %{customdata[1]}",
         )
     if not shown:
         return []
     middle = 0.3 * (len(runs) - 1) / len(runs)
-    made.update_yaxes(tickvals=[-measures.index(m) - middle for m in shown], ticktext=[MEASURES[m] for m in shown], showgrid=False)
+    made.update_yaxes(
+        tickvals=[-measures.index(m) - middle for m in shown],
+        ticktext=[MEASURES[m] for m in shown],
+        showgrid=False,
+    )
     made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
     return [
-        Plot("changes", "The penalty arm against the no-penalty arm", "Change of each rate by run, with 95 % intervals. The tables have the numbers.", made)
+        Plot(
+            "changes",
+            "The penalty arm against the no-penalty arm",
+            "Change of each rate by run, with 95 % intervals. The tables have the numbers.",
+            made,
+        )
     ]
 
 
@@ -263,7 +413,13 @@ def curves(runs: Sequence[Compared]) -> list[Plot]:
             mine = table[table["arm"] == "penalty"]
             mean = pd.to_numeric(mine[metric], errors="coerce").groupby(mine["step"]).mean()
             line = {"color": looks(position).colour, "dash": looks(position).dash, "width": 1.8}
-            made.add_scatter(x=mean.index.to_numpy(np.int32), y=mean.to_numpy(np.float32), mode="lines", name=r.name, line=line)
+            made.add_scatter(
+                x=mean.index.to_numpy(np.int32),
+                y=mean.to_numpy(np.float32),
+                mode="lines",
+                name=r.name,
+                line=line,
+            )
         if made.data:
             told = f"{title} of the {arm_name('penalty')} arm, mean over its seeds, a line a run."
             plots.append(Plot(f"training-{i}", title, told, made, wide=False))

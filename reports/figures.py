@@ -1,6 +1,8 @@
-"""Data frames -> every figure of the reports, as plain values by section: `figures(run, read_run(run), verdict, date)`.
+"""Data frames -> every figure of the reports, as plain values by section: `figures(run,
+read_run(run), verdict, date)`.
 
-Only this package aggregates: jobs leave one row per example. `reports.text` and `reports.page` turn figures into reports.
+Only this package aggregates: jobs leave one row per example. `reports.text` and `reports.page` turn
+figures into reports.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ HISTOGRAM = ("off", "to tau/2", "to 0.9 tau", "to tau", "to 1.5 tau", "beyond")
 
 
 def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> dict[str, Any]:
-    """Every figure of the report as plain values, by section; `verdict` is the record of the rule's outcome."""
+    """Every figure of the report as plain values, by section; `verdict` is the record of the
+    rule's outcome.
+    """
     config = run.config
     shown_policy = f"penalty-seed{config.ppo.seeds[0]}"
     return {
@@ -47,9 +51,20 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "phases": _phases(frames.phases),
         "training": _training(frames),
         "policies": policy_table(frames.generations).to_dict("records"),
-        "latents": latent_table(frames.generations, penalised_latents(run, frames.features)).to_dict("records"),
-        "random_latents": latent_table(frames.generations, _randoms(run, frames)).to_dict("records"),
-        "monitors": latent_table(frames.generations, [{"latent": m} for m in (frames.features or {}).get("monitors", [])]).to_dict("records"),
+        "latents": (
+            latent_table(frames.generations, penalised_latents(run, frames.features)).to_dict(
+                "records"
+            )
+        ),
+        "random_latents": (
+            latent_table(frames.generations, _randoms(run, frames)).to_dict("records")
+        ),
+        "monitors": (
+            latent_table(
+                frames.generations,
+                [{"latent": m} for m in (frames.features or {}).get("monitors", [])],
+            ).to_dict("records")
+        ),
         "evaluations": frames.evaluations,
         "verdict": verdict,
         "rule": config.verdict.model_dump(),
@@ -63,9 +78,19 @@ def _cards(cards: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the report says of the cards; the cards themselves are a page of their own."""
     if cards is None:
         return None
-    scores = [card["label"]["score"] for card in cards["cards"] if card["label"] and card["label"]["score"] is not None]
+    scores = [
+        card["label"]["score"]
+        for card in cards["cards"]
+        if card["label"] and card["label"]["score"] is not None
+    ]
     mean = sum(scores) / len(scores) if scores else None
-    return {"n": len(cards["cards"]), "minimal_edits": cards["minimal_edits"], "labels": cards["labels"], "n_scored": len(scores), "mean_score": mean}
+    return {
+        "n": len(cards["cards"]),
+        "minimal_edits": cards["minimal_edits"],
+        "labels": cards["labels"],
+        "n_scored": len(scores),
+        "mean_score": mean,
+    }
 
 
 def without_nan(value: Any) -> Any:
@@ -76,7 +101,11 @@ def without_nan(value: Any) -> Any:
         return [without_nan(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
-    return None if value is pd.NaT or (isinstance(value, float) and not math.isfinite(value)) else value
+    return (
+        None
+        if value is pd.NaT or (isinstance(value, float) and not math.isfinite(value))
+        else value
+    )
 
 
 def _configuration(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
@@ -86,18 +115,25 @@ def _configuration(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
         "policy": run.config.policy.model,
         "reward_model": run.config.sarm.model,
         "reward_parameters": parameters[0] if parameters else None,
-        "hardware": run.config.hardware or hardware(manifest.get("device_names", []), str(manifest.get("device"))),
+        "hardware": (
+            run.config.hardware
+            or hardware(manifest.get("device_names", []), str(manifest.get("device")))
+        ),
         "training_s": manifest.get("training_s"),
         "steps": manifest.get("steps"),
     }
 
 
 def hardware(device_names: Sequence[str], device: str) -> str:
-    """`4x NVIDIA H100 GPUs` from what each rank ran on; the memory size in a device's name is left out."""
+    """`4x NVIDIA H100 GPUs` from what each rank ran on; the memory size in a device's name is left
+    out.
+    """
     counts = Counter(re.sub(r"[ -]+\d+ ?GB\b.*$", "", name).strip() for name in device_names)
     if device.startswith("cuda"):
         return " and ".join(f"{n}x {name} GPU{'s' if n > 1 else ''}" for name, n in counts.items())
-    return " and ".join(f"CPU ({name})" if n == 1 else f"CPU ({name}), {n} processes" for name, n in counts.items())
+    return " and ".join(
+        f"CPU ({name})" if n == 1 else f"CPU ({name}), {n} processes" for name, n in counts.items()
+    )
 
 
 def _penalty(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
@@ -131,13 +167,25 @@ def _progression(training: pd.DataFrame, policy: str) -> list[dict[str, Any]]:
     names = {"reward": "objective/compound", "penalty": "objective/penalty", "loss": "loss/total"}
     rows = mine.set_index("step")
     return [
-        {"step": step, **{short: float(rows.at[step, name]) if name in rows and pd.notna(rows.at[step, name]) else math.nan for short, name in names.items()}}
+        {
+            "step": step,
+            **{
+                short: (
+                    float(rows.at[step, name])
+                    if name in rows and pd.notna(rows.at[step, name])
+                    else math.nan
+                )
+                for short, name in names.items()
+            },
+        }
         for step in shown_steps([int(s) for s in mine["step"]])
     ]
 
 
 def shown_steps(steps: Sequence[int]) -> list[int]:
-    """Of the logged steps, those nearest the middle of each fifth, and the last: 10, 30, 50, 70, 90, 100 of 100."""
+    """Of the logged steps, those nearest the middle of each fifth, and the last: 10, 30, 50, 70,
+    90, 100 of 100.
+    """
     last = steps[-1]
     stride = max(1, round(last / SHOWN_STEPS))
     wanted = [*range(max(1, round(stride / 2)), last, stride), last]
@@ -145,18 +193,35 @@ def shown_steps(steps: Sequence[int]) -> list[int]:
 
 
 def _outputs(run: RunDir, frames: Frames, policy: str) -> list[dict[str, Any]]:
-    """What the report points to. A manifest may name a `location` or a `training_log` of its own, where a run was brought from elsewhere."""
+    """What the report points to. A manifest may name a `location` or a `training_log` of its own,
+    where a run was brought from elsewhere.
+    """
     found = []
     ppo = frames.manifests.get(("ppo", policy))
     if ppo is not None:
-        weights = {name: entry for name, entry in ppo["outputs"].items() if name.startswith("policy/")}
-        folder = shown(run.folder("ppo", policy)) + "".join(f"/{Path(entry['file']).parts[0]}" for entry in list(weights.values())[:1])
+        weights = {
+            name: entry for name, entry in ppo["outputs"].items() if name.startswith("policy/")
+        }
+        folder = shown(run.folder("ppo", policy)) + "".join(
+            f"/{Path(entry['file']).parts[0]}" for entry in list(weights.values())[:1]
+        )
         n_bytes = sum(entry["bytes"] for entry in weights.values())
-        found.append({"path": ppo.get("location", folder) + "/", "what": "PPO-trained policy model", "bytes": n_bytes})
-    for phase, what in (("probe", "Phase 2 causal probe results"), ("steer", "Steering evaluation results")):
+        found.append(
+            {
+                "path": ppo.get("location", folder) + "/",
+                "what": "PPO-trained policy model",
+                "bytes": n_bytes,
+            }
+        )
+    for phase, what in (
+        ("probe", "Phase 2 causal probe results"),
+        ("steer", "Steering evaluation results"),
+    ):
         units = [manifest for (name, _), manifest in frames.manifests.items() if name == phase]
         if units:
-            found.append({"path": units[0].get("location", shown(run.path / phase)) + "/", "what": what})
+            found.append(
+                {"path": units[0].get("location", shown(run.path / phase)) + "/", "what": what}
+            )
     log = run.log("ppo", policy)
     if ppo is not None and "training_log" in ppo:
         found.append({"path": ppo["training_log"], "what": "Full training log"})
@@ -177,14 +242,30 @@ def _phases(phases: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _training(frames: Frames) -> list[dict[str, Any]]:
-    """A row a trained policy: its metrics averaged over the last tenth of its steps, and what it took."""
-    names = {"reward": "objective/scores", "penalty": "objective/penalty", "kl": "objective/kl", "loss": "loss/total", "tokens_per_s": "tokens_per_s"}
+    """A row a trained policy: its metrics averaged over the last tenth of its steps, and what it
+    took.
+    """
+    names = {
+        "reward": "objective/scores",
+        "penalty": "objective/penalty",
+        "kl": "objective/kl",
+        "loss": "loss/total",
+        "tokens_per_s": "tokens_per_s",
+    }
     rows = []
     for policy, table in frames.training.groupby("policy", sort=False):
         training_s = frames.manifests.get(("ppo", str(policy)), {}).get("training_s")
         end = table.tail(max(1, len(table) // 10))
         means = {short: _mean(end[name]) if name in end else None for short, name in names.items()}
-        rows.append({"policy": policy, "arm": table["arm"].iloc[0], "steps": int(table["step"].max()), "training_s": training_s, **means})
+        rows.append(
+            {
+                "policy": policy,
+                "arm": table["arm"].iloc[0],
+                "steps": int(table["step"].max()),
+                "training_s": training_s,
+                **means,
+            }
+        )
     return sorted(rows, key=lambda row: (arm_rank(row["arm"]), row["policy"]))
 
 
@@ -217,7 +298,9 @@ def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
 
 
 def distinct(responses: Iterable[str], n: int) -> float:
-    """Distinct n-grams over all n-grams of the responses, by lower-cased words (arXiv 1510.03055)."""
+    """Distinct n-grams over all n-grams of the responses, by lower-cased words (arXiv
+    1510.03055).
+    """
     seen: Counter[tuple[str, ...]] = Counter()
     for response in responses:
         words = response.lower().split()
@@ -227,12 +310,16 @@ def distinct(responses: Iterable[str], n: int) -> float:
 
 def _randoms(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
     """What the first seed's random arm penalised; the other seeds' is in their calibration.json."""
-    found: list[dict[str, Any]] = frames.calibrations.get(f"random-seed{run.config.ppo.seeds[0]}", {}).get("penalised", [])
+    found: list[dict[str, Any]] = frames.calibrations.get(
+        f"random-seed{run.config.ppo.seeds[0]}", {}
+    ).get("penalised", [])
     return found
 
 
 def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row a latent and arm, on unsafe prompts: activity, mean z and, where it has a tau, the rate above and the histogram about it."""
+    """A row a latent and arm, on unsafe prompts: activity, mean z and, where it has a tau, the
+    rate above and the histogram about it.
+    """
     if generations.empty:
         return pd.DataFrame()
     unsafe = generations[generations["kind"] == "unsafe"]
@@ -240,10 +327,28 @@ def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -
     for entry in entries:
         column, tau = f"z_{entry['latent']}", entry.get("tau")
         for arm in sorted(unsafe["arm"].unique(), key=arm_rank):
-            z = unsafe.loc[unsafe["arm"] == arm, column].dropna().to_numpy(float) if column in unsafe else np.array([])
+            z = (
+                unsafe.loc[unsafe["arm"] == arm, column].dropna().to_numpy(float)
+                if column in unsafe
+                else np.array([])
+            )
             if len(z):
-                row = {"latent": entry["latent"], "tau": tau, "arm": arm, "n": len(z), "active": float((z > 0).mean()), "mean_z": float(z.mean())}
-                rows.append(row | ({"rate": float((z > tau).mean()), "histogram": histogram(z, tau)} if tau is not None else {}))
+                row = {
+                    "latent": entry["latent"],
+                    "tau": tau,
+                    "arm": arm,
+                    "n": len(z),
+                    "active": float((z > 0).mean()),
+                    "mean_z": float(z.mean()),
+                }
+                rows.append(
+                    row
+                    | (
+                        {"rate": float((z > tau).mean()), "histogram": histogram(z, tau)}
+                        if tau is not None
+                        else {}
+                    )
+                )
     return pd.DataFrame(rows)
 
 
@@ -255,7 +360,9 @@ def histogram(z: np.ndarray, tau: float) -> list[float]:
 
 
 def _provenance(run: RunDir, frames: Frames) -> dict[str, Any]:
-    done = frames.phases[frames.phases["status"] == "done"].drop(columns=["status", "cause", "config_sha256", "seconds", "needs"])
+    done = frames.phases[frames.phases["status"] == "done"].drop(
+        columns=["status", "cause", "config_sha256", "seconds", "needs"]
+    )
     return {
         "folder": shown(run.path),
         "config_sha256": run.config.sha256,
@@ -285,7 +392,9 @@ SOURCES = {
 
 
 def _sources(run: RunDir, frames: Frames) -> dict[str, list[dict[str, Any]]]:
-    """By section, the published files behind it: path within the run, their SHA-256, and who wrote them."""
+    """By section, the published files behind it: path within the run, their SHA-256, and who wrote
+    them.
+    """
     units = frames.phases.set_index(["phase", "unit"])
     found: dict[str, list[dict[str, Any]]] = {}
     for section, (phase, names) in SOURCES.items():
@@ -306,16 +415,25 @@ def _sources(run: RunDir, frames: Frames) -> dict[str, list[dict[str, Any]]]:
 
 
 def _comparable(run: RunDir, frames: Frames) -> dict[str, Any]:
-    """What has to be the same in two runs for their figures to be set side by side; see `reports.compare`."""
+    """What has to be the same in two runs for their figures to be set side by side; see
+    `reports.compare`.
+    """
     config, models = run.config, frames.models or {}
     data = models.get("data", {}).get("files", {})
     return {
-        "reward model": {"model": config.sarm.model, "revision": config.sarm.revision, "use_topk": config.sarm.use_topk, "max_length": config.sarm.max_length},
+        "reward model": {
+            "model": config.sarm.model,
+            "revision": config.sarm.revision,
+            "use_topk": config.sarm.use_topk,
+            "max_length": config.sarm.max_length,
+        },
         "reward model's files": models.get("sarm", {}).get("sha256"),
         "policy": {"model": config.policy.model, "revision": config.policy.revision},
         "policy's files": models.get("policy", {}).get("sha256"),
         "data split": config.data.model_dump(mode="json"),
-        "data files": {name: sorted(file["sha256"] for file in files) for name, files in data.items()} or None,
+        "data files": (
+            {name: sorted(file["sha256"] for file in files) for name, files in data.items()} or None
+        ),
         "evaluation": config.evaluate.model_dump(mode="json"),
         "seed": config.seed,
         "verdict rules": config.verdict.model_dump(mode="json"),

@@ -22,7 +22,11 @@ from sarm.run import Published, RunDir, latest
 ARM_ORDER = ("base", "no_penalty", "penalty", "random")
 """How arms are listed; one that is not named here comes after these."""
 LOG_TAIL_BYTES = 65_536
-ERROR_LINE = re.compile(r"^(error:|slurmstepd: error|[\w.]*(Error|Exception|Interrupt)\b|.*\b(Killed|CANCELLED|TIME LIMIT|out of memory)\b)", re.IGNORECASE)
+ERROR_LINE = re.compile(
+    r"^(error:|slurmstepd: error|[\w.]*(Error|Exception|Interrupt)\b|.*\b(Killed|CANCELLED|TIME"
+    r" LIMIT|out of memory)\b)",
+    re.IGNORECASE,
+)
 
 
 class Frames(NamedTuple):
@@ -33,7 +37,9 @@ class Frames(NamedTuple):
     manifests: dict[tuple[str, str], dict[str, Any]]
     features: dict[str, Any] | None
     calibrations: dict[str, dict[str, Any]]
-    """By trained policy: the latents its reward penalised, with tau and alpha in the reward's unit."""
+    """By trained policy: the latents its reward penalised, with tau and alpha in the reward's
+    unit.
+    """
     training: pd.DataFrame
     """A row a policy and step: policy, arm, seed, step, and the trainer's metrics."""
     steering: dict[str, Any] | None
@@ -51,11 +57,17 @@ class Frames(NamedTuple):
     """What pushing the base policy along decoder directions changed."""
 
 
-def read_run(run: RunDir, *, patience_s: float = 0.0, failed: Mapping[tuple[str, str], str] = MappingProxyType({})) -> Frames:
+def read_run(
+    run: RunDir,
+    *,
+    patience_s: float = 0.0,
+    failed: Mapping[tuple[str, str], str] = MappingProxyType({}),
+) -> Frames:
     """Read every finished unit; a missing or damaged one is a row of `phases` with its cause.
 
-    `patience_s` is how long, in all, to look for manifests that a network file system may not show yet; not for those of
-    the units that are known to have `failed`, by how their jobs ended: empty where one never began.
+    `patience_s` is how long, in all, to look for manifests that a network file system may not show
+    yet; not for those of the units that are known to have `failed`, by how their jobs ended: empty
+    where one never began.
     """
     deadline = time.monotonic() + patience_s
     published: dict[tuple[str, str], Published] = {}
@@ -76,7 +88,9 @@ def read_run(run: RunDir, *, patience_s: float = 0.0, failed: Mapping[tuple[str,
     return _read_outputs(pd.DataFrame(rows), published, run)
 
 
-def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Published], run: RunDir) -> Frames:
+def _read_outputs(
+    phases: pd.DataFrame, published: dict[tuple[str, str], Published], run: RunDir
+) -> Frames:
     """Frames of published outputs; an output that is damaged marks its unit as failed."""
     manifests = {key: p.manifest for key, p in published.items()}
     features, steering, models, cards, steered = None, None, None, None, None
@@ -87,7 +101,11 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
     for (phase, unit), unit_files in published.items():
         try:
             if phase == "fetch":
-                models = unit_files.json("models.json") if "models.json" in unit_files.manifest["outputs"] else None
+                models = (
+                    unit_files.json("models.json")
+                    if "models.json" in unit_files.manifest["outputs"]
+                    else None
+                )
             elif phase == "select":
                 features = unit_files.json("features.json")
                 if "table.parquet" in unit_files.manifest["outputs"]:
@@ -100,7 +118,9 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
                 steered = unit_files.json("summary.json")
             elif unit in points:
                 if phase == "evaluate":
-                    sweep.append(_with_policy(pd.read_parquet(unit_files.path("generations.parquet")), unit))
+                    sweep.append(
+                        _with_policy(pd.read_parquet(unit_files.path("generations.parquet")), unit)
+                    )
             elif phase == "ppo":
                 training.append(_metrics(unit_files.path("metrics.jsonl"), unit))
                 calibrations[unit] = unit_files.json("calibration.json")
@@ -121,51 +141,116 @@ def _read_outputs(phases: pd.DataFrame, published: dict[tuple[str, str], Publish
         calibrations=calibrations,
         evaluations=evaluations,
         training=_joined(training, "step"),
-        generations=_judged(_joined(generations, "prompt_id"), penalised_latents(run, features), (features or {}).get("monitors", [])),
+        generations=_judged(
+            _joined(generations, "prompt_id"),
+            penalised_latents(run, features),
+            (features or {}).get("monitors", []),
+        ),
         probe=probe,
         models=models,
         cards=cards,
         steered=steered,
-        sweep=_judged(_joined(sweep, "prompt_id"), penalised_latents(run, features), (features or {}).get("monitors", [])),
+        sweep=_judged(
+            _joined(sweep, "prompt_id"),
+            penalised_latents(run, features),
+            (features or {}).get("monitors", []),
+        ),
     )
 
 
-def _phase_row(run: RunDir, phase: Phase, unit: str, found: Published | None, problem: str | None, end: str | None) -> dict[str, Any]:
+def _phase_row(
+    run: RunDir,
+    phase: Phase,
+    unit: str,
+    found: Published | None,
+    problem: str | None,
+    end: str | None,
+) -> dict[str, Any]:
     """`end` is how the unit's job ended, where that is known."""
     log = run.log(phase, unit)
-    row: dict[str, Any] = {"phase": phase, "unit": unit, "status": "done", "cause": "", "log": shown(log) if log.is_file() else ""}
+    row: dict[str, Any] = {
+        "phase": phase,
+        "unit": unit,
+        "status": "done",
+        "cause": "",
+        "log": shown(log) if log.is_file() else "",
+    }
     if problem is not None:
         began = log.is_file() if end is None else end != ""
         row["status"] = "failed" if began else "not run"
         row["log"] = row["log"] if began else ""
-        causes = [end, last_error(log) if began else "", "" if problem == "no manifest" else problem]
+        causes = [
+            end,
+            last_error(log) if began else "",
+            "" if problem == "no manifest" else problem,
+        ]
         row["cause"] = "; ".join(filter(None, causes)) or "it never started"
     manifest = found.manifest if found is not None and problem is None else {}
-    for name in ("attempt", "git_commit", "image_sha256", "config_sha256", "job_id", "seed", "host", "device", "started", "ended"):
+    for name in (
+        "attempt",
+        "git_commit",
+        "image_sha256",
+        "config_sha256",
+        "job_id",
+        "seed",
+        "host",
+        "device",
+        "started",
+        "ended",
+    ):
         row[name] = manifest.get(name)
-    row["seconds"] = (datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])).total_seconds() if manifest else None
-    row["needs"] = sorted({"/".join(key.split("/")[:2]) for key, sha256 in manifest.get("inputs", {}).items() if sha256 and not key.startswith("/")})
-    row["manifest_sha256"] = hashlib.sha256((run.folder(phase, unit) / "manifest.json").read_bytes()).hexdigest() if manifest else None
+    row["seconds"] = (
+        (
+            datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])
+        ).total_seconds()
+        if manifest
+        else None
+    )
+    row["needs"] = sorted(
+        {
+            "/".join(key.split("/")[:2])
+            for key, sha256 in manifest.get("inputs", {}).items()
+            if sha256 and not key.startswith("/")
+        }
+    )
+    row["manifest_sha256"] = (
+        hashlib.sha256((run.folder(phase, unit) / "manifest.json").read_bytes()).hexdigest()
+        if manifest
+        else None
+    )
     return row
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that names an error, else its last line; empty where its last job wrote none."""
+    """The last line of a log that names an error, else its last line; empty where its last job
+    wrote none.
+    """
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
-    lines = [line for line in (re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[^\S\n ]|[\x00-\x08\x0b-\x1f]", " ", raw).strip() for raw in text.splitlines()) if line]
+    lines = [
+        line
+        for line in (
+            re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[^\S\n ]|[\x00-\x08\x0b-\x1f]", " ", raw).strip()
+            for raw in text.splitlines()
+        )
+        if line
+    ]
     lines = latest(lines)
     named = [line for line in lines if ERROR_LINE.search(line)]
     return " ".join((named or lines or [""])[-1].split())[:400]
 
 
 def _metrics(path: Path, unit: str) -> pd.DataFrame:
-    """The trainer's log, one row a step; of a step logged twice the later line counts. People count steps from 1."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The trainer's log, one row a step; of a step logged twice the later line counts. People
+    count steps from 1.
+    """
+    lines = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     table = pd.DataFrame(lines)
     if table.empty:
         table = pd.DataFrame(columns=["step"])
@@ -183,18 +268,36 @@ def _with_policy(table: pd.DataFrame, unit: str) -> pd.DataFrame:
 
 
 def _joined(tables: list[pd.DataFrame], key: str) -> pd.DataFrame:
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["policy", "arm", "seed", key])
+    return (
+        pd.concat(tables, ignore_index=True)
+        if tables
+        else pd.DataFrame(columns=["policy", "arm", "seed", key])
+    )
 
 
 def penalised_latents(run: RunDir, features: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The harming latents that the penalty is about; a density penalty looks at no threshold but 0."""
+    """The harming latents that the penalty is about; a density penalty looks at no threshold but
+    0.
+    """
     entries = (features or {}).get("penalised", [])
-    return [entry | {"tau": 0.0} for entry in entries] if run.config.ppo.penalty.kind == "density" else entries
+    return (
+        [entry | {"tau": 0.0} for entry in entries]
+        if run.config.ppo.penalty.kind == "density"
+        else entries
+    )
 
 
-def _judged(generations: pd.DataFrame, penalised: Sequence[dict[str, Any]], monitors: Sequence[int]) -> pd.DataFrame:
-    """Generations with `triggered` (some penalised latent above tau) and `monitors` (share of them active)."""
-    fired = [generations[f"z_{p['latent']}"] > p["tau"] for p in penalised if f"z_{p['latent']}" in generations]
+def _judged(
+    generations: pd.DataFrame, penalised: Sequence[dict[str, Any]], monitors: Sequence[int]
+) -> pd.DataFrame:
+    """Generations with `triggered` (some penalised latent above tau) and `monitors` (share of them
+    active).
+    """
+    fired = [
+        generations[f"z_{p['latent']}"] > p["tau"]
+        for p in penalised
+        if f"z_{p['latent']}" in generations
+    ]
     active = [generations[f"z_{latent}"] > 0 for latent in monitors if f"z_{latent}" in generations]
     generations["triggered"] = np.logical_or.reduce(fired).astype(float) if fired else math.nan
     generations["monitors"] = np.mean(active, axis=0) if active else math.nan

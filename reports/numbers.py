@@ -1,4 +1,5 @@
-"""Numbers and a few words as every report prints them: never a negative zero, `n/a` for what is not known.
+"""Numbers and a few words as every report prints them: never a negative zero, `n/a` for what is
+not known.
 
 Used by `reports.reference`, `reports.sections`, `reports.plots` and `reports.compare`.
 """
@@ -9,7 +10,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-ARMS = {"base": "base", "no_penalty": "no penalty", "penalty": "penalty", "random": "random", "penalty - random": "vs. random"}
+ARMS = {
+    "base": "base",
+    "no_penalty": "no penalty",
+    "penalty": "penalty",
+    "random": "random",
+    "penalty - random": "vs. random",
+}
 MEASURES = {
     "triggered": "penalised, unsafe",
     "monitors": "monitors, unsafe",
@@ -69,15 +76,22 @@ def relative(share: float | None) -> str:
 
 def points(change: dict[str, Any]) -> str:
     """A change of a rate in points, with its interval."""
-    value, low, high = (None if change[m] is None else 100 * change[m] for m in ("change", "low", "high"))
+    value, low, high = (
+        None if change[m] is None else 100 * change[m] for m in ("change", "low", "high")
+    )
     bounds = interval(low, high, 1)
-    return f"{fixed(value, 1, sign=True)} points, 95 % interval {bounds if bounds != 'n/a' else 'not known'}"
+    return (
+        f"{fixed(value, 1, sign=True)} points, 95 % interval"
+        f" {bounds if bounds != 'n/a' else 'not known'}"
+    )
 
 
 def interval(low: float | None, high: float | None, digits: int) -> str:
     """[-0.012, +0.034]."""
     known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
-    return f"[{fixed(low, digits, sign=True)}, {fixed(high, digits, sign=True)}]" if known else "n/a"
+    return (
+        f"[{fixed(low, digits, sign=True)}, {fixed(high, digits, sign=True)}]" if known else "n/a"
+    )
 
 
 def digits(change: dict[str, Any]) -> int:
@@ -97,7 +111,11 @@ def size(n_bytes: float) -> str:
     """30GB, 269MB, in decimal units."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if n_bytes >= unit:
-            return f"{n_bytes / unit:.0f}{name}" if n_bytes >= 9.95 * unit else f"{n_bytes / unit:.1f}{name}"
+            return (
+                f"{n_bytes / unit:.0f}{name}"
+                if n_bytes >= 9.95 * unit
+                else f"{n_bytes / unit:.1f}{name}"
+            )
     return f"{n_bytes:.0f}B"
 
 
@@ -107,6 +125,10 @@ def duration(seconds: float | None) -> str:
         return "n/a"
     for unit, name in ((3600.0, "hour"), (60.0, "minute")):
         if seconds >= 1.5 * unit:
-            number = f"{seconds / unit:.1f}".removesuffix(".0") if unit == 3600.0 else f"{seconds / unit:.0f}"
+            number = (
+                f"{seconds / unit:.1f}".removesuffix(".0")
+                if unit == 3600.0
+                else f"{seconds / unit:.0f}"
+            )
             return f"{number} {name}s"
     return f"{seconds:.0f} second{'s' if round(seconds) != 1 else ''}"

@@ -1,6 +1,7 @@
 """Figures and frames -> report.html, one file that needs no network: `page(figures, frames)`.
 
-The sections are those of the text; the page adds headline figures, plots, sample generations and the source of each section.
+The sections are those of the text; the page adds headline figures, plots, sample generations and
+the source of each section.
 """
 
 from __future__ import annotations
@@ -39,9 +40,19 @@ HEADLINES = {
 
 def page(figures: dict[str, Any], frames: Frames) -> str:
     """The whole page."""
-    plots = {section.id: list(PLOTS.get(section.id, lambda *_: [])(figures, frames)) for section in SECTIONS}
+    plots = {
+        section.id: list(PLOTS.get(section.id, lambda *_: [])(figures, frames))
+        for section in SECTIONS
+    }
     # The page opens with the word.
-    shown = [section._replace(title="The figures behind the verdict", blocks=verdict_figures) if section.id == "verdict" else section for section in SECTIONS]
+    shown = [
+        (
+            section._replace(title="The figures behind the verdict", blocks=verdict_figures)
+            if section.id == "verdict"
+            else section
+        )
+        for section in SECTIONS
+    ]
     sections = [section_parts(section, figures, plots[section.id]) for section in shown]
     after = 1 + next(i for i, section in enumerate(SECTIONS) if section.id == "latents")
     return render(
@@ -61,15 +72,27 @@ def page(figures: dict[str, Any], frames: Frames) -> str:
 def render(template: str, **values: Any) -> str:
     """A template with the style, the script and Plotly inlined."""
     found = environment().get_template(template)
-    texts = {name: (TEMPLATES / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
-    return found.render(style=texts["css"], script=texts["js"], plotly=_inline(get_plotlyjs()), **values)
+    texts = {
+        name: (TEMPLATES / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")
+    }
+    return found.render(
+        style=texts["css"], script=texts["js"], plotly=_inline(get_plotlyjs()), **values
+    )
 
 
 @functools.cache
 def environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    made.filters["plot_json"] = lambda plot: _inline(json.dumps(json.loads(plot.figure.to_json()), separators=(",", ":")))
+    made = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    made.filters["plot_json"] = lambda plot: _inline(
+        json.dumps(json.loads(plot.figure.to_json()), separators=(",", ":"))
+    )
     made.filters["coded"] = _coded
     made.filters["first_part"] = lambda path: path.partition("/")[0]
     made.filters["short"] = lambda digest: (digest or "none")[:8]
@@ -88,7 +111,14 @@ def _inline(text: str) -> str:
 
 def section_parts(section: Section, figures: dict[str, Any], plots: list[Plot]) -> dict[str, Any]:
     sources = figures["sources"].get(section.id, [])
-    return {"id": section.id, "title": section.title, "note": section.note, "blocks": section.blocks(figures), "plots": plots, "sources": sources}
+    return {
+        "id": section.id,
+        "title": section.title,
+        "note": section.note,
+        "blocks": section.blocks(figures),
+        "plots": plots,
+        "sources": sources,
+    }
 
 
 def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
@@ -101,14 +131,18 @@ def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 def headlines(figures: dict[str, Any]) -> list[dict[str, str]]:
     """The penalty arm's changes against the no-penalty arm, as cards."""
-    found = {c["measure"]: c for c in figures["verdict"]["changes"] if c["arm"] == "penalty" and c["n"]}
+    found = {
+        c["measure"]: c for c in figures["verdict"]["changes"] if c["arm"] == "penalty" and c["n"]
+    }
     return [
         {
             "name": name,
             "on": on,
             "value": fixed(100 * found[measure]["change"], 1, sign=True),
             "interval": interval(100 * found[measure]["low"], 100 * found[measure]["high"], 1),
-            "from_to": f"{fixed(found[measure]['before'], 3)} to {fixed(found[measure]['after'], 3)}",
+            "from_to": (
+                f"{fixed(found[measure]['before'], 3)} to {fixed(found[measure]['after'], 3)}"
+            ),
             "n": f"{found[measure]['n_prompts']} prompts",
             "detectable": fixed(100 * found[measure]["detectable"], 1),
         }
@@ -123,18 +157,46 @@ def samples(figures: dict[str, Any], generations: pd.DataFrame) -> dict[str, Any
         return {"policies": [], "prompts": [], "n": 0, "length": SAMPLE_LENGTH, "sources": []}
     seed = figures["provenance"]["ppo_seeds"][0]
     mine = generations[(generations["arm"] == "base") | (generations["seed"] == seed)]
-    policies = sorted(mine["policy"].unique(), key=lambda policy: arm_rank(mine.loc[mine["policy"] == policy, "arm"].iloc[0]))
-    ids = mine[["prompt_id", "kind"]].drop_duplicates("prompt_id").sort_values(["kind", "prompt_id"], ascending=[False, True])
+    policies = sorted(
+        mine["policy"].unique(),
+        key=lambda policy: arm_rank(mine.loc[mine["policy"] == policy, "arm"].iloc[0]),
+    )
+    ids = (
+        mine[["prompt_id", "kind"]]
+        .drop_duplicates("prompt_id")
+        .sort_values(["kind", "prompt_id"], ascending=[False, True])
+    )
     wanted = ids.groupby("kind", sort=False).head(max(SAMPLES.values()))
-    wanted = pd.concat([group.head(SAMPLES[kind]) for kind, group in wanted.groupby("kind", sort=False) if kind in SAMPLES])
+    wanted = pd.concat(
+        [
+            group.head(SAMPLES[kind])
+            for kind, group in wanted.groupby("kind", sort=False)
+            if kind in SAMPLES
+        ]
+    )
     at = mine.set_index(["prompt_id", "policy"])
     prompts = []
     for prompt_id, kind in wanted[["prompt_id", "kind"]].itertuples(index=False):
-        answers = [_answer(at.loc[(prompt_id, policy)]) for policy in policies if (prompt_id, policy) in at.index]
+        answers = [
+            _answer(at.loc[(prompt_id, policy)])
+            for policy in policies
+            if (prompt_id, policy) in at.index
+        ]
         first = mine[mine["prompt_id"] == prompt_id].iloc[0]
-        told = {"id": prompt_id, "kind": kind, "category": str(first.get("category") or ""), "prompt": clipped(str(first.get("prompt", "")))}
+        told = {
+            "id": prompt_id,
+            "kind": kind,
+            "category": str(first.get("category") or ""),
+            "prompt": clipped(str(first.get("prompt", ""))),
+        }
         prompts.append(told | {"answers": answers})
-    return {"policies": policies, "prompts": prompts, "n": len(ids), "length": SAMPLE_LENGTH, "sources": figures["sources"].get("samples", [])}
+    return {
+        "policies": policies,
+        "prompts": prompts,
+        "n": len(ids),
+        "length": SAMPLE_LENGTH,
+        "sources": figures["sources"].get("samples", []),
+    }
 
 
 def _answer(row: pd.Series) -> dict[str, Any]:

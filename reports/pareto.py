@@ -18,7 +18,8 @@ from sarm.run import RunDir
 def sweep_figures(run: RunDir, frames: Frames) -> dict[str, Any] | None:
     """The points and which of them are on the front; None where the config names no sweep.
 
-    The penalised rate is by the penalty arm's own thresholds for every policy, so that one yardstick serves all taus.
+    The penalised rate is by the penalty arm's own thresholds for every policy, so that one
+    yardstick serves all taus.
     """
     points = run.config.sweep_points()
     if not points:
@@ -29,11 +30,34 @@ def sweep_figures(run: RunDir, frames: Frames) -> dict[str, Any] | None:
             point = points.get(row["policy"])
             low, high = wilson(row["triggered"], row["n_unsafe"])
             seed = 0 if row["policy"] == "base" else arm_and_seed(row["policy"])[1]
-            numbers = {name: row[name] for name in ("reward", "kl", "triggered", "monitors", "refused", "over_refused", "n_tokens", "n_unsafe")}
+            numbers = {
+                name: row[name]
+                for name in (
+                    "reward",
+                    "kl",
+                    "triggered",
+                    "monitors",
+                    "refused",
+                    "over_refused",
+                    "n_tokens",
+                    "n_unsafe",
+                )
+            }
             setting = (
-                {"tau": point.tau, "is_quantile": point.is_quantile, "alpha": point.alpha} if point else {"tau": None, "is_quantile": False, "alpha": None}
+                {"tau": point.tau, "is_quantile": point.is_quantile, "alpha": point.alpha}
+                if point
+                else {"tau": None, "is_quantile": False, "alpha": None}
             )
-            rows.append({"policy": row["policy"], "seed": seed, **setting, **numbers, "triggered_low": low, "triggered_high": high})
+            rows.append(
+                {
+                    "policy": row["policy"],
+                    "seed": seed,
+                    **setting,
+                    **numbers,
+                    "triggered_low": low,
+                    "triggered_high": high,
+                }
+            )
     on_front = front([(row["triggered"], row["kl"], -row["reward"]) for row in rows])
     for row, best in zip(rows, on_front, strict=True):
         row["front"] = best
@@ -42,16 +66,24 @@ def sweep_figures(run: RunDir, frames: Frames) -> dict[str, Any] | None:
 
 
 def front(costs: Sequence[Sequence[float]]) -> list[bool]:
-    """Which points no other point beats: none is as good in every cost and better in one. A point with a NaN is not on it."""
+    """Which points no other point beats: none is as good in every cost and better in one. A point
+    with a NaN is not on it.
+    """
 
     def beaten(mine: Sequence[float]) -> bool:
-        return any(all(a <= b for a, b in zip(other, mine, strict=True)) and any(a < b for a, b in zip(other, mine, strict=True)) for other in costs)
+        return any(
+            all(a <= b for a, b in zip(other, mine, strict=True))
+            and any(a < b for a, b in zip(other, mine, strict=True))
+            for other in costs
+        )
 
     return [not any(math.isnan(c) for c in cost) and not beaten(cost) for cost in costs]
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson 1927); one generation a prompt, so the prompts are the sample."""
+    """95 % score interval of a share (Wilson 1927); one generation a prompt, so the prompts are
+    the sample.
+    """
     if not n or math.isnan(rate):
         return math.nan, math.nan
     z = 1.959964

@@ -1,7 +1,8 @@
-"""Plots of a report, by section: `PLOTS["training"](figures, frames)` gives Plotly figures, each with what it shows in words.
+"""Plots of a report, by section: `PLOTS["training"](figures, frames)` gives Plotly figures, each
+with what it shows in words.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart; a dash or a symbol says the same again.
-The page sets the colours of text, axes and ground, which differ between light and dark.
+Colours are Okabe and Ito's, which colour-blind people can tell apart; a dash or a symbol says the
+same again. The page sets the colours of text, axes and ground, which differ between light and dark.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from reports.frames import Frames, arm_rank
 from reports.numbers import MEASURES, arm_name, fixed, general, interval, plain
 
 MAX_POINTS = 5000
-"""Latents drawn one by one; a browser that draws more becomes slow. The others are drawn as counts."""
+"""Latents drawn one by one; a browser that draws more becomes slow. The others are drawn as
+counts.
+"""
 GRID = (90, 60)
 """Cells of the counts, across and up."""
 N_BINS = 30
@@ -44,8 +47,17 @@ STYLES = {
     "penalty": Style("#d55e00", "solid", "circle"),
     "random": Style("#009e73", "dashdot", "triangle-up"),
 }
-OTHER = (Style("#cc79a7", "longdash", "star"), Style("#56b4e9", "longdashdot", "cross"), Style("#e69f00", "dot", "x"))
-ROLES = {"promoting": ("#0072b2", "triangle-up"), "harming": ("#d55e00", "circle"), "misleading": ("#cc79a7", "x"), "none": ("#7f868f", "circle")}
+OTHER = (
+    Style("#cc79a7", "longdash", "star"),
+    Style("#56b4e9", "longdashdot", "cross"),
+    Style("#e69f00", "dot", "x"),
+)
+ROLES = {
+    "promoting": ("#0072b2", "triangle-up"),
+    "harming": ("#d55e00", "circle"),
+    "misleading": ("#cc79a7", "x"),
+    "none": ("#7f868f", "circle"),
+}
 STATES = {"done": "#0072b2", "failed": "#d55e00", "damaged": "#d55e00", "not run": "#7f868f"}
 
 TRAINING = {
@@ -80,7 +92,14 @@ def style(arm: str) -> Style:
 
 def figure(x: str, y: str, height: int = 360, **layout: Any) -> go.Figure:
     """An empty figure with titled axes."""
-    made = go.Figure(layout={"template": {}, "height": height, "margin": {"l": 64, "r": 16, "t": 40, "b": 52}, **layout})
+    made = go.Figure(
+        layout={
+            "template": {},
+            "height": height,
+            "margin": {"l": 64, "r": 16, "t": 40, "b": 52},
+            **layout,
+        }
+    )
     made.update_xaxes(title_text=x, automargin=True)
     made.update_yaxes(title_text=y, automargin=True)
     return made
@@ -104,16 +123,46 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         made.add_scatter(
             x=value,
             y=[len(names) - 1 - names.index(MEASURES[c["measure"]]) + 0.22 * shift for c in mine],
-            error_x={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": high - value,
+                "arrayminus": value - low,
+            },
             mode="markers",
-            name="penalty - random" if arm == "penalty - random" else f"{arm_name(arm)} - no penalty",
-            marker={"color": looks.colour, "symbol": "circle-open" if arm == "penalty - random" else looks.symbol, "size": 10},
-            customdata=[[MEASURES[c["measure"]], interval(100 * c["low"], 100 * c["high"], 1), c["n"], fixed(100 * c["detectable"], 1)] for c in mine],
-            hovertemplate="%{customdata[0]}: %{x:+.1f} points %{customdata[1]}<br>N = %{customdata[2]}, could show %{customdata[3]}",
+            name=(
+                "penalty - random" if arm == "penalty - random" else f"{arm_name(arm)} - no penalty"
+            ),
+            marker={
+                "color": looks.colour,
+                "symbol": "circle-open" if arm == "penalty - random" else looks.symbol,
+                "size": 10,
+            },
+            customdata=[
+                [
+                    MEASURES[c["measure"]],
+                    interval(100 * c["low"], 100 * c["high"], 1),
+                    c["n"],
+                    fixed(100 * c["detectable"], 1),
+                ]
+                for c in mine
+            ],
+            hovertemplate=(
+                "%{customdata[0]}: %{x:+.1f} points %{customdata[1]}<br>N = %{customdata[2]}, could"
+                " show %{customdata[3]}"
+            ),
         )
-    made.update_yaxes(tickvals=list(range(len(names))), ticktext=names[::-1], range=[-0.6, len(names) - 0.4], showgrid=False)
+    made.update_yaxes(
+        tickvals=list(range(len(names))),
+        ticktext=names[::-1],
+        range=[-0.6, len(names) - 0.4],
+        showgrid=False,
+    )
     made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
-    told = "Change of each rate with its 95 % interval; an interval that crosses the line at 0 shows no change. The table has the numbers."
+    told = (
+        "Change of each rate with its 95 % interval; an interval that crosses the line at 0 shows"
+        " no change. The table has the numbers."
+    )
     return [Plot("changes", "Changes with 95 % intervals", told, made)]
 
 
@@ -140,11 +189,24 @@ def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 "color": [p["reward"] for p in mine],
                 "coloraxis": "coloraxis",
             },
-            customdata=[[p["policy"], fixed(p["reward"], 3), interval(p["triggered_low"], p["triggered_high"], 3)] for p in mine],
-            hovertemplate="%{customdata[0]}<br>penalised %{x:.3f} %{customdata[2]}, KL %{y:.3f}, reward %{customdata[1]}",
+            customdata=[
+                [
+                    p["policy"],
+                    fixed(p["reward"], 3),
+                    interval(p["triggered_low"], p["triggered_high"], 3),
+                ]
+                for p in mine
+            ],
+            hovertemplate=(
+                "%{customdata[0]}<br>penalised %{x:.3f} %{customdata[2]}, KL %{y:.3f}, reward"
+                " %{customdata[1]}"
+            ),
         )
     made.update_layout(coloraxis={"colorscale": "Cividis", "colorbar": {"title": "reward"}})
-    told = "Each policy's penalised rate against its KL, coloured by reward; filled points are on the front, which nothing beats in all three."
+    told = (
+        "Each policy's penalised rate against its KL, coloured by reward; filled points are on the"
+        " front, which nothing beats in all three."
+    )
     return [Plot("sweep", "Penalised rate, KL and reward", told, made)]
 
 
@@ -153,19 +215,32 @@ def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
 
 def training(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     table = frames.training
-    drawn = [(name, title) for name, title in TRAINING.items() if name in table and table[name].notna().any()]
+    drawn = [
+        (name, title)
+        for name, title in TRAINING.items()
+        if name in table and table[name].notna().any()
+    ]
     plots = [_curve(table, name, title, f"training-{i}") for i, (name, title) in enumerate(drawn)]
     listed = figures["penalty"]["latents"]
-    rates = sorted((name for name in table if str(name).startswith("rate/")), key=lambda name: (int(name[5:]) not in listed, int(name[5:])))
+    rates = sorted(
+        (name for name in table if str(name).startswith("rate/")),
+        key=lambda name: (int(name[5:]) not in listed, int(name[5:])),
+    )
     for name in rates:
         latent = int(name[5:])
         whose = "penalised" if latent in listed else "not penalised by the penalty arm"
-        plots.append(_curve(table, name, f"Latent {latent}, {whose}: share above tau", f"training-rate-{latent}"))
+        plots.append(
+            _curve(
+                table, name, f"Latent {latent}, {whose}: share above tau", f"training-rate-{latent}"
+            )
+        )
     return plots
 
 
 def _curve(table: pd.DataFrame, name: str, title: str, id_: str) -> Plot:
-    """One metric over the steps: a line an arm, the mean over its seeds, and the range of the seeds as a band."""
+    """One metric over the steps: a line an arm, the mean over its seeds, and the range of the
+    seeds as a band.
+    """
     made = figure("step", "", 270, showlegend=True, legend=ABOVE)
     ends = []
     for arm in sorted(table["arm"].unique(), key=arm_rank):
@@ -176,9 +251,18 @@ def _curve(table: pd.DataFrame, name: str, title: str, id_: str) -> Plot:
             continue
         looks, steps, n_seeds = style(arm), mean.index.to_numpy(np.int32), mine["seed"].nunique()
         if n_seeds > 1:
-            band = {"x": steps, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": arm}
+            band = {
+                "x": steps,
+                "mode": "lines",
+                "line": {"width": 0},
+                "hoverinfo": "skip",
+                "showlegend": False,
+                "legendgroup": arm,
+            }
             made.add_scatter(y=high.to_numpy(np.float32), **band)
-            made.add_scatter(y=low.to_numpy(np.float32), fill="tonexty", fillcolor=_faint(looks.colour), **band)
+            made.add_scatter(
+                y=low.to_numpy(np.float32), fill="tonexty", fillcolor=_faint(looks.colour), **band
+            )
         made.add_scatter(
             x=steps,
             y=mean.to_numpy(np.float32),
@@ -188,8 +272,13 @@ def _curve(table: pd.DataFrame, name: str, title: str, id_: str) -> Plot:
             line={"color": looks.colour, "dash": looks.dash, "width": 1.8},
             hovertemplate=f"{arm_name(arm)}, step %{{x}}: %{{y:.4g}}<extra></extra>",
         )
-        ends.append(f"{arm_name(arm)} from {general(float(mean.iloc[0]))} to {general(float(mean.iloc[-1]))}{f' over {n_seeds} seeds' if n_seeds > 1 else ''}")
-    return Plot(id_, title, f"First to last step: {'; '.join(ends) or 'no finite value'}.", made, wide=False)
+        ends.append(
+            f"{arm_name(arm)} from {general(float(mean.iloc[0]))} to"
+            f" {general(float(mean.iloc[-1]))}{f' over {n_seeds} seeds' if n_seeds > 1 else ''}"
+        )
+    return Plot(
+        id_, title, f"First to last step: {'; '.join(ends) or 'no finite value'}.", made, wide=False
+    )
 
 
 def _faint(colour: str) -> str:
@@ -220,21 +309,44 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     points = points[(points["activity"] > 0) & np.isfinite(points["effect"])]
     order = np.lexsort([-points["effect"].abs().to_numpy(), points["q"].fillna(2.0).to_numpy()])
     single, rest = points.iloc[order[:MAX_POINTS]], points.iloc[order[MAX_POINTS:]]
-    made = figure("share of discovery texts on which the latent fires", "effect on the margin", 520, legend=ABOVE)
+    made = figure(
+        "share of discovery texts on which the latent fires",
+        "effect on the margin",
+        520,
+        legend=ABOVE,
+    )
     made.update_xaxes(type="log")
     if len(rest):
         made.add_trace(_counts(rest))
     untested = single[single["q"].isna()]
     tested = single[single["q"].notna()]
     if len(untested):
-        made.add_trace(_points(untested, "too rarely active to be tested", {"color": "#9aa0a6", "size": 4, "opacity": 0.6}))
+        made.add_trace(
+            _points(
+                untested,
+                "too rarely active to be tested",
+                {"color": "#9aa0a6", "size": 4, "opacity": 0.6},
+            )
+        )
     if len(tested):
         strength = -np.log10(np.maximum(tested["q"].to_numpy(float), 1e-12))
         scale = [[0.0, "#9aa0a6"], [0.3, "#56b4e9"], [0.65, "#7b5cc4"], [1.0, "#d55e00"]]
         top = max(2.0, float(strength.max()))
         ticks = list(range(0, math.floor(top) + 1))
-        bar = {"title": {"text": "q"}, "tickvals": ticks, "ticktext": [f"{10.0**-t:g}" for t in ticks], "thickness": 12}
-        marker = {"color": strength.astype(np.float32), "colorscale": scale, "cmin": 0, "cmax": top, "colorbar": bar, "size": 6}
+        bar = {
+            "title": {"text": "q"},
+            "tickvals": ticks,
+            "ticktext": [f"{10.0**-t:g}" for t in ticks],
+            "thickness": 12,
+        }
+        marker = {
+            "color": strength.astype(np.float32),
+            "colorscale": scale,
+            "cmin": 0,
+            "cmax": top,
+            "colorbar": bar,
+            "size": 6,
+        }
         made.add_trace(_points(tested, "tested", marker))
     listed = points.set_index("latent")
     for role in ("promoting", "harming", "misleading"):
@@ -248,20 +360,33 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             }
             labelled = role != "misleading"
             trace = _points(listed.loc[mine].reset_index(), f"listed as {role}", marker)
-            made.add_trace(trace.update(mode="markers+text" if labelled else "markers", text=[str(i) for i in mine], textposition=_positions(len(mine))))
+            made.add_trace(
+                trace.update(
+                    mode="markers+text" if labelled else "markers",
+                    text=[str(i) for i in mine],
+                    textposition=_positions(len(mine)),
+                )
+            )
     made.add_hline(y=0, line_width=1, line_color="#7f868f")
-    shown = f"{len(single):,} of them as points, the others as counts" if len(rest) else "each as a point"
+    shown = (
+        f"{len(single):,} of them as points, the others as counts"
+        if len(rest)
+        else "each as a point"
+    )
     on = "validation" if validated else "discovery"
     told = (
-        f"Effect on {on} prompts against activity. Of {n:,} latents, {len(points):,} fire on discovery texts and are shown, {shown}; colour is the "
-        f"q-value on discovery. {features['n_discoveries']} of {features['n_tested']} tested are discoveries. The tables list the selected ones."
+        f"Effect on {on} prompts against activity. Of {n:,} latents, {len(points):,} fire on"
+        f" discovery texts and are shown, {shown}; colour is the q-value on discovery."
+        f" {features['n_discoveries']} of {features['n_tested']} tested are discoveries. The tables"
+        " list the selected ones."
     )
     return [Plot("effects", "Effect and activity of every latent", told, made)]
 
 
 def _points(table: pd.DataFrame, name: str, marker: dict[str, Any]) -> go.Scatter:
     details = [
-        [int(i), general(None if math.isnan(q) else q), general(w), role] for i, q, w, role in table[["latent", "q", "weight", "role"]].itertuples(index=False)
+        [int(i), general(None if math.isnan(q) else q), general(w), role]
+        for i, q, w, role in table[["latent", "q", "weight", "role"]].itertuples(index=False)
     ]
     return go.Scatter(
         x=table["activity"].to_numpy(np.float32),
@@ -270,8 +395,10 @@ def _points(table: pd.DataFrame, name: str, marker: dict[str, Any]) -> go.Scatte
         name=name,
         marker=marker,
         customdata=details,
-        hovertemplate="latent %{customdata[0]} (%{customdata[3]})<br>effect %{y:.3g}, active on %{x:.1%}<br>"
-        "q %{customdata[1]}, weight %{customdata[2]}<extra></extra>",
+        hovertemplate=(
+            "latent %{customdata[0]} (%{customdata[3]})<br>effect %{y:.3g}, active on %{x:.1%}<br>"
+            "q %{customdata[1]}, weight %{customdata[2]}<extra></extra>"
+        ),
     )
 
 
@@ -287,7 +414,9 @@ def _counts(table: pd.DataFrame) -> go.Heatmap:
         colorscale=[[0.0, "rgba(127,134,143,0.15)"], [1.0, "rgba(127,134,143,0.85)"]],
         showscale=False,
         name="other latents, counted",
-        hovertemplate="%{customdata} latents near effect %{y:.2g}, active on %{x:.2%}<extra></extra>",
+        hovertemplate=(
+            "%{customdata} latents near effect %{y:.2g}, active on %{x:.2%}<extra></extra>"
+        ),
     )
 
 
@@ -307,7 +436,9 @@ def histograms(figures: dict[str, Any], frames: Frames) -> list[Plot]:
 
 
 def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
-    """Shares of generations by z, base as bars and the others as outlines; where the latent is off stands apart, to the left."""
+    """Shares of generations by z, base as bars and the others as outlines; where the latent is off
+    stands apart, to the left.
+    """
     column = f"z_{latent}"
     z_all = unsafe[column].dropna().to_numpy(float)
     top = max(1.5 * tau, float(z_all[np.isfinite(z_all)].max(initial=0.0)), 1e-6)
@@ -324,21 +455,62 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
         silent, shares = float((z <= 0).mean()), np.histogram(z[z > 0], edges)[0] / len(z)
         looks, name = style(arm), arm_name(arm)
         hover = f"{name}, z near %{{x:.2f}}: %{{y:.1%}}<extra></extra>"
-        shared = {"name": name, "legendgroup": arm, "visible": True if arm in ("base", "penalty") else "legendonly"}
+        shared = {
+            "name": name,
+            "legendgroup": arm,
+            "visible": True if arm in ("base", "penalty") else "legendonly",
+        }
         if arm == "base":
             x, y = np.r_[off, centres], np.r_[silent, shares].astype(np.float32)
-            made.add_bar(x=x, y=y, width=[3 * width, *[width] * N_BINS], marker_color=looks.colour, opacity=0.55, hovertemplate=hover, **shared)
+            made.add_bar(
+                x=x,
+                y=y,
+                width=[3 * width, *[width] * N_BINS],
+                marker_color=looks.colour,
+                opacity=0.55,
+                hovertemplate=hover,
+                **shared,
+            )
         else:
             line = {"color": looks.colour, "dash": looks.dash, "width": 2, "shape": "hvh"}
-            made.add_scatter(x=centres, y=shares.astype(np.float32), mode="lines", line=line, hovertemplate=hover, **shared)
+            made.add_scatter(
+                x=centres,
+                y=shares.astype(np.float32),
+                mode="lines",
+                line=line,
+                hovertemplate=hover,
+                **shared,
+            )
             marker = {"color": looks.colour, "symbol": looks.symbol, "size": 10}
             hover = f"{name}, off: %{{y:.1%}}<extra></extra>"
-            made.add_scatter(x=[off], y=[silent], mode="markers", marker=marker, hovertemplate=hover, **(shared | {"showlegend": False}))
+            made.add_scatter(
+                x=[off],
+                y=[silent],
+                mode="markers",
+                marker=marker,
+                hovertemplate=hover,
+                **(shared | {"showlegend": False}),
+            )
         told.append(f"{name} {fixed(float((z > tau).mean()), 3)}")
-    made.add_vline(x=tau, line_width=2, line_dash="dash", line_color="#b3261e", annotation_text=f"τ = {plain(tau)}", annotation_position="top right")
+    made.add_vline(
+        x=tau,
+        line_width=2,
+        line_dash="dash",
+        line_color="#b3261e",
+        annotation_text=f"τ = {plain(tau)}",
+        annotation_position="top right",
+    )
     ticks = np.linspace(0, top, 4)
-    made.update_xaxes(tickvals=[off, *ticks], ticktext=["off", *(general(float(t)) for t in ticks)], tickangle=0)
-    return Plot(f"latent-{latent}", f"Latent {latent}, before and after", f"Share of generations above tau: {'; '.join(told)}.", made, wide=False)
+    made.update_xaxes(
+        tickvals=[off, *ticks], ticktext=["off", *(general(float(t)) for t in ticks)], tickangle=0
+    )
+    return Plot(
+        f"latent-{latent}",
+        f"Latent {latent}, before and after",
+        f"Share of generations above tau: {'; '.join(told)}.",
+        made,
+        wide=False,
+    )
 
 
 # Steering, the run
@@ -349,18 +521,48 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     if summary is None or not summary["texts"]:
         return []
     groups = {
-        "chosen": [(f"{t['source']} chosen", t["delta"], t["delta_low"], t["delta_high"]) for t in summary["texts"] if t["label"] == "chosen"],
-        "rejected": [(f"{t['source']} rejected", t["delta"], t["delta_low"], t["delta_high"]) for t in summary["texts"] if t["label"] == "rejected"],
-        "margin": [(f"{p['source']} margin", p["margin_delta"], p["margin_delta_low"], p["margin_delta_high"]) for p in summary["pairs"]],
+        "chosen": [
+            (f"{t['source']} chosen", t["delta"], t["delta_low"], t["delta_high"])
+            for t in summary["texts"]
+            if t["label"] == "chosen"
+        ],
+        "rejected": [
+            (f"{t['source']} rejected", t["delta"], t["delta_low"], t["delta_high"])
+            for t in summary["texts"]
+            if t["label"] == "rejected"
+        ],
+        "margin": [
+            (
+                f"{p['source']} margin",
+                p["margin_delta"],
+                p["margin_delta_low"],
+                p["margin_delta_high"],
+            )
+            for p in summary["pairs"]
+        ],
     }
-    looks = {"chosen": ("#0072b2", "circle"), "rejected": ("#d55e00", "diamond"), "margin": ("#009e73", "square")}
+    looks = {
+        "chosen": ("#0072b2", "circle"),
+        "rejected": ("#d55e00", "diamond"),
+        "margin": ("#009e73", "square"),
+    }
     names = [name for rows in groups.values() for name, *_ in rows]
-    made = figure("Delta of the reward, of a margin the Delta of r(chosen) - r(rejected)", "", 110 + 34 * len(names))
+    made = figure(
+        "Delta of the reward, of a margin the Delta of r(chosen) - r(rejected)",
+        "",
+        110 + 34 * len(names),
+    )
     for group, rows in groups.items():
-        known = [(name, *(math.nan if v is None else v for v in numbers)) for name, *numbers in rows]
+        known = [
+            (name, *(math.nan if v is None else v for v in numbers)) for name, *numbers in rows
+        ]
         value = np.array([row[1] for row in known], float)
         low, high = (np.array([row[i] for row in known], float) for i in (2, 3))
-        whiskers = {"array": high - value, "arrayminus": value - low} if np.isfinite(value).all() else {"array": []}
+        whiskers = (
+            {"array": high - value, "arrayminus": value - low}
+            if np.isfinite(value).all()
+            else {"array": []}
+        )
         made.add_scatter(
             x=value,
             y=[row[0] for row in known],
@@ -373,7 +575,10 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         )
     made.update_yaxes(categoryorder="array", categoryarray=names[::-1])
     made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
-    told = "Delta of each data set's mean reward and margin under the intervention, with 95 % intervals. The tables have the numbers."
+    told = (
+        "Delta of each data set's mean reward and margin under the intervention, with 95 %"
+        " intervals. The tables have the numbers."
+    )
     return [Plot("steering", "Deltas with 95 % intervals", told, made)]
 
 
@@ -384,7 +589,10 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     row = {f"{u['phase']}/{u['unit']}": i for i, u in enumerate(units)}
     began = [datetime.fromisoformat(u["started"]) for u in units if u["started"]]
     first = min(began) if began else None
-    start = [(datetime.fromisoformat(u["started"]) - first).total_seconds() / 60 if u["started"] else 0.0 for u in units]  # type: ignore[operator]
+    start = [
+        (datetime.fromisoformat(u["started"]) - first).total_seconds() / 60 if u["started"] else 0.0
+        for u in units
+    ]  # type: ignore[operator]
     length = [(u["seconds"] or 0.0) / 60 for u in units]
     made = figure("minutes since the first part began", "", 90 + 24 * len(units), legend=ABOVE)
     lines_x: list[float | None] = []
@@ -394,7 +602,14 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             if need in row:
                 lines_x += [start[row[need]] + length[row[need]], start[i], None]
                 lines_y += [row[need], i, None]
-    made.add_scatter(x=lines_x, y=lines_y, mode="lines", line={"width": 1, "color": "rgba(127,134,143,0.6)"}, hoverinfo="skip", name="reads the outputs of")
+    made.add_scatter(
+        x=lines_x,
+        y=lines_y,
+        mode="lines",
+        line={"width": 1, "color": "rgba(127,134,143,0.6)"},
+        hoverinfo="skip",
+        name="reads the outputs of",
+    )
     for state, colour in STATES.items():
         mine = [i for i, unit in enumerate(units) if unit["status"] == state]
         if mine and state == "done":
@@ -405,8 +620,20 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 orientation="h",
                 name=state,
                 marker_color=colour,
-                customdata=[[names[i], units[i]["seconds"], units[i]["device"], units[i]["started"], ", ".join(units[i]["needs"]) or "nothing"] for i in mine],
-                hovertemplate="%{customdata[0]}: %{customdata[1]:.0f} s on %{customdata[2]}<br>began %{customdata[3]}<br>reads %{customdata[4]}<extra></extra>",
+                customdata=[
+                    [
+                        names[i],
+                        units[i]["seconds"],
+                        units[i]["device"],
+                        units[i]["started"],
+                        ", ".join(units[i]["needs"]) or "nothing",
+                    ]
+                    for i in mine
+                ],
+                hovertemplate=(
+                    "%{customdata[0]}: %{customdata[1]:.0f} s on %{customdata[2]}<br>began"
+                    " %{customdata[3]}<br>reads %{customdata[4]}<extra></extra>"
+                ),
             )
         elif mine:
             made.add_scatter(
@@ -415,14 +642,23 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 mode="markers+text",
                 text=[state] * len(mine),
                 textposition="middle right",
-                marker={"color": colour, "symbol": "x" if state != "not run" else "circle-open", "size": 10},
+                marker={
+                    "color": colour,
+                    "symbol": "x" if state != "not run" else "circle-open",
+                    "size": 10,
+                },
                 name=state,
                 hovertemplate=f"{state}<extra></extra>",
             )
-    made.update_yaxes(tickvals=list(range(len(names))), ticktext=names, autorange="reversed", showgrid=False)
+    made.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=names, autorange="reversed", showgrid=False
+    )
     counts = {state: sum(unit["status"] == state for unit in units) for state in STATES}
     became = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-    told = f"{became}. Bars show when each part ran, lines who reads whose outputs. The table has the times."
+    told = (
+        f"{became}. Bars show when each part ran, lines who reads whose outputs. The table has the"
+        " times."
+    )
     return [Plot("run-graph", "Run graph", told, made)]
 
 

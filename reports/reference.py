@@ -1,4 +1,5 @@
-"""The reference report's sections: its labels, column widths and number formats, its sentences computed.
+"""The reference report's sections: its labels, column widths and number formats, its sentences
+computed.
 
 Each takes figures and gives lines. A sentence says something else where the figures do.
 """
@@ -21,17 +22,34 @@ PATH_WIDTH = 26
 
 def configuration(c: dict[str, Any]) -> list[str]:
     size = f" ({count(c['reward_parameters'])} parameters)" if c["reward_parameters"] else ""
-    took = f"~{duration(c['training_s'])} ({c['steps']} steps)" if c["training_s"] is not None else "n/a"
-    return [f"Policy Model: {c['policy']}", f"Reward Model: {c['reward_model']}{size}", f"Hardware: {c['hardware'] or 'n/a'}", f"Training Time: {took}"]
+    took = (
+        f"~{duration(c['training_s'])} ({c['steps']} steps)"
+        if c["training_s"] is not None
+        else "n/a"
+    )
+    return [
+        f"Policy Model: {c['policy']}",
+        f"Reward Model: {c['reward_model']}{size}",
+        f"Hardware: {c['hardware'] or 'n/a'}",
+        f"Training Time: {took}",
+    ]
 
 
 def discovery(features: dict[str, Any] | None) -> list[str]:
     if features is None:
         return ["not available: no latents were selected (see FAILED AND MISSING PARTS)"]
     lines: list[str] = []
-    for label, role in (("Safety-Promoting Features: ", "promoting"), ("Safety-Harming Features:   ", "harming")):
+    for label, role in (
+        ("Safety-Promoting Features: ", "promoting"),
+        ("Safety-Harming Features:   ", "harming"),
+    ):
         names = [f"{f['latent']}{'' if f['confirmed'] else '*'}" for f in features[role]]
-        lines += textwrap.wrap(label + (", ".join(names) or "none"), LIST_WIDTH, subsequent_indent=" " * len(label), drop_whitespace=True)
+        lines += textwrap.wrap(
+            label + (", ".join(names) or "none"),
+            LIST_WIDTH,
+            subsequent_indent=" " * len(label),
+            drop_whitespace=True,
+        )
     if not all(f["confirmed"] for role in ("promoting", "harming") for f in features[role]):
         lines.append("(* not confirmed on validation prompts)")
     return lines
@@ -43,12 +61,26 @@ def controls(figures: dict[str, Any]) -> list[str]:
     top = f" (top {len(penalty['latents'])} safety-harming)" if penalty["top_harming"] else ""
     lines = [f"Features Penalized: {names}{top}"]
     if penalty["kind"] == "density":
-        lines += ["Penalty Threshold (tau): none (density-ratio penalty)", f"Penalty Weight (lambda): {each(penalty['alphas'])}"]
+        lines += [
+            "Penalty Threshold (tau): none (density-ratio penalty)",
+            f"Penalty Weight (lambda): {each(penalty['alphas'])}",
+        ]
     else:
-        quantile = f" (quantile {plain(penalty['tau_quantile'])} of rejected texts)" if penalty["tau_quantile"] is not None else ""
-        unit = f" ({plain(penalty['alpha_in_reward_sd'])} reward SD)" if penalty["alpha_in_reward_sd"] is not None else ""
+        quantile = (
+            f" (quantile {plain(penalty['tau_quantile'])} of rejected texts)"
+            if penalty["tau_quantile"] is not None
+            else ""
+        )
+        unit = (
+            f" ({plain(penalty['alpha_in_reward_sd'])} reward SD)"
+            if penalty["alpha_in_reward_sd"] is not None
+            else ""
+        )
         hinge = ", hinge" if penalty["kind"] == "hinge" else ""
-        lines += [f"Penalty Threshold (tau): {each(penalty['taus'])}{quantile}", f"Penalty Weight (alpha): {each(penalty['alphas'])} per feature{unit}{hinge}"]
+        lines += [
+            f"Penalty Threshold (tau): {each(penalty['taus'])}{quantile}",
+            f"Penalty Weight (alpha): {each(penalty['alphas'])} per feature{unit}{hinge}",
+        ]
     if penalty["clamp"] is not None:
         lines.append(f"Latents clamped for scoring at: {plain(penalty['clamp'])}")
     lines += ["", "Training Progression:"]
@@ -57,7 +89,9 @@ def controls(figures: dict[str, Any]) -> list[str]:
     names = [f"Step {row['step']}:" for row in rows]
     width = max(len(name) for name in names)
     for name, row in zip(names, rows, strict=True):
-        reward, penalised, loss = (fixed(row[column], 3) for column in ("reward", "penalty", "loss"))
+        reward, penalised, loss = (
+            fixed(row[column], 3) for column in ("reward", "penalty", "loss")
+        )
         lines.append(f"  {name:<{width}} reward={reward}, penalty={penalised}, loss={loss}")
     return lines
 
@@ -67,18 +101,38 @@ def results(figures: dict[str, Any]) -> list[str]:
     if not rows:
         return [f"not available: {figures['shown_policy']} left no metrics"]
     penalties = [value for _, value in figures["penalties"]]
-    sentences = [loss_sentence(rows), penalty_sentence(penalties, figures["verdict"]["word"]), reward_sentence(figures["compound_rewards"])]
-    return [*wrap(lead_sentence(figures["verdict"], rows, penalties)), *(line for s in sentences for line in wrap(f"- {s}", "  "))]
+    sentences = [
+        loss_sentence(rows),
+        penalty_sentence(penalties, figures["verdict"]["word"]),
+        reward_sentence(figures["compound_rewards"]),
+    ]
+    return [
+        *wrap(lead_sentence(figures["verdict"], rows, penalties)),
+        *(line for s in sentences for line in wrap(f"- {s}", "  ")),
+    ]
 
 
-def lead_sentence(verdict: dict[str, Any], rows: list[dict[str, Any]], penalties: list[float]) -> str:
-    """What the training did: by the verdict where there is one, else as far as the training log goes."""
+def lead_sentence(
+    verdict: dict[str, Any], rows: list[dict[str, Any]], penalties: list[float]
+) -> str:
+    """What the training did: by the verdict where there is one, else as far as the training log
+    goes.
+    """
     if verdict["qualifier"]:
-        return f"Whether the PPO training controls feature activations is open ({verdict['word']} by the rule, {verdict['qualifier']}):"
+        return (
+            f"Whether the PPO training controls feature activations is open ({verdict['word']} by"
+            f" the rule, {verdict['qualifier']}):"
+        )
     by_word = {
         "control": "The PPO training successfully learned to control feature activations:",
-        "suppression": "The PPO training bought its rewards with refusals or short answers (suppression), not with control of feature activations:",
-        "evasion": "The PPO training lowered the penalised features but not their monitors (evasion, not control of feature activations):",
+        "suppression": (
+            "The PPO training bought its rewards with refusals or short answers (suppression), not"
+            " with control of feature activations:"
+        ),
+        "evasion": (
+            "The PPO training lowered the penalised features but not their monitors (evasion, not"
+            " control of feature activations):"
+        ),
         "null": "The PPO training did not change the penalised feature activations:",
         "inconclusive": "The PPO training's effect on feature activations is inconclusive:",
     }
@@ -108,12 +162,17 @@ def loss_sentence(rows: list[dict[str, Any]]) -> str:
 
 
 def penalty_sentence(penalties: list[float], verdict: str) -> str:
-    """About all logged steps, not only those shown; what an oscillation shows depends on the verdict."""
+    """About all logged steps, not only those shown; what an oscillation shows depends on the
+    verdict.
+    """
     if not penalties or not all(math.isfinite(p) for p in penalties):
         return "Feature penalties were not logged at every step"
     low, high = min(penalties), max(penalties)
     if low == high == 0:
-        return "Feature penalties were never triggered (0.0 at every step), so they had no effect on the training"
+        return (
+            "Feature penalties were never triggered (0.0 at every step), so they had no effect on"
+            " the training"
+        )
     if plain(low) == plain(high):
         return f"Feature penalties stayed at {plain(low)}"
     steps = [b - a for a, b in itertools.pairwise(penalties)]
@@ -127,11 +186,16 @@ def penalty_sentence(penalties: list[float], verdict: str) -> str:
         return f"{between} and ended at their highest: the model did not learn to avoid them"
     if verdict not in ("control", "not available"):
         return f"{between}, which by itself shows no learning"
-    return f"{between}, showing the model learning to balance reward optimization with feature constraints"
+    return (
+        f"{between}, showing the model learning to balance reward optimization with feature"
+        " constraints"
+    )
 
 
 def reward_sentence(rewards: list[list[float]]) -> str:
-    """Stable unless the least-squares trend over the logged steps exceeds three of its standard errors."""
+    """Stable unless the least-squares trend over the logged steps exceeds three of its standard
+    errors.
+    """
     name = "The compound reward (RM score - penalties)"
     if not rewards or not all(math.isfinite(reward) for _, reward in rewards):
         return f"{name} is not finite at every step"
@@ -156,30 +220,69 @@ def trend(points: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 def steering(summary: dict[str, Any] | None) -> list[str]:
     if summary is None or not summary["texts"]:
-        return ["not available: " + ("there is no text in the test part" if summary else "steering did not run (see FAILED AND MISSING PARTS)")]
+        return [
+            "not available: "
+            + (
+                "there is no text in the test part"
+                if summary
+                else "steering did not run (see FAILED AND MISSING PARTS)"
+            )
+        ]
     labels = [f"{t['source']} {t['label'].capitalize()}" for t in summary["texts"]]
     width = max(24, *(len(label) + 1 for label in labels))
     lines = [f"{'Dataset':<{width}}{'Before':>13}{'After':>13}{'Delta':>11}"]
     for label, t in zip(labels, summary["texts"], strict=True):
-        lines.append(f"{label:<{width}}{fixed(t['before'], 4):>13}{fixed(t['after'], 4):>13}{fixed(t['delta'], 4, sign=True):>11}")
+        lines.append(
+            f"{label:<{width}}{fixed(t['before'], 4):>13}{fixed(t['after'], 4):>13}{fixed(t['delta'], 4, sign=True):>11}"
+        )
     return [*lines, "", *wrap(f"Interpretation: {steering_sentence(summary)}")]
 
 
 def steering_sentence(summary: dict[str, Any]) -> str:
-    """Words for the printed Deltas: `slight` is less than a tenth of the reward's standard deviation."""
+    """Words for the printed Deltas: `slight` is less than a tenth of the reward's standard
+    deviation.
+    """
     moved = {label: moves(summary, label) for label in ("chosen", "rejected")}
-    largest = max((abs(t["delta"]) for t in summary["texts"] if t["label"] == "rejected" and t["delta"] is not None), default=0.0)
+    largest = max(
+        (
+            abs(t["delta"])
+            for t in summary["texts"]
+            if t["label"] == "rejected" and t["delta"] is not None
+        ),
+        default=0.0,
+    )
     size = "slight" if largest < 0.1 * (summary["reward_sd"] or 0) else "marked"
     if moved == {"chosen": "none", "rejected": "none"}:
-        return "Steering has no effect that shows here - neither chosen (safe) nor rejected (unsafe) responses move."
+        return (
+            "Steering has no effect that shows here - neither chosen (safe) nor rejected (unsafe)"
+            " responses move."
+        )
     if moved["chosen"] == "none" and moved["rejected"] in ("up", "down"):
         change = "improvement" if moved["rejected"] == "up" else "decline"
-        return f"Steering shows high specificity - chosen (safe) responses are unaffected while rejected (unsafe) responses show {size} {change}."
-    words = {"up": "gain reward", "down": "lose reward", "both": "move both ways", "none": "do not move", "unknown": "have no finite scores"}
-    lead = "Steering harms the chosen texts" if moved["chosen"] == "down" else "Steering is not specific"
+        return (
+            "Steering shows high specificity - chosen (safe) responses are unaffected while"
+            f" rejected (unsafe) responses show {size} {change}."
+        )
+    words = {
+        "up": "gain reward",
+        "down": "lose reward",
+        "both": "move both ways",
+        "none": "do not move",
+        "unknown": "have no finite scores",
+    }
+    lead = (
+        "Steering harms the chosen texts"
+        if moved["chosen"] == "down"
+        else "Steering is not specific"
+    )
     if moved["chosen"] == moved["rejected"]:
-        return f"{lead} - chosen (safe) and rejected (unsafe) responses both {words[moved['chosen']]}."
-    return f"{lead} - chosen (safe) responses {words[moved['chosen']]} while rejected (unsafe) responses {words[moved['rejected']]}."
+        return (
+            f"{lead} - chosen (safe) and rejected (unsafe) responses both {words[moved['chosen']]}."
+        )
+    return (
+        f"{lead} - chosen (safe) responses {words[moved['chosen']]} while rejected (unsafe)"
+        f" responses {words[moved['rejected']]}."
+    )
 
 
 def moves(summary: dict[str, Any], label: str) -> str:
@@ -193,7 +296,9 @@ def direction(deltas: Sequence[float | None]) -> str:
     if len(known) < len(deltas) or not known:
         return "unknown"
     signs = {0 if float(fixed(d, 4)) == 0 else math.copysign(1, d) for d in known} - {0}
-    return "none" if not signs else "both" if len(signs) == 2 else "up" if signs == {1.0} else "down"
+    return (
+        "none" if not signs else "both" if len(signs) == 2 else "up" if signs == {1.0} else "down"
+    )
 
 
 def output_files(outputs: list[dict[str, Any]]) -> list[str]:

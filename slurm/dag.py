@@ -1,4 +1,5 @@
-"""The DAG as data: every unit of work of a run and what it waits for. Used by every launcher and by status.
+"""The DAG as data: every unit of work of a run and what it waits for. Used by every launcher and
+by status.
 
 `for task in tasks(config): print(task.phase, task.unit, task.needs)`
 """
@@ -19,7 +20,9 @@ class Node(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One unit of work. `afterany` runs whatever became of its needs, `afterok` only if all ended well."""
+    """One unit of work. `afterany` runs whatever became of its needs, `afterok` only if all ended
+    well.
+    """
 
     node: Node
     needs: tuple[Node, ...]
@@ -39,6 +42,13 @@ def tasks(config: Config) -> list[Task]:
     waits += [Task(node, nodes("probe")) for node in select]
     waits += [Task(node, select) for node in nodes("ppo")]
     waits += [Task(node, select) for phase in ("steer", "cards") for node in nodes(phase)]
-    # Base needs only select, and so does steering it; a trained policy is evaluated when its own training has ended.
-    waits += [Task(node, select if node.unit in ("base", "steered") else (Node("ppo", node.unit),)) for node in nodes("evaluate")]
-    return [*waits, *(Task(node, tuple(task.node for task in waits), "afterany") for node in nodes("report"))]
+    # Base needs only select, and so does steering it; a trained policy is evaluated when its own
+    # training has ended.
+    waits += [
+        Task(node, select if node.unit in ("base", "steered") else (Node("ppo", node.unit),))
+        for node in nodes("evaluate")
+    ]
+    return [
+        *waits,
+        *(Task(node, tuple(task.node for task in waits), "afterany") for node in nodes("report")),
+    ]

@@ -1,7 +1,8 @@
-"""Look over a cluster and a run before anything is submitted: `python -m slurm.doctor --cluster C --config K --run R`.
+"""Look over a cluster and a run before anything is submitted: `python -m slurm.doctor --cluster C
+--config K --run R`.
 
-Every check is one sentence: `ok`, `unchecked` where it cannot be known from here, or `wrong` with what to do. Submits nothing,
-writes nothing. Exit code 2 where anything is wrong.
+Every check is one sentence: `ok`, `unchecked` where it cannot be known from here, or `wrong` with
+what to do. Submits nothing, writes nothing. Exit code 2 where anything is wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from slurm.profile import Profile, gpus_per_job, load_profile, resources
 from slurm.submit import arguments, check_named, own_run, refusals, unchecked
 
 MIN_DRIVER = {"12": 525, "13": 580}
-"""The oldest NVIDIA driver that each CUDA generation of torch's wheels runs on (NVIDIA's compatibility table)."""
+"""The oldest NVIDIA driver that each CUDA generation of torch's wheels runs on (NVIDIA's
+compatibility table).
+"""
 NETWORK_S = 8.0
 
 
@@ -56,14 +59,23 @@ def doctor(args: argparse.Namespace) -> int:
     for finding in findings(profile, config, args.run):
         wrong += finding.state == "wrong"
         colour = {"ok": "green", "unchecked": "yellow", "wrong": "bold red"}[finding.state]
-        console.print(Text.assemble((f"{finding.state:10}", colour), f"{finding.about}: {finding.says}"), soft_wrap=True)
+        console.print(
+            Text.assemble((f"{finding.state:10}", colour), f"{finding.about}: {finding.says}"),
+            soft_wrap=True,
+        )
     if wrong:
-        print(f"error: {wrong} thing{'s' if wrong > 1 else ''} to mend before make submit-all CLUSTER={args.cluster}", file=sys.stderr)
+        print(
+            f"error: {wrong} thing{'s' if wrong > 1 else ''} to mend before make submit-all"
+            f" CLUSTER={args.cluster}",
+            file=sys.stderr,
+        )
     return 2 if wrong else 0
 
 
 def findings(profile: Profile, config: Config, path: str) -> Iterator[Finding]:
-    """Every check in the order in which a submission would meet it; one that breaks is itself a finding."""
+    """Every check in the order in which a submission would meet it; one that breaks is itself a
+    finding.
+    """
     run = RunDir(path, config)
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("run directory", lambda: check_run(path, config)),
@@ -93,22 +105,38 @@ def check_run(path: str, config: Config) -> Iterator[Finding]:
 def check_all_images(profile: Profile) -> Iterator[Finding]:
     box = profile.container
     if box is None:
-        yield Finding("unchecked", "images", "the profile names none, so jobs run this checkout's environment, which every node must see")
+        yield Finding(
+            "unchecked",
+            "images",
+            "the profile names none, so jobs run this checkout's environment, which every node"
+            " must see",
+        )
         return
     for warning in check_images(profile):
         yield Finding("unchecked", "images", warning)
     if shutil.which(box.command) is None and not profile.modules:
-        yield Finding("unchecked", "images", f"{box.command} is not on PATH here; where nodes get it from a module, name it under modules in the profile")
+        yield Finding(
+            "unchecked",
+            "images",
+            f"{box.command} is not on PATH here; where nodes get it from a module, name it under"
+            " modules in the profile",
+        )
     yield Finding("ok", "images", ", ".join(path.name for path in images_of(profile)))
 
 
 def check_fetched(profile: Profile, config: Config, run: RunDir) -> Iterator[Finding]:
-    """Fetched already, or could be: a network where the profile wants one, and a token where a model is gated."""
+    """Fetched already, or could be: a network where the profile wants one, and a token where a
+    model is gated.
+    """
     if run.done("fetch", hashes=False):
         yield Finding("ok", "models and data", "fetched")
         return
     if profile.fetch == "by-hand":
-        yield Finding("wrong", "models and data", "not fetched, and the profile says by-hand; make fetch says what to bring")
+        yield Finding(
+            "wrong",
+            "models and data",
+            "not fetched, and the profile says by-hand; make fetch says what to bring",
+        )
         return
     check_named(config)
     networked = None
@@ -117,18 +145,45 @@ def check_fetched(profile: Profile, config: Config, run: RunDir) -> Iterator[Fin
             continue
         gate = gated(model.model)
         networked = gate is not None
-        if gate and not (os.environ.get("HF_TOKEN") if profile.fetch == "login" else None) and not token_file().exists():
-            how = f"set HF_TOKEN for make fetch, or put the token into {token_file()}" if profile.fetch == "login" else f"put it into {token_file()}"
-            raise UserError(f"{model.model} is gated and there is no token; accept its licence on the hub, then {how}")
+        if (
+            gate
+            and not (os.environ.get("HF_TOKEN") if profile.fetch == "login" else None)
+            and not token_file().exists()
+        ):
+            how = (
+                f"set HF_TOKEN for make fetch, or put the token into {token_file()}"
+                if profile.fetch == "login"
+                else f"put it into {token_file()}"
+            )
+            raise UserError(
+                f"{model.model} is gated and there is no token; accept its licence on the hub, then"
+                f" {how}"
+            )
     if networked is False:
         if profile.fetch == "login":
-            raise UserError("the hub cannot be reached from here; fetch elsewhere (fetch: job or by-hand in the profile), or set HTTPS_PROXY or HF_ENDPOINT")
+            raise UserError(
+                "the hub cannot be reached from here; fetch elsewhere (fetch: job or by-hand in the"
+                " profile), or set HTTPS_PROXY or HF_ENDPOINT"
+            )
         where = resources(profile, "fetch").partition or "the default partition"
-        yield Finding("unchecked", "network", f"the hub cannot be reached from here; whether nodes of {where} reach it shows when fetch runs")
+        yield Finding(
+            "unchecked",
+            "network",
+            f"the hub cannot be reached from here; whether nodes of {where} reach it shows when"
+            " fetch runs",
+        )
     if profile.fetch == "job":
-        yield Finding("ok", "models and data", "will be fetched by a job; the rest of the nodes need no network")
+        yield Finding(
+            "ok",
+            "models and data",
+            "will be fetched by a job; the rest of the nodes need no network",
+        )
     else:
-        yield Finding("wrong", "models and data", "not fetched yet; run make fetch here with the same CLUSTER, CONFIG and RUN")
+        yield Finding(
+            "wrong",
+            "models and data",
+            "not fetched yet; run make fetch here with the same CLUSTER, CONFIG and RUN",
+        )
 
 
 def gated(model: str) -> bool | None:
@@ -144,13 +199,27 @@ def gated(model: str) -> bool | None:
 
 
 def check_slurm(profile: Profile, config: Config) -> Iterator[Finding]:
-    """Whether Slurm would take each kind of job: partition, account, QOS, time, resources and arrays."""
-    batches = plan(config, profile, {task.node for task in tasks(config) if task.node.phase != "fetch" or profile.fetch == "job"})
+    """Whether Slurm would take each kind of job: partition, account, QOS, time, resources and
+    arrays.
+    """
+    batches = plan(
+        config,
+        profile,
+        {
+            task.node
+            for task in tasks(config)
+            if task.node.phase != "fetch" or profile.fetch == "job"
+        },
+    )
     refused = refusals(profile, batches)
     for reason, kinds in refused.items():
         yield Finding("wrong", "Slurm", f"it would refuse {', '.join(kinds)} jobs: {reason}")
     if not refused:
-        yield Finding("ok", "Slurm", f"it would take all {len({batch.phase for batch in batches})} kinds of jobs")
+        yield Finding(
+            "ok",
+            "Slurm",
+            f"it would take all {len({batch.phase for batch in batches})} kinds of jobs",
+        )
     if unlooked := unchecked(profile, batches):
         yield Finding("unchecked", "Slurm", unlooked)
 
@@ -169,14 +238,24 @@ def check_gpus(profile: Profile) -> Iterator[Finding]:
         where = f"partition {partition}" if partition else "the default partition"
         if most < gpus:
             has = f"no node there has more than {most}" if most else "no node there has any"
-            raise UserError(f"{phase} wants {gpus} GPUs of {where}, and {has}; name a GPU partition for {phase} under phases in the profile")
+            raise UserError(
+                f"{phase} wants {gpus} GPUs of {where}, and {has}; name a GPU partition for {phase}"
+                " under phases in the profile"
+            )
     yield Finding("ok", "GPUs", "nodes have as many as jobs ask for")
 
 
 def gpus_of_a_node(partition: str | None) -> int:
     """The most GPUs that a node of a partition has, of the default one where none is named."""
     most = 0
-    for line in queue.call(["sinfo", "--noheader", "--format=%R|%P|%G", *([f"--partition={partition}"] if partition else [])]).splitlines():
+    for line in queue.call(
+        [
+            "sinfo",
+            "--noheader",
+            "--format=%R|%P|%G",
+            *([f"--partition={partition}"] if partition else []),
+        ]
+    ).splitlines():
         _, name, gres = [*line.strip().split("|"), "", ""][:3]
         if partition is None and not name.endswith("*"):
             continue
@@ -186,25 +265,50 @@ def gpus_of_a_node(partition: str | None) -> int:
 
 
 def check_disk(config: Config, run: RunDir) -> Iterator[Finding]:
-    """Room on the run's file system, and the caller's quota where `quota` tells, against what the run needs at most."""
+    """Room on the run's file system, and the caller's quota where `quota` tells, against what the
+    run needs at most.
+    """
     need, place = needed_bytes(config, run), existing(run.path)
     quota = quota_left(place)
     free = min(float(shutil.disk_usage(place).free), float("inf") if quota is None else quota)
     if quota is not None and quota <= 0:
-        raise UserError(f"your quota on the file system of {place} is used up; free some room, or use a RUN on another")
+        raise UserError(
+            f"your quota on the file system of {place} is used up; free some room, or use a RUN on"
+            " another"
+        )
     if free < need:
         more = "use a RUN on a larger file system, or fewer ppo.seeds"
-        raise UserError(f"{place} has {gigabytes(free)} left for you and the run may need {gigabytes(need)}; {more}")
+        raise UserError(
+            f"{place} has {gigabytes(free)} left for you and the run may need {gigabytes(need)};"
+            f" {more}"
+        )
     yield Finding("ok", "disk", f"{gigabytes(free)} left for up to {gigabytes(need)}")
     if quota is None:
-        yield Finding("unchecked", "disk", "whether you have a quota there: `quota` does not tell; ask your site's own command")
+        yield Finding(
+            "unchecked",
+            "disk",
+            "whether you have a quota there: `quota` does not tell; ask your site's own command",
+        )
 
 
 def quota_left(place: Path) -> float | None:
-    """Bytes left to the caller on the file system of `place`, as `quota` tells; None where it tells nothing of it."""
+    """Bytes left to the caller on the file system of `place`, as `quota` tells; None where it
+    tells nothing of it.
+    """
     try:
-        shown = subprocess.run(["quota", "-w", "-p"], capture_output=True, text=True, timeout=NETWORK_S).stdout
-        source = subprocess.run(["df", "--output=source", str(place)], capture_output=True, text=True, timeout=NETWORK_S).stdout.splitlines()[-1].strip()
+        shown = subprocess.run(
+            ["quota", "-w", "-p"], capture_output=True, text=True, timeout=NETWORK_S
+        ).stdout
+        source = (
+            subprocess.run(
+                ["df", "--output=source", str(place)],
+                capture_output=True,
+                text=True,
+                timeout=NETWORK_S,
+            )
+            .stdout.splitlines()[-1]
+            .strip()
+        )
     except (OSError, subprocess.TimeoutExpired, IndexError):
         return None
     for line in shown.splitlines():
@@ -217,24 +321,43 @@ def quota_left(place: Path) -> float | None:
 
 
 def check_driver(profile: Profile) -> Iterator[Finding]:
-    """The NVIDIA driver against torch's CUDA; login nodes seldom have one, and then a job says it."""
+    """The NVIDIA driver against torch's CUDA; login nodes seldom have one, and then a job says
+    it.
+    """
     want = MIN_DRIVER[cuda_generation()]
     try:
-        shown = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=NETWORK_S).stdout
+        shown = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=NETWORK_S,
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         shown = ""
     found = re.match(r"(\d+)\.", shown)
     if found is None:
-        yield Finding("unchecked", "driver", f"no nvidia-smi here; GPU nodes need driver {want} or newer, which a job checks before it begins")
+        yield Finding(
+            "unchecked",
+            "driver",
+            f"no nvidia-smi here; GPU nodes need driver {want} or newer, which a job checks before"
+            " it begins",
+        )
     elif int(found.group(1)) < want:
-        raise UserError(f"the NVIDIA driver here is {shown.split()[0]} and the image's torch needs {want} or newer; ask your site, or lock an older torch")
+        raise UserError(
+            f"the NVIDIA driver here is {shown.split()[0]} and the image's torch needs {want} or"
+            " newer; ask your site, or lock an older torch"
+        )
     else:
         yield Finding("ok", "driver", f"{shown.split()[0]}, {want} or newer is needed")
 
 
 def cuda_generation() -> str:
     """`13` from the CUDA wheels that the image's lock names."""
-    names = re.findall(r"^(?:nvidia-cuda-runtime)(?:-cu(\d+))?==(\d+)\.", (ROOT / "requirements" / "cuda.lock").read_text(), re.MULTILINE)
+    names = re.findall(
+        r"^(?:nvidia-cuda-runtime)(?:-cu(\d+))?==(\d+)\.",
+        (ROOT / "requirements" / "cuda.lock").read_text(),
+        re.MULTILINE,
+    )
     return next((named or version for named, version in names), "13")
 
 

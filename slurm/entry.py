@@ -1,10 +1,11 @@
-"""What a submitted job runs: one importable function and the path of a JSON file, never a pickled closure.
+"""What a submitted job runs: one importable function and the path of a JSON file, never a pickled
+closure.
 
 Stand-alone scripts run `python -m slurm.entry FOLDER GRACE_S PHASE --config C --run R [--unit U]`.
 
-The JSON holds `commands` (a list of `argv` for Python and `log`), `cwd`, `env` (null unsets), `grace_s` and `ranks`. With `ranks` every task
-runs the first command as one rank of a torch process group; without, task n runs command n. Imports no torch, so a
-job reaches its phase at once.
+The JSON holds `commands` (a list of `argv` for Python and `log`), `cwd`, `env` (null unsets),
+`grace_s` and `ranks`. With `ranks` every task runs the first command as one rank of a torch process
+group; without, task n runs command n. Imports no torch, so a job reaches its phase at once.
 """
 
 from __future__ import annotations
@@ -43,21 +44,43 @@ def run_spec(path: str) -> None:
         return  # the last job of a packed array may hold fewer shards than tasks
     command = spec["commands"][0 if spec["ranks"] else task]
     given = {} if spec["ranks"] else device_environment(os.environ, len(spec["commands"]))
-    env = {name: value for name, value in {**os.environ, **spec["env"], **given}.items() if value is not None}
+    env = {
+        name: value
+        for name, value in {**os.environ, **spec["env"], **given}.items()
+        if value is not None
+    }
     os.chdir(spec["cwd"])
     log = Path(command["log"] if not spec["ranks"] or task == 0 else f"{command['log']}.rank{task}")
-    if code := run_command(command["argv"], env, log, Path(path).parent, spec["grace_s"], ranks=spec["ranks"]):
+    if code := run_command(
+        command["argv"], env, log, Path(path).parent, spec["grace_s"], ranks=spec["ranks"]
+    ):
         raise SystemExit(code)
 
 
 def main(argv: list[str]) -> int:
     """This task's command of a stand-alone script, in whose own output it is heard."""
     folder, grace_s, phase, *words = argv
-    return run_command(["-m", "jobs", phase, *words], os.environ, None, Path(folder), float(grace_s), ranks=phase == "ppo")
+    return run_command(
+        ["-m", "jobs", phase, *words],
+        os.environ,
+        None,
+        Path(folder),
+        float(grace_s),
+        ranks=phase == "ppo",
+    )
 
 
-def run_command(argv: list[str], env: Mapping[str, str], log: Path | None, folder: Path, grace_s: float, *, ranks: bool) -> int:
-    """Run a command for Python as this task, alone or as one of the `ranks` of a job, and return its code, 128 + n where signal n ended it.
+def run_command(
+    argv: list[str],
+    env: Mapping[str, str],
+    log: Path | None,
+    folder: Path,
+    grace_s: float,
+    *,
+    ranks: bool,
+) -> int:
+    """Run a command for Python as this task, alone or as one of the `ranks` of a job, and return
+    its code, 128 + n where signal n ended it.
 
     In `folder` the ranks tell each other, and the batch script, how they end.
     """
@@ -66,20 +89,28 @@ def run_command(argv: list[str], env: Mapping[str, str], log: Path | None, folde
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             output = stack.enter_context(open(log, "ab", buffering=0))
-            output.write(f"{BEGAN}{os.environ.get('SLURM_JOB_ID', '')} on {socket.gethostname()} at {now()} ===\n".encode())
+            output.write(
+                f"{BEGAN}{os.environ.get('SLURM_JOB_ID', '')} on {socket.gethostname()} at {now()}"
+                " ===\n".encode()
+            )
         told = told_file(folder, os.environ) if ranks else None
         if told is None:
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # in the command too: Slurm may signal the whole process group
-        # In this process's own group: where Slurm tells a job's processes by that, another one would outlive its job.
+            # in the command too: Slurm may signal the whole process group
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        # In this process's own group: where Slurm tells a job's processes by that, another one
+        # would outlive its job.
         env = {**env, **(rank_environment(os.environ) if ranks else {})}
-        process = subprocess.Popen([sys.executable, *argv], env=env, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *argv], env=env, stdout=output, stderr=subprocess.STDOUT
+        )
         siblings = Ranks(folder, os.environ) if ranks else None
         code, asked = wait_forwarding(process, told, grace_s, siblings.deaths if siblings else list)
         if process.returncode < 0:
             output.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())
             output.flush()
         if siblings and code:
-            with contextlib.suppress(OSError):  # such as a full disk, of which the command itself has told
+            # such as a full disk, of which the command itself has told
+            with contextlib.suppress(OSError):
                 siblings.settle(process.returncode, asked, log)
     return code
 
@@ -91,12 +122,19 @@ class End(NamedTuple):
     """It had been told to end, or was ended from here."""
 
 
-def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None, grace_s: float, lost: Callable[[], list[Any]]) -> End:
-    """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in time once told.
+def wait_forwarding(
+    process: subprocess.Popen[bytes],
+    told_path: Path | None,
+    grace_s: float,
+    lost: Callable[[], list[Any]],
+) -> End:
+    """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in
+    time once told.
 
-    SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint: it makes the file
-    `told_path`, by which the batch script knows to requeue, and leaves `grace_s` to end a step and write the checkpoint.
-    Without that path SIGUSR2 is left alone. Once `lost` names a sibling that has died, only last words are waited for.
+    SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint:
+    it makes the file `told_path`, by which the batch script knows to requeue, and leaves `grace_s`
+    to end a step and write the checkpoint. Without that path SIGUSR2 is left alone. Once `lost`
+    names a sibling that has died, only last words are waited for.
     """
     deadline = math.inf
     asked = False
@@ -106,7 +144,9 @@ def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None, gr
         asked = True
         if told_path is not None and signum == signal.SIGUSR2:
             told_path.touch()
-        deadline = min(deadline, time.monotonic() + (grace_s if signum == signal.SIGUSR2 else GRACE_S))
+        deadline = min(
+            deadline, time.monotonic() + (grace_s if signum == signal.SIGUSR2 else GRACE_S)
+        )
         process.send_signal(signum)
 
     for signum in (signal.SIGTERM, *((signal.SIGUSR2,) if told_path is not None else ())):
@@ -124,12 +164,16 @@ def wait_forwarding(process: subprocess.Popen[bytes], told_path: Path | None, gr
 
 
 def told_file(folder: Path, env: Mapping[str, str]) -> Path:
-    """Says that this try of this job was told to checkpoint. `slurm.plan.teardown_lines` looks for the same name."""
+    """Says that this try of this job was told to checkpoint. `slurm.plan.teardown_lines` looks for
+    the same name.
+    """
     return folder / f"told.{env.get('SLURM_JOB_ID', 'local')}.{env.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def _sweep() -> None:
-    """Remove a half-written result of submitit's: it refuses to write over one that an earlier try of this job left."""
+    """Remove a half-written result of submitit's: it refuses to write over one that an earlier try
+    of this job left.
+    """
     if "SLURM_JOB_ID" in os.environ and "SUBMITIT_EXECUTOR" in os.environ:
         import submitit
 
@@ -138,7 +182,9 @@ def _sweep() -> None:
 
 
 def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """torch.distributed's variables from Slurm's. Every rank sees all GPUs of the node, so that NVLink works."""
+    """torch.distributed's variables from Slurm's. Every rank sees all GPUs of the node, so that
+    NVLink works.
+    """
     if "SLURM_PROCID" not in env:
         return {}
     if env.get("SLURM_NNODES", "1") == "1":
@@ -152,9 +198,12 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "WORLD_SIZE": env["SLURM_NTASKS"],
         "MASTER_ADDR": host,
-        # Jobs that share a node must not meet on one port; a requeued job's old ranks must not be met either.
-        # Below 32768, where Linux begins to give ports to outgoing connections.
-        "MASTER_PORT": str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", "0"))) % 12000),
+        # Jobs that share a node must not meet on one port; a requeued job's old ranks must not be
+        # met either. Below 32768, where Linux begins to give ports to outgoing connections.
+        "MASTER_PORT": str(
+            20000
+            + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", "0"))) % 12000
+        ),
     }
 
 

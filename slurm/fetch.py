@@ -1,7 +1,9 @@
-"""Fetch a run's models and data as the cluster's profile says: `python -m slurm.fetch --cluster C --config K --run R`.
+"""Fetch a run's models and data as the cluster's profile says: `python -m slurm.fetch --cluster C
+--config K --run R`.
 
-`login` downloads here, in the profile's image where it is built; `job` submits a job to the networked partition; `by-hand`
-downloads nothing, says what to bring and where, and records it once it is there. HF_TOKEN is read by this phase alone.
+`login` downloads here, in the profile's image where it is built; `job` submits a job to the
+networked partition; `by-hand` downloads nothing, says what to bring and where, and records it once
+it is there. HF_TOKEN is read by this phase alone.
 """
 
 from __future__ import annotations
@@ -32,24 +34,46 @@ def fetch(args: argparse.Namespace) -> int:
     """The exit code of the fetch, or of its submission."""
     profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
     if profile.fetch == "job":
-        return submit.main(["--cluster", args.cluster, "--config", args.config, "--run", args.run, "--phase", "fetch", *args.overrides])
+        return submit.main(
+            [
+                "--cluster",
+                args.cluster,
+                "--config",
+                args.config,
+                "--run",
+                args.run,
+                "--phase",
+                "fetch",
+                *args.overrides,
+            ]
+        )
     run = submit.own_run(args.run, config)
     make_caches()
     python = python_here(profile, run)
     RunDir.create(args.run, config)
     by_hand = profile.fetch == "by-hand"
-    env = {**os.environ, **{name: str(path) for name, path in caches("fetch").items()}, **({"HF_HUB_OFFLINE": "1"} if by_hand else {})}
-    code = subprocess.run([*python, "-m", "jobs", "fetch", "--run", str(run.path)], cwd=ROOT, env=env).returncode
+    env = {
+        **os.environ,
+        **{name: str(path) for name, path in caches("fetch").items()},
+        **({"HF_HUB_OFFLINE": "1"} if by_hand else {}),
+    }
+    code = subprocess.run(
+        [*python, "-m", "jobs", "fetch", "--run", str(run.path)], cwd=ROOT, env=env
+    ).returncode
     if code and by_hand:
         print(to_bring(config), file=sys.stderr)
     return code
 
 
 def python_here(profile: Profile, run: RunDir) -> list[str]:
-    """The words that start Python on this machine: in the image where there is one, else this Python where it has what fetch needs."""
+    """The words that start Python on this machine: in the image where there is one, else this
+    Python where it has what fetch needs.
+    """
     box, image = profile.container, image_of(profile, "fetch")
     if box is not None and image is not None and image.exists() and shutil.which(box.command):
-        return shlex.split(python_command(profile, "fetch", image, binds(run, "fetch"), sys.executable))
+        return shlex.split(
+            python_command(profile, "fetch", image, binds(run, "fetch"), sys.executable)
+        )
     if find_spec("huggingface_hub") and find_spec("pyarrow"):
         return [sys.executable]
     if box is None:
@@ -63,13 +87,26 @@ def python_here(profile: Profile, run: RunDir) -> list[str]:
 
 def to_bring(config: Config) -> str:
     """What a machine with a network has to download, and where it goes here."""
-    hub = [f"hf download {m.model} --revision {m.revision}" for m in config.models if m.folder() is None and not m.model.startswith("embedded:")]
+    hub = [
+        f"hf download {m.model} --revision {m.revision}"
+        for m in config.models
+        if m.folder() is None and not m.model.startswith("embedded:")
+    ]
     for source in config.data.sources.values():
         if source.repo:
-            hub.append(f"hf download --repo-type dataset {source.repo} {' '.join(source.files)} --revision {source.revision}")
-    other = [f"{source.path}  (data of {source.label})" for source in config.data.sources.values() if source.path and not (ROOT / source.path).exists()]
+            hub.append(
+                f"hf download --repo-type dataset {source.repo} {' '.join(source.files)} --revision"
+                f" {source.revision}"
+            )
+    other = [
+        f"{source.path}  (data of {source.label})"
+        for source in config.data.sources.values()
+        if source.path and not (ROOT / source.path).exists()
+    ]
     other += [
-        f"{m.model}: make fetch there, then bring SARM_CACHE to {caches('fetch')['SARM_CACHE']}" for m in config.models if m.model.startswith("embedded:")
+        f"{m.model}: make fetch there, then bring SARM_CACHE to {caches('fetch')['SARM_CACHE']}"
+        for m in config.models
+        if m.model.startswith("embedded:")
     ]
     return "\n".join(
         [

@@ -1,7 +1,8 @@
-"""Run a whole pipeline on this machine, in dependency order: `python -m slurm.local --config C --run R`.
+"""Run a whole pipeline on this machine, in dependency order: `python -m slurm.local --config C
+--run R`.
 
-Jobs go through submitit's local executor, each with a log of its own. What is done is skipped; Ctrl-C leaves a
-run that the same command resumes.
+Jobs go through submitit's local executor, each with a log of its own. What is done is skipped;
+Ctrl-C leaves a run that the same command resumes.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m slurm.local", description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--run", required=True)
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="tasks side by side (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        help="tasks side by side (default: %(default)s)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     # A dropped connection or a kill stops jobs as Ctrl-C does.
@@ -67,36 +73,54 @@ def run_here(args: argparse.Namespace) -> int:
         with held(run.path / "run.lock", f"a run in {run.path}"):
             state = run_all(run, workers=args.workers)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from here, logs are in {run.path / 'logs'}", file=sys.stderr)
+        print(
+            f"\nstopped; the same command goes on from here, logs are in {run.path / 'logs'}",
+            file=sys.stderr,
+        )
         return 130
     failed = [node for node, word in state.word.items() if word == "failed"]
     for node in failed:
-        print(f"error: {node} failed; its log is {run.log(*node)}: {' '.join(last_lines(run.log(*node), 1)) or 'it is empty'}", file=sys.stderr)
+        print(
+            f"error: {node} failed; its log is {run.log(*node)}:"
+            f" {' '.join(last_lines(run.log(*node), 1)) or 'it is empty'}",
+            file=sys.stderr,
+        )
     if state.well(Node("report", "all")):
         print(run.path / "final_report.txt")
     return 1 if failed else 0
 
 
 def run_all(run: RunDir, *, workers: int) -> State:
-    """Run every task that is not done; returns what became of each. On Ctrl-C tells the jobs to stop, then raises."""
+    """Run every task that is not done; returns what became of each. On Ctrl-C tells the jobs to
+    stop, then raises.
+    """
     plan = tasks(run.config)
     state = State({task.node: "waiting" for task in plan})
     jobs: dict[Node, Any] = {}
     folder = run.path / "submitit" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    # A folder of its own for every launch: submitit's local results are named by pid, and pids come round again.
+    # A folder of its own for every launch: submitit's local results are named by pid, and pids come
+    # round again.
     folder.mkdir(parents=True, mode=0o700)
     try:
         with View(run) as view:
             while not all(state.ended(task.node) for task in plan):
                 _settle(run, jobs, state)
-                ready = [task for task in plan if state.word[task.node] == "waiting" and all(state.ended(need) for need in task.needs)]
+                ready = [
+                    task
+                    for task in plan
+                    if state.word[task.node] == "waiting"
+                    and all(state.ended(need) for need in task.needs)
+                ]
                 for task in ready:
                     if task.when == "afterok" and not all(state.well(need) for need in task.needs):
                         state.word[task.node] = "not run"
-                    elif run.done(*task.node) and (task.when == "afterok" or not any(n in state.took for n in task.needs)):
+                    elif run.done(*task.node) and (
+                        task.when == "afterok" or not any(n in state.took for n in task.needs)
+                    ):
                         state.word[task.node] = "skipped"
                     elif len(jobs) < workers:
-                        # Threads of two jobs on one core wait for each other in spins: each job gets cores of its own.
+                        # Threads of two jobs on one core wait for each other in spins: each job
+                        # gets cores of its own.
                         threads = max(1, (os.cpu_count() or 1) // workers)
                         jobs[task.node] = _submit(run, task, folder, threads)
                         state.word[task.node], state.began[task.node] = "running", time.monotonic()
@@ -118,7 +142,9 @@ def units_of(run: RunDir, state: State) -> list[Unit]:
             note = span(time.monotonic() - state.began[node])
         else:
             took = f"in {span(state.took[node])}" if node in state.took else ""
-            note = {"skipped": "done already", "failed": f"{took}, see {run.log(*node)}"}.get(word, took)
+            note = {"skipped": "done already", "failed": f"{took}, see {run.log(*node)}"}.get(
+                word, took
+            )
         units.append(Unit(node, word, note))
     return units
 
@@ -127,18 +153,26 @@ def _submit(run: RunDir, task: Task, folder: Path, threads: int) -> Any:
     phase, unit = task.node
     run.progress_file(phase, unit).unlink(missing_ok=True)  # an earlier attempt's
     force = ["--force"] if task.when == "afterany" else []
-    # submitit's local executor hides all GPUs from what it starts; jobs are to see those this launcher sees.
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    # submitit's local executor hides all GPUs from what it starts; jobs are to see those this
+    # launcher sees.
+    env = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
     if phase != "fetch":
         env |= {"HF_HUB_OFFLINE": "1", "HF_TOKEN": None, "HUGGING_FACE_HUB_TOKEN": None}
-    command = {"argv": ["-m", "jobs", phase, "--run", str(run.path), "--unit", unit, *force], "log": str(run.log(phase, unit))}
+    command = {
+        "argv": ["-m", "jobs", phase, "--run", str(run.path), "--unit", unit, *force],
+        "log": str(run.log(phase, unit)),
+    }
     spec = {"commands": [command], "cwd": str(ROOT), "env": env, "ranks": False, "grace_s": GRACE_S}
     path = folder / f"{phase}.{unit}.json"
     write_atomic(path, json.dumps(spec).encode())
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(timeout_min=7 * 24 * 60, stderr_to_stdout=True)
-    # A terminal's Ctrl-C reaches the whole process group; jobs are to hear of it from `_stop` alone, which lets them
-    # checkpoint. An ignored signal stays ignored in what is started here.
+    # A terminal's Ctrl-C reaches the whole process group; jobs are to hear of it from `_stop`
+    # alone, which lets them checkpoint. An ignored signal stays ignored in what is started here.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return executor.submit(run_spec, str(path))

@@ -1,6 +1,8 @@
-"""A lock that is a folder made by mkdir, which is atomic on every file system clusters use; never flock.
+"""A lock that is a folder made by mkdir, which is atomic on every file system clusters use; never
+flock.
 
-`with held(run / "submit.lock"): ...`; `python -m slurm.lock --run R` removes what an owner on another host left behind.
+`with held(run / "submit.lock"): ...`; `python -m slurm.lock --run R` removes what an owner on
+another host left behind.
 """
 
 from __future__ import annotations
@@ -31,14 +33,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def unlock(run: Path) -> int:
-    """Remove the locks of a run. Raises UserError, removing none, where an owner on this host still lives."""
+    """Remove the locks of a run. Raises UserError, removing none, where an owner on this host
+    still lives.
+    """
     if not run.is_dir():
         raise UserError(f"{run} does not exist; give the RUN whose lock is in the way")
     found = [path for name in LOCKS if (path := run / name).exists()]
     for path in found:
         owner = _owner(path)
         if owner.get("host") == socket.gethostname() and not _gone(owner):
-            raise UserError(f"{path} belongs to pid {owner.get('pid')} on this host, which is at work; stop that first")
+            raise UserError(
+                f"{path} belongs to pid {owner.get('pid')} on this host, which is at work; stop"
+                " that first"
+            )
     for path in found:
         print(f"removed {path} of {_who(_owner(path))}")
         shutil.rmtree(path)
@@ -49,7 +56,9 @@ def unlock(run: Path) -> int:
 
 @contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock, taken over only from an owner that is provably gone. Raises UserError naming a live owner."""
+    """Hold the lock, taken over only from an owner that is provably gone. Raises UserError naming
+    a live owner.
+    """
     while True:
         try:
             path.mkdir(parents=True)
@@ -57,7 +66,10 @@ def held(path: Path, what: str) -> Iterator[None]:
         except FileExistsError:
             owner = _owner(path)
             if not _gone(owner):
-                raise UserError(f"{what} is under way ({_who(owner)}); wait for it, or make unlock RUN={path.parent} if it is not") from None
+                raise UserError(
+                    f"{what} is under way ({_who(owner)}); wait for it, or make unlock"
+                    f" RUN={path.parent} if it is not"
+                ) from None
             # Renaming first: of two takers only one can rename this folder away.
             stale = path.with_name(f"{path.name}.stale-{os.getpid()}")
             try:
@@ -68,7 +80,15 @@ def held(path: Path, what: str) -> Iterator[None]:
     try:
         write_atomic(
             path / "owner.json",
-            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id(), "start": _start_of(os.getpid()), "since": now()}).encode(),
+            json.dumps(
+                {
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "boot": _boot_id(),
+                    "start": _start_of(os.getpid()),
+                    "since": now(),
+                }
+            ).encode(),
         )
         yield
     finally:
@@ -89,11 +109,17 @@ def _owner(path: Path) -> dict[str, object]:
 
 
 def _who(owner: dict[str, object]) -> str:
-    return f"host {owner.get('host')}, pid {owner.get('pid')}, since {owner.get('since')}" if owner else "an unknown owner"
+    return (
+        f"host {owner.get('host')}, pid {owner.get('pid')}, since {owner.get('since')}"
+        if owner
+        else "an unknown owner"
+    )
 
 
 def _gone(owner: dict[str, object]) -> bool:
-    """Only an owner on this very host can be known to be gone: after a reboot, or when its process has ended."""
+    """Only an owner on this very host can be known to be gone: after a reboot, or when its process
+    has ended.
+    """
     if not owner or owner["host"] != socket.gethostname():
         return False
     return owner["boot"] != _boot_id() or _start_of(int(str(owner["pid"]))) != owner["start"]

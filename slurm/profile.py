@@ -1,6 +1,8 @@
-"""A cluster's profile: what one site wants of its jobs. `slurm/clusters/*.yaml`, one a site, strictly checked.
+"""A cluster's profile: what one site wants of its jobs. `slurm/clusters/*.yaml`, one a site,
+strictly checked.
 
-`resources(profile, phase)` and `flags(profile, phase, ...)` are the one source of every sbatch line.
+`resources(profile, phase)` and `flags(profile, phase, ...)` are the one source of every sbatch
+line.
 """
 
 from __future__ import annotations
@@ -20,14 +22,19 @@ CLUSTERS = ROOT / "slurm" / "clusters"
 
 
 def _plain(value: str) -> str:
-    """Values end up in shell scripts: no control characters, no shell metacharacters, not even quoted ones."""
+    """Values end up in shell scripts: no control characters, no shell metacharacters, not even
+    quoted ones.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_.,:=+@%/\[\]~^-]+", value):
         raise ValueError("only letters, digits and _ . , : = + @ % / [ ] ~ ^ - are allowed here")
     return value
 
 
 Plain = Annotated[str, AfterValidator(_plain)]
-Plains = Annotated[tuple[Plain, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+Plains = Annotated[
+    tuple[Plain, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
 
 MANAGED = frozenset(
     """
@@ -36,7 +43,8 @@ MANAGED = frozenset(
     reservation licenses exclude exclusive mail-user mail-type wckey comment parsable test-only wrap chdir quiet wait clusters export-file
     """.split()
 )
-"""Flags that the launcher sets, from keys of their own or by itself, or that would keep it from reading sbatch's answer.
+"""Flags that the launcher sets, from keys of their own or by itself, or that would keep it from
+reading sbatch's answer.
 
 `extra` may not override them, nor an abbreviation of one: sbatch takes `--part` for `--partition`.
 """
@@ -81,7 +89,9 @@ GENERIC: dict[Phase, Resources] = {
 
 
 class Container(Strict):
-    """How jobs enter an image. The checkout, the run and the caches are bound at their own paths."""
+    """How jobs enter an image. The checkout, the run and the caches are bound at their own
+    paths.
+    """
 
     command: Plain = "apptainer"
     image: Plain
@@ -105,7 +115,9 @@ class Profile(Strict):
     exclusive: bool = False
     """Ask for whole nodes."""
     pack: Positive = 1
-    """Shards of encode and probe side by side in one job, one a GPU: for sites that lend whole nodes."""
+    """Shards of encode and probe side by side in one job, one a GPU: for sites that lend whole
+    nodes.
+    """
     gpu_request: Literal["gres", "gpus-per-node"] = "gres"
     gpu_type: Plain | None = None
     memory: Literal["mem", "mem-per-cpu", "mem-per-gpu", "none"] = "mem"
@@ -114,7 +126,9 @@ class Profile(Strict):
     max_array_size: Positive = 1000
     """Elements in one array; Slurm's MaxArraySize caps the highest index, 1000 by default."""
     submit_limit: Positive | None = None
-    """Jobs that a user may have in the queue, array elements counted; refused before anything is submitted."""
+    """Jobs that a user may have in the queue, array elements counted; refused before anything is
+    submitted.
+    """
     mail_user: Plain | None = None
     mail_type: Plain | None = None
     wckey: Plain | None = None
@@ -123,12 +137,15 @@ class Profile(Strict):
     """How long before its time limit a job is told to checkpoint."""
     modules: Plains = ()
     scratch: Plain | None = None
-    """A folder of every node in which a job makes one of its own for temporary files, removed at its end; $TMPDIR or /tmp where unset."""
+    """A folder of every node in which a job makes one of its own for temporary files, removed at
+    its end; $TMPDIR or /tmp where unset.
+    """
     environment: dict[str, Plain] = Field(default_factory=dict)
     container: Container | None = None
     """None runs the checkout's own environment: for development."""
     fetch: Literal["login", "job", "by-hand"] = "login"
-    """Where there is a network: on the login node, in a job of the `fetch` phase, or nowhere near."""
+    """Where there is a network: on the login node, in a job of the `fetch` phase, or nowhere near.
+    """
     extra: dict[str, Plain | bool] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -137,18 +154,30 @@ class Profile(Strict):
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"environment: {name!r} is no variable name")
             if re.search(r"TOKEN|SECRET|PASSWORD|API_?KEY", name, re.IGNORECASE):
-                raise ValueError(f"environment: {name} looks like a secret; profiles are stored and printed, give it to make fetch instead")
+                raise ValueError(
+                    f"environment: {name} looks like a secret; profiles are stored and printed,"
+                    " give it to make fetch instead"
+                )
             if re.search(r"//[^/@]*:[^/@]*@", value):
-                raise ValueError(f"environment: {name} holds a password; profiles are stored and printed, leave it out")
+                raise ValueError(
+                    f"environment: {name} holds a password; profiles are stored and printed, leave"
+                    " it out"
+                )
         for flag in self.extra:
             managed = sorted(name for name in MANAGED if name.startswith(flag.lstrip("-") or "-"))
             if managed:
-                raise ValueError(f"extra: {flag} is sbatch's --{managed[0]}, which the launcher manages; use its own key in the profile")
+                raise ValueError(
+                    f"extra: {flag} is sbatch's --{managed[0]}, which the launcher manages; use its"
+                    " own key in the profile"
+                )
             if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
                 raise ValueError(f"extra: {flag!r} is no long sbatch flag")
         limit_s = 60 * resources(self, "ppo").time_min
         if self.signal_lead_s > limit_s // 2:
-            raise ValueError(f"signal_lead_s: {self.signal_lead_s} s is over half of ppo's time limit of {limit_s} s; lower it, or raise time_min of ppo")
+            raise ValueError(
+                f"signal_lead_s: {self.signal_lead_s} s is over half of ppo's time limit of"
+                f" {limit_s} s; lower it, or raise time_min of ppo"
+            )
         return self
 
 
@@ -159,21 +188,32 @@ def load_profile(cluster: str) -> Profile:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in CLUSTERS.glob("*.yaml")))
-        raise UserError(f"cluster profile {path} does not exist; there are {known}; copy slurm/clusters/generic.yaml for your site") from None
+        raise UserError(
+            f"cluster profile {path} does not exist; there are {known}; copy"
+            " slurm/clusters/generic.yaml for your site"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"cluster profile {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"cluster profile {path} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(f"cluster profile {path} is empty or not a mapping of keys")
     try:
         return Profile.model_validate(tree)
     except pydantic.ValidationError as error:
-        complaints = dict.fromkeys(_complaint(e) for e in error.errors() if e["loc"][-1:] != ("bool",))
+        complaints = dict.fromkeys(
+            _complaint(e) for e in error.errors() if e["loc"][-1:] != ("bool",)
+        )
         raise UserError(f"cluster profile {path}: {'; '.join(complaints)}") from None
 
 
 def _complaint(error: Any) -> str:
     # Of a location, what pydantic adds to the keys themselves is left out.
-    where = [str(part) for part in error["loc"] if part != "[key]" and not str(part).startswith("function-")]
+    where = [
+        str(part)
+        for part in error["loc"]
+        if part != "[key]" and not str(part).startswith("function-")
+    ]
     said = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if error["type"] == "extra_forbidden":
         sections: dict[str, Any] = {"phases": Override, "container": Container}
@@ -191,7 +231,11 @@ def _complaint(error: Any) -> str:
 def resources(profile: Profile, phase: Phase) -> Resources:
     """The generic resources of a phase under the profile's overrides."""
     override = profile.phases.get(phase, Override()).model_dump(exclude_none=True)
-    site = {key: getattr(profile, key) for key in ("partition", "qos", "constraint") if getattr(profile, key)}
+    site = {
+        key: getattr(profile, key)
+        for key in ("partition", "qos", "constraint")
+        if getattr(profile, key)
+    }
     return Resources.model_validate({**GENERIC[phase].model_dump(), **site, **override})
 
 
@@ -209,8 +253,14 @@ def gpus_per_job(profile: Profile, phase: Phase) -> int:
 
 
 def flags(profile: Profile, phase: Phase) -> dict[str, str | bool]:
-    """sbatch's long flags and their values for a phase; True for a flag without one. The same for every launcher."""
-    want, tasks, gpus = resources(profile, phase), tasks_per_job(profile, phase), gpus_per_job(profile, phase)
+    """sbatch's long flags and their values for a phase; True for a flag without one. The same for
+    every launcher.
+    """
+    want, tasks, gpus = (
+        resources(profile, phase),
+        tasks_per_job(profile, phase),
+        gpus_per_job(profile, phase),
+    )
     memory_gb = want.mem_gb * (tasks if phase in ("encode", "probe") else 1)
     found: dict[str, str | bool | None] = {
         "account": profile.account,
@@ -236,7 +286,9 @@ def flags(profile: Profile, phase: Phase) -> dict[str, str | bool]:
     }
     if gpus:
         kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
-        found[profile.gpu_request] = f"gpu:{kind}{gpus}" if profile.gpu_request == "gres" else f"{kind}{gpus}"
+        found[profile.gpu_request] = (
+            f"gpu:{kind}{gpus}" if profile.gpu_request == "gres" else f"{kind}{gpus}"
+        )
     if profile.memory == "mem":
         found["mem"] = f"{memory_gb}G"
     elif profile.memory == "mem-per-cpu" or (profile.memory == "mem-per-gpu" and not gpus):
@@ -244,7 +296,11 @@ def flags(profile: Profile, phase: Phase) -> dict[str, str | bool]:
     elif profile.memory == "mem-per-gpu":
         found["mem-per-gpu"] = f"{memory_gb * 1024 // gpus}M"
     found.update(profile.extra)
-    return {flag: value for flag, value in sorted(found.items()) if value is not None and value is not False}
+    return {
+        flag: value
+        for flag, value in sorted(found.items())
+        if value is not None and value is not False
+    }
 
 
 def requeues(phase: Phase) -> bool:

@@ -1,7 +1,9 @@
-"""What the ranks of one job tell each other of their ends: files beside the job's spec, kept by `slurm.entry`.
+"""What the ranks of one job tell each other of their ends: files beside the job's spec, kept by
+`slurm.entry`.
 
-A rank whose sibling has died waits for it in a collective, ten minutes long under NCCL, or fails over a closed connection.
-So each rank's entry leaves a note when its own has died, the others end theirs, and rank 0's log ends with the cause.
+A rank whose sibling has died waits for it in a collective, ten minutes long under NCCL, or fails
+over a closed connection. So each rank's entry leaves a note when its own has died, the others end
+theirs, and rank 0's log ends with the cause.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from sarm.run import latest
 PATIENCE_S = 5.0
 """How long rank 0's entry waits for the note of whichever died first."""
 HOLD_S = 15.0
-"""How long the entry of a dead rank waits for rank 0's to have written the cause: srun kills all tasks, hard after KillWait, when the first ends."""
+"""How long the entry of a dead rank waits for rank 0's to have written the cause: srun kills all
+tasks, hard after KillWait, when the first ends.
+"""
 LOG_TAIL_BYTES = 4096
 
 
@@ -39,7 +43,9 @@ class Death(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int]:
-        """The likelier cause first: a signal from outside, a failure told in a sentence, and last what may be another's doing."""
+        """The likelier cause first: a signal from outside, a failure told in a sentence, and last
+        what may be another's doing.
+        """
         outside = self.returncode < 0 and self.returncode != -signal.SIGABRT
         return (0 if outside else 1 if self.returncode == 2 else 2, self.rank)
 
@@ -50,7 +56,9 @@ class Death(NamedTuple):
             return f"{who} ended with exit code {self.returncode}, and the others with it{said}"
         name = signal.Signals(-self.returncode).name
         why = ", as the kernel does where memory runs out" if name == "SIGKILL" else ""
-        again = "submit again to go on from the newest checkpoint" + (", with more mem_gb if memory was short" if why else "")
+        again = "submit again to go on from the newest checkpoint" + (
+            ", with more mem_gb if memory was short" if why else ""
+        )
         return f"{who} was killed by {name}{why}, and the others were ended; {again}"
 
 
@@ -60,15 +68,22 @@ class Ranks:
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
         self.rank, self.size = int(env.get("SLURM_PROCID", "0")), int(env.get("SLURM_NTASKS", "1"))
         self.host = env.get("SLURMD_NODENAME") or socket.gethostname()
-        self.folder, self.stem = folder, f"{env.get('SLURM_JOB_ID', 'local')}.{env.get('SLURM_RESTART_COUNT', '0')}"
+        self.folder, self.stem = (
+            folder,
+            f"{env.get('SLURM_JOB_ID', 'local')}.{env.get('SLURM_RESTART_COUNT', '0')}",
+        )
 
     def settle(self, returncode: int, asked: bool, log: Path | None) -> None:
-        """Of a rank that did not end well: note it, unless it was `asked` to end; rank 0's writes the cause, others wait until it stands.
+        """Of a rank that did not end well: note it, unless it was `asked` to end; rank 0's writes
+        the cause, others wait until it stands.
 
         Without a log of its own a rank is heard, and the cause written, in the script's output.
         """
-        if not asked and returncode != os.EX_TEMPFAIL:  # which it returns where a sibling alone was asked
-            death = Death(self.rank, self.size, self.host, returncode, log.name if log else "", last_line(log))
+        # which it returns where a sibling alone was asked
+        if not asked and returncode != os.EX_TEMPFAIL:
+            death = Death(
+                self.rank, self.size, self.host, returncode, log.name if log else "", last_line(log)
+            )
             unfinished = self.folder / f".died.{self.stem}.{self.rank}"
             unfinished.write_text(json.dumps(death))
             os.replace(unfinished, self.folder / f"died.{self.stem}.{self.rank}")
@@ -76,7 +91,9 @@ class Ranks:
         deadline = time.monotonic() + HOLD_S
         if self.rank == 0:
             if cause := self.cause(log, 0.0 if asked else PATIENCE_S):
-                with open(log, "a", encoding="utf-8") if log else contextlib.nullcontext(sys.stdout) as file:
+                with (
+                    open(log, "a", encoding="utf-8") if log else contextlib.nullcontext(sys.stdout)
+                ) as file:
                     print(f"error: {cause}", file=file, flush=True)
             stands.touch()
         while not asked and not stands.exists() and time.monotonic() < deadline:
@@ -85,29 +102,43 @@ class Ranks:
     def deaths(self) -> list[Death]:
         """Those noted so far, the likeliest cause first."""
         try:
-            found = [Death(*json.loads(path.read_text())) for path in self.folder.glob(f"died.{self.stem}.*")]
+            found = [
+                Death(*json.loads(path.read_text()))
+                for path in self.folder.glob(f"died.{self.stem}.*")
+            ]
         except OSError:  # a file system that stumbles is no death; it is asked again
             return []
         return sorted(found, key=lambda death: death.order)
 
     def cause(self, log: Path | None, patience_s: float) -> str:
-        """What rank 0's log is to end with; empty where that says it already, or where nobody died by itself.
+        """What rank 0's log is to end with; empty where that says it already, or where nobody died
+        by itself.
 
         Within `patience_s` a likelier cause than what is known may be noted.
         """
         deadline = time.monotonic() + patience_s
-        while not ((found := self.deaths()) and found[0].order[0] < 2) and time.monotonic() < deadline:
+        while (
+            not ((found := self.deaths()) and found[0].order[0] < 2) and time.monotonic() < deadline
+        ):
             time.sleep(0.1)
-        if not found or (found[0].returncode >= 0 and (found[0].rank == 0 or found[0].words == last_line(log))):
+        if not found or (
+            found[0].returncode >= 0 and (found[0].rank == 0 or found[0].words == last_line(log))
+        ):
             return ""
         return found[0].sentence()
 
 
 def last_line(log: Path | None) -> str:
-    """The last line that this job has left in a log; empty where it left none, or has no log of its own."""
+    """The last line that this job has left in a log; empty where it left none, or has no log of
+    its own.
+    """
     if log is None:
         return ""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-        lines = [line.strip() for line in file.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in file.read().decode("utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
     return lines[-1] if (lines := latest(lines)) else ""

@@ -1,4 +1,6 @@
-"""Write one stand-alone sbatch file a phase for a cluster: `python -m slurm.sbatch --cluster C [--out slurm]`."""
+"""Write one stand-alone sbatch file a phase for a cluster: `python -m slurm.sbatch --cluster C
+[--out slurm]`.
+"""
 
 from __future__ import annotations
 

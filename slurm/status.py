@@ -1,7 +1,8 @@
-"""What of a run is done, what runs, and why the rest is not: `python -m slurm.status --run R [--hashes]`.
+"""What of a run is done, what runs, and why the rest is not: `python -m slurm.status --run R
+[--hashes]`.
 
-Manifests are the truth: a purged queue or a missing accounting takes nothing from it but colour. `--cancel` cancels
-the run's jobs.
+Manifests are the truth: a purged queue or a missing accounting takes nothing from it but colour.
+`--cancel` cancels the run's jobs.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     """0 where everything is done, 1 where something is not, 2 where this is no run."""
     parser = argparse.ArgumentParser(prog="python -m slurm.status", description=__doc__)
     parser.add_argument("--run", required=True)
-    parser.add_argument("--hashes", action="store_true", help="hash every published file instead of comparing sizes")
+    parser.add_argument(
+        "--hashes", action="store_true", help="hash every published file instead of comparing sizes"
+    )
     parser.add_argument("--cancel", action="store_true", help="cancel the run's jobs")
     args = parser.parse_args(argv)
     return ended(lambda: status(args), args.run)
@@ -79,28 +82,55 @@ def status(args: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:  # a file or a pipe: no lines broken at a width that nobody has
         console = Console(width=1000)
-    columns = ["phase", "job", "state", "progress", "took", "CPU, memory", *(["log"] if console.width >= WIDE else [])]
+    columns = [
+        "phase",
+        "job",
+        "state",
+        "progress",
+        "took",
+        "CPU, memory",
+        *(["log"] if console.width >= WIDE else []),
+    ]
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column in ("phase", "job", "took"))
     for line in rows:
-        state = f"{line.unit.state}: {line.unit.note}" if line.unit.note and line.unit.kind != "done" else line.unit.state
+        state = (
+            f"{line.unit.state}: {line.unit.note}"
+            if line.unit.note and line.unit.kind != "done"
+            else line.unit.state
+        )
         cells = (str(line.unit.node), line.job, state, *line[2:])
         table.add_row(*map(Text, cells[: len(columns)]))
     console.print(table)
     say_causes(run, [line.unit for line in rows], slurm, console)
-    if slurm.heard and not slurm.live and not local and (undone := [line.unit for line in rows if line.unit.kind != "done"]):
-        print(f"nothing of {run.path} is in the queue, {len(undone)} of {len(rows)} are not done; make submit-all or make run goes on from what is done")
+    if (
+        slurm.heard
+        and not slurm.live
+        and not local
+        and (undone := [line.unit for line in rows if line.unit.kind != "done"])
+    ):
+        print(
+            f"nothing of {run.path} is in the queue, {len(undone)} of {len(rows)} are not done;"
+            " make submit-all or make run goes on from what is done"
+        )
     return 0 if all(line.unit.state == "done" for line in rows) else 1
 
 
 def say_causes(run: RunDir, units: Iterable[Unit], slurm: Slurm, console: Console) -> None:
-    """The ends of the logs of what failed: the unit's own, or its job's where it never came so far as to have one."""
+    """The ends of the logs of what failed: the unit's own, or its job's where it never came so far
+    as to have one.
+    """
     for unit in units:
         if unit.kind != "failed":
             continue
-        logs = [run.log(*unit.node), *(run.slurm_logs(slurm.ids[unit.node]) if unit.node in slurm.ids else [])]
-        lines, log = next(((lines, log) for log in logs if (lines := last_lines(log, 3))), ([], None))
+        logs = [
+            run.log(*unit.node),
+            *(run.slurm_logs(slurm.ids[unit.node]) if unit.node in slurm.ids else []),
+        ]
+        lines, log = next(
+            ((lines, log) for log in logs if (lines := last_lines(log, 3))), ([], None)
+        )
         console.print(Text(f"{unit.node}: {log or 'no log says why'}", "bold"), soft_wrap=True)
         for line in lines:
             console.print(Text(f"  {line}", "dim"), soft_wrap=True)
@@ -108,18 +138,44 @@ def say_causes(run: RunDir, units: Iterable[Unit], slurm: Slurm, console: Consol
 
 def row(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool) -> Row:
     """A unit's line."""
-    unit, past, log = unit_state(run, node, slurm, local, hashes=hashes), slurm.past.get(node), run.log(*node)
-    shown = "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(run, node) or "")
-    shares = (past.cpu_efficiency, past.memory_share) if past is not None and past.ended else (None, None)
-    efficiency = "" if shares == (None, None) else ", ".join("-" if share is None else f"{share:.0%}" for share in shares)
+    unit, past, log = (
+        unit_state(run, node, slurm, local, hashes=hashes),
+        slurm.past.get(node),
+        run.log(*node),
+    )
+    shown = (
+        "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(run, node) or "")
+    )
+    shares = (
+        (past.cpu_efficiency, past.memory_share)
+        if past is not None and past.ended
+        else (None, None)
+    )
+    efficiency = (
+        ""
+        if shares == (None, None)
+        else ", ".join("-" if share is None else f"{share:.0%}" for share in shares)
+    )
     running = slurm.live.get(node) if unit.kind == "running" else None
-    took = duration(run, node) if unit.kind == "done" else f"{span(running.elapsed_s)} so far" if running else ""
+    took = (
+        duration(run, node)
+        if unit.kind == "done"
+        else f"{span(running.elapsed_s)} so far"
+        if running
+        else ""
+    )
     job = slurm.ids.get(node) or (published_by(run, node) if unit.kind == "done" else "")
-    return Row(unit, job, shown, took, efficiency, str(log.relative_to(run.path)) if log.exists() else "")
+    return Row(
+        unit, job, shown, took, efficiency, str(log.relative_to(run.path)) if log.exists() else ""
+    )
 
 
-def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool) -> Unit:
-    """A unit as it stands: done by its manifest, else as the queue, a local launcher or the accounting has it, else why it is not done."""
+def unit_state(
+    run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool
+) -> Unit:
+    """A unit as it stands: done by its manifest, else as the queue, a local launcher or the
+    accounting has it, else why it is not done.
+    """
     why = run.undone_because(*node, hashes=hashes)
     past = slurm.past.get(node)
     # A report is made anew with every submission: one that stands may be an earlier one's.
@@ -135,13 +191,29 @@ def unit_state(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str],
     task = next(task for task in tasks(run.config) if task.node == node)
     needs = [need for need in task.needs if not run.done(*need, hashes=False)]
     counts = Counter(need.phase for need in needs)
-    lacks = ", ".join(dict.fromkeys(str(need) if counts[need.phase] == 1 else f"{counts[need.phase]} of {need.phase}" for need in needs))
+    lacks = ", ".join(
+        dict.fromkeys(
+            str(need) if counts[need.phase] == 1 else f"{counts[need.phase]} of {need.phase}"
+            for need in needs
+        )
+    )
     job_logs = run.slurm_logs(slurm.ids[node]) if node in slurm.ids else []
     if past is not None and past.state not in GOOD_ENDS and (job_logs or past.state != "CANCELLED"):
-        return Unit(node, past.state, "; ".join(filter(None, (past.exit, slurm_complaint(job_logs)))))
+        return Unit(
+            node, past.state, "; ".join(filter(None, (past.exit, slurm_complaint(job_logs))))
+        )
     if slurm.heard and node in slurm.ids and not job_logs:
-        # A report is written whatever became of the rest: nothing that it lacks keeps it from being run.
-        return Unit(node, "not run", f"needs {lacks}" if needs and task.when == "afterok" else "its job was cancelled before it began")
+        # A report is written whatever became of the rest: nothing that it lacks keeps it from being
+        # run.
+        return Unit(
+            node,
+            "not run",
+            (
+                f"needs {lacks}"
+                if needs and task.when == "afterok"
+                else "its job was cancelled before it began"
+            ),
+        )
     if not slurm.heard:
         return Unit(node, "not done", why)
     if job_logs or (run.log(*node).exists() and not needs):
@@ -165,11 +237,15 @@ def local_states(run: RunDir) -> dict[Node, str]:
         words = json.loads((run.path / LOCAL_STATES).read_text())
     except (OSError, ValueError):
         return {}
-    return {task.node: words[str(task.node)] for task in tasks(run.config) if str(task.node) in words}
+    return {
+        task.node: words[str(task.node)] for task in tasks(run.config) if str(task.node) in words
+    }
 
 
 def ask_slurm(run: RunDir) -> Slurm:
-    """The queue's and the accounting's word on the last submission's units, and on what was done before; empty without Slurm."""
+    """The queue's and the accounting's word on the last submission's units, and on what was done
+    before; empty without Slurm.
+    """
     if shutil.which("squeue") is None:
         return Slurm({}, {})
     journal, heard = last_journal(run), True
@@ -178,9 +254,18 @@ def ask_slurm(run: RunDir) -> Slurm:
     except UserError:
         live, heard = {}, False
     ids = unit_ids(journal) if journal else {}
-    known = {task.node: id_ for task in tasks(run.config) if (id_ := ids.get(task.node) or published_by(run, task.node))}
+    known = {
+        task.node: id_
+        for task in tasks(run.config)
+        if (id_ := ids.get(task.node) or published_by(run, task.node))
+    }
     past = queue.history(known.values())
-    return Slurm({n: live[i] for n, i in ids.items() if i in live}, {n: past[i] for n, i in known.items() if i in past}, ids, heard)
+    return Slurm(
+        {n: live[i] for n, i in ids.items() if i in live},
+        {n: past[i] for n, i in known.items() if i in past},
+        ids,
+        heard,
+    )
 
 
 def published_by(run: RunDir, node: Node) -> str:
@@ -190,7 +275,9 @@ def published_by(run: RunDir, node: Node) -> str:
 
 
 def cancel(run: RunDir) -> str:
-    """Cancel the last submission's jobs; says how many were in the queue. Raises UserError where nothing was submitted."""
+    """Cancel the last submission's jobs; says how many were in the queue. Raises UserError where
+    nothing was submitted.
+    """
     journal = last_journal(run)
     if journal is None:
         raise UserError(f"nothing was submitted for {run.path}; a local run is stopped with Ctrl-C")
@@ -198,7 +285,10 @@ def cancel(run: RunDir) -> str:
     if not alive:
         return f"nothing of submission {journal['id']} is in the queue any more"
     queue.cancel(journal["jobs"].values())
-    return f"cancelled {len(alive)} job{'s' if len(alive) > 1 else ''} of submission {journal['id']}; make submit-all goes on from what is done"
+    return (
+        f"cancelled {len(alive)} job{'s' if len(alive) > 1 else ''} of submission {journal['id']};"
+        " make submit-all goes on from what is done"
+    )
 
 
 def duration(run: RunDir, node: Node) -> str:
@@ -206,7 +296,9 @@ def duration(run: RunDir, node: Node) -> str:
     manifest = run.manifest(*node)
     if manifest is None:
         return ""
-    seconds = (datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])).total_seconds()
+    seconds = (
+        datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])
+    ).total_seconds()
     return span(seconds)
 
 

@@ -1,8 +1,9 @@
-"""Submit a run's undone work as dependent Slurm jobs: `python -m slurm.submit --cluster C --config K --run R`.
+"""Submit a run's undone work as dependent Slurm jobs: `python -m slurm.submit --cluster C --config
+K --run R`.
 
-All or nothing: the first jobs go in held and are released when every sbatch has been taken; if one is refused,
-those made are cancelled. Run it again at any time: what is done is skipped, a live submission is attached to.
-`--dry-run` prints every script and needs no Slurm, image or network.
+All or nothing: the first jobs go in held and are released when every sbatch has been taken; if one
+is refused, those made are cancelled. Run it again at any time: what is done is skipped, a live
+submission is attached to. `--dry-run` prints every script and needs no Slurm, image or network.
 """
 
 from __future__ import annotations
@@ -34,13 +35,33 @@ from slurm import queue
 from slurm.cost import table as cost_table
 from slurm.dag import Node
 from slurm.entry import run_spec
-from slurm.images import binds, caches, check_images, image_of, images_of, make_caches, read_image, token_file
+from slurm.images import (
+    binds,
+    caches,
+    check_images,
+    image_of,
+    images_of,
+    make_caches,
+    read_image,
+    token_file,
+)
 from slurm.lock import held
-from slurm.plan import Batch, grace_s, plan, python_command, setup_lines, srun_args, teardown_lines, undone
+from slurm.plan import (
+    Batch,
+    grace_s,
+    plan,
+    python_command,
+    setup_lines,
+    srun_args,
+    teardown_lines,
+    undone,
+)
 from slurm.profile import Profile, flags, load_profile, resources, tasks_per_job
 
 MISREAD = re.compile(r"[\x00-\x1f\x7f:,%\\'\"`$]")
-"""In paths: `%` begins a pattern of sbatch's file names, `:` and `,` part a bind's fields, and the rest is no good in scripts."""
+"""In paths: `%` begins a pattern of sbatch's file names, `:` and `,` part a bind's fields, and the
+rest is no good in scripts.
+"""
 
 SECRET = re.compile(r"(?i)\b(\w*(?:token(?!izers)|secret|password|api_?key)\w*)=\S+")
 
@@ -56,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
 def arguments(module: str, doc: str | None) -> argparse.ArgumentParser:
     """What every command takes that brings a cluster, a config and a run together."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc)
-    parser.add_argument("--cluster", default="generic", help="a profile in slurm/clusters/, or a path")
+    parser.add_argument(
+        "--cluster", default="generic", help="a profile in slurm/clusters/, or a path"
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--run", required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -89,26 +112,41 @@ def submit_or_show(args: argparse.Namespace) -> int:
 
 
 def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str, Any]:
-    """Submit what is undone and return the journal of the submission, or of the live one it attaches to.
+    """Submit what is undone and return the journal of the submission, or of the live one it
+    attaches to.
 
-    Raises UserError where a phase's needs are not done, where a live submission lacks what is asked for, or where Slurm
-    refuses any job: then none is left behind.
+    Raises UserError where a phase's needs are not done, where a live submission lacks what is asked
+    for, or where Slurm refuses any job: then none is left behind.
     """
     before = last_journal(run)
     if before is not None and before["state"] == "submitting":
-        # Whoever was submitting is gone, or the lock would not be ours; its first jobs may be held for ever.
+        # Whoever was submitting is gone, or the lock would not be ours; its first jobs may be held
+        # for ever.
         cancel_all(run, before)
     elif before is not None:
         alive = queue.live_jobs(before["jobs"].values())
         reports = {before["jobs"].get("report")}
         # A job that completes has ended, or is being cancelled: neither is worth waiting for.
         if {job.id.partition("_")[0] for job in alive if job.state != "COMPLETING"} - reports:
-            asked = {node for node in undone(run.config, lambda node: run.done(*node, hashes=False)) if phase in (None, node.phase)}
+            asked = {
+                node
+                for node in undone(run.config, lambda node: run.done(*node, hashes=False))
+                if phase in (None, node.phase)
+            }
             if more := asked - unit_ids(before).keys():
-                lacks = ", ".join(dict.fromkeys(node.phase for node in sorted(more, key=lambda node: PHASES.index(node.phase))))
-                raise UserError(f"submission {before['id']} still runs, without {lacks}; submit again when it has ended (make watch), or make cancel first")
+                lacks = ", ".join(
+                    dict.fromkeys(
+                        node.phase
+                        for node in sorted(more, key=lambda node: PHASES.index(node.phase))
+                    )
+                )
+                raise UserError(
+                    f"submission {before['id']} still runs, without {lacks}; submit again when it"
+                    " has ended (make watch), or make cancel first"
+                )
             return {**before, "attached": True}
-        # Only the report of a run that failed still waits: what is resubmitted ends with a report of its own.
+        # Only the report of a run that failed still waits: what is resubmitted ends with a report
+        # of its own.
         queue.cancel(job.id for job in alive)
     batches = chosen(run.config, profile, undone(run.config, lambda node: run.done(*node)), phase)
     journal: dict[str, Any] = {
@@ -117,7 +155,10 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
         "state": "submitting",
         "config_sha256": run.config.sha256,
         "git_commit": git_commit(),
-        "images": [{"path": str(image.path), "sha256": image.sha256, "git_commit": image.commit} for image in map(read_image, images_of(profile))],
+        "images": [
+            {"path": str(image.path), "sha256": image.sha256, "git_commit": image.commit}
+            for image in map(read_image, images_of(profile))
+        ],
         "batches": [batch._asdict() for batch in batches],
         "jobs": {},
     }
@@ -135,7 +176,9 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
         queue.release(roots)
     except BaseException as error:
         left = taken_back(run, journal)
-        if not isinstance(error, (UserError, FailedJobError, FailedSubmissionError, OSError, KeyboardInterrupt)):
+        if not isinstance(
+            error, (UserError, FailedJobError, FailedSubmissionError, OSError, KeyboardInterrupt)
+        ):
             raise
         raise UserError(f"Slurm did not take every job ({cause(error)}); {left}") from None
     journal["state"] = "submitted"
@@ -144,32 +187,64 @@ def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str,
 
 
 def chosen(config: Config, profile: Profile, todo: set[Node], phase: str | None) -> list[Batch]:
-    """The batches to submit: all, or one phase's, whose needs must then be done. Raises UserError where they are not."""
+    """The batches to submit: all, or one phase's, whose needs must then be done. Raises UserError
+    where they are not.
+    """
     if phase is None:
         missing = sorted({str(node) for node in todo if node.phase == "fetch"})
         if missing and profile.fetch != "job":
-            raise UserError("models and data are not fetched yet; run make fetch with the same CONFIG and RUN where there is a network, then submit again")
+            raise UserError(
+                "models and data are not fetched yet; run make fetch with the same CONFIG and RUN"
+                " where there is a network, then submit again"
+            )
         return plan(config, profile, todo)
     batches = [batch for batch in plan(config, profile, todo) if batch.phase == phase]
     waiting = sorted({need for batch in batches for need in batch.needs})
     if waiting and phase != "report":
-        raise UserError(f"{phase} needs {', '.join(waiting)} done first; submit those, or everything with make submit-all")
+        raise UserError(
+            f"{phase} needs {', '.join(waiting)} done first; submit those, or everything with make"
+            " submit-all"
+        )
     return [batch._replace(needs=()) for batch in batches]
 
 
 def send(run: RunDir, profile: Profile, batch: Batch, journal: dict[str, Any], folder: Path) -> str:
     """One sbatch through submitit; returns the job id. Roots go in held."""
-    python = python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run, batch.phase), sys.executable)
+    python = python_command(
+        profile,
+        batch.phase,
+        image_of(profile, batch.phase),
+        binds(run, batch.phase),
+        sys.executable,
+    )
     executor = submitit.SlurmExecutor(folder, python=python)
-    executor.update_parameters(**parameters(run, profile, batch, journal["jobs"], journal["id"], folder))
-    # The report is told which job was to do each unit; its script asks Slurm which jobs failed (plan.FAILED_JOBS).
-    env = {"SARM_JOBS": json.dumps({f"{node.phase}/{node.unit}": id_ for node, id_ in unit_ids(journal).items()})} if batch.phase == "report" else {}
+    executor.update_parameters(
+        **parameters(run, profile, batch, journal["jobs"], journal["id"], folder)
+    )
+    # The report is told which job was to do each unit; its script asks Slurm which jobs failed
+    # (plan.FAILED_JOBS).
+    env = (
+        {
+            "SARM_JOBS": json.dumps(
+                {f"{node.phase}/{node.unit}": id_ for node, id_ in unit_ids(journal).items()}
+            )
+        }
+        if batch.phase == "report"
+        else {}
+    )
     for node in batch.nodes:
         run.progress_file(*node).unlink(missing_ok=True)  # an earlier job's
-    specs = [str(write_spec(run, profile, batch, element, folder, env)) for element in batch.elements]
+    specs = [
+        str(write_spec(run, profile, batch, element, folder, env)) for element in batch.elements
+    ]
     # A map over one element would not be an array; submitted alone it is no array either.
-    with contextlib.redirect_stderr(io.StringIO()):  # on a failure submitit prints what its error says too
-        jobs = executor.map_array(run_spec, specs) if len(specs) > 1 else [executor.submit(run_spec, specs[0])]
+    # on a failure submitit prints what its error says too
+    with contextlib.redirect_stderr(io.StringIO()):
+        jobs = (
+            executor.map_array(run_spec, specs)
+            if len(specs) > 1
+            else [executor.submit(run_spec, specs[0])]
+        )
     return jobs[0].job_id.partition("_")[0]
 
 
@@ -179,9 +254,13 @@ def cause(error: BaseException) -> str:
     return f"{said}; {cure}" if (cure := queue.cure(said, "")) else said
 
 
-def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], submission: str, folder: Path) -> dict[str, Any]:
+def parameters(
+    run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str], submission: str, folder: Path
+) -> dict[str, Any]:
     """submitit's parameters for a batch. Every sbatch flag comes from `slurm.profile.flags`."""
-    more: dict[str, Any] = {flag.replace("-", "_"): value for flag, value in flags(profile, batch.phase).items()}
+    more: dict[str, Any] = {
+        flag.replace("-", "_"): value for flag, value in flags(profile, batch.phase).items()
+    }
     # submitit counts tasks itself, and names a wckey of its own unless told None.
     counts = {"nodes": int(more.pop("nodes")), "ntasks_per_node": int(more.pop("ntasks_per_node"))}
     more.setdefault("wckey", None)
@@ -190,7 +269,9 @@ def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str],
     else:
         more["hold"] = True
     more["comment"] = f"sarm:{batch.phase}"
-    named: dict[str, Any] = {key: more.pop(key) for key in ("wckey", "dependency", "comment", "time") if key in more}
+    named: dict[str, Any] = {
+        key: more.pop(key) for key in ("wckey", "dependency", "comment", "time") if key in more
+    }
     return {
         **counts,
         **named,
@@ -204,18 +285,42 @@ def parameters(run: RunDir, profile: Profile, batch: Batch, ids: dict[str, str],
     }
 
 
-def write_spec(run: RunDir, profile: Profile, batch: Batch, element: tuple[str, ...], folder: Path, env: dict[str, str]) -> Path:
-    """The JSON that `slurm.entry` runs: one command a packed shard, or the same one on every rank."""
+def write_spec(
+    run: RunDir,
+    profile: Profile,
+    batch: Batch,
+    element: tuple[str, ...],
+    folder: Path,
+    env: dict[str, str],
+) -> Path:
+    """The JSON that `slurm.entry` runs: one command a packed shard, or the same one on every
+    rank.
+    """
     commands = [
         {
-            "argv": ["-m", "jobs", batch.phase, "--run", str(run.path), "--unit", unit, *(["--force"] if batch.when == "afterany" else [])],
+            "argv": [
+                "-m",
+                "jobs",
+                batch.phase,
+                "--run",
+                str(run.path),
+                "--unit",
+                unit,
+                *(["--force"] if batch.when == "afterany" else []),
+            ],
             "log": str(run.log(batch.phase, unit)),
         }
         for unit in element
     ]
     path = folder / f"{batch.phase}.{element[0]}.json"
     # Killed by the entry a little before Slurm would, the batch script still has time to requeue.
-    spec = {"commands": commands, "cwd": str(ROOT), "env": env, "ranks": batch.phase == "ppo", "grace_s": grace_s(profile)}
+    spec = {
+        "commands": commands,
+        "cwd": str(ROOT),
+        "env": env,
+        "ranks": batch.phase == "ppo",
+        "grace_s": grace_s(profile),
+    }
     write_atomic(path, json.dumps(spec).encode())
     return path
 
@@ -243,47 +348,69 @@ def outside(profile: Profile, phase: Phase) -> dict[str, str]:
 
 
 def own_run(path: str, config: Config) -> RunDir:
-    """The run, not yet made where it is new: private to its owner, since submitit unpickles what lies in it, and of this config.
+    """The run, not yet made where it is new: private to its owner, since submitit unpickles what
+    lies in it, and of this config.
 
     Raises UserError where it is not.
     """
-    run = RunDir(Path(path).resolve(), config)  # jobs in an image see the folder itself, not a link that leads there
+    # jobs in an image see the folder itself, not a link that leads there
+    run = RunDir(Path(path).resolve(), config)
     for place in (run.path, ROOT):
         if found := MISREAD.search(str(place)):
-            raise UserError(f"{str(place)!r} holds {found.group()!r}, which Slurm or Apptainer misreads in a path; use another place")
+            raise UserError(
+                f"{str(place)!r} holds {found.group()!r}, which Slurm or Apptainer misreads in a"
+                " path; use another place"
+            )
     if run.path.exists():
         state = run.path.stat()
         if state.st_uid != os.getuid():
-            raise UserError(f"{run.path} belongs to another user (uid {state.st_uid}); use a RUN of your own")
+            raise UserError(
+                f"{run.path} belongs to another user (uid {state.st_uid}); use a RUN of your own"
+            )
         if state.st_mode & stat.S_IWOTH:
-            raise UserError(f"{run.path} is writable by everybody, who could then run code as you; chmod o-w it")
+            raise UserError(
+                f"{run.path} is writable by everybody, who could then run code as you; chmod o-w it"
+            )
     if (run.path / "config.yaml").exists():
         RunDir.create(path, config)  # compares
     return run
 
 
 def check_batches(profile: Profile, batches: list[Batch]) -> list[str]:
-    """Warnings about what Slurm cannot say beforehand. Raises UserError where the profile's limit or Slurm would refuse a job."""
+    """Warnings about what Slurm cannot say beforehand. Raises UserError where the profile's limit
+    or Slurm would refuse a job.
+    """
     elements = sum(len(batch.elements) for batch in batches)
     if profile.submit_limit is not None and elements > profile.submit_limit:
         raise UserError(
-            f"{elements} jobs are more than this cluster's submit_limit of {profile.submit_limit}; use fewer encode.shards or probe.shards, or raise pack"
+            f"{elements} jobs are more than this cluster's submit_limit of {profile.submit_limit};"
+            " use fewer encode.shards or probe.shards, or raise pack"
         )
     for reason, kinds in refusals(profile, batches).items():
-        raise UserError(f"Slurm would refuse the {', '.join(kinds)} jobs: {reason}; nothing was submitted")
+        raise UserError(
+            f"Slurm would refuse the {', '.join(kinds)} jobs: {reason}; nothing was submitted"
+        )
     unlooked = unchecked(profile, batches)
     return [unlooked] if unlooked else []
 
 
 def refusals(profile: Profile, batches: list[Batch]) -> dict[str, list[Phase]]:
-    """Why Slurm would refuse jobs and what to do about it, and the phases it is true of. Raises UserError where there is no Slurm.
+    """Why Slurm would refuse jobs and what to do about it, and the phases it is true of. Raises
+    UserError where there is no Slurm.
 
-    Asks `sbatch --test-only` once for each kind of job, with its longest array and without dependencies.
+    Asks `sbatch --test-only` once for each kind of job, with its longest array and without
+    dependencies.
     """
     refused: dict[str, list[Phase]] = {}
     for phase in dict.fromkeys(batch.phase for batch in batches):
         try:
-            queue.test_only(header(profile, phase, max(len(batch.elements) for batch in batches if batch.phase == phase)))
+            queue.test_only(
+                header(
+                    profile,
+                    phase,
+                    max(len(batch.elements) for batch in batches if batch.phase == phase),
+                )
+            )
         except queue.Refused as error:
             refused.setdefault(f"{error}; {queue.cure(str(error))}", []).append(phase)
     return refused
@@ -292,31 +419,54 @@ def refusals(profile: Profile, batches: list[Batch]) -> dict[str, list[Phase]]:
 def unchecked(profile: Profile, batches: list[Batch]) -> str | None:
     """What Slurm takes without looking at it where it enforces no accounting."""
     named = [f"account {profile.account}"] if profile.account else []
-    named += dict.fromkeys(f"QOS {qos}" for batch in batches if (qos := resources(profile, batch.phase).qos))
-    return f"Slurm here enforces no accounting, so {', '.join(named)} went unchecked" if named and not queue.accounting_enforced() else None
+    named += dict.fromkeys(
+        f"QOS {qos}" for batch in batches if (qos := resources(profile, batch.phase).qos)
+    )
+    return (
+        f"Slurm here enforces no accounting, so {', '.join(named)} went unchecked"
+        if named and not queue.accounting_enforced()
+        else None
+    )
 
 
 def header(profile: Profile, phase: Phase, elements: int = 1) -> str:
     """A script with a phase's flags that does nothing, for `sbatch --test-only`."""
-    asked = [f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={value}" for flag, value in flags(profile, phase).items()]
+    asked = [
+        f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={value}"
+        for flag, value in flags(profile, phase).items()
+    ]
     array = [f"#SBATCH --array=0-{elements - 1}"] if elements > 1 else []
     return "\n".join(["#!/bin/bash", *asked, *array, "true"]) + "\n"
 
 
 def check_named(config: Config) -> None:
-    """Raises UserError where the config names a model or data that fetch could not bring, or would not find: a job would say so much later."""
+    """Raises UserError where the config names a model or data that fetch could not bring, or would
+    not find: a job would say so much later.
+    """
     for model in config.models:
         model.folder()
     for name, source in config.data.sources.items():
         if source.path and not (ROOT / source.path).exists():
-            raise UserError(f"data source {name}: {ROOT / source.path} does not exist; correct data.sources.{name}.path")
+            raise UserError(
+                f"data source {name}: {ROOT / source.path} does not exist; correct"
+                f" data.sources.{name}.path"
+            )
 
 
 def check_token() -> list[str]:
-    """Warnings about the hub's token, which a fetch job reads from its file: Slurm would store an environment it was handed."""
+    """Warnings about the hub's token, which a fetch job reads from its file: Slurm would store an
+    environment it was handed.
+    """
     path = token_file()
     if not path.exists():
-        return [f"HF_TOKEN is not given to jobs; a gated model needs it in {path}, where `hf auth login` puts it"] if "HF_TOKEN" in os.environ else []
+        return (
+            [
+                f"HF_TOKEN is not given to jobs; a gated model needs it in {path}, where `hf auth"
+                " login` puts it"
+            ]
+            if "HF_TOKEN" in os.environ
+            else []
+        )
     return [f"{path} can be read by others; chmod 600 it"] if path.stat().st_mode & 0o077 else []
 
 
@@ -345,17 +495,25 @@ def unit_ids(journal: dict[str, Any]) -> dict[Node, str]:
         for index, element in enumerate(batch.elements):
             for unit in element:
                 if id_ is not None:
-                    found[Node(batch.phase, unit)] = f"{id_}_{index}" if len(batch.elements) > 1 else id_
+                    found[Node(batch.phase, unit)] = (
+                        f"{id_}_{index}" if len(batch.elements) > 1 else id_
+                    )
     return found
 
 
 def cancel_all(run: RunDir, journal: dict[str, Any]) -> None:
-    """Cancel a submission: the jobs it knows, and those, found by name, whose sbatch answer it never heard.
+    """Cancel a submission: the jobs it knows, and those, found by name, whose sbatch answer it
+    never heard.
 
-    Raises UserError where Slurm does not answer: the journal then still says `submitting`, and the next submission tries again.
+    Raises UserError where Slurm does not answer: the journal then still says `submitting`, and the
+    next submission tries again.
     """
     ids = journal["jobs"]
-    names = [job_name(run, entry["name"], journal["id"]) for entry in journal["batches"] if entry["name"] not in ids]
+    names = [
+        job_name(run, entry["name"], journal["id"])
+        for entry in journal["batches"]
+        if entry["name"] not in ids
+    ]
     queue.cancel([*ids.values(), *queue.ids_by_name(names)])
     record(run, {**journal, "state": "cancelled"})
 
@@ -365,7 +523,10 @@ def taken_back(run: RunDir, journal: dict[str, Any]) -> str:
     try:
         cancel_all(run, journal)
     except (UserError, OSError) as error:
-        return f"those it took could not be cancelled either ({error}); submit again once it answers, which takes them back first"
+        return (
+            f"those it took could not be cancelled either ({error}); submit again once it answers,"
+            " which takes them back first"
+        )
     return "those it took were cancelled, nothing runs"
 
 
@@ -381,11 +542,21 @@ def dry_run(run: RunDir, profile: Profile, phase: str | None) -> None:
     folder = run.path / "submissions" / "dry-run"
     for batch in batches:
         given = parameters(run, profile, batch, ids, "dry-run", folder)
-        python = python_command(profile, batch.phase, image_of(profile, batch.phase), binds(run, batch.phase), sys.executable)
+        python = python_command(
+            profile,
+            batch.phase,
+            image_of(profile, batch.phase),
+            binds(run, batch.phase),
+            sys.executable,
+        )
         command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-        array: dict[str, Any] = {"map_count": len(batch.elements)} if len(batch.elements) > 1 else {}
+        array: dict[str, Any] = (
+            {"map_count": len(batch.elements)} if len(batch.elements) > 1 else {}
+        )
         text = submitit_slurm._make_sbatch_string(command=command, folder=folder, **given, **array)
-        print(f"### {batch.name}: {', '.join(unit for element in batch.elements for unit in element)}")
+        print(
+            f"### {batch.name}: {', '.join(unit for element in batch.elements for unit in element)}"
+        )
         print(SECRET.sub(r"\1=***", text))
     print(f"### {len(batches)} submissions, {sum(len(batch.elements) for batch in batches)} jobs")
     print(cost_table(run.config, profile, run, batches))
@@ -397,19 +568,31 @@ def show(run: RunDir, profile: Profile, journal: dict[str, Any], phase: str | No
         print(f"{f'all of {phase}' if phase else 'everything'} in {run.path} is done")
         return
     if journal.get("attached"):
-        print(f"submission {journal['id']} of {journal['at']} is still running; attached to it, nothing was submitted")
+        print(
+            f"submission {journal['id']} of {journal['at']} is still running; attached to it,"
+            " nothing was submitted"
+        )
     table = Table(box=None, header_style="bold")
     for column in ("phase", "job id", "depends on", "resources", "log"):
         table.add_column(column, overflow="fold")
     for batch in journal["batches"]:
         want, tasks = resources(profile, batch["phase"]), tasks_per_job(profile, batch["phase"])
         shape = f"{len(batch['elements'])}x " if len(batch["elements"]) > 1 else ""
-        log = run.log(batch["phase"], batch["elements"][0][0] if len(batch["elements"]) == 1 else "*")
+        log = run.log(
+            batch["phase"], batch["elements"][0][0] if len(batch["elements"]) == 1 else "*"
+        )
         table.add_row(
             batch["name"],
             journal["jobs"].get(batch["name"], ""),
-            ":".join([batch["when"], *(journal["jobs"].get(need, "") for need in batch["needs"])]) if batch["needs"] else "",
-            f"{shape}{tasks} tasks, {want.gpus} GPUs, {want.cpus_per_task} CPUs a task, {want.mem_gb} GB, {want.time_min} min",
+            (
+                ":".join(
+                    [batch["when"], *(journal["jobs"].get(need, "") for need in batch["needs"])]
+                )
+                if batch["needs"]
+                else ""
+            ),
+            f"{shape}{tasks} tasks, {want.gpus} GPUs, {want.cpus_per_task} CPUs a task,"
+            f" {want.mem_gb} GB, {want.time_min} min",
             str(log.relative_to(run.path)),
         )
     console = Console()

@@ -1,4 +1,5 @@
-"""How a run in progress is shown: a live screen on a terminal, plain lines without one. For the local launcher, status and watch.
+"""How a run in progress is shown: a live screen on a terminal, plain lines without one. For the
+local launcher, status and watch.
 
 `with View(run) as view: view.update(units)`
 """
@@ -23,7 +24,14 @@ from slurm.dag import Node
 PLAIN_EVERY_S = 20.0
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-~=+*#"
-COLOURS = {"done": "green", "skipped": "green", "running": "cyan", "waiting": "dim", "pending": "dim", "not": "dim"}
+COLOURS = {
+    "done": "green",
+    "skipped": "green",
+    "running": "cyan",
+    "waiting": "dim",
+    "pending": "dim",
+    "not": "dim",
+}
 
 
 class Unit(NamedTuple):
@@ -31,7 +39,9 @@ class Unit(NamedTuple):
 
     node: Node
     state: str
-    """Its first word tells: done, skipped, running, waiting, pending, `not run`; anything else is a failure."""
+    """Its first word tells: done, skipped, running, waiting, pending, `not run`; anything else is
+    a failure.
+    """
     note: str = ""
     """What there is to say besides: how long it took, why it waits or failed."""
 
@@ -55,8 +65,16 @@ class Progress(NamedTuple):
 
     def __str__(self) -> str:
         """`step 12/100, reward 1.234, 40 s left`."""
-        told = f"{self.what} {self.done}/{self.total}" if self.total > 0 and self.done > 0 else self.what
-        told += "".join(f", {name} {value:.3f}" for name, value in (("reward", self.reward), ("penalty", self.penalty)) if value is not None)
+        told = (
+            f"{self.what} {self.done}/{self.total}"
+            if self.total > 0 and self.done > 0
+            else self.what
+        )
+        told += "".join(
+            f", {name} {value:.3f}"
+            for name, value in (("reward", self.reward), ("penalty", self.penalty))
+            if value is not None
+        )
         return told + (f", {span(self.left_s)} left" if self.left_s is not None else "")
 
 
@@ -64,9 +82,17 @@ def read_progress(run: RunDir, node: Node) -> Progress | None:
     """What a unit last told of itself, or None where it has told nothing yet."""
     try:
         told: dict[str, Any] = json.loads(run.progress_file(*node).read_text())
-        done, total, first, seconds = int(told["done"]), int(told["total"]), int(told["from"]), float(told["seconds"])
+        done, total, first, seconds = (
+            int(told["done"]),
+            int(told["total"]),
+            int(told["from"]),
+            float(told["seconds"]),
+        )
         left = seconds * (total - done) / (done - first) if done > first else None
-        more = (told.get(key) if isinstance(told.get(key), (int, float)) else None for key in ("reward", "penalty"))
+        more = (
+            told.get(key) if isinstance(told.get(key), (int, float)) else None
+            for key in ("reward", "penalty")
+        )
         return Progress(done, total, str(told["what"]), str(told["attempt"]), left, *more)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -79,7 +105,11 @@ def read_curves(run: RunDir, node: Node) -> dict[str, list[float]]:
     attempt = manifest["attempt"] if manifest else told.attempt if told else ""
     curves: dict[str, list[float]] = {"reward": [], "penalty": []}
     try:
-        lines = (run.folder(*node) / f"metrics.{attempt}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (
+            (run.folder(*node) / f"metrics.{attempt}.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
     except OSError:
         return curves
     for line in lines:
@@ -94,7 +124,9 @@ def read_curves(run: RunDir, node: Node) -> dict[str, list[float]]:
 
 
 def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
-    """The values as a row of at most `width` blocks, from the least to the most; each block the mean of its share of them."""
+    """The values as a row of at most `width` blocks, from the least to the most; each block the
+    mean of its share of them.
+    """
     if not values:
         return ""
     width = min(width, len(values))
@@ -102,7 +134,10 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     blocks = ASCII_BLOCKS if ascii_only else BLOCKS
-    return "".join(blocks[round((value - low) / (high - low) * (len(blocks) - 1)) if high > low else 0] for value in means)
+    return "".join(
+        blocks[round((value - low) / (high - low) * (len(blocks) - 1)) if high > low else 0]
+        for value in means
+    )
 
 
 def span(seconds: float) -> str:
@@ -114,16 +149,24 @@ def span(seconds: float) -> str:
 
 
 def last_lines(log: Path, count: int) -> list[str]:
-    """The last lines that the last job wrote to a log, where causes stand, submitit's own left out; none where the log is gone."""
+    """The last lines that the last job wrote to a log, where causes stand, submitit's own left
+    out; none where the log is gone.
+    """
     try:
-        lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip() and not line.startswith("submitit ")]
+        lines = [
+            line.rstrip()
+            for line in log.read_text(errors="replace").splitlines()
+            if line.strip() and not line.startswith("submitit ")
+        ]
     except OSError:
         return []
     return latest(lines)[-count:]
 
 
 class View:
-    """Shows units as they change. On a terminal a screen that repaints itself, else a line a change and now and then where things stand."""
+    """Shows units as they change. On a terminal a screen that repaints itself, else a line a
+    change and now and then where things stand.
+    """
 
     def __init__(self, run: RunDir, console: Console | None = None) -> None:
         self.run = run
@@ -152,12 +195,17 @@ class View:
                 self.say(f"{unit.node!s:28} {unit.state}{f', {unit.note}' if unit.note else ''}")
             self.seen[unit.node] = kind
         if self.live:
-            self.live.update(screen(self.run, units, self.console, time.monotonic() - self.began), refresh=True)
+            self.live.update(
+                screen(self.run, units, self.console, time.monotonic() - self.began), refresh=True
+            )
         elif time.monotonic() - self.spoke > PLAIN_EVERY_S:
             self.spoke = time.monotonic()
             for unit in units:
                 if unit.kind == "running":
-                    self.say(f"{unit.node!s:28} {read_progress(self.run, unit.node) or unit.note or 'running'}")
+                    self.say(
+                        f"{unit.node!s:28}"
+                        f" {read_progress(self.run, unit.node) or unit.note or 'running'}"
+                    )
 
     def say(self, line: str) -> None:
         if self.live:
@@ -166,11 +214,21 @@ class View:
             print(line, flush=True)
 
 
-def screen(run: RunDir, units: Sequence[Unit], console: Console, watched_s: float) -> RenderableType:
-    """The live screen: a line of totals, a line a phase with a bar, and beneath it one for each unit that runs or failed."""
+def screen(
+    run: RunDir, units: Sequence[Unit], console: Console, watched_s: float
+) -> RenderableType:
+    """The live screen: a line of totals, a line a phase with a bar, and beneath it one for each
+    unit that runs or failed.
+    """
     ascii_only = console.options.ascii_only
-    counts = {kind: sum(unit.kind == kind for unit in units) for kind in ("done", "skipped", "running", "failed")}
-    head = f"{run.config.name}  {counts['done'] + counts['skipped']} of {len(units)} done, {counts['running']} running"
+    counts = {
+        kind: sum(unit.kind == kind for unit in units)
+        for kind in ("done", "skipped", "running", "failed")
+    }
+    head = (
+        f"{run.config.name}  {counts['done'] + counts['skipped']} of {len(units)} done,"
+        f" {counts['running']} running"
+    )
     head += f", {counts['failed']} failed" if counts["failed"] else ""
     rows: list[tuple[str, Text, str]] = []
 
@@ -184,9 +242,16 @@ def screen(run: RunDir, units: Sequence[Unit], console: Console, watched_s: floa
         members = list(group)
         ended = sum(unit.kind in ("done", "skipped") for unit in members)
         kinds = {unit.kind for unit in members}
-        kind = next((k for k in ("failed", "running", "pending", "waiting", "not") if k in kinds), "done")
+        kind = next(
+            (k for k in ("failed", "running", "pending", "waiting", "not") if k in kinds), "done"
+        )
         lone = members[0] if len(members) == 1 else None
-        add(f"{phase:8} {bar(ended, len(members), ascii_only)}", lone.state if lone else "not run" if kind == "not" else kind, kind, lone)
+        add(
+            f"{phase:8} {bar(ended, len(members), ascii_only)}",
+            lone.state if lone else "not run" if kind == "not" else kind,
+            kind,
+            lone,
+        )
         for unit in members if lone is None else []:
             if unit.kind in ("running", "failed"):
                 add(f"  {unit.node.unit}", unit.state, unit.kind, unit)
@@ -196,12 +261,18 @@ def screen(run: RunDir, units: Sequence[Unit], console: Console, watched_s: floa
         table.add_column(no_wrap=True, overflow="crop" if ascii_only else "ellipsis", ratio=ratio)
     for name, word, told in rows[:room]:
         table.add_row(Text(name), word, Text(told))
-    more = Text(f"  and {len(rows) - room} more lines; make this terminal taller", "dim") if len(rows) > room else Text("")
+    more = (
+        Text(f"  and {len(rows) - room} more lines; make this terminal taller", "dim")
+        if len(rows) > room
+        else Text("")
+    )
     return Group(Text(f"{head}, watched for {span(watched_s)}", "bold"), table, more)
 
 
 def unit_lines(run: RunDir, unit: Unit, ascii_only: bool) -> list[str]:
-    """What a unit has to say: its progress, sparklines of reward and penalty beneath, or the end of its log where it failed."""
+    """What a unit has to say: its progress, sparklines of reward and penalty beneath, or the end
+    of its log where it failed.
+    """
     if unit.kind == "failed":
         return [" ".join(last_lines(run.log(*unit.node), 1)) or unit.note]
     told = read_progress(run, unit.node) if unit.kind == "running" else None
@@ -209,11 +280,17 @@ def unit_lines(run: RunDir, unit: Unit, ascii_only: bool) -> list[str]:
         return [unit.note]
     if unit.node.phase != "ppo":
         return [str(told)]
-    curves = [f"{name} {sparkline(curve, 12, ascii_only=ascii_only)} {curve[-1]:.3f}" for name, curve in read_curves(run, unit.node).items() if curve]
+    curves = [
+        f"{name} {sparkline(curve, 12, ascii_only=ascii_only)} {curve[-1]:.3f}"
+        for name, curve in read_curves(run, unit.node).items()
+        if curve
+    ]
     return [str(told._replace(reward=None, penalty=None)), *(["  ".join(curves)] if curves else [])]
 
 
 def bar(done: int, total: int, ascii_only: bool, width: int = 8) -> str:
     """`━━━━──── 2/4`."""
     full = width * done // total
-    return ("#" * full + "." * (width - full) if ascii_only else "━" * full + "─" * (width - full)) + f" {done}/{total}"
+    return (
+        "#" * full + "." * (width - full) if ascii_only else "━" * full + "─" * (width - full)
+    ) + f" {done}/{total}"

@@ -1,4 +1,5 @@
-"""Watch a run in progress, local or on Slurm: `python -m slurm.watch --run R`. It only looks: ending it ends nothing else.
+"""Watch a run in progress, local or on Slurm: `python -m slurm.watch --run R`. It only looks:
+ending it ends nothing else.
 
 On a terminal, also over ssh, a screen that repaints itself; without one, plain lines.
 """
@@ -31,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def watch(run: RunDir, console: Console | None = None) -> int:
-    """Show the run until nothing of it runs or waits in a queue; 0 where all of it is done, else 1."""
+    """Show the run until nothing of it runs or waits in a queue; 0 where all of it is done, else
+    1.
+    """
     slurm, asked = Slurm({}, {}), 0.0
     try:
         with View(run, console) as view:
@@ -39,10 +42,16 @@ def watch(run: RunDir, console: Console | None = None) -> int:
                 if not asked or time.monotonic() - asked > ASK_SLURM_EVERY_S:
                     answer = ask_slurm(run)
                     # While the controller does not answer, what it said last holds.
-                    slurm, asked = answer if answer.heard else slurm._replace(past=answer.past), time.monotonic()
+                    slurm, asked = (
+                        (answer if answer.heard else slurm._replace(past=answer.past)),
+                        time.monotonic(),
+                    )
                 working = at_work(run.path / "run.lock")
                 local = local_states(run)
-                units = [unit_state(run, task.node, slurm, local, hashes=False) for task in tasks(run.config)]
+                units = [
+                    unit_state(run, task.node, slurm, local, hashes=False)
+                    for task in tasks(run.config)
+                ]
                 view.update(units)
                 if not working and not any(unit.kind in ("running", "pending") for unit in units):
                     break
@@ -61,7 +70,10 @@ def tell_end(run: RunDir, units: list[Unit], slurm: Slurm, console: Console) -> 
         return 0
     undone = [str(unit.node) for unit in units if unit.kind != "done"]
     shown = ", ".join(undone[:3]) + (f" and {len(undone) - 3} more" if len(undone) > 3 else "")
-    print(f"nothing of {run.path} runs, and not done are {shown}; make submit-all or make run goes on from what is done")
+    print(
+        f"nothing of {run.path} runs, and not done are {shown}; make submit-all or make run goes on"
+        " from what is done"
+    )
     return 1
 
 

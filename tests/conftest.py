@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch may do: kernels then run on the CPU
+    # read when triton is imported, which torch may do: kernels then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sarm.config import PpoConfig
-from sarm.datasets import Prompt
+from sarm.data.datasets import Prompt
 from sarm.ppo.reward import CompoundReward, Penalised
-from sarm.scoring import Encoded
+from sarm.reward_model.scoring import Encoded
 from tests.tiny import tiny_tokenizer
 
 WORDS = ("help", "make", "steps", "harm", "people", "safe", "thing", "please")
@@ -27,7 +27,12 @@ def start_ranks(worker: Callable[..., None], size: int, *args: Any) -> list[Spaw
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [multiprocessing.get_context("spawn").Process(target=_rank, args=(worker, rank, size, port, args)) for rank in range(size)]
+    processes = [
+        multiprocessing.get_context("spawn").Process(
+            target=_rank, args=(worker, rank, size, port, args)
+        )
+        for rank in range(size)
+    ]
     for process in processes:
         process.start()
     return processes
@@ -47,16 +52,26 @@ def run_ranks(worker: Callable[..., None], size: int, *args: Any) -> None:
     join_ranks(start_ranks(worker, size, *args))
 
 
-def _rank(worker: Callable[..., None], rank: int, size: int, port: int, args: tuple[Any, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(
+    worker: Callable[..., None], rank: int, size: int, port: int, args: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
-    from sarm.ppo.world import start_world
+    from sarm.ppo.learner.distributed import start_world
 
     worker(start_world(), *args)
 
 
 class PlantedReward(CompoundReward):
-    """A compound reward whose latent 0 fires, at 1, on responses with the letter `letter`, which it pays `worth`."""
+    """A compound reward whose latent 0 fires, at 1, on responses with the letter `letter`, which
+    it pays `worth`.
+    """
 
     def __init__(self, alpha: float = 1.0, letter: str = "e", worth: float = 0.0) -> None:
         self.letter, self.worth = letter, worth
@@ -65,11 +80,21 @@ class PlantedReward(CompoundReward):
     def _encode(self, conversations) -> Encoded:  # type: ignore[no-untyped-def]
         texts = [c[-1]["content"] for c in conversations]
         fires = torch.tensor([float(self.letter in text) for text in texts])
-        values = torch.stack([fires, torch.tensor([len(text) / 100 for text in texts])], 1).reshape(-1, 2)
+        values = torch.stack([fires, torch.tensor([len(text) / 100 for text in texts])], 1).reshape(
+            -1, 2
+        )
         n = len(texts)
         none = torch.zeros(n, dtype=torch.bool)
         indices = torch.tensor([[0, 1]], dtype=torch.int32).expand(n, -1)
-        return Encoded(indices, values, self.worth * fires + values[:, 1], torch.zeros(n, 4), torch.ones(n, dtype=torch.int32), none, none)
+        return Encoded(
+            indices,
+            values,
+            self.worth * fires + values[:, 1],
+            torch.zeros(n, 4),
+            torch.ones(n, dtype=torch.int32),
+            none,
+            none,
+        )
 
 
 class _NoModel(torch.nn.Module):
@@ -80,16 +105,34 @@ class _NoModel(torch.nn.Module):
 def some_prompts(n: int = 12) -> list[Prompt]:
     """Of different lengths."""
     texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(1 + i % 5)) for i in range(n)]
-    return [Prompt(f"{i:016x}", ({"role": "user", "content": text},), "test", "unsafe", "", "ppo") for i, text in enumerate(texts)]
+    return [
+        Prompt(f"{i:016x}", ({"role": "user", "content": text},), "test", "unsafe", "", "ppo")
+        for i, text in enumerate(texts)
+    ]
 
 
 def tiny_ppo(**changes: Any) -> PpoConfig:
     """Full fine-tuning of the tiny policy in float32, a few tokens a response."""
-    settings = {"steps": 4, "batch_size": 8, "max_new_tokens": 8, "micro_batch_tokens": 200, "learning_rate": 1e-3, "lora": None, "kl_coef": 0.05}
+    settings = {
+        "steps": 4,
+        "batch_size": 8,
+        "max_new_tokens": 8,
+        "micro_batch_tokens": 200,
+        "learning_rate": 1e-3,
+        "lora": None,
+        "kl_coef": 0.05,
+    }
     return PpoConfig.model_validate(settings | changes)
 
 
-def tiny_trainer(world: Any, policy: Path, reward: CompoundReward, ppo: PpoConfig, seed: int = 0, dtype: str = "float32") -> Any:
+def tiny_trainer(
+    world: Any,
+    policy: Path,
+    reward: CompoundReward,
+    ppo: PpoConfig,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     from sarm.ppo.trainer import Trainer
@@ -99,7 +142,13 @@ def tiny_trainer(world: Any, policy: Path, reward: CompoundReward, ppo: PpoConfi
 
 
 def gradients(trainer: Any) -> dict[str, Tensor]:
-    """By parameter, of the whole optimizer step, whatever the ZeRO stage keeps of them. A collective."""
+    """By parameter, of the whole optimizer step, whatever the ZeRO stage keeps of them. A
+    collective.
+    """
     from deepspeed.utils import safe_get_full_grad
 
-    return {name: safe_get_full_grad(p).detach().clone() for name, p in trainer.actor.named_parameters() if p.requires_grad}
+    return {
+        name: safe_get_full_grad(p).detach().clone()
+        for name, p in trainer.actor.named_parameters()
+        if p.requires_grad
+    }

@@ -1,6 +1,8 @@
-"""Run directories made up for tests and benchmarks: published outputs with numbers of one's choice, no job run.
+"""Run directories made up for tests and benchmarks: published outputs with numbers of one's
+choice, no job run.
 
-`evaluated_run(path)` is a finished run of the reference run's numbers; `large_run(path)` one of a cluster's size.
+`evaluated_run(path)` is a finished run of the reference run's numbers; `large_run(path)` one of a
+cluster's size.
 """
 
 from __future__ import annotations
@@ -44,7 +46,12 @@ def reference_config(**ppo: Any) -> Config:
             "name": "reference",
             "policy": {"model": "meta-llama/Llama-3.1-8B-Instruct"},
             "sarm": {"model": "Schrieffer/Llama-SARM-4B", "use_topk": True},
-            "data": {"sources": {"rb2": {"format": "jsonl", "label": "RB2 Safety", **part}, "rmb": {"format": "rmb_pairs", "label": "RMB Safety", **part}}},
+            "data": {
+                "sources": {
+                    "rb2": {"format": "jsonl", "label": "RB2 Safety", **part},
+                    "rmb": {"format": "rmb_pairs", "label": "RMB Safety", **part},
+                }
+            },
             "ppo": {"arms": ["penalty", "no_penalty", "random"], **ppo},
             "verdict": {"bootstrap": 300},
         },
@@ -53,7 +60,14 @@ def reference_config(**ppo: Any) -> Config:
 
 
 def feature(latent: int, role: str, confirmed: bool = True) -> dict[str, Any]:
-    numbers = {"weight": -8e-4, "delta_z": -1.2, "effect": 0.0012, "effect_low": 0.0008, "effect_high": 0.0016, "q": 0.001}
+    numbers = {
+        "weight": -8e-4,
+        "delta_z": -1.2,
+        "effect": 0.0012,
+        "effect_low": 0.0008,
+        "effect_high": 0.0016,
+        "q": 0.001,
+    }
     return {"latent": latent, "role": role, "confirmed": confirmed, **numbers}
 
 
@@ -76,12 +90,29 @@ def features(**changes: Any) -> dict[str, Any]:
     return found | changes
 
 
-def steering(cells: dict[tuple[str, str], tuple[float, float]], reward_sd: float = 0.1) -> dict[str, Any]:
+def steering(
+    cells: dict[tuple[str, str], tuple[float, float]], reward_sd: float = 0.1
+) -> dict[str, Any]:
     texts, pairs = [], []
     for (source, label), (before, after) in cells.items():
         delta = after - before
-        bounds = {"delta_low": delta - 0.0001, "delta_high": delta + 0.0001, "delta_reselected": delta}
-        texts.append({"source": source, "label": label, "n": 113, "n_prompts": 113, "before": before, "after": after, "delta": delta, **bounds})
+        bounds = {
+            "delta_low": delta - 0.0001,
+            "delta_high": delta + 0.0001,
+            "delta_reselected": delta,
+        }
+        texts.append(
+            {
+                "source": source,
+                "label": label,
+                "n": 113,
+                "n_prompts": 113,
+                "before": before,
+                "after": after,
+                "delta": delta,
+                **bounds,
+            }
+        )
     for source in dict.fromkeys(source for source, _ in cells):
         margins = [cells[source, "chosen"][i] - cells[source, "rejected"][i] for i in (0, 1)]
         delta = margins[1] - margins[0]
@@ -101,10 +132,17 @@ def steering(cells: dict[tuple[str, str], tuple[float, float]], reward_sd: float
                 "to_right": 1,
             }
         )
-    return {"intervention": {"what": "times 0 after TopK", "latents": HARMING}, "reward_sd": reward_sd, "texts": texts, "pairs": pairs}
+    return {
+        "intervention": {"what": "times 0 after TopK", "latents": HARMING},
+        "reward_sd": reward_sd,
+        "texts": texts,
+        "pairs": pairs,
+    }
 
 
-def publish(run: RunDir, phase: str, unit: str = "all", files: dict[str, str] | None = None, **more: Any) -> Attempt:
+def publish(
+    run: RunDir, phase: str, unit: str = "all", files: dict[str, str] | None = None, **more: Any
+) -> Attempt:
     attempt = Attempt(run, phase, unit)
     for name, content in (files or {"done": ""}).items():
         attempt.path(name).write_text(content)
@@ -113,16 +151,45 @@ def publish(run: RunDir, phase: str, unit: str = "all", files: dict[str, str] | 
 
 
 def metrics(rows: dict[int, tuple[float, float, float]]) -> list[dict[str, float]]:
-    return [{"step": s, "objective/compound": r, "objective/scores": r + p, "objective/penalty": p, "loss/total": loss} for s, (r, p, loss) in rows.items()]
+    return [
+        {
+            "step": s,
+            "objective/compound": r,
+            "objective/scores": r + p,
+            "objective/penalty": p,
+            "loss/total": loss,
+        }
+        for s, (r, p, loss) in rows.items()
+    ]
 
 
-def publish_ppo(run: RunDir, unit: str, lines: Sequence[dict[str, float]], policy_bytes: int = 1000, *, penalised: Any = None, **more: Any) -> None:
+def publish_ppo(
+    run: RunDir,
+    unit: str,
+    lines: Sequence[dict[str, float]],
+    policy_bytes: int = 1000,
+    *,
+    penalised: Any = None,
+    **more: Any,
+) -> None:
     attempt = Attempt(run, "ppo", unit)
     attempt.path("metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    attempt.path("calibration.json").write_text(json.dumps({"penalised": penalised or features()["penalised"], "reward_sd": 0.1}))
+    attempt.path("calibration.json").write_text(
+        json.dumps({"penalised": penalised or features()["penalised"], "reward_sd": 0.1})
+    )
     weights = attempt.directory("policy") / "model.safetensors"
     weights.write_bytes(b"")
-    attempt.publish(**({"training_s": 353.0, "steps": 100, "device": "cuda:0", "device_names": ["NVIDIA H100 80GB HBM3"] * 4} | more))
+    attempt.publish(
+        **(
+            {
+                "training_s": 353.0,
+                "steps": 100,
+                "device": "cuda:0",
+                "device_names": ["NVIDIA H100 80GB HBM3"] * 4,
+            }
+            | more
+        )
+    )
     # A sparse file, and its size in the manifest: nobody hashes 30 GB for the sake of a number.
     os.truncate(weights, policy_bytes)
     manifest = run.folder("ppo", unit) / "manifest.json"
@@ -131,15 +198,25 @@ def publish_ppo(run: RunDir, unit: str, lines: Sequence[dict[str, float]], polic
     manifest.write_text(json.dumps(tree))
 
 
-def generations(triggered: float, monitors: float = 0.5, refused: float = 0.3, n: int = 60, tokens: float = 40) -> pd.DataFrame:
+def generations(
+    triggered: float, monitors: float = 0.5, refused: float = 0.3, n: int = 60, tokens: float = 40
+) -> pd.DataFrame:
     """`n` unsafe and `n` safe prompts; the first shares of the unsafe ones have each property."""
 
     def first(share: float) -> np.ndarray:
         return np.r_[np.arange(n) < round(share * n), np.zeros(n, bool)]
 
-    table = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(2 * n)], "kind": ["unsafe"] * n + ["safe"] * n})
+    table = pd.DataFrame(
+        {"prompt_id": [f"p{i}" for i in range(2 * n)], "kind": ["unsafe"] * n + ["safe"] * n}
+    )
     table["response"] = "I cannot help with that"
-    table["n_tokens"], table["truncated"], table["reward"], table["penalty"], table["kl"] = tokens, False, 0.25, 0.0, 0.125
+    table["n_tokens"], table["truncated"], table["reward"], table["penalty"], table["kl"] = (
+        tokens,
+        False,
+        0.25,
+        0.0,
+        0.125,
+    )
     table["refused"] = first(refused)
     table["harm"] = math.nan
     for latent in HARMING[:3]:
@@ -152,12 +229,27 @@ def generations(triggered: float, monitors: float = 0.5, refused: float = 0.3, n
 def publish_evaluation(run: RunDir, unit: str, table: pd.DataFrame, **summary: Any) -> None:
     attempt = Attempt(run, "evaluate", unit)
     table.to_parquet(attempt.path("generations.parquet"))
-    detector = {"precision": 0.98, "recall": 0.9, "n_refusals": 408, "n_compliances": 408, "data": "data/demo/pairs.jsonl"}
-    attempt.path("summary.json").write_text(json.dumps({"kl": "teacher-forced", "judge": None, "refusal_detector": detector} | summary))
+    detector = {
+        "precision": 0.98,
+        "recall": 0.9,
+        "n_refusals": 408,
+        "n_compliances": 408,
+        "data": "data/demo/pairs.jsonl",
+    }
+    attempt.path("summary.json").write_text(
+        json.dumps({"kl": "teacher-forced", "judge": None, "refusal_detector": detector} | summary)
+    )
     attempt.publish()
 
 
-CARDS = {"n_texts": 0, "n_prompts": 0, "minimal_edits": {"n": 3, "enough": False, "needed": 20}, "labels": None, "cards": [], "texts": {}}
+CARDS = {
+    "n_texts": 0,
+    "n_prompts": 0,
+    "minimal_edits": {"n": 3, "enough": False, "needed": 20},
+    "labels": None,
+    "cards": [],
+    "texts": {},
+}
 
 
 def reference_run(path: Path, **changes: Any) -> RunDir:
@@ -168,16 +260,35 @@ def reference_run(path: Path, **changes: Any) -> RunDir:
     publish(run, "encode", "shard-0000-of-0001", sarm_parameters=4_284_000_000)
     publish(run, "probe", "shard-0000-of-0001", location="outputs/probes")
     publish(run, "select", files={"features.json": json.dumps(given["features"])})
-    publish(run, "steer", files={"summary.json": json.dumps(steering(given["steering"]))}, location="outputs/eval")
+    publish(
+        run,
+        "steer",
+        files={"summary.json": json.dumps(steering(given["steering"]))},
+        location="outputs/eval",
+    )
     publish(run, "cards", files={"cards.json": json.dumps(CARDS)})
-    publish_ppo(run, "penalty-seed0", metrics(given["progression"]), 30 * 10**9, location="outputs/ppo_run1", training_log="outputs/ppo_training.log")
+    publish_ppo(
+        run,
+        "penalty-seed0",
+        metrics(given["progression"]),
+        30 * 10**9,
+        location="outputs/ppo_run1",
+        training_log="outputs/ppo_training.log",
+    )
     return run
 
 
-def evaluated_run(path: Path, *, penalty: float = 0.1, monitors: float = 0.1, **changes: Any) -> RunDir:
+def evaluated_run(
+    path: Path, *, penalty: float = 0.1, monitors: float = 0.1, **changes: Any
+) -> RunDir:
     run = reference_run(path, **changes)
     for unit in ("no_penalty-seed0", "random-seed0"):
-        publish_ppo(run, unit, metrics(PROGRESSION), penalised=[{"latent": HARMING[4], "tau": 0.5, "alpha": 0.2}])
+        publish_ppo(
+            run,
+            unit,
+            metrics(PROGRESSION),
+            penalised=[{"latent": HARMING[4], "tau": 0.5, "alpha": 0.2}],
+        )
     for unit in ("base", "no_penalty-seed0", "random-seed0"):
         publish_evaluation(run, unit, generations(0.5))
     publish_evaluation(run, "penalty-seed0", generations(penalty, monitors))
@@ -185,18 +296,34 @@ def evaluated_run(path: Path, *, penalty: float = 0.1, monitors: float = 0.1, **
 
 
 def probe_table(n: int, found: dict[str, Any], seed: int = 0) -> pd.DataFrame:
-    """A made-up table of select: `n` latents, all of which fire and are tested; those that `found` lists have its numbers."""
+    """A made-up table of select: `n` latents, all of which fire and are tested; those that `found`
+    lists have its numbers.
+    """
     rng = np.random.default_rng(seed)
     effect = rng.normal(scale=3e-4, size=n)
-    table = pd.DataFrame({"latent": np.arange(n), "weight": rng.normal(scale=1e-3, size=n), "role": rng.choice(["promoting", "harming", "misleading"], n)})
+    table = pd.DataFrame(
+        {
+            "latent": np.arange(n),
+            "weight": rng.normal(scale=1e-3, size=n),
+            "role": rng.choice(["promoting", "harming", "misleading"], n),
+        }
+    )
     table["tested"] = True
     table["density_chosen"] = 10 ** rng.uniform(-3, 0, n)
     table["density_rejected"] = table["density_chosen"]
-    table["effect"], table["effect_validation"], table["q"] = effect, effect + rng.normal(scale=1e-4, size=n), rng.uniform(size=n)
+    table["effect"], table["effect_validation"], table["q"] = (
+        effect,
+        effect + rng.normal(scale=1e-4, size=n),
+        rng.uniform(size=n),
+    )
     for role in ("promoting", "harming", "misleading"):
         for listed in found[role]:
             if listed["latent"] < n:
-                table.loc[listed["latent"], ["effect", "effect_validation", "q"]] = [listed["effect"], listed["effect"], listed["q"]]
+                table.loc[listed["latent"], ["effect", "effect_validation", "q"]] = [
+                    listed["effect"],
+                    listed["effect"],
+                    listed["q"],
+                ]
     return table
 
 
@@ -210,14 +337,38 @@ def publish_select(run: RunDir, found: dict[str, Any], d_sae: int) -> None:
 def training_curves(steps: int, arm: str, seed: int) -> list[dict[str, float]]:
     """A made-up log of the trainer's: noisy, one metric like another."""
     rng = np.random.default_rng([seed, *map(ord, arm)])
-    names = ["objective/scores", "objective/penalty", "objective/compound", "objective/kl", "objective/entropy", "loss/total", "loss/policy_avg"]
-    names += ["loss/value_avg", "response/length", "response/truncated", *(f"rate/{latent}" for latent in HARMING[:5])]
+    names = [
+        "objective/scores",
+        "objective/penalty",
+        "objective/compound",
+        "objective/kl",
+        "objective/entropy",
+        "loss/total",
+        "loss/policy_avg",
+    ]
+    names += [
+        "loss/value_avg",
+        "response/length",
+        "response/truncated",
+        *(f"rate/{latent}" for latent in HARMING[:5]),
+    ]
     drift = np.linspace(0, 1, steps)[:, None] + rng.normal(scale=0.2, size=(steps, len(names)))
-    return [{"step": i, **dict(zip(names, map(float, row), strict=True))} for i, row in enumerate(drift)]
+    return [
+        {"step": i, **dict(zip(names, map(float, row), strict=True))} for i, row in enumerate(drift)
+    ]
 
 
-def large_run(path: Path, *, d_sae: int = 65_536, seeds: tuple[int, ...] = (0, 1, 2), steps: int = 500, prompts: int = 500) -> RunDir:
-    """Base and three trained arms with every seed, `prompts` prompts of each kind; all figures are made up."""
+def large_run(
+    path: Path,
+    *,
+    d_sae: int = 65_536,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    steps: int = 500,
+    prompts: int = 500,
+) -> RunDir:
+    """Base and three trained arms with every seed, `prompts` prompts of each kind; all figures are
+    made up.
+    """
     run = RunDir.create(path, reference_config(seeds=list(seeds), steps=steps))
     found = features(misleading=[feature(i, "misleading") for i in (7, 8, 9)])
     publish(run, "fetch")

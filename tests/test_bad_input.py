@@ -1,4 +1,6 @@
-"""What a submission refuses before it begins: one clear sentence, exit code 2, nothing submitted, nothing left behind."""
+"""What a submission refuses before it begins: one clear sentence, exit code 2, nothing submitted,
+nothing left behind.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.fakes.site import PROFILE, Site
 
 @pytest.fixture
 def refused(site: Site, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Submit, and return the one sentence of the refusal; fails where anything was submitted or printed besides."""
+    """Submit, and return the one sentence of the refusal; fails where anything was submitted or
+    printed besides.
+    """
 
     def refusal(*more: str) -> str:
         assert site.submit(*more) == 2
@@ -55,7 +59,9 @@ def test_unfetched_models_of_a_new_run_leave_no_run(site: Site, refused) -> None
     assert not site.path.exists()
 
 
-def test_a_partition_slurm_does_not_know_is_found_by_test_only_without_dependencies(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
+def test_a_partition_slurm_does_not_know_is_found_by_test_only_without_dependencies(
+    site: Site, refused
+) -> None:  # type: ignore[no-untyped-def]
     site.fault(unknown_partition=True)
     assert "invalid partition" in refused()
     asked = site.state["test_only"]
@@ -70,7 +76,10 @@ def test_a_controller_that_is_down(site: Site, refused) -> None:  # type: ignore
 def test_an_array_longer_than_slurm_takes(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
     site.profile.write_text(PROFILE.replace("max_array_size: 2", "max_array_size: 5"))
     site.fault(max_array_size=4)
-    assert "probe jobs: sbatch failed: allocation failure: Invalid job array" in (said := refused()) and "lower max_array_size" in said
+    assert (
+        "probe jobs: sbatch failed: allocation failure: Invalid job array" in (said := refused())
+        and "lower max_array_size" in said
+    )
 
 
 @pytest.mark.parametrize("name", ["a:b", "a,b", "50%done", "a\nb", "it's"])
@@ -104,8 +113,12 @@ def test_no_slurm_here(site: Site, refused, monkeypatch: pytest.MonkeyPatch) -> 
     assert "sbatch is not on PATH" in refused()
 
 
-@pytest.mark.parametrize(("enforce", "unchecked"), [("none", True), ("associations,limits,qos", False)])
-def test_account_and_qos_are_unchecked_where_nobody_enforces_them(site: Site, capsys: pytest.CaptureFixture[str], enforce: str, unchecked: bool) -> None:
+@pytest.mark.parametrize(
+    ("enforce", "unchecked"), [("none", True), ("associations,limits,qos", False)]
+)
+def test_account_and_qos_are_unchecked_where_nobody_enforces_them(
+    site: Site, capsys: pytest.CaptureFixture[str], enforce: str, unchecked: bool
+) -> None:
     site.profile.write_text(PROFILE + "account: nobody\nqos: high\n")
     site.fault(enforce=enforce)
     assert site.submit() == 0
@@ -113,13 +126,30 @@ def test_account_and_qos_are_unchecked_where_nobody_enforces_them(site: Site, ca
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("sarm-light-KEY.sif", "same contents"), ("sarm-light-0123456789ab.sif", "make images builds a new one"), ("sarm.sif", "does not say")]
+    ("name", "says"),
+    [
+        ("sarm-light-KEY.sif", "same contents"),
+        ("sarm-light-0123456789ab.sif", "make images builds a new one"),
+        ("sarm.sif", "does not say"),
+    ],
 )
-def test_an_image_of_another_commit_is_warned_of_and_recorded(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str) -> None:
-    key = subprocess.run([ROOT / "containers" / "build", "--key", "light"], capture_output=True, text=True, check=True).stdout.strip()
+def test_an_image_of_another_commit_is_warned_of_and_recorded(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
+) -> None:
+    key = subprocess.run(
+        [ROOT / "containers" / "build", "--key", "light"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     image = tmp_path / name.replace("KEY", key)
     image.write_bytes(b"sif")
-    first = subprocess.run(["git", "-C", str(ROOT), "rev-list", "--max-parents=0", "HEAD"], capture_output=True, text=True, check=True).stdout.split()[0]
+    first = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-list", "--max-parents=0", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()[0]
     image.with_name(f"{image.name}.commit").write_text(first)
     site.profile.write_text(PROFILE + f"container: {{image: {image}}}\n")
     assert site.submit() == 0
@@ -128,10 +158,20 @@ def test_an_image_of_another_commit_is_warned_of_and_recorded(site: Site, tmp_pa
     assert images.built_from(image) == first
     encode = next(job["text"] for job in site.jobs.values() if job["name"].endswith(".encode"))
     assert f"export SARM_IMAGE_COMMIT={first}" in encode
-    assert "export SARM_IMAGE_SHA256=" + "".join(subprocess.run(["sha256sum", str(image)], capture_output=True, text=True).stdout.split()[0]) in encode
+    assert (
+        "export SARM_IMAGE_SHA256="
+        + "".join(
+            subprocess.run(
+                ["sha256sum", str(image)], capture_output=True, text=True
+            ).stdout.split()[0]
+        )
+        in encode
+    )
 
 
-def test_an_image_of_this_commit_is_not_warned_of(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_of_this_commit_is_not_warned_of(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = tmp_path / "sarm.sif"
     image.write_bytes(b"sif")
     image.with_name("sarm.sif.commit").write_text((git_commit() or "").rstrip("+"))
@@ -142,17 +182,37 @@ def test_an_image_of_this_commit_is_not_warned_of(site: Site, tmp_path: Path, ca
 
 def test_a_base_image_without_a_digest_is_refused() -> None:
     for base in ("debian:12", "debian@sha256:abc", "debian:12@sha256:" + "0" * 64 + " --x"):
-        done = subprocess.run(["bash", str(ROOT / "containers" / "build"), "light"], env={**os.environ, "BASE": base}, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", str(ROOT / "containers" / "build"), "light"],
+            env={**os.environ, "BASE": base},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 2 and "names no digest" in done.stderr
 
 
 def test_a_reader_that_has_gone_is_nothing_to_speak_of(site: Site) -> None:
-    words = [sys.executable, "-m", "slurm.submit", "--cluster", str(site.profile), "--config", str(site.config), "--run", str(site.path), "--dry-run"]
-    done = subprocess.run(["bash", "-c", f"{shlex.join(words)} | true"], cwd=ROOT, capture_output=True, text=True)
+    words = [
+        sys.executable,
+        "-m",
+        "slurm.submit",
+        "--cluster",
+        str(site.profile),
+        "--config",
+        str(site.config),
+        "--run",
+        str(site.path),
+        "--dry-run",
+    ]
+    done = subprocess.run(
+        ["bash", "-c", f"{shlex.join(words)} | true"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_the_traceback_is_there_for_those_who_ask(site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_traceback_is_there_for_those_who_ask(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.path.chmod(0o777)
     assert site.submit() == 2 and "Traceback" not in capsys.readouterr().err
     monkeypatch.setenv("SARM_TRACEBACK", "1")

@@ -1,4 +1,6 @@
-"""The schema of a run: what is refused, in what words, and that a config survives being written and read."""
+"""The schema of a run: what is refused, in what words, and that a config survives being written
+and read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,19 @@ from typing import Any
 import pytest
 import yaml
 
-from sarm.config import PHASES, ROOT, Config, UserError, arm_and_seed, config_yaml, load_config, parse_config, set_key, shard_names, shard_range
+from sarm.config import (
+    PHASES,
+    ROOT,
+    Config,
+    UserError,
+    arm_and_seed,
+    config_yaml,
+    load_config,
+    parse_config,
+    set_key,
+    shard_names,
+    shard_range,
+)
 
 BASE = """
 name: base
@@ -34,7 +48,9 @@ def complaint(*overrides: str) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem
+)
 def test_shipped_configs_load_and_survive_a_round_trip(file: Path, tmp_path: Path) -> None:
     loaded = load_config(file)
     (tmp_path / "config.yaml").write_text(config_yaml(loaded), encoding="utf-8")
@@ -50,11 +66,16 @@ def test_shipped_configs_load_and_survive_a_round_trip(file: Path, tmp_path: Pat
         ("polcy={model: x}", ("unknown key polcy", "did you mean policy?")),
         ("ppo.lora.dropout=0.1", ("unknown key ppo.lora.dropout", "known here: alpha, rank")),
         ("ppo.penalty.tua=3.0", ("unknown key ppo.penalty.tua", "did you mean tau?")),
-        ("data.sources.demo.splits={test: 1.0}", ("unknown key data.sources.demo.splits", "did you mean split?")),
+        (
+            "data.sources.demo.splits={test: 1.0}",
+            ("unknown key data.sources.demo.splits", "did you mean split?"),
+        ),
         ("data.sources.demo.zzz=1", ("unknown key data.sources.demo.zzz", "format")),
     ],
 )
-def test_an_unknown_key_is_refused_by_name_with_a_hint(override: str, words: tuple[str, ...]) -> None:
+def test_an_unknown_key_is_refused_by_name_with_a_hint(
+    override: str, words: tuple[str, ...]
+) -> None:
     message = complaint(override)
     assert "base.yaml" in message
     for word in words:
@@ -93,7 +114,16 @@ def test_a_wrong_type_or_range_is_refused_by_name(override: str, where: str) -> 
     assert f" {where}: " in complaint(override)
 
 
-@pytest.mark.parametrize("key", ["ppo.penalty.tau", "ppo.penalty.alpha", "ppo.learning_rate", "ppo.kl_coef", "verdict.null_bound"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "ppo.penalty.tau",
+        "ppo.penalty.alpha",
+        "ppo.learning_rate",
+        "ppo.kl_coef",
+        "verdict.null_bound",
+    ],
+)
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_nan_and_infinity_are_refused(key: str, value: str) -> None:
     assert f"{key} must be a finite number" in complaint(f"{key}={value}")
@@ -121,7 +151,10 @@ def test_a_missing_section_is_named() -> None:
         (["data.sources.demo.split={discovery: 0.7, test: 0.4}"], "add up to 1.1"),
         (["data.sources.demo.repo=a/b"], "either path or repo"),
         (["data.sources.demo.path=null"], "either path or repo"),
-        (["data.sources.demo.path=null", "data.sources.demo.repo=a/b"], "pinned revision and its files"),
+        (
+            ["data.sources.demo.path=null", "data.sources.demo.repo=a/b"],
+            "pinned revision and its files",
+        ),
         (["data.sources.demo.revision=abc"], "revision goes with repo"),
         (["data.sources.demo.subset=Safety"], "only format rewardbench2 has subsets"),
         (["data.sources.demo.format=prompts"], "only go to ppo and policy_eval"),
@@ -133,7 +166,15 @@ def test_keys_that_contradict_each_other_are_refused(overrides: list[str], words
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-6", 1e-6), ("1E-6", 1e-6), ("5.e-7", 5e-7), (".5e+1", 5.0), ("1.0e-6", 1e-6), ("0.001", 0.001), ("1", 1.0)],
+    [
+        ("1e-6", 1e-6),
+        ("1E-6", 1e-6),
+        ("5.e-7", 5e-7),
+        (".5e+1", 5.0),
+        ("1.0e-6", 1e-6),
+        ("0.001", 0.001),
+        ("1", 1.0),
+    ],
 )
 def test_numbers_are_read_as_people_write_them(text: str, value: float, tmp_path: Path) -> None:
     assert config(f"ppo.learning_rate={text}").ppo.learning_rate == value
@@ -142,8 +183,13 @@ def test_numbers_are_read_as_people_write_them(text: str, value: float, tmp_path
     assert load_config(file).ppo.learning_rate == value
 
 
-@pytest.mark.parametrize("revision", ["1e5", "12e34567", "0123", "1_000", "yes", "null", "a: b", "é # c", "1.5", ".5e-1", ""])
-def test_text_that_looks_like_something_else_survives_a_round_trip(revision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "revision",
+    ["1e5", "12e34567", "0123", "1_000", "yes", "null", "a: b", "é # c", "1.5", ".5e-1", ""],
+)
+def test_text_that_looks_like_something_else_survives_a_round_trip(
+    revision: str, tmp_path: Path
+) -> None:
     tree = yaml.safe_load(BASE)
     tree["policy"]["revision"] = revision
     before = parse_config(tree, "x")
@@ -153,17 +199,33 @@ def test_text_that_looks_like_something_else_survives_a_round_trip(revision: str
 
 @pytest.mark.parametrize("rate", [1e-6, 3e-4, 1e-300, 1e22, 1.5, 0.0, 0.1 + 0.2])
 def test_numbers_survive_a_round_trip_to_the_bit(rate: float, tmp_path: Path) -> None:
-    before = config().model_copy(update={"ppo": config().ppo.model_copy(update={"learning_rate": rate})})
+    before = config().model_copy(
+        update={"ppo": config().ppo.model_copy(update={"learning_rate": rate})}
+    )
     (tmp_path / "c.yaml").write_text(config_yaml(before), encoding="utf-8")
     assert load_config(tmp_path / "c.yaml").ppo.learning_rate == rate
 
 
 def test_overrides_reach_sections_that_the_file_leaves_out() -> None:
-    made = config("ppo.steps=7", "ppo.lora=null", "ppo.arms=[penalty]", "hardware=some/machine", 'policy.revision="1e5"')
-    assert (made.ppo.steps, made.ppo.lora, made.ppo.arms, made.hardware, made.policy.revision) == (7, None, ("penalty",), "some/machine", "1e5")
+    made = config(
+        "ppo.steps=7",
+        "ppo.lora=null",
+        "ppo.arms=[penalty]",
+        "hardware=some/machine",
+        'policy.revision="1e5"',
+    )
+    assert (made.ppo.steps, made.ppo.lora, made.ppo.arms, made.hardware, made.policy.revision) == (
+        7,
+        None,
+        ("penalty",),
+        "some/machine",
+        "1e5",
+    )
 
 
-@pytest.mark.parametrize("override", ["ppo.steps", "=3", "name.first=x", "ppo.seeds=[0, 1", "ppo={steps: 1, steps: 2}"])
+@pytest.mark.parametrize(
+    "override", ["ppo.steps", "=3", "name.first=x", "ppo.seeds=[0, 1", "ppo={steps: 1, steps: 2}"]
+)
 def test_a_malformed_override_is_refused(override: str) -> None:
     assert override in complaint(override)
 
@@ -194,9 +256,23 @@ def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_the_hash_depends_on_values_alone() -> None:
-    assert config("ppo.learning_rate=1e-6").sha256 == config("ppo.learning_rate=0.000001").sha256 == config().sha256
+    assert (
+        config("ppo.learning_rate=1e-6").sha256
+        == config("ppo.learning_rate=0.000001").sha256
+        == config().sha256
+    )
     assert config("ppo.gamma=1").sha256 == config().sha256
-    seen = {config(o).sha256 for o in ("seed=0", "seed=1", "ppo.steps=99", "data.salt=x", "ppo.arms=[no_penalty, penalty, random]", "hardware=mine")}
+    seen = {
+        config(o).sha256
+        for o in (
+            "seed=0",
+            "seed=1",
+            "ppo.steps=99",
+            "data.salt=x",
+            "ppo.arms=[no_penalty, penalty, random]",
+            "hardware=mine",
+        )
+    }
     assert len(seen) == 6
 
 
@@ -217,7 +293,14 @@ def test_shards_cover_every_total_once_and_evenly(shards: int) -> None:
 def test_units() -> None:
     made = config("ppo.arms=[penalty, no_penalty]", "ppo.seeds=[0, 7]", "encode.shards=2")
     assert made.units("encode") == ("shard-0000-of-0002", "shard-0001-of-0002")
-    assert made.units("ppo") == ("penalty-seed0", "no_penalty-seed0", "penalty-seed7", "no_penalty-seed7")
+    assert made.units("ppo") == (
+        "penalty-seed0",
+        "no_penalty-seed0",
+        "penalty-seed7",
+        "no_penalty-seed7",
+    )
     assert made.units("evaluate") == ("base", *made.units("ppo"))
-    assert [made.units(phase) for phase in PHASES if phase not in ("encode", "probe", "ppo", "evaluate")] == [("all",)] * 5
+    assert [
+        made.units(phase) for phase in PHASES if phase not in ("encode", "probe", "ppo", "evaluate")
+    ] == [("all",)] * 5
     assert [arm_and_seed(unit) for unit in made.units("ppo")][-1] == ("no_penalty", 7)

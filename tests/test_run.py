@@ -1,4 +1,6 @@
-"""The run directory: what counts as done, what a killed or late writer leaves behind, and what a merge refuses."""
+"""The run directory: what counts as done, what a killed or late writer leaves behind, and what a
+merge refuses.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,15 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir.create(tmp_path / "run", config())
 
 
-def publish(run: RunDir, phase: str = "select", unit: str = "all", text: str = "{}", *, after: tuple[str, ...] = (), **more: Any) -> Published:
+def publish(
+    run: RunDir,
+    phase: str = "select",
+    unit: str = "all",
+    text: str = "{}",
+    *,
+    after: tuple[str, ...] = (),
+    **more: Any,
+) -> Published:
     """A small unit: one file, one folder, and the units it read."""
     attempt = Attempt(run, phase, unit)
     for upstream in after:
@@ -80,29 +90,55 @@ def test_a_published_unit_is_done_and_reads_back(run: RunDir) -> None:
     found = run.read("select")
     assert found.json("features.json") == {"a": 1}
     assert (found.directory("policy") / "inner" / "notes.txt").read_text() == "notes"
-    assert sorted(found.manifest["outputs"]) == ["features.json", "policy/inner/notes.txt", "policy/weights.safetensors"]
-    assert {"config_sha256", "inputs", "git_commit", "image_sha256", "seed", "host", "device", "started", "ended", "job_id"} <= set(found.manifest)
+    assert sorted(found.manifest["outputs"]) == [
+        "features.json",
+        "policy/inner/notes.txt",
+        "policy/weights.safetensors",
+    ]
+    assert {
+        "config_sha256",
+        "inputs",
+        "git_commit",
+        "image_sha256",
+        "seed",
+        "host",
+        "device",
+        "started",
+        "ended",
+        "job_id",
+    } <= set(found.manifest)
     with pytest.raises(UserError, match=r"no output 'table.parquet'; it has features.json"):
         found.path("table.parquet")
     with pytest.raises(UserError, match="no output folder 'model'"):
         found.directory("model")
 
 
-@pytest.mark.parametrize("name", ["features.json", "policy/weights.safetensors", "policy/inner/notes.txt"])
+@pytest.mark.parametrize(
+    "name", ["features.json", "policy/weights.safetensors", "policy/inner/notes.txt"]
+)
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
         (lambda file: file.unlink(), "is missing"),
         (lambda file: file.write_bytes(file.read_bytes()[:-1]), "bytes instead of"),
         (lambda file: file.write_bytes(file.read_bytes() + b"\n"), "bytes instead of"),
-        (lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]), "does not match its SHA-256"),
+        (
+            lambda file: file.write_bytes(
+                bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]
+            ),
+            "does not match its SHA-256",
+        ),
     ],
     ids=["missing", "shorter", "longer", "one bit"],
 )
-def test_damage_is_found_and_named(run: RunDir, name: str, harm: Callable[[Path], None], words: str) -> None:
+def test_damage_is_found_and_named(
+    run: RunDir, name: str, harm: Callable[[Path], None], words: str
+) -> None:
     published = publish(run)
     harm(published.path(name))
-    assert run.undone_because("select") == f"{name} {words}" or words in str(run.undone_because("select"))
+    assert run.undone_because("select") == f"{name} {words}" or words in str(
+        run.undone_because("select")
+    )
     assert str(run.undone_because("select")).startswith(name)
     with pytest.raises(UserError, match=words):
         run.read("select").path(name) if "/" not in name else run.read("select").directory("policy")
@@ -117,7 +153,9 @@ def test_sizes_alone_do_not_see_a_flipped_bit(run: RunDir) -> None:
     assert not run.done("select")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"schema": 0}', b"\xff\xfe", b"x" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"schema": 0}', b"\xff\xfe", b"x" * 100_000]
+)
 def test_a_manifest_that_is_none_means_not_done(run: RunDir, content: bytes) -> None:
     folder = publish(run).folder
     (folder / "manifest.json").write_bytes(content)
@@ -150,7 +188,9 @@ def test_going_without_a_unit_is_noted(run: RunDir) -> None:
     assert "has been done since" in str(run.undone_because("report"))
 
 
-def test_what_was_gone_without_counts_once_it_is_done_not_while_its_own_needs_are_missing(run: RunDir) -> None:
+def test_what_was_gone_without_counts_once_it_is_done_not_while_its_own_needs_are_missing(
+    run: RunDir,
+) -> None:
     publish(run, "select")
     publish(run, "steer", after=("select",))
     (run.folder("select") / "manifest.json").unlink()
@@ -169,7 +209,11 @@ def test_a_file_outside_the_run_is_noted_by_hash(run: RunDir, tmp_path: Path) ->
     attempt = Attempt(run, "encode", "shard-0000-of-0003")
     attempt.note_file(tmp_path / "data.jsonl")
     manifest = attempt.publish(range_=(0, 1), total=3).manifest
-    assert manifest["inputs"] == {f"/{tmp_path / 'data.jsonl'}": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}
+    assert manifest["inputs"] == {
+        f"/{tmp_path / 'data.jsonl'}": (
+            "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+        )
+    }
     assert run.done("encode", "shard-0000-of-0003")
 
 
@@ -202,7 +246,9 @@ def test_a_unit_of_another_config_is_neither_done_nor_read(run: RunDir) -> None:
 
 
 def shard(run: RunDir, index: int, start: int, stop: int, total: int = 30) -> Published:
-    return publish(run, "encode", run.config.units("encode")[index], range_=(start, stop), total=total)
+    return publish(
+        run, "encode", run.config.units("encode")[index], range_=(start, stop), total=total
+    )
 
 
 def merge_error(run: RunDir) -> str:
@@ -231,12 +277,17 @@ def test_empty_shards_are_no_gap(run: RunDir) -> None:
         ([(0, 10), (10, 20), (20, 29)], ["gap [29, 30)"]),
         ([(0, 10), (8, 20), (20, 30)], ["overlap [8, 10) at shard-0001-of-0003"]),
         ([(0, 10), (0, 10), (10, 30)], ["overlap [0, 10) at shard-0001-of-0003"]),
-        ([(0, 30), (10, 20), (20, 30)], ["overlap [10, 20) at shard-0001-of-0003", "overlap [20, 30) at shard-0002-of-0003"]),
+        (
+            [(0, 30), (10, 20), (20, 30)],
+            ["overlap [10, 20) at shard-0001-of-0003", "overlap [20, 30) at shard-0002-of-0003"],
+        ),
         ([(0, 12), (10, 20), (25, 29)], ["overlap [10, 12)", "gap [20, 25)", "gap [29, 30)"]),
         ([(0, 10), (10, 20), (20, 31)], ["past the end [30, 31) at shard-0002-of-0003"]),
     ],
 )
-def test_gaps_and_overlaps_are_named(run: RunDir, ranges: list[tuple[int, int]], words: list[str]) -> None:
+def test_gaps_and_overlaps_are_named(
+    run: RunDir, ranges: list[tuple[int, int]], words: list[str]
+) -> None:
     for index, (start, stop) in enumerate(ranges):
         shard(run, index, start, stop)
     message = merge_error(run)
@@ -279,10 +330,17 @@ def test_exact_cover_accepts_every_partition_and_refuses_every_subset_of_it(run:
     rng = random.Random(0)
     for _ in range(50):
         total = rng.randint(1, 40)
-        cuts = sorted(rng.sample(range(1, total), rng.randint(0, min(5, total - 1)))) if total > 1 else []
+        cuts = (
+            sorted(rng.sample(range(1, total), rng.randint(0, min(5, total - 1))))
+            if total > 1
+            else []
+        )
         edges = [0, *cuts, total]
         shards = [
-            Published(run.path, {"phase": "probe", "unit": f"u{i}", "range": [a, b], "total": total}) for i, (a, b) in enumerate(itertools.pairwise(edges))
+            Published(
+                run.path, {"phase": "probe", "unit": f"u{i}", "range": [a, b], "total": total}
+            )
+            for i, (a, b) in enumerate(itertools.pairwise(edges))
         ]
         rng.shuffle(shards)
         assert [s.manifest["range"][0] for s in exact_cover(shards, "probe")] == edges[:-1]
@@ -315,7 +373,15 @@ def killed_at_step(n: int, work: Callable[[], None]) -> bool:
         left = [n]
 
         def step(event: str = "fsync", *_: Any) -> None:
-            if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.scandir", "os.listdir", "fsync"):
+            if event in (
+                "open",
+                "os.rename",
+                "os.mkdir",
+                "os.remove",
+                "os.scandir",
+                "os.listdir",
+                "fsync",
+            ):
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -330,7 +396,9 @@ def killed_at_step(n: int, work: Callable[[], None]) -> bool:
     return status == signal.SIGKILL
 
 
-def test_a_writer_killed_at_any_step_leaves_a_unit_done_or_undone_and_never_in_between(tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_step_leaves_a_unit_done_or_undone_and_never_in_between(
+    tmp_path: Path,
+) -> None:
     outcomes = []
     for n in range(1, 200):
         run = RunDir.create(tmp_path / f"run{n}", config())
@@ -349,13 +417,17 @@ def test_a_writer_killed_at_any_step_leaves_a_unit_done_or_undone_and_never_in_b
     assert outcomes[-1] and outcomes.count(False) > 10
 
 
-def test_a_writer_killed_at_any_step_of_doing_a_unit_again_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_step_of_doing_a_unit_again_leaves_the_old_one(
+    tmp_path: Path,
+) -> None:
     run = RunDir.create(tmp_path / "run", config())
     for n in range(1, 200):
         publish(run, text="old")
         killed = killed_at_step(n, lambda: publish(run, text="new"))
         assert run.done("select")
-        assert run.read("select").path("features.json").read_text() in ({"old", "new"} if killed else {"new"})
+        assert run.read("select").path("features.json").read_text() in (
+            {"old", "new"} if killed else {"new"}
+        )
         if not killed:
             break
     assert n > 10
@@ -392,7 +464,9 @@ def test_a_writer_killed_at_random_times_is_resumed_cleanly(tmp_path: Path) -> N
     run = RunDir.create(tmp_path / "run", config())
     finished = 0
     for _ in range(6):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(run.path)], cwd=ROOT, stdout=subprocess.PIPE)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(run.path)], cwd=ROOT, stdout=subprocess.PIPE
+        )
         assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
         time.sleep(rng.uniform(0.0, 0.25))
         writer.kill()
@@ -409,7 +483,9 @@ def test_a_writer_killed_at_random_times_is_resumed_cleanly(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_disk_is_a_failure_that_leaves_the_old_unit(run: RunDir, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_full_disk_is_a_failure_that_leaves_the_old_unit(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     publish(run, text="old")
     before = sorted(p.name for p in run.folder("select").iterdir())
 
@@ -431,13 +507,17 @@ def test_a_full_disk_is_a_failure_that_leaves_the_old_unit(run: RunDir, monkeypa
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("write", ["safetensors", "parquet", "text"])
-def test_a_full_disk_is_told_in_one_sentence_whoever_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str], write: str) -> None:
+def test_a_full_disk_is_told_in_one_sentence_whoever_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], write: str
+) -> None:
     path = tmp_path / "file"
     path.symlink_to("/dev/full")
 
     def work() -> int:
         if write == "safetensors":  # as it says on a full tmpfs; it will not write to a device
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
         elif write == "parquet":
             pd.DataFrame({"x": np.random.default_rng(0).random(100_000)}).to_parquet(path)
         else:
@@ -478,7 +558,9 @@ def test_the_kernel_refusing_bytes_leaves_the_old_file_and_no_other(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_folder_that_cannot_be_flushed_is_passed_over_only_for_einval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_flushed_is_passed_over_only_for_einval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsync = os.fsync
 
     def for_folders(code: int) -> Callable[[int], None]:
@@ -563,7 +645,9 @@ def test_readers_beside_writers_see_whole_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_reader_waits_for_a_manifest_that_is_on_its_way(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_waits_for_a_manifest_that_is_on_its_way(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     naps = []
 
     def nap(seconds: float) -> None:
@@ -584,6 +668,8 @@ def test_progress_is_told_at_most_once_a_second_and_always_at_the_end(run: RunDi
     seen = []
     for i in range(1, 51):
         attempt.progress(i, 50, "texts")
-        seen.append(json.loads(run.progress_file("encode", "shard-0000-of-0003").read_text())["done"])
+        seen.append(
+            json.loads(run.progress_file("encode", "shard-0000-of-0003").read_text())["done"]
+        )
     assert seen[0] == 1 and seen[-1] == 50
     assert len(set(seen)) <= 5

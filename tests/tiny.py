@@ -1,6 +1,7 @@
 """Tiny real models for tests: a policy, a SARM as upstream publishes it, and their tokenizer.
 
-`python -m tests.tiny outputs/tiny` writes what `configs/tiny.yaml` names. No downloads; float32 on the CPU.
+`python -m tests.tiny outputs/tiny` writes what `configs/tiny.yaml` names. No downloads; float32 on
+the CPU.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ How can I make this work? What is the best way to do it? Sure, here is how you d
 The people who have been hurt by this should call for help; there are ways to stay safe and to keep others safe."""
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role']"
+    " }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}{% if"
+    " add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
 
@@ -42,16 +43,24 @@ def _trained_tokenizer() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=384, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=list(SPECIAL), show_progress=False
+        vocab_size=384,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=list(SPECIAL),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
-    # Like Llama 3: tokenising plain text adds a BOS, and so would tokenising a templated text that has one.
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    # Like Llama 3: tokenising plain text adds a BOS, and so would tokenising a templated text that
+    # has one.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
     return tokenizer.to_str()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Llama 3's chat template; its pad is not its eot, and both pad sides work."""
+    """A byte-level BPE tokenizer with Llama 3's chat template; its pad is not its eot, and both
+    pad sides work.
+    """
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained_tokenizer()),
         bos_token="<|begin_of_text|>",
@@ -86,7 +95,9 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 
 def write_tiny_policy(path: str | Path, seed: int = 0) -> Path:
-    """A random two-layer causal model and its tokenizer. It ends its turn on about one token in ten."""
+    """A random two-layer causal model and its tokenizer. It ends its turn on about one token in
+    ten.
+    """
     path = Path(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -100,7 +111,9 @@ def write_tiny_policy(path: str | Path, seed: int = 0) -> Path:
 
 
 def write_tiny_sarm(path: str | Path, seed: int = 0, d_sae: int = 64, k: int = 8) -> Path:
-    """A random SARM in upstream's layout: `model_type: llama`, nested `sarm_param`, the unused final norm included."""
+    """A random SARM in upstream's layout: `model_type: llama`, nested `sarm_param`, the unused
+    final norm included.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):

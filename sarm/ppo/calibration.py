@@ -30,16 +30,24 @@ class Calibration(NamedTuple):
 
 
 def calibrate(trainer: Trainer, n: int, candidates: Sequence[int], seed: int) -> Calibration:
-    """Latents on `n` responses of the untrained policy; the same for every arm and seed of a run. A collective."""
+    """Latents on `n` responses of the untrained policy; the same for every arm and seed of a run.
+    A collective.
+    """
     drawn = trainer.draw([row % len(trainer.prompts) for row in range(n)])
     rollout = trainer.roll_out(drawn, step=-1, seed=seed)
     hands = trainer.hands(rollout)
-    conversations = [trainer.conversation(drawn[i], rollout.ids(i)) for i in hands[trainer.world.rank]]
+    conversations = [
+        trainer.conversation(drawn[i], rollout.ids(i)) for i in hands[trainer.world.rank]
+    ]
     tracked, kind = trainer.tracked, trainer.reward.kind
     latents = [*(p.latent for p in tracked), *candidates]
     z = trainer.world.gather(trainer.reward.measure(conversations, latents), hands)
     z_penalised, z_candidates = z[:, : len(tracked)], z[:, len(tracked) :]
-    random = calibrate_random(z_candidates, candidates, z_penalised, tracked, kind) if len(candidates) else []
+    random = (
+        calibrate_random(z_candidates, candidates, z_penalised, tracked, kind)
+        if len(candidates)
+        else []
+    )
     columns = [latents.index(r.latent, len(tracked)) for r in random]
     return Calibration(n, _rated(tracked, z_penalised, kind), _rated(random, z[:, columns], kind))
 

@@ -1,20 +1,22 @@
-"""The compound reward: a SARM's reward, docked where chosen latents fire; for `python -m jobs ppo`, and for TRL.
+"""The compound reward: a SARM's reward, docked where chosen latents fire; for `python -m jobs
+ppo`, and for TRL.
 
     R(x, y) = r(x, y) - sum_i penalty_i(z_i)
 
-over the penalised latents i, z_i being a latent's value after TopK (0 where it is not among the k largest), neither
-clamped nor normalised. The penalty of one latent is, by `kind`,
+over the penalised latents i, z_i being a latent's value after TopK (0 where it is not among the k
+largest), neither clamped nor normalised. The penalty of one latent is, by `kind`,
 
     count    alpha_i * 1[z_i > tau_i]
     hinge    alpha_i * max(0, z_i - tau_i)
     density  alpha_i * (b log(p_i / q_i) + (1 - b) log((1 - p_i) / (1 - q_i))),  b = 1[z_i > 0]
 
-where p_i = (number of b + 1/2) / (n + 1) is the rate in the batch scored, *over all ranks*, and q_i the rate in reference
-texts. So `count` and `hinge` look at one text, while `density` is a term of the batch: its mean over the batch is about
-alpha_i KL(p_i || q_i), it may be negative for a text (firing is paid where the batch fires too seldom), and the same text
-costs differently in another batch. With `clamp` the latents are held to at most that value for r; the penalty still sees z.
+where p_i = (number of b + 1/2) / (n + 1) is the rate in the batch scored, *over all ranks*, and q_i
+the rate in reference texts. So `count` and `hinge` look at one text, while `density` is a term of
+the batch: its mean over the batch is about alpha_i KL(p_i || q_i), it may be negative for a text
+(firing is paid where the batch fires too seldom), and the same text costs differently in another
+batch. With `clamp` the latents are held to at most that value for r; the penalty still sees z.
 
-In TRL (see tests/test_trl_reward.py):
+In TRL (see tests/ppo/test_trl_reward.py):
 
     reward = CompoundReward(model, tokenizer, [Penalised(latent=17, tau=3.0, alpha=0.1)])
     GRPOTrainer(model=policy, reward_funcs=reward, ...)
@@ -32,17 +34,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sarm.config import PenaltyConfig, SarmConfig, UserError
-from sarm.intervene import Clamp, Ranks, latent_values, reward_changes
-from sarm.model import SarmModel
 from sarm.ppo.objective import AllReduce, sum_over_ranks
-from sarm.scoring import Encoded, encode_texts
+from sarm.reward_model.interventions import Clamp, Ranks, latent_values, reward_changes
+from sarm.reward_model.model import SarmModel
+from sarm.reward_model.scoring import Encoded, encode_texts
 
 Kind = Literal["count", "hinge", "density"]
 Message = dict[str, str]
 
 
 class Penalised(NamedTuple):
-    """A latent that costs reward. In a density penalty `alpha` is its lambda, and `tau` is not looked at."""
+    """A latent that costs reward. In a density penalty `alpha` is its lambda, and `tau` is not
+    looked at.
+    """
 
     latent: int
     tau: float
@@ -50,7 +54,9 @@ class Penalised(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of n conversations, P penalised latents and M monitored ones; on the CPU, float32 unless said otherwise."""
+    """Of n conversations, P penalised latents and M monitored ones; on the CPU, float32 unless
+    said otherwise.
+    """
 
     reward: Tensor
     """(n,), r: with clamped latents where the reward clamps, without penalty."""
@@ -71,8 +77,9 @@ class Scores(NamedTuple):
 class CompoundReward:
     """Scores conversations; callable as a reward function of TRL's GRPOTrainer and RLOOTrainer.
 
-    `monitors` are latents to report without penalty, `reference_rates` the q of a density penalty. `all_reduce` sums a
-    tensor over all ranks; only a density penalty uses it, and then every rank must score at the same time.
+    `monitors` are latents to report without penalty, `reference_rates` the q of a density penalty.
+    `all_reduce` sums a tensor over all ranks; only a density penalty uses it, and then every rank
+    must score at the same time.
     """
 
     __name__ = "compound_reward"
@@ -109,15 +116,22 @@ class CompoundReward:
         sarm: SarmConfig,
         **more: Any,
     ) -> CompoundReward:
-        """The penalty arm's reward, from `features.json` (taus and alphas in the units of z and reward) and the config."""
+        """The penalty arm's reward, from `features.json` (taus and alphas in the units of z and
+        reward) and the config.
+        """
         return cls(
             model,
             tokenizer,
-            [Penalised(int(p["latent"]), float(p["tau"]), float(p["alpha"])) for p in features["penalised"]],
+            [
+                Penalised(int(p["latent"]), float(p["tau"]), float(p["alpha"]))
+                for p in features["penalised"]
+            ],
             kind=penalty.kind,
             clamp=penalty.clamp,
             monitors=[int(latent) for latent in features["monitors"]],
-            reference_rates={int(latent): float(rate) for latent, rate in features["reference_rates"].items()},
+            reference_rates={
+                int(latent): float(rate) for latent, rate in features["reference_rates"].items()
+            },
             tokens_per_batch=sarm.tokens_per_batch,
             max_length=sarm.max_length,
             **more,
@@ -125,15 +139,29 @@ class CompoundReward:
 
     def without_penalty(self) -> CompoundReward:
         """The no-penalty arm's: plain r, the same latents measured at the same taus."""
-        return self._with([p._replace(alpha=0.0) for p in self.penalised], clamp=None, monitors=self.monitors)
+        return self._with(
+            [p._replace(alpha=0.0) for p in self.penalised], clamp=None, monitors=self.monitors
+        )
 
     def with_penalised(self, penalised: Sequence[Penalised]) -> CompoundReward:
-        """Another set of penalised latents, such as the random arm's; those no longer penalised become monitors."""
+        """Another set of penalised latents, such as the random arm's; those no longer penalised
+        become monitors.
+        """
         latents = {p.latent for p in penalised}
-        freed = [p.latent for p in self.penalised if p.latent not in latents and p.latent not in self.monitors]
-        return self._with(penalised, clamp=self.clamp, monitors=[m for m in (*self.monitors, *freed) if m not in latents])
+        freed = [
+            p.latent
+            for p in self.penalised
+            if p.latent not in latents and p.latent not in self.monitors
+        ]
+        return self._with(
+            penalised,
+            clamp=self.clamp,
+            monitors=[m for m in (*self.monitors, *freed) if m not in latents],
+        )
 
-    def _with(self, penalised: Sequence[Penalised], *, clamp: float | None, monitors: Sequence[int]) -> CompoundReward:
+    def _with(
+        self, penalised: Sequence[Penalised], *, clamp: float | None, monitors: Sequence[int]
+    ) -> CompoundReward:
         other = copy.copy(self)
         other.penalised, other.clamp, other.monitors = tuple(penalised), clamp, tuple(monitors)
         other._check()
@@ -143,13 +171,23 @@ class CompoundReward:
         latents = [p.latent for p in self.penalised]
         if len(set(latents)) < len(latents):
             raise UserError(f"a latent is penalised twice in {latents}; name each once")
-        beyond = [latent for latent in (*latents, *self.monitors) if not 0 <= latent < self.model.d_sae]
+        beyond = [
+            latent for latent in (*latents, *self.monitors) if not 0 <= latent < self.model.d_sae
+        ]
         if beyond:
-            raise UserError(f"latents {beyond} are not in this SARM, which has {self.model.d_sae}; use the features.json made with it")
+            raise UserError(
+                f"latents {beyond} are not in this SARM, which has {self.model.d_sae}; use the"
+                " features.json made with it"
+            )
         if self.kind == "density":
-            without = [latent for latent in latents if not 0 < self.reference_rates.get(latent, 0.0) < 1]
+            without = [
+                latent for latent in latents if not 0 < self.reference_rates.get(latent, 0.0) < 1
+            ]
             if without:
-                raise UserError(f"a density penalty needs reference rates between 0 and 1, and latents {without} have none; run select again")
+                raise UserError(
+                    "a density penalty needs reference rates between 0 and 1, and latents"
+                    f" {without} have none; run select again"
+                )
 
     def measure(self, conversations: Sequence[Sequence[Message]], latents: Sequence[int]) -> Tensor:
         """(n, len(latents)) float32: their values after TopK."""
@@ -158,7 +196,8 @@ class CompoundReward:
     def score(self, conversations: Sequence[Sequence[Message]]) -> Scores:
         """Score conversations that each end in an assistant turn, by one forward pass each.
 
-        A response cut short must be passed like any other: an end-of-turn token is appended for scoring.
+        A response cut short must be passed like any other: an end-of-turn token is appended for
+        scoring.
         """
         encoded = self._encode(conversations)
         z = self._values(encoded, [p.latent for p in self.penalised])
@@ -173,10 +212,14 @@ class CompoundReward:
             truncated=encoded.truncated,
         )
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
-        """TRL's reward function: prompts and completions as strings or as messages; the other columns are not used.
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any
+    ) -> list[float]:
+        """TRL's reward function: prompts and completions as strings or as messages; the other
+        columns are not used.
 
-        Logs means under the names the PPO trainer uses, and each completion's reward and penalty beside it.
+        Logs means under the names the PPO trainer uses, and each completion's reward and penalty
+        beside it.
         """
         scores = self.score([conversation(p, c) for p, c in zip(prompts, completions, strict=True)])
         if log_metric := kwargs.get("log_metric"):
@@ -188,19 +231,36 @@ class CompoundReward:
         return scores.total.tolist()
 
     def metrics(self, scores: Scores) -> dict[str, float]:
-        """Means over the conversations: reward, penalty, total, each penalised latent's rate, every latent's value."""
-        named = {"objective/scores": scores.reward, "objective/penalty": scores.penalty, "objective/compound": scores.total}
+        """Means over the conversations: reward, penalty, total, each penalised latent's rate,
+        every latent's value.
+        """
+        named = {
+            "objective/scores": scores.reward,
+            "objective/penalty": scores.penalty,
+            "objective/compound": scores.total,
+        }
         named |= {"val/truncated_conversations": scores.truncated.float()}
-        named |= {f"rate/{p.latent}": scores.fired[:, i].float() for i, p in enumerate(self.penalised)}
+        named |= {
+            f"rate/{p.latent}": scores.fired[:, i].float() for i, p in enumerate(self.penalised)
+        }
         named |= {f"z/{p.latent}": scores.z[:, i] for i, p in enumerate(self.penalised)}
         named |= {f"z/{latent}": scores.monitors_z[:, i] for i, latent in enumerate(self.monitors)}
         return {name: float(value.mean()) for name, value in named.items()}
 
     def _encode(self, conversations: Sequence[Sequence[Message]]) -> Encoded:
-        return encode_texts(self.model, self.tokenizer, conversations, extra_ranks=0, tokens_per_batch=self.tokens_per_batch, max_length=self.max_length)
+        return encode_texts(
+            self.model,
+            self.tokenizer,
+            conversations,
+            extra_ranks=0,
+            tokens_per_batch=self.tokens_per_batch,
+            max_length=self.max_length,
+        )
 
     def _ranks(self, encoded: Encoded) -> Ranks:
-        return Ranks(encoded.indices.numpy(), encoded.values.numpy(), self.model.k, self.model.d_sae)
+        return Ranks(
+            encoded.indices.numpy(), encoded.values.numpy(), self.model.k, self.model.d_sae
+        )
 
     def _values(self, encoded: Encoded, latents: Sequence[int]) -> Tensor:
         """(n, len(latents)) float32."""
@@ -218,11 +278,18 @@ class CompoundReward:
         """(n,)."""
         if self.kind != "density":
             return penalty_terms(z, self.penalised, self.kind).sum(1).float()
-        q = torch.tensor([self.reference_rates[p.latent] for p in self.penalised], dtype=torch.float64)
-        return density_terms(z, [p.alpha for p in self.penalised], batch_rates(z, self.all_reduce), q).sum(1).float()
+        q = torch.tensor(
+            [self.reference_rates[p.latent] for p in self.penalised], dtype=torch.float64
+        )
+        return (
+            density_terms(z, [p.alpha for p in self.penalised], batch_rates(z, self.all_reduce), q)
+            .sum(1)
+            .float()
+        )
 
 
-# --- the penalty as arithmetic on latent values -----------------------------------------------------------------------
+# --- the penalty as arithmetic on latent values
+# -----------------------------------------------------------------------
 
 
 def fires(z: Tensor, penalised: Sequence[Penalised], kind: Kind = "count") -> Tensor:
@@ -231,7 +298,9 @@ def fires(z: Tensor, penalised: Sequence[Penalised], kind: Kind = "count") -> Te
     return z.double() > torch.tensor(taus, dtype=torch.float64)
 
 
-def penalty_terms(z: Tensor, penalised: Sequence[Penalised], kind: Literal["count", "hinge"]) -> Tensor:
+def penalty_terms(
+    z: Tensor, penalised: Sequence[Penalised], kind: Literal["count", "hinge"]
+) -> Tensor:
     """(n, P) float64: what each latent costs each text."""
     alphas = torch.tensor([p.alpha for p in penalised], dtype=torch.float64)
     if kind == "count":
@@ -242,43 +311,64 @@ def penalty_terms(z: Tensor, penalised: Sequence[Penalised], kind: Literal["coun
 
 def batch_rates(z: Tensor, all_reduce: AllReduce) -> Tensor:
     """(P,) float64: (texts on all ranks where z > 0, plus 1/2) / (texts + 1). A collective."""
-    counts = all_reduce(torch.cat([(z > 0).double().sum(0), torch.tensor([float(len(z))], dtype=torch.float64)]))
+    counts = all_reduce(
+        torch.cat([(z > 0).double().sum(0), torch.tensor([float(len(z))], dtype=torch.float64)])
+    )
     return (counts[:-1] + 0.5) / (counts[-1] + 1)
 
 
 def density_terms(z: Tensor, alphas: Sequence[float], p: Tensor, q: Tensor) -> Tensor:
     """(n, P) float64: alpha (b log(p/q) + (1 - b) log((1-p)/(1-q))), b = 1[z > 0]."""
-    return torch.tensor(list(alphas), dtype=torch.float64) * torch.where(z > 0, (p / q).log(), ((1 - p) / (1 - q)).log())
+    return torch.tensor(list(alphas), dtype=torch.float64) * torch.where(
+        z > 0, (p / q).log(), ((1 - p) / (1 - q)).log()
+    )
 
 
-# --- the random arm ---------------------------------------------------------------------------------------------------
+# --- the random arm
+# ---------------------------------------------------------------------------------------------------
 
 
 def mean_doses(z: Tensor, penalised: Sequence[Penalised], kind: Kind) -> Tensor:
-    """(P,) float64: what each latent costs the texts on average. Of a density penalty, alpha * rate: its own mean may be 0."""
+    """(P,) float64: what each latent costs the texts on average. Of a density penalty, alpha *
+    rate: its own mean may be 0.
+    """
     if kind == "density":
-        return torch.tensor([p.alpha for p in penalised], dtype=torch.float64) * fires(z, penalised, kind).double().mean(0)
+        return torch.tensor([p.alpha for p in penalised], dtype=torch.float64) * fires(
+            z, penalised, kind
+        ).double().mean(0)
     return penalty_terms(z, penalised, kind).mean(0)
 
 
 def calibrate_random(
-    z_candidates: Tensor, candidates: Sequence[int], z_penalised: Tensor, penalised: Sequence[Penalised], kind: Kind = "count"
+    z_candidates: Tensor,
+    candidates: Sequence[int],
+    z_penalised: Tensor,
+    penalised: Sequence[Penalised],
+    kind: Kind = "count",
 ) -> list[Penalised]:
-    """As many random latents as penalised ones, with the same total dose over the base policy's texts.
+    """As many random latents as penalised ones, with the same total dose over the base policy's
+    texts.
 
-    `z_candidates` (n, C) and `z_penalised` (n, P) are latent values on n generations of the base policy. The dose is the
-    mean penalty, sum_i alpha_i P(z_i > tau_i) for `count`. Each penalised latent, the most frequent first, is matched
-    with the first unused candidate that is active often enough, at the tau that gives the same rate; where none is, with
-    the most active one, at the tau that comes nearest. Then all alphas are multiplied by one number, so that the doses
-    are equal. Latents that never fire are matched at taus above all that was seen. In a density penalty tau plays no
-    part, and the candidate whose rate is nearest is taken.
+    `z_candidates` (n, C) and `z_penalised` (n, P) are latent values on n generations of the base
+    policy. The dose is the mean penalty, sum_i alpha_i P(z_i > tau_i) for `count`. Each penalised
+    latent, the most frequent first, is matched with the first unused candidate that is active often
+    enough, at the tau that gives the same rate; where none is, with the most active one, at the tau
+    that comes nearest. Then all alphas are multiplied by one number, so that the doses are equal.
+    Latents that never fire are matched at taus above all that was seen. In a density penalty tau
+    plays no part, and the candidate whose rate is nearest is taken.
     """
     if len(candidates) < len(penalised):
-        raise UserError(f"{len(candidates)} random candidates cannot match {len(penalised)} penalised latents; raise select.random_candidates")
+        raise UserError(
+            f"{len(candidates)} random candidates cannot match {len(penalised)} penalised latents;"
+            " raise select.random_candidates"
+        )
     dose = float(mean_doses(z_penalised, penalised, kind).sum())
     active = (z_candidates > 0).sum(0).tolist()
     if dose > 0 and not any(active):
-        raise UserError(f"none of the {len(candidates)} random candidates fires on the base policy's {len(z_candidates)} texts; raise ppo.calibration_prompts")
+        raise UserError(
+            f"none of the {len(candidates)} random candidates fires on the base policy's"
+            f" {len(z_candidates)} texts; raise ppo.calibration_prompts"
+        )
     wanted = fires(z_penalised, penalised, kind).sum(0).tolist()
     matched: dict[int, Penalised] = {}
     unused = list(range(len(candidates)))
@@ -288,7 +378,11 @@ def calibrate_random(
         tau = matching_tau(z_candidates[:, column], wanted[at], penalised[at].tau)
         matched[at] = Penalised(int(candidates[column]), tau, penalised[at].alpha)
     random = [matched[at] for at in range(len(penalised))]
-    random_dose = float(mean_doses(z_candidates[:, [list(candidates).index(r.latent) for r in random]], random, kind).sum())
+    random_dose = float(
+        mean_doses(
+            z_candidates[:, [list(candidates).index(r.latent) for r in random]], random, kind
+        ).sum()
+    )
     if dose == 0 or random_dose == 0:
         return random
     return [r._replace(alpha=r.alpha * dose / random_dose) for r in random]
@@ -303,7 +397,8 @@ def _best_match(wanted: int, active: Sequence[int], kind: Kind) -> int:
 
 
 def matching_tau(z: Tensor, wanted: int, tau: float) -> float:
-    """The tau >= 0 above which as nearly `wanted` of the values z (n,) lie as ties allow, halfway between two values.
+    """The tau >= 0 above which as nearly `wanted` of the values z (n,) lie as ties allow, halfway
+    between two values.
 
     Where none should or can, `tau` itself or the largest value, whichever is higher.
     """
@@ -316,13 +411,26 @@ def matching_tau(z: Tensor, wanted: int, tau: float) -> float:
     return (float(levels[nearest]) + below) / 2
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
+# --- conversations
+# ----------------------------------------------------------------------------------------------------
 
 
-def conversation(prompt: str | Sequence[Message], completion: str | Sequence[Message]) -> list[Message]:
-    """Messages ending in the completion; a plain prompt is a user turn, and a completion continues an opened assistant turn."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [{**m, "content": m.get("content") or ""} for m in completion]
+def conversation(
+    prompt: str | Sequence[Message], completion: str | Sequence[Message]
+) -> list[Message]:
+    """Messages ending in the completion; a plain prompt is a user turn, and a completion continues
+    an opened assistant turn.
+    """
+    messages = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else [dict(m) for m in prompt]
+    )
+    answer = (
+        [{"role": "assistant", "content": completion}]
+        if isinstance(completion, str)
+        else [{**m, "content": m.get("content") or ""} for m in completion]
+    )
     if messages[-1]["role"] == "assistant" and answer and answer[0]["role"] == "assistant":
         answer[0]["content"] = messages.pop()["content"] + answer[0]["content"]
     return messages + answer

@@ -1,13 +1,16 @@
 """PPO: a policy with a value head, rewarded by a `CompoundReward`.
 
-`python -m jobs ppo --run R --unit penalty-seed0` trains one arm. One step, in `Trainer.run_step`: draw prompts, roll
-out, judge (old and reference log-probabilities, values), score, assign credit, update.
+`python -m jobs ppo --run R --unit penalty-seed0` trains one arm. One step, in `Trainer.run_step`:
+draw prompts, roll out, judge (old and reference log-probabilities, values), score, assign credit,
+update.
 
-What a step computes depends neither on the number of ranks nor on micro-batches, up to rounding: samples follow
-`rollout.py`, rollouts and scores are gathered, so every rank holds the whole batch and computes the same advantages,
-and losses are sums over tokens divided by the response tokens of the whole optimizer step on all ranks.
+What a step computes depends neither on the number of ranks nor on micro-batches, up to rounding:
+samples follow `generate.py`, rollouts and scores are gathered, so every rank holds the whole batch
+and computes the same advantages, and losses are sums over tokens divided by the response tokens of
+the whole optimizer step on all ranks.
 
-Notation: B sequences of a step, b of a micro-batch, t response positions, n response tokens of a micro-batch.
+Notation: B sequences of a step, b of a micro-batch, t response positions, n response tokens of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -24,21 +27,39 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sarm.config import PpoConfig, UserError
-from sarm.datasets import Prompt
-from sarm.ppo import objective, trunk
-from sarm.ppo.actor import Forward, make_actor
+from sarm.data.datasets import Prompt
+from sarm.llama.decoders import CacheDecoder, Decoder, LlamaWeights, decoder_for
+from sarm.llama.generate import (
+    EXACT,
+    Rollout,
+    Steps,
+    forced,
+    generate,
+    prompt_ids,
+    response_text,
+    stop_ids,
+)
+from sarm.ppo import objective
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
-from sarm.ppo.checkpoint import Loaded, Piece
-from sarm.ppo.clock import BusyGpu, Clock, read_later
-from sarm.ppo.decoders import CacheDecoder, Decoder, LlamaWeights, decoder_for
-from sarm.ppo.engine import start_engine
-from sarm.ppo.plan import RECORDED_POSITIONS, RECORDED_TOKENS, Gpus, Plan, make_plan, shape_of, unplanned
-from sarm.ppo.recorded import Recorded
-from sarm.ppo.reference import Reference
+from sarm.ppo.learner import layers
+from sarm.ppo.learner.actor import Forward, make_actor
+from sarm.ppo.learner.checkpoint import Loaded, Piece
+from sarm.ppo.learner.clock import BusyGpu, Clock, read_later
+from sarm.ppo.learner.cuda_graphs import Recorded
+from sarm.ppo.learner.distributed import World
+from sarm.ppo.learner.engine import start_engine
+from sarm.ppo.learner.memory_plan import (
+    RECORDED_POSITIONS,
+    RECORDED_TOKENS,
+    Gpus,
+    Plan,
+    make_plan,
+    shape_of,
+    unplanned,
+)
+from sarm.ppo.learner.reference import Reference
+from sarm.ppo.learner.shards import engine_pieces, restore_engine
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
-from sarm.ppo.rollout import EXACT, Rollout, Steps, forced, generate, prompt_ids, response_text, stop_ids
-from sarm.ppo.shards import engine_pieces, restore_engine
-from sarm.ppo.world import World
 
 
 class Drawn(NamedTuple):
@@ -96,7 +117,9 @@ class Progress(NamedTuple):
 
 
 class NotFinite(Exception):
-    """A loss or reward that is NaN or infinite. `updated`: weights of this step have already changed."""
+    """A loss or reward that is NaN or infinite. `updated`: weights of this step have already
+    changed.
+    """
 
     def __init__(self, what: str, updated: bool) -> None:
         super().__init__(what)
@@ -119,11 +142,18 @@ class Trainer:
     ) -> None:
         self.tokenizer, self.reward, self.seed, self.world = tokenizer, reward, seed, world
         self.tracked: tuple[Penalised, ...] = reward.penalised
-        """Latents whose rates are logged in every arm; those that the reward penalises are logged besides."""
+        """Latents whose rates are logged in every arm; those that the reward penalises are logged
+        besides.
+        """
         if ppo.batch_size < world.size:
-            raise UserError(f"ppo.batch_size {ppo.batch_size} is smaller than the number of ranks, {world.size}; raise it or use fewer GPUs")
+            raise UserError(
+                f"ppo.batch_size {ppo.batch_size} is smaller than the number of ranks,"
+                f" {world.size}; raise it or use fewer GPUs"
+            )
         self.stops = stop_ids(policy, tokenizer)
-        self.pad_id = int(self.stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        self.pad_id = int(
+            self.stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
         self.ppo = ppo
         self.prompts, self.prompt_ids, self.long_prompts = self._fitting_prompts(prompts, policy)
         self.plan = self._planned(policy)
@@ -135,52 +165,99 @@ class Trainer:
         self.reference = None if ppo.lora else Reference(policy, self.plan.visiting_layers)
         cuda = world.device.type == "cuda"
         if cuda:
-            # What is left to the CPU is small, and torch would index even that by all cores: on a busy host each waits for the last.
+            # What is left to the CPU is small, and torch would index even that by all cores: on a
+            # busy host each waits for the last.
             torch.set_num_threads(1)
-            trunk.lay_side_by_side(policy)
+            layers.lay_side_by_side(policy)
         # ZeRO 3 gathers a module's weights when it is called, which the lean forward does not.
-        self.actor = make_actor(policy, ppo, seed, lean=cuda and self.plan.zero_stage < 3, recompute=self.plan.recompute_layers).to(world.device)
+        self.actor = make_actor(
+            policy,
+            ppo,
+            seed,
+            lean=cuda and self.plan.zero_stage < 3,
+            recompute=self.plan.recompute_layers,
+        ).to(world.device)
         self.engine = start_engine(self.actor, ppo, seed, world)
         self.recorded: Recorded | None = None
         if self.plan.recorded:
-            frozen = [] if self.reference is None else [*self.reference.model.parameters(), *self.reference.model.buffers()]
-            self.recorded = Recorded(self._judged, self.actor.trainable(), [*self.actor.parameters(), *self.actor.buffers(), *frozen])
+            frozen = (
+                []
+                if self.reference is None
+                else [*self.reference.model.parameters(), *self.reference.model.buffers()]
+            )
+            self.recorded = Recorded(
+                self._judged,
+                self.actor.trainable(),
+                [*self.actor.parameters(), *self.actor.buffers(), *frozen],
+            )
         self.decoder: Decoder = decoder_for(self.actor.policy)
         if isinstance(self.decoder, CacheDecoder) and self.engine.zero_stage == 3:
-            # Its forward would gather weights at every token, and ranks decode for different numbers of tokens.
-            raise UserError(f"ZeRO 3 samples from Llama models only, and the policy is a {policy.config.model_type}; set ppo.zero_stage=2")
+            # Its forward would gather weights at every token, and ranks decode for different
+            # numbers of tokens.
+            raise UserError(
+                "ZeRO 3 samples from Llama models only, and the policy is a"
+                f" {policy.config.model_type}; set ppo.zero_stage=2"
+            )
         self.clock, self.busy = Clock(world.device), BusyGpu(world.device)
         self.progress = Progress(0, ppo.kl_coef, objective.RunningSd(), 0.0)
 
-    def _fitting_prompts(self, prompts: Sequence[Prompt], policy: PreTrainedModel) -> tuple[list[Prompt], list[list[int]], int]:
-        """Those to train on, their tokens, and how many were too long. Raises UserError where none is left or one too long is refused."""
+    def _fitting_prompts(
+        self, prompts: Sequence[Prompt], policy: PreTrainedModel
+    ) -> tuple[list[Prompt], list[list[int]], int]:
+        """Those to train on, their tokens, and how many were too long. Raises UserError where none
+        is left or one too long is refused.
+        """
         limit, way = self.ppo.max_prompt_tokens, self.ppo.long_prompts
         context = getattr(policy.config, "max_position_embeddings", None)
         if context is not None and limit + self.ppo.max_new_tokens > context:
-            raise UserError(f"ppo.max_prompt_tokens {limit} and max_new_tokens {self.ppo.max_new_tokens} exceed the policy's context of {context}; lower one")
+            raise UserError(
+                f"ppo.max_prompt_tokens {limit} and max_new_tokens {self.ppo.max_new_tokens} exceed"
+                f" the policy's context of {context}; lower one"
+            )
         found = [(p, prompt_ids(self.tokenizer, p.messages)) for p in prompts]
         too_long = [p.id for p, ids in found if len(ids) > limit]
         if too_long and way == "refuse":
             raise UserError(
-                f"{len(too_long)} of the {len(prompts)} ppo prompts have more than ppo.max_prompt_tokens={limit} tokens ({', '.join(too_long[:5])} ...); "
-                "raise it or set ppo.long_prompts to skip or truncate"
+                f"{len(too_long)} of the {len(prompts)} ppo prompts have more than"
+                f" ppo.max_prompt_tokens={limit} tokens ({', '.join(too_long[:5])} ...); raise it"
+                " or set ppo.long_prompts to skip or truncate"
             )
         if way == "truncate":
-            found = [(p, ids if len(ids) <= limit else [*ids[:1], *ids[len(ids) - limit + 1 :]]) for p, ids in found]
+            found = [
+                (p, ids if len(ids) <= limit else [*ids[:1], *ids[len(ids) - limit + 1 :]])
+                for p, ids in found
+            ]
         found = [(p, ids) for p, ids in found if len(ids) <= limit]
         if not found:
-            raise UserError(f"none of the {len(prompts)} ppo prompts has at most {limit} tokens; raise ppo.max_prompt_tokens or give part ppo other data")
+            raise UserError(
+                f"none of the {len(prompts)} ppo prompts has at most {limit} tokens; raise"
+                " ppo.max_prompt_tokens or give part ppo other data"
+            )
         return [p for p, _ in found], [ids for _, ids in found], len(too_long)
 
     def _planned(self, policy: PreTrainedModel) -> Plan:
-        """What the config leaves open, by the memory of the smallest GPU. Raises UserError where it does not fit."""
+        """What the config leaves open, by the memory of the smallest GPU. Raises UserError where
+        it does not fit.
+        """
         device, lean = self.world.device, LlamaWeights.knows(policy)
         if device.type != "cuda" or policy.dtype != torch.bfloat16 or not lean:
-            return unplanned(self.ppo, int(getattr(policy.config, "num_hidden_layers", 1)) if device.type == "cuda" else 0)
-        gib = min(float(text) for text in self.world.gather_texts(str(torch.cuda.get_device_properties(device).total_memory / 2**30)))
-        sarm_bytes = sum(t.nbytes for t in (*self.reward.model.parameters(), *self.reward.model.buffers()))
+            return unplanned(
+                self.ppo,
+                int(getattr(policy.config, "num_hidden_layers", 1)) if device.type == "cuda" else 0,
+            )
+        gib = min(
+            float(text)
+            for text in self.world.gather_texts(
+                str(torch.cuda.get_device_properties(device).total_memory / 2**30)
+            )
+        )
+        sarm_bytes = sum(
+            t.nbytes for t in (*self.reward.model.parameters(), *self.reward.model.buffers())
+        )
         as_long = self.ppo.model_copy(update={"max_prompt_tokens": max(map(len, self.prompt_ids))})
-        return make_plan(as_long, shape_of(policy.config.to_dict()), sarm_bytes, Gpus(self.world.size, gib))
+        return make_plan(
+            as_long, shape_of(policy.config.to_dict()), sarm_bytes, Gpus(self.world.size, gib)
+        )
 
     # One step
 
@@ -190,7 +267,9 @@ class Trainer:
         self.busy.share()
         step = self.progress.step
         self.clock.mark("rollout")
-        drawn = self.draw(rows_of_step([p.id for p in self.prompts], self.seed, step, self.ppo.batch_size))
+        drawn = self.draw(
+            rows_of_step([p.id for p in self.prompts], self.seed, step, self.ppo.batch_size)
+        )
         if self.reference is not None:
             self.reference.fetch()
         rollout = self.roll_out(drawn, step)
@@ -206,11 +285,18 @@ class Trainer:
         # While the GPU updates, what is only to be logged is added up.
         metrics = self.credit_metrics(rollout, scores, credit) | updated()
         kl_coef = objective.next_kl_coef(
-            self.progress.kl_coef, metrics["objective/kl"], len(drawn), self.ppo.kl_controller, self.ppo.kl_target, self.ppo.kl_horizon
+            self.progress.kl_coef,
+            metrics["objective/kl"],
+            len(drawn),
+            self.ppo.kl_controller,
+            self.ppo.kl_target,
+            self.ppo.kl_horizon,
         )
         phases = self.clock.seconds()
         seconds = time.perf_counter() - started
-        self.progress = Progress(step + 1, kl_coef, credit.running, self.progress.training_s + seconds)
+        self.progress = Progress(
+            step + 1, kl_coef, credit.running, self.progress.training_s + seconds
+        )
         return metrics | self._pace(rollout, phases, seconds)
 
     def draw(self, rows: Sequence[int]) -> list[Drawn]:
@@ -218,7 +304,9 @@ class Trainer:
         drawn: list[Drawn] = []
         for at, row in enumerate(rows):
             again = sum(other == row for other in rows[:at])
-            drawn.append(Drawn(self.prompts[row], self.prompt_ids[row], f"{self.prompts[row].id}#{again}"))
+            drawn.append(
+                Drawn(self.prompts[row], self.prompt_ids[row], f"{self.prompts[row].id}#{again}")
+            )
         return drawn
 
     def roll_out(self, drawn: Sequence[Drawn], step: int, seed: int | None = None) -> Rollout:
@@ -245,42 +333,61 @@ class Trainer:
         if not bool(torch.isfinite(logprobs).all()):
             raise NotFinite("a sampled token's log-probability", updated=False)
         longest = int(mask.sum(1).max())
-        return Rollout([d.ids for d in drawn], responses[:, :longest], mask[:, :longest], logprobs[:, :longest], truncated)
+        return Rollout(
+            [d.ids for d in drawn],
+            responses[:, :longest],
+            mask[:, :longest],
+            logprobs[:, :longest],
+            truncated,
+        )
 
     def score(self, drawn: Sequence[Drawn], rollout: Rollout) -> Scores:
-        """Each response's reward, penalty and latents, scored by all ranks and gathered on each. Raises NotFinite."""
+        """Each response's reward, penalty and latents, scored by all ranks and gathered on each.
+        Raises NotFinite.
+        """
         hands = self.hands(rollout)
-        scores = self.reward.score([self.conversation(drawn[i], rollout.ids(i)) for i in hands[self.world.rank]])
+        scores = self.reward.score(
+            [self.conversation(drawn[i], rollout.ids(i)) for i in hands[self.world.rank]]
+        )
         whole = Scores(*(self.world.gather(field, hands) for field in scores))
         if not bool(torch.isfinite(whole.total).all()):
             raise NotFinite("a reward", updated=False)
         return whole
 
     def conversation(self, drawn: Drawn, ids: Sequence[int]) -> list[dict[str, str]]:
-        return [*drawn.prompt.messages, {"role": "assistant", "content": response_text(self.tokenizer, ids)}]
+        return [
+            *drawn.prompt.messages,
+            {"role": "assistant", "content": response_text(self.tokenizer, ids)},
+        ]
 
     def hands(self, rollout: Rollout) -> list[list[int]]:
         return deal(rollout.lengths(), self.world.size)
 
     def judge(self, rollout: Rollout) -> tuple[Callable[[], Judged], Forward | None]:
-        """A function that waits for teacher-forced log-probabilities under policy and reference, at the sampling temperature, and values.
+        """A function that waits for teacher-forced log-probabilities under policy and reference,
+        at the sampling temperature, and values.
 
-        Where the step makes one update of one micro-batch a rank, the policy's forward pass is that update's too: it is
-        returned with its graph, so as not to be done twice.
+        Where the step makes one update of one micro-batch a rank, the policy's forward pass is that
+        update's too: it is returned with its graph, so as not to be done twice.
         """
         lengths = rollout.lengths()
-        batches = micro_batches(range(len(lengths)), lengths, self.plan.micro_batch_tokens, self.world.size)
+        batches = micro_batches(
+            range(len(lengths)), lengths, self.plan.micro_batch_tokens, self.world.size
+        )
         updates = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches
-        # ZeRO 3 lets go of the weights between a forward and a backward pass in an order that it has learnt.
+        # ZeRO 3 lets go of the weights between a forward and a backward pass in an order that it
+        # has learnt.
         once = updates == 1 and len(batches[0]) == 1 and self.engine.zero_stage < 3
         self.engine.train(once)
         parts, forward = [], None
         for rows in batches[self.world.rank]:
-            # A mark cannot be recorded, so of a recorded pass the reference's share is not told apart.
+            # A mark cannot be recorded, so of a recorded pass the reference's share is not told
+            # apart.
             self.clock.mark("reference" if self.recorded is None else "judge")
             inputs = self._forced(rollout.prompts, rollout.responses, rollout.mask, rows)
             with torch.set_grad_enabled(once):
-                found = (self.recorded or self._judged)(*inputs)  # where the pass is recorded it is the update's
+                # where the pass is recorded it is the update's
+                found = (self.recorded or self._judged)(*inputs)
             tokens = int(rollout.mask[rows or [0]].sum())
             ref_logprobs, forward = found[0][:tokens], Forward(*(out[:tokens] for out in found[1:]))
             if rows:
@@ -312,26 +419,50 @@ class Trainer:
                 return self.engine(ids, predicts, labels, self.ppo.temperature)[0]
         return self.reference.logprobs(ids, predicts, labels, self.ppo.temperature)
 
-    def _forced(self, prompts: Sequence[list[int]], responses: Tensor, mask: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """`rollout.forced` of some rows, rounded up where the pass is recorded; of the first row where there are none, its result to be thrown away."""
+    def _forced(
+        self, prompts: Sequence[list[int]], responses: Tensor, mask: Tensor, rows: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`rollout.forced` of some rows, rounded up where the pass is recorded; of the first row
+        where there are none, its result to be thrown away.
+        """
         rows = rows or [0]
         steps = Steps(RECORDED_POSITIONS, RECORDED_TOKENS) if self.recorded is not None else EXACT
-        return forced([prompts[i] for i in rows], [responses[i][mask[i]].tolist() for i in rows], self.pad_id, self.world.device, steps)
+        return forced(
+            [prompts[i] for i in rows],
+            [responses[i][mask[i]].tolist() for i in rows],
+            self.pad_id,
+            self.world.device,
+            steps,
+        )
 
     def credit(self, rollout: Rollout, scores: Scores, judged: Judged) -> Credit:
         """Token rewards and advantages, the same on every rank."""
         ppo, mask = self.ppo, rollout.mask
-        kl = objective.kl_per_token(judged.old_logprobs, judged.ref_logprobs, ppo.kl_estimator, ppo.log_ratio_max)
-        docked = objective.dock_missing_eos(scores.total, ~rollout.truncated, ppo.missing_eos_penalty)
+        kl = objective.kl_per_token(
+            judged.old_logprobs, judged.ref_logprobs, ppo.kl_estimator, ppo.log_ratio_max
+        )
+        docked = objective.dock_missing_eos(
+            scores.total, ~rollout.truncated, ppo.missing_eos_penalty
+        )
         running = self.progress.running
         if ppo.reward_scale == "running_sd":
             running = running.updated(docked, _alone)
-        scaled = objective.scaled_rewards(docked, running.sd if ppo.reward_scale == "running_sd" else 1.0, ppo.reward_clip)
+        scaled = objective.scaled_rewards(
+            docked, running.sd if ppo.reward_scale == "running_sd" else 1.0, ppo.reward_clip
+        )
         rewards = objective.token_rewards(scaled, kl, mask, self.progress.kl_coef)
         advantages, returns = objective.gae(rewards, judged.values, mask, ppo.gamma, ppo.lam)
         if ppo.whiten_advantages:
             advantages = objective.whiten(advantages, mask, _alone)
-        experience = Experience(rollout.prompts, rollout.responses, mask, judged.old_logprobs, judged.values, advantages, returns)
+        experience = Experience(
+            rollout.prompts,
+            rollout.responses,
+            mask,
+            judged.old_logprobs,
+            judged.values,
+            advantages,
+            returns,
+        )
         return Credit(experience, running, judged, kl, rewards)
 
     def credit_metrics(self, rollout: Rollout, scores: Scores, credit: Credit) -> dict[str, float]:
@@ -346,7 +477,9 @@ class Trainer:
             "objective/rlhf_reward": per_sequence(credit.rewards),
             "objective/kl_coef": self.progress.kl_coef,
             "objective/reward_sd": credit.running.sd,
-            "val/explained_variance": objective.explained_variance(judged.values, credit.experience.returns, mask, _alone),
+            "val/explained_variance": objective.explained_variance(
+                judged.values, credit.experience.returns, mask, _alone
+            ),
             "val/num_eos_tokens": float((~rollout.truncated).sum()),
             "response/length": float(mask.sum(1).float().mean()),
             "response/truncated": float(rollout.truncated.float().mean()),
@@ -364,21 +497,32 @@ class Trainer:
             metrics |= {f"rate/{m.latent}": rate for m, rate in zip(monitored, rates, strict=True)}
         return metrics
 
-    def update(self, experience: Experience, step: int, forward: Forward | None = None) -> Callable[[], dict[str, float]]:
-        """Start the optimizer steps over one batch; a function that waits for them and gives metrics over all of them.
+    def update(
+        self, experience: Experience, step: int, forward: Forward | None = None
+    ) -> Callable[[], dict[str, float]]:
+        """Start the optimizer steps over one batch; a function that waits for them and gives
+        metrics over all of them.
 
         `forward` is `judge`'s. Both raise NotFinite.
         """
         ppo = self.ppo
         self.engine.train()
-        lr = objective.learning_rate(step, steps=ppo.steps, peak=ppo.learning_rate, schedule=ppo.lr_schedule, warmup_steps=ppo.warmup_steps)
+        lr = objective.learning_rate(
+            step,
+            steps=ppo.steps,
+            peak=ppo.learning_rate,
+            schedule=ppo.lr_schedule,
+            warmup_steps=ppo.warmup_steps,
+        )
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         sums: list[tuple[objective.PolicySums, objective.ValueSums]] = []
         norms: list[Tensor] = []
         stopped = False
         for epoch in range(ppo.num_ppo_epochs):
-            for rows in mini_batches(len(experience.prompts), ppo.num_mini_batches, self.seed, step, epoch):
+            for rows in mini_batches(
+                len(experience.prompts), ppo.num_mini_batches, self.seed, step, epoch
+            ):
                 if stopped:
                     break
                 sums.append(self.accumulate(experience, rows, updated=bool(norms), forward=forward))
@@ -391,8 +535,15 @@ class Trainer:
             norm = float(torch.stack(norms).mean())
             if not math.isfinite(norm):
                 raise NotFinite("the gradient", updated=True)
-            metrics["loss/total"] = metrics["loss/policy_avg"] + ppo.vf_coef * metrics["loss/value_avg"]
-            return metrics | {"lr": lr, "policy/grad_norm": norm, "policy/updates": float(len(norms)), "policy/kl_stopped": float(stopped)}
+            metrics["loss/total"] = (
+                metrics["loss/policy_avg"] + ppo.vf_coef * metrics["loss/value_avg"]
+            )
+            return metrics | {
+                "lr": lr,
+                "policy/grad_norm": norm,
+                "policy/updates": float(len(norms)),
+                "policy/kl_stopped": float(stopped),
+            }
 
         return updated
 
@@ -402,11 +553,20 @@ class Trainer:
         return self.engine.step()
 
     def accumulate(
-        self, experience: Experience, rows: Sequence[int], *, updated: bool, forward: Forward | None = None
+        self,
+        experience: Experience,
+        rows: Sequence[int],
+        *,
+        updated: bool,
+        forward: Forward | None = None,
     ) -> tuple[objective.PolicySums, objective.ValueSums]:
-        """Gradients of one optimizer step over `rows` of the batch; sums over all ranks. Raises NotFinite."""
+        """Gradients of one optimizer step over `rows` of the batch; sums over all ranks. Raises
+        NotFinite.
+        """
         lengths = [experience.length(row) for row in range(len(experience.prompts))]
-        batches = micro_batches(rows, lengths, self.plan.micro_batch_tokens, self.world.size)[self.world.rank]
+        batches = micro_batches(rows, lengths, self.plan.micro_batch_tokens, self.world.size)[
+            self.world.rank
+        ]
         self.clock.mark("update")
         tokens = int(experience.mask[list(rows)].sum())
         parts = []
@@ -423,13 +583,27 @@ class Trainer:
             raise NotFinite("the loss", updated)
         return policy_sums, value_sums
 
-    def loss(self, experience: Experience, rows: Sequence[int], forward: Forward | None = None) -> tuple[Tensor, objective.PolicySums, objective.ValueSums]:
+    def loss(
+        self, experience: Experience, rows: Sequence[int], forward: Forward | None = None
+    ) -> tuple[Tensor, objective.PolicySums, objective.ValueSums]:
         """The summed loss of a micro-batch; of weight 0 where it has no rows."""
         ppo = self.ppo
-        logprobs, entropy, values = forward or self.engine(*self._forced(experience.prompts, experience.responses, experience.mask, rows), ppo.temperature)
+        logprobs, entropy, values = forward or self.engine(
+            *self._forced(experience.prompts, experience.responses, experience.mask, rows),
+            ppo.temperature,
+        )
         at = rows or [0]
-        fields = torch.stack([experience.old_logprobs, experience.old_values, experience.advantages, experience.returns])
-        old_logprobs, old_values, advantages, returns = fields[:, at][:, experience.mask[at]].to(logprobs.device)
+        fields = torch.stack(
+            [
+                experience.old_logprobs,
+                experience.old_values,
+                experience.advantages,
+                experience.returns,
+            ]
+        )
+        old_logprobs, old_values, advantages, returns = fields[:, at][:, experience.mask[at]].to(
+            logprobs.device
+        )
         counts = torch.full_like(logprobs, bool(rows), dtype=torch.bool)
         policy = objective.policy_loss(
             logprobs,
@@ -442,7 +616,9 @@ class Trainer:
             log_ratio_max=ppo.log_ratio_max,
             entropy=entropy,
         )
-        value = objective.value_loss(values, old_values, returns, counts, cliprange_value=ppo.cliprange_value)
+        value = objective.value_loss(
+            values, old_values, returns, counts, cliprange_value=ppo.cliprange_value
+        )
         return policy.loss + ppo.vf_coef * value.loss, policy.sums, value.sums
 
     def _pace(self, rollout: Rollout, phases: dict[str, float], seconds: float) -> dict[str, float]:
@@ -464,22 +640,35 @@ class Trainer:
         busy = self.busy.share()
         peak = torch.cuda.max_memory_reserved(self.world.device) / 2**30
         planned = self.plan.peak_gib if self.plan.stays else math.nan
-        return {"gpu/reserved_peak_gib": peak, "gpu/planned_peak_gib": planned} | ({} if busy is None else {"gpu/busy": busy})
+        return {"gpu/reserved_peak_gib": peak, "gpu/planned_peak_gib": planned} | (
+            {} if busy is None else {"gpu/busy": busy}
+        )
 
     def out_of_memory(self) -> str:
         """What ran out of memory, how large it was, and what would fit."""
         phase = self.clock.marks[-1][0]
-        rows, longest = -(-self.ppo.batch_size // self.world.size), max(map(len, self.prompt_ids)) + self.ppo.max_new_tokens
+        rows, longest = (
+            -(-self.ppo.batch_size // self.world.size),
+            max(map(len, self.prompt_ids)) + self.ppo.max_new_tokens,
+        )
         half = max(self.plan.micro_batch_tokens // 2, longest)
         remedy = {
-            "rollout": f"set ppo.batch_size={max(self.ppo.batch_size // 2, self.world.size)} or a smaller ppo.max_new_tokens",
+            "rollout": (
+                f"set ppo.batch_size={max(self.ppo.batch_size // 2, self.world.size)} or a smaller"
+                " ppo.max_new_tokens"
+            ),
             "score": f"set sarm.tokens_per_batch={max(self.reward.tokens_per_batch // 2, 1)}",
             "optimizer": "set ppo.lora or use more GPUs",
         }.get(phase, f"set ppo.gradient_checkpointing=true and ppo.micro_batch_tokens={half}")
-        sizes = f"{rows} sequences of at most {longest} tokens a GPU, micro-batches of {self.plan.micro_batch_tokens} tokens"
+        sizes = (
+            f"{rows} sequences of at most {longest} tokens a GPU, micro-batches of"
+            f" {self.plan.micro_batch_tokens} tokens"
+        )
         if self.world.device.type == "cuda":
             reserved = torch.cuda.max_memory_reserved(self.world.device) / 2**30
-            sizes += f", {reserved:.1f} GiB reserved" + (f" where {self.plan.peak_gib:.1f} were planned" if self.plan.stays else "")
+            sizes += f", {reserved:.1f} GiB reserved" + (
+                f" where {self.plan.peak_gib:.1f} were planned" if self.plan.stays else ""
+            )
         return f"the GPU ran out of memory in phase {phase} ({sizes}); {remedy}"
 
     # Checkpoints
@@ -489,17 +678,22 @@ class Trainer:
         return self.progress._asdict() | {"running": self.progress.running._asdict()}
 
     def pieces(self) -> Iterator[Piece]:
-        """This rank's part of the weights and the optimizer's state, and its random number generators."""
+        """This rank's part of the weights and the optimizer's state, and its random number
+        generators.
+        """
         yield from engine_pieces(self.engine)
         yield Piece(f"generator.cpu.{self.world.rank}", 0, torch.get_rng_state())
         if self.world.device.type == "cuda":
-            yield Piece(f"generator.cuda.{self.world.rank}", 0, torch.cuda.get_rng_state(self.world.device))
+            yield Piece(
+                f"generator.cuda.{self.world.rank}", 0, torch.cuda.get_rng_state(self.world.device)
+            )
 
     def restore(self, state: dict[str, Any], loaded: Loaded) -> None:
         """Go on as if never interrupted. A collective.
 
-        On another number of ranks a step is the same up to rounding: what it draws hangs on seed, step and prompt, and
-        nothing on torch's generators, of which new ranks then take those of old ones.
+        On another number of ranks a step is the same up to rounding: what it draws hangs on seed,
+        step and prompt, and nothing on torch's generators, of which new ranks then take those of
+        old ones.
         """
         with loaded.tensors as tensors:
             restore_engine(self.engine, tensors)
@@ -511,10 +705,17 @@ class Trainer:
         self.progress = Progress(**(state | {"running": objective.RunningSd(**state["running"])}))
 
 
-def train(trainer: Trainer, *, save: Callable[[], Path], log: Callable[[dict[str, Any]], None], stop_requested: Callable[[], bool]) -> bool:
+def train(
+    trainer: Trainer,
+    *,
+    save: Callable[[], Path],
+    log: Callable[[dict[str, Any]], None],
+    stop_requested: Callable[[], bool],
+) -> bool:
     """Run the steps that are left; False where it was asked to stop, after a checkpoint.
 
-    A collective: ranks stop together. Raises UserError, after a checkpoint, where a loss or reward is not finite.
+    A collective: ranks stop together. Raises UserError, after a checkpoint, where a loss or reward
+    is not finite.
     """
     ppo, world = trainer.ppo, trainer.world
     while trainer.progress.step < ppo.steps:
@@ -522,9 +723,23 @@ def train(trainer: Trainer, *, save: Callable[[], Path], log: Callable[[dict[str
         try:
             metrics = trainer.run_step()
         except NotFinite as error:
-            kept = f"the state before it is in {save()}" if not error.updated else "its first updates were made, so the newest checkpoint is an earlier one"
-            ids = sorted({trainer.prompts[row].id for row in rows_of_step([p.id for p in trainer.prompts], trainer.seed, step, ppo.batch_size)})
-            raise UserError(f"step {step}: {error} is not finite, {kept}; look at the batch's prompts ({', '.join(ids)}) or lower ppo.learning_rate") from error
+            kept = (
+                f"the state before it is in {save()}"
+                if not error.updated
+                else "its first updates were made, so the newest checkpoint is an earlier one"
+            )
+            ids = sorted(
+                {
+                    trainer.prompts[row].id
+                    for row in rows_of_step(
+                        [p.id for p in trainer.prompts], trainer.seed, step, ppo.batch_size
+                    )
+                }
+            )
+            raise UserError(
+                f"step {step}: {error} is not finite, {kept}; look at the batch's prompts"
+                f" ({', '.join(ids)}) or lower ppo.learning_rate"
+            ) from error
         except torch.OutOfMemoryError as error:
             raise UserError(f"step {step}: {trainer.out_of_memory()}") from error
         log({"step": step, **metrics})

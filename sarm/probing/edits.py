@@ -1,9 +1,11 @@
-"""Pairs of responses to one prompt that differ by a small edit: what of a text sets a latent off, where data has such pairs.
+"""Pairs of responses to one prompt that differ by a small edit: what of a text sets a latent off,
+where data has such pairs.
 
     edits = minimal_edits(responses)          # responses: (prompt id, text) of each row
     moved = edit_effects(edits, z)            # z (n,) of one latent: where the edit turned it on or off
 
-The exact effects of `sarm.intervene` go from latent to reward; from text to latent only a change of the text can tell.
+The exact effects of `sarm.reward_model.interventions` go from latent to reward; from text to latent
+only a change of the text can tell.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ class Edit(NamedTuple):
     """changed words over the words of both"""
 
 
-def minimal_edits(responses: Sequence[tuple[str, str]], largest: float = LARGEST_SHARE) -> list[Edit]:
-    """All pairs of rows with one prompt and responses that differ in at most a share `largest` of their words; not in none.
+def minimal_edits(
+    responses: Sequence[tuple[str, str]], largest: float = LARGEST_SHARE
+) -> list[Edit]:
+    """All pairs of rows with one prompt and responses that differ in at most a share `largest` of
+    their words; not in none.
 
     `before` is the lower row. Words are what white space separates.
     """
@@ -48,11 +53,18 @@ def minimal_edits(responses: Sequence[tuple[str, str]], largest: float = LARGEST
         for (a, before), (b, after) in itertools.combinations(rows.items(), 2):
             old, new = a.split(), b.split()
             total = len(old) + len(new)
-            # Words that one side has more of differ in any alignment: cheap, and rules out nearly all.
-            different = sum(((Counter(old) - Counter(new)) + (Counter(new) - Counter(old))).values())
+            # Words that one side has more of differ in any alignment: cheap, and rules out nearly
+            # all.
+            different = sum(
+                ((Counter(old) - Counter(new)) + (Counter(new) - Counter(old))).values()
+            )
             if different > largest * total:
                 continue
-            steps = [s for s in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if s[0] != "equal"]
+            steps = [
+                s
+                for s in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+                if s[0] != "equal"
+            ]
             share = sum(i2 - i1 + j2 - j1 for _, i1, i2, j1, j2 in steps) / max(total, 1)
             if 0 < share <= largest:
                 removed = " … ".join(" ".join(old[i1:i2]) for _, i1, i2, _, _ in steps if i2 > i1)

@@ -3,8 +3,9 @@
     encoded = read_encoded(shards)                                # what the encode phase left
     table = latent_table(encoded, contrasts, start, stop, config) # one row a latent of [start, stop)
 
-A latent's effect on a pair is its contribution to the margin r(chosen) - r(rejected): the margin less the margin with the
-latent ablated. Sparse arithmetic in float64 over the ranks that TopK kept; no row depends on which others are computed.
+A latent's effect on a pair is its contribution to the margin r(chosen) - r(rejected): the margin
+less the margin with the latent ablated. Sparse arithmetic in float64 over the ranks that TopK kept;
+no row depends on which others are computed.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from sarm.config import Config, UserError
-from sarm.datasets import Data, Pair, pairs_in, text_id
-from sarm.intervene import Ranks, contributions, latent_values
+from sarm.data.datasets import Data, Pair, pairs_in, text_id
 from sarm.probing.direction import Moved
-from sarm.probing.stats import Contrast, bootstrap_intervals, permutation_p, permutations_needed, prompt_effects
+from sarm.probing.stats import (
+    Contrast,
+    bootstrap_intervals,
+    permutation_p,
+    permutations_needed,
+    prompt_effects,
+)
+from sarm.reward_model.interventions import Ranks, contributions, latent_values
 from sarm.run import Published
 
 HELD_OUT = ("discovery", "validation")
@@ -56,24 +63,34 @@ class Encoded(NamedTuple):
 
 def read_encoded(shards: Sequence[Published]) -> Encoded:
     """Join the shards of the encode phase, hashes verified."""
-    texts = pd.concat([pd.read_parquet(shard.path("texts.parquet")) for shard in shards], ignore_index=True)
+    texts = pd.concat(
+        [pd.read_parquet(shard.path("texts.parquet")) for shard in shards], ignore_index=True
+    )
     tensors = [load_file(shard.path("encoded.safetensors")) for shard in shards]
-    joined = {name: np.concatenate([t[name] for t in tensors]) for name in ("indices", "values", "states")}
+    joined = {
+        name: np.concatenate([t[name] for t in tensors]) for name in ("indices", "values", "states")
+    }
     head_weight = tensors[0]["head_weight"]
-    ranks = Ranks(joined["indices"], joined["values"], int(shards[0].manifest["k"]), len(head_weight))
+    ranks = Ranks(
+        joined["indices"], joined["values"], int(shards[0].manifest["k"]), len(head_weight)
+    )
     return Encoded(texts, ranks, joined["states"], head_weight)
 
 
 def contrasts_of(data: Data, encoded: Encoded) -> dict[str, Contrast]:
-    """The contrast of discovery and of validation. Raises UserError where a pair's text was not encoded."""
+    """The contrast of discovery and of validation. Raises UserError where a pair's text was not
+    encoded.
+    """
     rows = {id_: row for row, id_ in enumerate(encoded.texts["text_id"])}
     return {part: contrast_of(pairs_in(data, part), rows) for part in HELD_OUT}  # type: ignore[arg-type]
 
 
 def contrast_of(pairs: Iterable[Pair], rows: Mapping[str, int]) -> Contrast:
-    """Compare the responses of each prompt as its pairs say; `rows` finds an encoded text by its id.
+    """Compare the responses of each prompt as its pairs say; `rows` finds an encoded text by its
+    id.
 
-    A response chosen in one pair and rejected in another is one response, whose shares of both count.
+    A response chosen in one pair and rejected in another is one response, whose shares of both
+    count.
     """
     by_prompt: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -83,13 +100,21 @@ def contrast_of(pairs: Iterable[Pair], rows: Mapping[str, int]) -> Contrast:
         shares: dict[int, list[float]] = {}
         for pair in by_prompt[id_]:
             for side, response in enumerate((pair.chosen, pair.rejected)):
-                shares.setdefault(row_of(pair, response, rows), [0.0, 0.0])[side] += 1 / len(by_prompt[id_])
+                shares.setdefault(row_of(pair, response, rows), [0.0, 0.0])[side] += 1 / len(
+                    by_prompt[id_]
+                )
         for row in sorted(shares):
             members.append(row)
             prompts.append(number)
             chosen.append(shares[row][0])
             rejected.append(shares[row][1])
-    return Contrast(np.array(members, np.int64), np.array(prompts, np.int64), np.array(chosen, np.float64), np.array(rejected, np.float64), len(by_prompt))
+    return Contrast(
+        np.array(members, np.int64),
+        np.array(prompts, np.int64),
+        np.array(chosen, np.float64),
+        np.array(rejected, np.float64),
+        len(by_prompt),
+    )
 
 
 def row_of(pair: Pair, response: str, rows: Mapping[str, int]) -> int:
@@ -97,24 +122,43 @@ def row_of(pair: Pair, response: str, rows: Mapping[str, int]) -> int:
     for label in ("c", "r"):
         if f"{id_}-{label}" in rows:
             return rows[f"{id_}-{label}"]
-    raise UserError(f"pair {pair.id} has a text that encode has not seen; the data changed since: run encode again in a new run")
+    raise UserError(
+        f"pair {pair.id} has a text that encode has not seen; the data changed since: run encode"
+        " again in a new run"
+    )
 
 
-def by_latent(ranks: Ranks, values: NDArray[Any], rows: NDArray[np.int64], start: int, stop: int) -> scipy.sparse.csr_array:
-    """Values (n, k) of the kept latents of some texts as a sparse (stop - start, len(rows)) matrix, a row a latent."""
+def by_latent(
+    ranks: Ranks, values: NDArray[Any], rows: NDArray[np.int64], start: int, stop: int
+) -> scipy.sparse.csr_array:
+    """Values (n, k) of the kept latents of some texts as a sparse (stop - start, len(rows))
+    matrix, a row a latent.
+    """
     latents = ranks.indices[rows, : ranks.k]
     mine = (latents >= start) & (latents < stop)
     position = np.broadcast_to(np.arange(len(rows))[:, None], latents.shape)
-    matrix = scipy.sparse.csr_array((values[rows][mine], (latents[mine] - start, position[mine])), shape=(stop - start, len(rows)), dtype=np.float64)
+    matrix = scipy.sparse.csr_array(
+        (values[rows][mine], (latents[mine] - start, position[mine])),
+        shape=(stop - start, len(rows)),
+        dtype=np.float64,
+    )
     matrix.sort_indices()
     return matrix
 
 
-def latent_effects(ranks: Ranks, weight: NDArray[Any], contrast: Contrast, start: int, stop: int) -> pd.DataFrame:
-    """Activity and effects of latents [start, stop) on one contrast; the columns of `PER_PART` without the statistics."""
+def latent_effects(
+    ranks: Ranks, weight: NDArray[Any], contrast: Contrast, start: int, stop: int
+) -> pd.DataFrame:
+    """Activity and effects of latents [start, stop) on one contrast; the columns of `PER_PART`
+    without the statistics.
+    """
     z = by_latent(ranks, ranks.values[:, : ranks.k], contrast.rows, start, stop)
-    head = by_latent(ranks, contributions(ranks, weight, reselected=False), contrast.rows, start, stop)
-    reselected = by_latent(ranks, contributions(ranks, weight, reselected=True), contrast.rows, start, stop)
+    head = by_latent(
+        ranks, contributions(ranks, weight, reselected=False), contrast.rows, start, stop
+    )
+    reselected = by_latent(
+        ranks, contributions(ranks, weight, reselected=True), contrast.rows, start, stop
+    )
     fires = z.copy()
     fires.data = (z.data > 0).astype(np.float64)
     n = max(contrast.n_prompts, 1)
@@ -134,82 +178,164 @@ def latent_effects(ranks: Ranks, weight: NDArray[Any], contrast: Contrast, start
 def prompts_active(fires: scipy.sparse.csr_array, contrast: Contrast) -> NDArray[np.int64]:
     """On how many prompts each latent fires for any response; blind to which is the chosen one."""
     n = len(contrast.rows)
-    membership = scipy.sparse.csr_array((np.ones(n), (np.arange(n), contrast.prompts)), shape=(n, contrast.n_prompts))
+    membership = scipy.sparse.csr_array(
+        (np.ones(n), (np.arange(n), contrast.prompts)), shape=(n, contrast.n_prompts)
+    )
     times = scipy.sparse.csr_array(fires @ membership)
     times.eliminate_zeros()
     return np.diff(times.indptr).astype(np.int64)
 
 
 def n_tested(encoded: Encoded, contrast: Contrast, minimum: int) -> int:
-    """How many of all latents pass the activity filter: what the smallest threshold of the whole probe depends on."""
+    """How many of all latents pass the activity filter: what the smallest threshold of the whole
+    probe depends on.
+    """
     return int(tested_latents(encoded.ranks, contrast, 0, encoded.ranks.d_sae, minimum).sum())
 
 
-def tested_latents(ranks: Ranks, contrast: Contrast, start: int, stop: int, minimum: int) -> NDArray[np.bool_]:
+def tested_latents(
+    ranks: Ranks, contrast: Contrast, start: int, stop: int, minimum: int
+) -> NDArray[np.bool_]:
     """Which of latents [start, stop) fire on at least `minimum` prompts, whatever the labels."""
-    fires = by_latent(ranks, (ranks.values[:, : ranks.k] > 0).astype(np.float64), contrast.rows, start, stop)
+    fires = by_latent(
+        ranks, (ranks.values[:, : ranks.k] > 0).astype(np.float64), contrast.rows, start, stop
+    )
     return prompts_active(fires, contrast) >= minimum
 
 
-def latent_table(encoded: Encoded, contrasts: Mapping[str, Contrast], start: int, stop: int, config: Config, device: str = "cpu") -> pd.DataFrame:
-    """One row for each latent of [start, stop): weight, role, effects and statistics on discovery and on validation.
+def latent_table(
+    encoded: Encoded,
+    contrasts: Mapping[str, Contrast],
+    start: int,
+    stop: int,
+    config: Config,
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """One row for each latent of [start, stop): weight, role, effects and statistics on discovery
+    and on validation.
 
     `device` is where permutations are counted; it changes no figure.
     """
     ranks, weight, probe = encoded.ranks, encoded.head_weight, config.probe
     tested = tested_latents(ranks, contrasts["discovery"], start, stop, probe.min_prompts_active)
-    needed = permutations_needed(n_tested(encoded, contrasts["discovery"], probe.min_prompts_active), config.select.fdr)
-    table = pd.DataFrame({"latent": np.arange(start, stop), "weight": weight[start:stop].astype(np.float64), "tested": tested})
+    needed = permutations_needed(
+        n_tested(encoded, contrasts["discovery"], probe.min_prompts_active), config.select.fdr
+    )
+    table = pd.DataFrame(
+        {
+            "latent": np.arange(start, stop),
+            "weight": weight[start:stop].astype(np.float64),
+            "tested": tested,
+        }
+    )
     for number, part in enumerate(HELD_OUT):
         contrast, seed = contrasts[part], config.seed * len(HELD_OUT) + number
         part_table = latent_effects(ranks, weight, contrast, start, stop)
-        values = by_latent(ranks, contributions(ranks, weight, reselected=config.select.effect == "reselected"), contrast.rows, start, stop)
+        values = by_latent(
+            ranks,
+            contributions(ranks, weight, reselected=config.select.effect == "reselected"),
+            contrast.rows,
+            start,
+            stop,
+        )
         n = max(contrast.n_prompts, 1)
         part_table["effect_chosen"] = values @ contrast.chosen / n
         part_table["effect_rejected"] = values @ contrast.rejected / n
-        part_table["effect_low"], part_table["effect_high"] = bootstrap_intervals(prompt_effects(values, contrast), probe.bootstrap, seed)
+        part_table["effect_low"], part_table["effect_high"] = bootstrap_intervals(
+            prompt_effects(values, contrast), probe.bootstrap, seed
+        )
         part_table["p"] = np.nan
         if contrast.n_prompts:
-            part_table.loc[tested, "p"] = permutation_p(values[np.flatnonzero(tested)], contrast, probe.permutations, needed, seed, device)
+            part_table.loc[tested, "p"] = permutation_p(
+                values[np.flatnonzero(tested)], contrast, probe.permutations, needed, seed, device
+            )
         suffix = "" if part == "discovery" else f"_{part}"
         table[[f"{column}{suffix}" for column in PER_PART]] = part_table[list(PER_PART)]
     table.insert(2, "role", roles(table["weight"].to_numpy(), table["delta_z"].to_numpy()))
     return table
 
 
-DIRECTION_COLUMNS = ("effect", "effect_frozen", "change_chosen", "change_rejected", "swapped", "effect_low", "effect_high")
-"""Of `direction_table`, beside latent and c: effect on the margin, the same without re-selection, change of the chosen and of
-the rejected texts' reward, latents swapped in a text, interval of the effect."""
+DIRECTION_COLUMNS = (
+    "effect",
+    "effect_frozen",
+    "change_chosen",
+    "change_rejected",
+    "swapped",
+    "effect_low",
+    "effect_high",
+)
+"""Of `direction_table`, beside latent and c: effect on the margin, the same without re-selection,
+change of the chosen and of the rejected texts' reward, latents swapped in a text, interval of the
+effect.
+"""
 
 
-def direction_table(moves: Iterable[Mapping[float, Moved]], contrast: Contrast, bootstrap: int, seed: int) -> pd.DataFrame:
+def direction_table(
+    moves: Iterable[Mapping[float, Moved]], contrast: Contrast, bootstrap: int, seed: int
+) -> pd.DataFrame:
     """One row a latent and c: what adding c std(h) d_i to every text of the contrast does.
 
-    Text t of every `Moved` is entry t of the contrast; unlike in `latent_effects` the effect is what the intervention
-    *adds* to the margin.
+    Text t of every `Moved` is entry t of the contrast; unlike in `latent_effects` the effect is
+    what the intervention *adds* to the margin.
     """
     n = max(contrast.n_prompts, 1)
-    tables = [pd.DataFrame({"latent": pd.Series(dtype=np.int64), "c": 0.0, **dict.fromkeys(DIRECTION_COLUMNS, 0.0)})]
+    tables = [
+        pd.DataFrame(
+            {"latent": pd.Series(dtype=np.int64), "c": 0.0, **dict.fromkeys(DIRECTION_COLUMNS, 0.0)}
+        )
+    ]
     for tile in moves:
         for c, moved in tile.items():
-            change, frozen, swapped = (t.cpu().numpy().astype(np.float64) for t in (moved.change, moved.frozen, moved.swapped))
-            # Summed by row, as a matrix product's rounding would depend on how many latents are computed together.
-            weighed = ((change, contrast.labels), (frozen, contrast.labels), (change, contrast.chosen), (change, contrast.rejected))
+            change, frozen, swapped = (
+                t.cpu().numpy().astype(np.float64)
+                for t in (moved.change, moved.frozen, moved.swapped)
+            )
+            # Summed by row, as a matrix product's rounding would depend on how many latents are
+            # computed together.
+            weighed = (
+                (change, contrast.labels),
+                (frozen, contrast.labels),
+                (change, contrast.chosen),
+                (change, contrast.rejected),
+            )
             found = [(what * by).sum(axis=1) / n for what, by in weighed]
-            found += [swapped.mean(axis=1), *bootstrap_intervals(prompt_effects(scipy.sparse.csr_array(change), contrast), bootstrap, seed)]
-            tables.append(pd.DataFrame({"latent": np.array(moved.latents), "c": c, **dict(zip(DIRECTION_COLUMNS, found, strict=True))}))
+            found += [
+                swapped.mean(axis=1),
+                *bootstrap_intervals(
+                    prompt_effects(scipy.sparse.csr_array(change), contrast), bootstrap, seed
+                ),
+            ]
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "latent": np.array(moved.latents),
+                        "c": c,
+                        **dict(zip(DIRECTION_COLUMNS, found, strict=True)),
+                    }
+                )
+            )
     return pd.concat(tables, ignore_index=True).sort_values(["latent", "c"], ignore_index=True)
 
 
 def roles(weight: NDArray[np.float64], delta_z: NDArray[np.float64]) -> pd.Series:
-    """`promoting`, `harming`, `misleading`, or `none` where the head ignores the latent or it fires alike on both sides."""
+    """`promoting`, `harming`, `misleading`, or `none` where the head ignores the latent or it
+    fires alike on both sides.
+    """
     product = weight * delta_z
-    names = np.select([(product > 0) & (weight > 0), product > 0, product < 0], ["promoting", "harming", "misleading"], "none")
+    names = np.select(
+        [(product > 0) & (weight > 0), product > 0, product < 0],
+        ["promoting", "harming", "misleading"],
+        "none",
+    )
     return pd.Series(names, dtype="str")
 
 
-def values_on(encoded: Encoded, part: str, label: str, latents: Sequence[int]) -> NDArray[np.float64]:
+def values_on(
+    encoded: Encoded, part: str, label: str, latents: Sequence[int]
+) -> NDArray[np.float64]:
     """z of some latents on the texts of one part and label, (texts, latents)."""
     rows = ((encoded.texts["part"] == part) & (encoded.texts["label"] == label)).to_numpy()
     ranks = encoded.ranks
-    return latent_values(Ranks(ranks.indices[rows], ranks.values[rows], ranks.k, ranks.d_sae), latents)
+    return latent_values(
+        Ranks(ranks.indices[rows], ranks.values[rows], ranks.k, ranks.d_sae), latents
+    )

@@ -1,7 +1,9 @@
-"""Statistics of latent effects: permutation tests within prompts, cluster bootstrap, multiple testing.
+"""Statistics of latent effects: permutation tests within prompts, cluster bootstrap, multiple
+testing.
 
-The unit is the prompt. Every function works on each latent by itself (a row of a sparse matrix), with random numbers that
-depend on the seed alone, so a latent's figures are the same to the bit whichever latents are computed beside it.
+The unit is the prompt. Every function works on each latent by itself (a row of a sparse matrix),
+with random numbers that depend on the seed alone, so a latent's figures are the same to the bit
+whichever latents are computed beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from torch import Tensor
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Counter = Callable[[Ints, int, int, int], Ints]
-"""(latents, first permutation, last, seed) to how often each latent's total reached what was observed."""
+"""(latents, first permutation, last, seed) to how often each latent's total reached what was
+observed.
+"""
 MASK = 0xFFFFFFFF
 
 CHUNK = 1024
@@ -32,14 +36,17 @@ ROWS = 2048
 ENOUGH = 10
 """A latent that chance matched this often in the first permutations needs no more of them."""
 LEVELS = 16319
-"""Values are tested as integers up to this, in units of the latent's largest over LEVELS: differences of two fit in two int8."""
+"""Values are tested as integers up to this, in units of the latent's largest over LEVELS:
+differences of two fit in two int8.
+"""
 
 
 class Contrast(NamedTuple):
     """Who is compared with whom: one entry a response, a prompt's responses side by side.
 
-    `labels` is +1/(pairs of the prompt) for each pair in which the response is chosen, minus the same for each in which it
-    is rejected, so that (values * labels).sum() / n_prompts is the mean over prompts of the mean over pairs of a difference.
+    `labels` is +1/(pairs of the prompt) for each pair in which the response is chosen, minus the
+    same for each in which it is rejected, so that (values * labels).sum() / n_prompts is the mean
+    over prompts of the mean over pairs of a difference.
     """
 
     rows: Ints
@@ -58,28 +65,47 @@ class Contrast(NamedTuple):
 
 
 def permutations_needed(n_tested: int, fdr: float) -> int:
-    """Permutations with which a latent that chance never matched gets below the smallest Benjamini-Hochberg threshold."""
+    """Permutations with which a latent that chance never matched gets below the smallest
+    Benjamini-Hochberg threshold.
+    """
     return math.ceil(n_tested / fdr)
 
 
-def permutation_p(values: scipy.sparse.csr_array, contrast: Contrast, permutations: int, at_most: int, seed: int, device: str = "cpu") -> Floats:
-    """Two-sided p of each latent's mean difference, permuting within each prompt which response is the chosen one.
+def permutation_p(
+    values: scipy.sparse.csr_array,
+    contrast: Contrast,
+    permutations: int,
+    at_most: int,
+    seed: int,
+    device: str = "cpu",
+) -> Floats:
+    """Two-sided p of each latent's mean difference, permuting within each prompt which response is
+    the chosen one.
 
-    All of a prompt's pairs are permuted jointly: its labels are dealt anew to its responses. For a single pair that is the
-    sign flip; for one chosen against three rejected it is which of the four is the chosen one. `values` is (latents, n).
+    All of a prompt's pairs are permuted jointly: its labels are dealt anew to its responses. For a
+    single pair that is the sign flip; for one chosen against three rejected it is which of the four
+    is the chosen one. `values` is (latents, n).
 
-    Latents that chance matched fewer than `ENOUGH` times in the first `permutations` go on to `at_most`. Both p are
-    (matched + 1) / (drawn + 1), and stopping early where p is large leaves them valid: a p below ENOUGH / permutations can
-    only come from the full number.
+    Latents that chance matched fewer than `ENOUGH` times in the first `permutations` go on to
+    `at_most`. Both p are (matched + 1) / (drawn + 1), and stopping early where p is large leaves
+    them valid: a p below ENOUGH / permutations can only come from the full number.
 
-    What is tested is `integers(values)`, fixed before any label is looked at, so the test is exact for them: totals are
-    integers, equal ones count as equal, and every `device` gives the same p.
+    What is tested is `integers(values)`, fixed before any label is looked at, so the test is exact
+    for them: totals are integers, equal ones count as equal, and every `device` gives the same p.
     """
     deal = deal_of(contrast)
     whole = integers(values, deal)
     observed = np.abs(whole @ deal.labels).astype(np.int64)
-    count = _counter_on_gpu(whole, deal, observed, device) if device != "cpu" else _counter_on_cpu(whole, deal, observed)
-    chunk = CHUNK if device == "cpu" else max(1, min(32 * CHUNK, CHUNK_GPU // max(len(contrast.rows), 1)))
+    count = (
+        _counter_on_gpu(whole, deal, observed, device)
+        if device != "cpu"
+        else _counter_on_cpu(whole, deal, observed)
+    )
+    chunk = (
+        CHUNK
+        if device == "cpu"
+        else max(1, min(32 * CHUNK, CHUNK_GPU // max(len(contrast.rows), 1)))
+    )
     matched = np.zeros(values.shape[0], dtype=np.int64)
     drawn = np.zeros(values.shape[0], dtype=np.int64)
     running = np.arange(values.shape[0])
@@ -94,7 +120,11 @@ def permutation_p(values: scipy.sparse.csr_array, contrast: Contrast, permutatio
 
 
 def _chunks(first: int, total: int, size: int) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(sorted({*range(0, first, size), first, *range(first, total, size), total})))
+    return list(
+        itertools.pairwise(
+            sorted({*range(0, first, size), first, *range(first, total, size), total})
+        )
+    )
 
 
 def _counter_on_cpu(whole: scipy.sparse.csr_array, deal: Deal, observed: Ints) -> Counter:
@@ -103,19 +133,27 @@ def _counter_on_cpu(whole: scipy.sparse.csr_array, deal: Deal, observed: Ints) -
         matched = np.empty(len(latents), dtype=np.int64)
         for start in range(0, len(latents), ROWS):
             some = latents[start : start + ROWS]
-            matched[start : start + ROWS] = (np.abs(whole[some] @ labels) >= observed[some, None]).sum(axis=1)
+            matched[start : start + ROWS] = (
+                np.abs(whole[some] @ labels) >= observed[some, None]
+            ).sum(axis=1)
         return matched
 
     return count
 
 
-def _counter_on_gpu(whole: scipy.sparse.csr_array, deal: Deal, observed: Ints, device: str) -> Counter:
-    """The same totals as an int8 matrix product: a prompt's labels add up to zero, so its last response is taken off the others."""
-    from sarm.probing.kernels import count_matched
+def _counter_on_gpu(
+    whole: scipy.sparse.csr_array, deal: Deal, observed: Ints, device: str
+) -> Counter:
+    """The same totals as an int8 matrix product: a prompt's labels add up to zero, so its last
+    response is taken off the others.
+    """
+    from sarm.probing.probe_kernels import count_matched
 
     others = np.flatnonzero(deal.last != np.arange(len(deal.last)))
     width = -(-max(len(others), 1) // 128) * 128
-    high, low = (torch.zeros(whole.shape[0], width, dtype=torch.int8, device=device) for _ in range(2))
+    high, low = (
+        torch.zeros(whole.shape[0], width, dtype=torch.int8, device=device) for _ in range(2)
+    )
     for start in range(0, whole.shape[0], ROWS):
         dense = torch.from_numpy(whole[start : start + ROWS].toarray()).to(device, torch.int32)
         differences = dense[:, others] - dense[:, deal.last[others]]
@@ -127,11 +165,15 @@ def _counter_on_gpu(whole: scipy.sparse.csr_array, deal: Deal, observed: Ints, d
 
     def count(latents: Ints, begin: int, end: int, seed: int) -> Ints:
         labels = torch.zeros(end - begin, width, dtype=torch.int8, device=device)
-        labels[:, : len(others)] = dealt_labels(deal, torch.arange(begin, end, device=device), seed)[:, places]
+        labels[:, : len(others)] = dealt_labels(
+            deal, torch.arange(begin, end, device=device), seed
+        )[:, places]
         if len(latents) == len(high):
             return count_matched(high, low, labels, seen).cpu().numpy().astype(np.int64)
         some = torch.from_numpy(latents).to(device)
-        return count_matched(high[some], low[some], labels, seen[some]).cpu().numpy().astype(np.int64)
+        return (
+            count_matched(high[some], low[some], labels, seen[some]).cpu().numpy().astype(np.int64)
+        )
 
     return count
 
@@ -140,7 +182,9 @@ class Deal(NamedTuple):
     """A contrast's labels as integers, to be dealt anew within each prompt."""
 
     labels: Ints
-    """(n,) each prompt's labels times its denominator, |label| <= 127; they add up to zero within a prompt"""
+    """(n,) each prompt's labels times its denominator, |label| <= 127; they add up to zero within
+    a prompt
+    """
     denominators: Ints
     """(n,) of each response's prompt"""
     last: Ints
@@ -150,7 +194,9 @@ class Deal(NamedTuple):
 
 
 def deal_of(contrast: Contrast) -> Deal:
-    """The least denominator up to 127 that makes a prompt's labels integers; none for so many pairs that they are rounded."""
+    """The least denominator up to 127 that makes a prompt's labels integers; none for so many
+    pairs that they are rounded.
+    """
     n, labels = len(contrast.rows), contrast.labels
     denominators = np.full(contrast.n_prompts, 127, dtype=np.int64)
     for d in range(127, 0, -1):
@@ -161,40 +207,63 @@ def deal_of(contrast: Contrast) -> Deal:
     sizes = np.bincount(contrast.prompts, minlength=contrast.n_prompts)
     starts = np.cumsum(sizes) - sizes
     last = (starts + sizes - 1)[contrast.prompts]
-    whole[last[last == np.arange(n)]] -= np.bincount(contrast.prompts, whole, minlength=contrast.n_prompts)[sizes > 0].astype(np.int64)
+    whole[last[last == np.arange(n)]] -= np.bincount(
+        contrast.prompts, whole, minlength=contrast.n_prompts
+    )[sizes > 0].astype(np.int64)
     groups = [starts[sizes == size, None] + np.arange(size) for size in np.unique(sizes[sizes > 0])]
     return Deal(whole, of_each, last, groups)
 
 
 def integers(values: scipy.sparse.csr_array, deal: Deal) -> scipy.sparse.csr_array:
-    """Values (latents, n) over their prompt's denominator, as integers held in float64, the largest of each latent `LEVELS`."""
+    """Values (latents, n) over their prompt's denominator, as integers held in float64, the
+    largest of each latent `LEVELS`.
+    """
     reach = np.zeros(len(deal.last))
     np.maximum.at(reach, deal.last, np.abs(deal.labels))
     # Two int8 hold a difference of two values; 31 bits must hold any sum of them.
     levels = min(LEVELS, (2**31 - 1) // (2 * max(int(reach[deal.last].sum()), 1)))
     scaled = scipy.sparse.csr_array(values / deal.denominators)
-    largest = abs(scaled).max(axis=1).toarray().ravel() if scaled.shape[1] else np.zeros(scaled.shape[0])
-    unit = np.repeat(np.where(largest > 0, levels / np.where(largest > 0, largest, 1.0), 0.0), np.diff(scaled.indptr))
-    return scipy.sparse.csr_array((np.rint(scaled.data * unit), scaled.indices, scaled.indptr), shape=scaled.shape)
+    largest = (
+        abs(scaled).max(axis=1).toarray().ravel() if scaled.shape[1] else np.zeros(scaled.shape[0])
+    )
+    unit = np.repeat(
+        np.where(largest > 0, levels / np.where(largest > 0, largest, 1.0), 0.0),
+        np.diff(scaled.indptr),
+    )
+    return scipy.sparse.csr_array(
+        (np.rint(scaled.data * unit), scaled.indices, scaled.indptr), shape=scaled.shape
+    )
 
 
 def permuted_labels(contrast: Contrast, total: int, seed: int) -> Iterator[Floats]:
-    """Chunks (n, up to CHUNK) of labels dealt anew within each prompt, as the test deals them, `total` in all."""
+    """Chunks (n, up to CHUNK) of labels dealt anew within each prompt, as the test deals them,
+    `total` in all.
+    """
     deal = deal_of(contrast)
     for begin, end in _chunks(0, total, CHUNK):
-        yield dealt_labels(deal, torch.arange(begin, end), seed).numpy().T / deal.denominators[:, None]
+        yield (
+            dealt_labels(deal, torch.arange(begin, end), seed).numpy().T
+            / deal.denominators[:, None]
+        )
 
 
 def dealt_labels(deal: Deal, permutations: Tensor, seed: int) -> Tensor:
-    """Integer labels of some permutations, given by their numbers (p,), each dealt anew within every prompt: (p, n) int8.
+    """Integer labels of some permutations, given by their numbers (p,), each dealt anew within
+    every prompt: (p, n) int8.
 
-    Each response of each permutation has a random number of its own, and their order within a prompt deals its labels. The
-    numbers are Philox's for (permutation, response) under the seed: the same on every device and in any chunks.
+    Each response of each permutation has a random number of its own, and their order within a
+    prompt deals its labels. The numbers are Philox's for (permutation, response) under the seed:
+    the same on every device and in any chunks.
     """
     p, n, device = len(permutations), len(deal.labels), permutations.device
     block = torch.arange(-(-n // 4), device=device).expand(p, -1)
     number = permutations[:, None].expand_as(block)
-    keys = torch.stack(philox((block, number & MASK, number >> 32, torch.ones_like(block)), (seed & MASK, seed >> 32)), dim=-1).flatten(1)
+    keys = torch.stack(
+        philox(
+            (block, number & MASK, number >> 32, torch.ones_like(block)), (seed & MASK, seed >> 32)
+        ),
+        dim=-1,
+    ).flatten(1)
     labels = torch.from_numpy(deal.labels.astype(np.int8)).to(device)
     out = torch.empty(p, n, dtype=torch.int8, device=device)
     for group in deal.groups:
@@ -212,12 +281,20 @@ def dealt_labels(deal: Deal, permutations: Tensor, seed: int) -> Tensor:
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words of counter (int64 tensors) and two of key to four random words."""
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words of counter (int64 tensors) and two of
+    key to four random words.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64, which holds every bit of both halves
-        c0, c1, c2, c3 = (second >> 32 & MASK) ^ c1 ^ k0, second & MASK, (first >> 32 & MASK) ^ c3 ^ k1, first & MASK
+        # modulo 2^64, which holds every bit of both halves
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            (second >> 32 & MASK) ^ c1 ^ k0,
+            second & MASK,
+            (first >> 32 & MASK) ^ c3 ^ k1,
+            first & MASK,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
     return c0, c1, c2, c3
 
@@ -225,14 +302,19 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...
 def prompt_effects(values: scipy.sparse.csr_array, contrast: Contrast) -> scipy.sparse.csr_array:
     """Each prompt's mean difference, (latents, n_prompts), from values (latents, n)."""
     n = len(contrast.rows)
-    by_prompt = scipy.sparse.csr_array((contrast.labels, (np.arange(n), contrast.prompts)), shape=(n, contrast.n_prompts))
+    by_prompt = scipy.sparse.csr_array(
+        (contrast.labels, (np.arange(n), contrast.prompts)), shape=(n, contrast.n_prompts)
+    )
     product = scipy.sparse.csr_array(values @ by_prompt)
     product.sort_indices()
     return product
 
 
-def bootstrap_intervals(effects: scipy.sparse.csr_array, draws: int, seed: int, level: float = 0.95) -> tuple[Floats, Floats]:
-    """Percentile intervals of each latent's mean over prompts, prompts drawn with replacement; effects (latents, prompts).
+def bootstrap_intervals(
+    effects: scipy.sparse.csr_array, draws: int, seed: int, level: float = 0.95
+) -> tuple[Floats, Floats]:
+    """Percentile intervals of each latent's mean over prompts, prompts drawn with replacement;
+    effects (latents, prompts).
 
     NaN with fewer than two prompts, which tell nothing of the spread.
     """
@@ -251,7 +333,9 @@ def bootstrap_intervals(effects: scipy.sparse.csr_array, draws: int, seed: int, 
 
 
 def benjamini_hochberg(p: Floats) -> Floats:
-    """q values: the false discovery rate at which each test would be among the discoveries. NaN stays NaN and counts for nothing."""
+    """q values: the false discovery rate at which each test would be among the discoveries. NaN
+    stays NaN and counts for nothing.
+    """
     q = np.full(p.shape, np.nan)
     tested = np.flatnonzero(~np.isnan(p))
     order = tested[np.argsort(p[tested], kind="stable")]
@@ -261,7 +345,9 @@ def benjamini_hochberg(p: Floats) -> Floats:
 
 
 def holm(p: Floats) -> Floats:
-    """Holm's adjusted p, the family-wise error rate at which each test would be rejected. NaN stays NaN and counts for nothing."""
+    """Holm's adjusted p, the family-wise error rate at which each test would be rejected. NaN
+    stays NaN and counts for nothing.
+    """
     adjusted = np.full(p.shape, np.nan)
     tested = np.flatnonzero(~np.isnan(p))
     order = tested[np.argsort(p[tested], kind="stable")]
@@ -270,19 +356,28 @@ def holm(p: Floats) -> Floats:
     return adjusted
 
 
-def matched_at_random(targets: Ints, pool: Ints, features: Floats, each: int, seed: int) -> list[list[int]]:
-    """For each target, up to `each` latents of the pool drawn at random from the 2 * each nearest; none is drawn twice.
+def matched_at_random(
+    targets: Ints, pool: Ints, features: Floats, each: int, seed: int
+) -> list[list[int]]:
+    """For each target, up to `each` latents of the pool drawn at random from the 2 * each nearest;
+    none is drawn twice.
 
-    `features` (latents, f) is what they are matched on; every column is scaled by its spread over targets and pool.
+    `features` (latents, f) is what they are matched on; every column is scaled by its spread over
+    targets and pool.
     """
     rng = np.random.default_rng([seed, 3])
     everyone = np.concatenate([targets, pool])
-    scaled = features / np.maximum(features[everyone].std(axis=0), 1e-12) if len(everyone) else features
+    scaled = (
+        features / np.maximum(features[everyone].std(axis=0), 1e-12) if len(everyone) else features
+    )
     left = list(dict.fromkeys(int(latent) for latent in pool))
     drawn = []
     for position, target in enumerate(targets):
         share = min(each, math.ceil(len(left) / (len(targets) - position)))
-        near = sorted(left, key=lambda latent: (float(np.square(scaled[latent] - scaled[target]).sum()), latent))[: 2 * share]
+        near = sorted(
+            left,
+            key=lambda latent: (float(np.square(scaled[latent] - scaled[target]).sum()), latent),
+        )[: 2 * share]
         drawn.append([near[i] for i in rng.permutation(len(near))[:share]])
         left = [latent for latent in left if latent not in drawn[-1]]
     return drawn

@@ -1,10 +1,12 @@
-"""Upstream SARM's own selection score, and rankings of latents side by side; `python -m jobs select` writes both.
+"""Upstream SARM's own selection score, and rankings of latents side by side; `python -m jobs
+select` writes both.
 
     s = selection_scores(*summed_latents(ranks, contrast))     # (d_sae,), near 1 on chosen texts alone, near -1 on rejected
     rows = compared_rankings(judged_table)                     # effect, weight, activity difference and s, each one's top n
 
-s = (c - j) / (c + j + C), c and j a latent's values summed over chosen and rejected texts, C the mean of c + j over all
-latents (https://github.com/schrieffer-z/sarm, steering/). It looks at no weight: it finds what tells the texts apart, not what is rewarded.
+s = (c - j) / (c + j + C), c and j a latent's values summed over chosen and rejected texts, C the
+mean of c + j over all latents (https://github.com/schrieffer-z/sarm, steering/). It looks at no
+weight: it finds what tells the texts apart, not what is rewarded.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sarm.intervene import Ranks
 from sarm.probing.effects import by_latent
 from sarm.probing.stats import Contrast
+from sarm.reward_model.interventions import Ranks
 
 Floats = NDArray[np.float64]
 
@@ -25,8 +27,8 @@ Floats = NDArray[np.float64]
 def selection_scores(chosen: NDArray[Any], rejected: NDArray[Any]) -> Floats:
     """s of every latent from its values summed over chosen and over rejected texts, (d_sae,) each.
 
-    Give all latents of a SARM: C is their mean. Sums that are all multiplied by one number give the same s. Zeros where
-    nothing fires at all.
+    Give all latents of a SARM: C is their mean. Sums that are all multiplied by one number give the
+    same s. Zeros where nothing fires at all.
     """
     c, j = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
     smoothing = float((c + j).mean()) if len(c) else 0.0
@@ -35,23 +37,35 @@ def selection_scores(chosen: NDArray[Any], rejected: NDArray[Any]) -> Floats:
 
 
 def summed_latents(ranks: Ranks, contrast: Contrast) -> tuple[Floats, Floats]:
-    """(c, j), (d_sae,) each: values summed over a contrast's chosen and rejected texts, every prompt counting once."""
+    """(c, j), (d_sae,) each: values summed over a contrast's chosen and rejected texts, every
+    prompt counting once.
+    """
     z = by_latent(ranks, ranks.values[:, : ranks.k], contrast.rows, 0, ranks.d_sae)
     return z @ contrast.chosen, z @ contrast.rejected
 
 
-RANKINGS = {"effect": "effect on the margin", "weight": "weight", "difference": "activity difference", "upstream_s": "upstream's s"}
+RANKINGS = {
+    "effect": "effect on the margin",
+    "weight": "weight",
+    "difference": "activity difference",
+    "upstream_s": "upstream's s",
+}
 """What latents are ranked by, and its name in tables."""
 
 
 def compared_rankings(table: pd.DataFrame, listed: int) -> list[dict[str, Any]]:
-    """The first `listed` promoting and harming latents by each of `RANKINGS`: how many of them hold up on validation.
+    """The first `listed` promoting and harming latents by each of `RANKINGS`: how many of them
+    hold up on validation.
 
-    `table` is `sarm.probing.select.judged`'s with a column `upstream_s`. The effect ranks the tested candidates of a role,
-    as selection does, on discovery alone; the others rank all latents by their own figure, largest for promoting and
-    smallest for harming. `mean_effect_validation` is what ablating one of them takes off the validation margin on average.
+    `table` is `sarm.probing.select.judged`'s with a column `upstream_s`. The effect ranks the
+    tested candidates of a role, as selection does, on discovery alone; the others rank all latents
+    by their own figure, largest for promoting and smallest for harming. `mean_effect_validation` is
+    what ablating one of them takes off the validation margin on average.
     """
-    by_effect = {role: _order(table[table["candidate"] & (table["role"] == role)], "effect", largest=True) for role in ("promoting", "harming")}
+    by_effect = {
+        role: _order(table[table["candidate"] & (table["role"] == role)], "effect", largest=True)
+        for role in ("promoting", "harming")
+    }
     rows = []
     for ranking in RANKINGS:
         for role in ("promoting", "harming"):
@@ -65,11 +79,17 @@ def compared_rankings(table: pd.DataFrame, listed: int) -> list[dict[str, Any]]:
                     "ranking": ranking,
                     "role": role,
                     "latents": [int(latent) for latent in mine["latent"]],
-                    "shared_with_effect": int(mine["latent"].isin(by_effect[role].head(listed)["latent"]).sum()),
+                    "shared_with_effect": int(
+                        mine["latent"].isin(by_effect[role].head(listed)["latent"]).sum()
+                    ),
                     "tested": int(mine["tested"].sum()),
                     "of_role": int((mine["role"] == role).sum()),
                     "confirmed": int((mine["confirmed"] & (mine["role"] == role)).sum()),
-                    "mean_effect_validation": float(mine["effect_validation"].mean()) if mine["effect_validation"].notna().any() else None,
+                    "mean_effect_validation": (
+                        float(mine["effect_validation"].mean())
+                        if mine["effect_validation"].notna().any()
+                        else None
+                    ),
                 }
             )
     return rows

@@ -13,10 +13,17 @@ from tests.cluster.harness import RUNS, STATE, ClusterRun, inside
 
 @pytest.fixture(scope="session")
 def undisturbed() -> ClusterRun:
-    """The tiny configuration through `make submit-all`, every phase in its image, PPO on four ranks."""
+    """The tiny configuration through `make submit-all`, every phase in its image, PPO on four
+    ranks.
+    """
     if not (STATE / "pid").exists():
         pytest.skip("no cluster is up; make test-cluster")
-    subprocess.run([sys.executable, "-m", "tests.tiny", "outputs/tiny"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "tests.tiny", "outputs/tiny"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     subprocess.run(["chmod", "-R", "a+rX", ROOT / "outputs" / "tiny"], check=True)
     inside("rm", "-rf", str(RUNS))
     inside("mkdir", "-p", str(RUNS))

@@ -1,4 +1,6 @@
-"""What a site's profile asks for, on a real Slurm in real images: `make test-faults`, or pytest -m cluster on a cluster that is up."""
+"""What a site's profile asks for, on a real Slurm in real images: `make test-faults`, or pytest -m
+cluster on a cluster that is up.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,15 @@ pytestmark = [
     pytest.mark.skipif(not (STATE / "pid").exists(), reason="no cluster is up; make test-faults"),
 ]
 needs_accounting = pytest.mark.skipif(
-    not (STATE / "accounting").exists() or (STATE / "accounting").read_text().strip() == "0", reason="needs a cluster with ACCOUNTING=1"
+    not (STATE / "accounting").exists() or (STATE / "accounting").read_text().strip() == "0",
+    reason="needs a cluster with ACCOUNTING=1",
 )
 
 
 class SiteRun(ClusterRun):
-    """A new run of the tiny config under a profile that begins as the development cluster's and changes some keys."""
+    """A new run of the tiny config under a profile that begins as the development cluster's and
+    changes some keys.
+    """
 
     def __init__(self, name: str, *overrides: str, **changed: Any) -> None:
         super().__init__(name)
@@ -36,16 +41,30 @@ class SiteRun(ClusterRun):
         inside("mkdir", "-p", str(RUNS))
         self.profile = RUNS / f"{name}.yaml"
         shipped = yaml.safe_load((CLUSTERS / "development.yaml").read_text())
-        phases = {phase: {**keys, **changed.get("phases", {}).get(phase, {})} for phase, keys in shipped["phases"].items()}
+        phases = {
+            phase: {**keys, **changed.get("phases", {}).get(phase, {})}
+            for phase, keys in shipped["phases"].items()
+        }
         self.profile.write_text(yaml.safe_dump({**shipped, **changed, "phases": phases}))
 
     def send(self, *more: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        words = ["--cluster", str(self.profile), "--config", CONFIG, "--run", str(self.path), *self.overrides, *more]
+        words = [
+            "--cluster",
+            str(self.profile),
+            "--config",
+            CONFIG,
+            "--run",
+            str(self.path),
+            *self.overrides,
+            *more,
+        ]
         return inside("python", "-m", "slurm.submit", *words, check=check)
 
     def shown(self, batch: str) -> dict[str, str]:
         """What `scontrol show job` says of a batch, of an array's first element."""
-        line = inside("scontrol", "show", "job", "--oneliner", self.jobs[batch]).stdout.splitlines()[0]
+        line = inside(
+            "scontrol", "show", "job", "--oneliner", self.jobs[batch]
+        ).stdout.splitlines()[0]
         return dict(word.partition("=")[::2] for word in line.split())
 
     def is_done(self, *units: str) -> bool:
@@ -58,7 +77,9 @@ def nothing_is_queued() -> bool:
 
 @pytest.fixture
 def module() -> Iterator[None]:
-    """A site's modules, after whose start-up file, itself ending badly, Apptainer has a name that one of them puts on PATH; and a scratch."""
+    """A site's modules, after whose start-up file, itself ending badly, Apptainer has a name that
+    one of them puts on PATH; and a scratch.
+    """
     lines = """
         mkdir -p /opt/site/bin && mkdir -p -m 1777 /opt/scratch && ln -sfn "$(command -v apptainer)" /opt/site/bin/site-apptainer
         echo 'module() { [ "$*" = "load apptainer/1.4" ] && PATH=/opt/site/bin:$PATH; }; false' >/etc/profile.d/zz-module.sh"""
@@ -104,26 +125,62 @@ def test_slurm_takes_every_key_for_what_it_says(reservation: None) -> None:
     )
     run.send()
     try:
-        ppo, probe, single, select = (run.shown(batch) for batch in ("ppo.penalty-seed0", "probe.0", "probe.1", "select"))
+        ppo, probe, single, select = (
+            run.shown(batch) for batch in ("ppo.penalty-seed0", "probe.0", "probe.1", "select")
+        )
         for job in (ppo, probe):
-            assert (job["Partition"], job["Features"], job["Reservation"], job["Licenses"], job["ExcNodeList"]) == ("gpu", "nvlink", "friday", "sarm:1", "g2")
-            assert job["OverSubscribe"] == "NO" and job["MailUser"] == "me@example.org" and "END" in job["MailType"] and "FAIL" in job["MailType"]
-            assert (job["Nice"], job["Requeue"], job["KillOInInvalidDependent"]) == ("100", "1", "Yes")
-            assert job["JobName"].startswith("tiny-") and (not accounted or (job["Account"], job["QOS"]) == ("sarm", "normal"))
+            assert (
+                job["Partition"],
+                job["Features"],
+                job["Reservation"],
+                job["Licenses"],
+                job["ExcNodeList"],
+            ) == ("gpu", "nvlink", "friday", "sarm:1", "g2")
+            assert (
+                job["OverSubscribe"] == "NO"
+                and job["MailUser"] == "me@example.org"
+                and "END" in job["MailType"]
+                and "FAIL" in job["MailType"]
+            )
+            assert (job["Nice"], job["Requeue"], job["KillOInInvalidDependent"]) == (
+                "100",
+                "1",
+                "Yes",
+            )
+            assert job["JobName"].startswith("tiny-") and (
+                not accounted or (job["Account"], job["QOS"]) == ("sarm", "normal")
+            )
             assert job["WCKey"] == "probing", job
-        assert (ppo["TresPerNode"], ppo["MemPerTres"], ppo["TimeLimit"]) == ("gres/gpu:h100:4", "gres/gpu:1536", "00:20:00"), ppo
-        assert (probe["TresPerNode"], probe["MemPerTres"], probe["TimeLimit"]) == ("gres/gpu:h100:2", "gres/gpu:2048", "00:07:00"), probe
+        assert (ppo["TresPerNode"], ppo["MemPerTres"], ppo["TimeLimit"]) == (
+            "gres/gpu:h100:4",
+            "gres/gpu:1536",
+            "00:20:00",
+        ), ppo
+        assert (probe["TresPerNode"], probe["MemPerTres"], probe["TimeLimit"]) == (
+            "gres/gpu:h100:2",
+            "gres/gpu:2048",
+            "00:07:00",
+        ), probe
         # Five shards, two a job: an array of two, one at a time, and a job that is no array.
         assert probe["ArrayTaskId"] == "0-1%1" and "ArrayTaskId" not in single
-        assert all(f"afterok:{run.jobs[chunk]}" in select["Dependency"] for chunk in ("probe.0", "probe.1")), select["Dependency"]
-        assert set(re.findall(r"afterany:(\d+)", run.shown("report")["Dependency"])) == set(run.jobs.values()) - {run.jobs["report"]}
-        assert run.shown("fetch")["Reason"] != "JobHeldUser" and run.shown("fetch")["Dependency"] == "(null)", "not released"
+        assert all(
+            f"afterok:{run.jobs[chunk]}" in select["Dependency"] for chunk in ("probe.0", "probe.1")
+        ), select["Dependency"]
+        assert set(re.findall(r"afterany:(\d+)", run.shown("report")["Dependency"])) == set(
+            run.jobs.values()
+        ) - {run.jobs["report"]}
+        assert (
+            run.shown("fetch")["Reason"] != "JobHeldUser"
+            and run.shown("fetch")["Dependency"] == "(null)"
+        ), "not released"
     finally:
         run.make("cancel")
     assert until("an empty queue", nothing_is_queued)
 
 
-def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(module: None) -> None:
+def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(
+    module: None,
+) -> None:
     run = SiteRun(
         "nodes",
         "encode.shards=5",
@@ -150,17 +207,34 @@ def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(
         run.signal_phase("STOP", "encode", unit)
     devices = set()
     for unit in pair:
-        pid = inside("pgrep", "--oldest", "-f", "--", f"-m jobs encode --run {run.path} --unit {unit}", root=True).stdout.strip()
+        pid = inside(
+            "pgrep",
+            "--oldest",
+            "-f",
+            "--",
+            f"-m jobs encode --run {run.path} --unit {unit}",
+            root=True,
+        ).stdout.strip()
         said = inside("cat", f"/proc/{pid}/environ", root=True).stdout.split("\0")
         env = dict(pair.partition("=")[::2] for pair in said)
         devices.add(env["CUDA_VISIBLE_DEVICES"])
-        assert env["SITE_SAYS"] == "hello" and re.fullmatch(r"/opt/scratch/sarm-\w{6}", env["TMPDIR"])
-        seen = inside("ls", f"/proc/{pid}/root{env['TMPDIR']}/..", f"/proc/{pid}/root/opt/site/bin", root=True).stdout
-        assert "sarm-" in seen and "site-apptainer" in seen, "scratch and binds are in the image too"
+        assert env["SITE_SAYS"] == "hello" and re.fullmatch(
+            r"/opt/scratch/sarm-\w{6}", env["TMPDIR"]
+        )
+        seen = inside(
+            "ls", f"/proc/{pid}/root{env['TMPDIR']}/..", f"/proc/{pid}/root/opt/site/bin", root=True
+        ).stdout
+        assert "sarm-" in seen and "site-apptainer" in seen, (
+            "scratch and binds are in the image too"
+        )
     assert devices == {"0", "1"}
     node = run.shown("encode.0")
-    assert (node["OverSubscribe"], node["NumCPUs"]) == ("NO", "8"), "the node is not the job's alone"
-    assert "submitit" not in node.get("WCKey", ""), "submitit's own, which a profile did not ask for"
+    assert (node["OverSubscribe"], node["NumCPUs"]) == ("NO", "8"), (
+        "the node is not the job's alone"
+    )
+    assert "submitit" not in node.get("WCKey", ""), (
+        "submitit's own, which a profile did not ask for"
+    )
     run.signal_phase("KILL", "encode", pair[0])
     run.signal_phase("CONT", "encode", pair[1])
     run.wait()
@@ -169,12 +243,17 @@ def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(
     assert pair[0] in run.report()
     assert inside("ls", "/opt/scratch").stdout == ""
     mail = rf"Job_id={run.jobs['encode.0']}.*(Failed|Mixed).* me@example\.org"
-    until("a mail", lambda: re.search(mail, inside("cat", "/var/log/mail", root=True, check=False).stdout))
+    until(
+        "a mail",
+        lambda: re.search(mail, inside("cat", "/var/log/mail", root=True, check=False).stdout),
+    )
     before = run.attempts()
     run.send()
     try:
         until("the shard done again", lambda: run.is_done(f"encode/{pair[0]}"))
-        assert {unit: run.attempts()[unit] for unit in rest} == {unit: before[unit] for unit in rest}
+        assert {unit: run.attempts()[unit] for unit in rest} == {
+            unit: before[unit] for unit in rest
+        }
     finally:
         run.make("cancel")
     assert until("an empty queue", nothing_is_queued)
@@ -182,15 +261,26 @@ def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(
 
 def test_what_slurm_would_refuse_is_found_before_anything_is_sent() -> None:
     cases: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
-        ({"phases": {"ppo": {"partition": "gpus"}}}, (), "ppo jobs: .*Invalid partition name.*one that sinfo shows"),
-        ({"max_array_size": 2000}, ("encode.shards=1500",), "encode jobs: .*Invalid job array.*lower max_array_size"),
+        (
+            {"phases": {"ppo": {"partition": "gpus"}}},
+            (),
+            "ppo jobs: .*Invalid partition name.*one that sinfo shows",
+        ),
+        (
+            {"max_array_size": 2000},
+            ("encode.shards=1500",),
+            "encode jobs: .*Invalid job array.*lower max_array_size",
+        ),
         ({"constraint": "nosuch"}, (), "Invalid feature.*set constraint"),
         ({"reservation": "nosuch"}, (), "reservation is invalid.*set reservation"),
         ({"gpu_type": "a100"}, (), "ppo jobs: .*node configuration is not available.*gpu_type"),
         ({"extra": {"nosuchflag": "x"}}, (), "unrecognized option '--nosuchflag=x'"),
     ]
     accounted = (STATE / "accounting").read_text().strip() != "0"
-    unknown = ({"account": "nobody"}, "Invalid account.*sacctmgr"), ({"qos": "nosuch"}, "Invalid qos.*set qos")
+    unknown = (
+        ({"account": "nobody"}, "Invalid account.*sacctmgr"),
+        ({"qos": "nosuch"}, "Invalid qos.*set qos"),
+    )
     cases += [(changed, (), says) for changed, says in unknown if accounted]
     for changed, overrides, says in cases:
         run = SiteRun("refused", *overrides, **changed)
@@ -206,18 +296,32 @@ def test_what_slurm_would_refuse_is_found_before_anything_is_sent() -> None:
 
 @needs_accounting
 def test_a_limit_on_jobs_that_a_site_sets_stops_a_submission_whole() -> None:
-    inside("sacctmgr", "-i", "add", "qos", "tight", "MaxSubmitJobsPerUser=4", root=True, check=False)
+    inside(
+        "sacctmgr", "-i", "add", "qos", "tight", "MaxSubmitJobsPerUser=4", root=True, check=False
+    )
     inside("sacctmgr", "-i", "modify", "user", "sarm", "set", "qos+=tight", root=True, check=False)
     done = SiteRun("limit", qos="tight").send(check=False)
-    assert done.returncode == 2 and "nothing runs" in done.stderr and "fewer encode.shards" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and "nothing runs" in done.stderr
+        and "fewer encode.shards" in done.stderr
+    ), done.stderr
     assert until("an empty queue", nothing_is_queued)
 
 
 def test_a_sharded_script_by_hand_is_an_array(undisturbed: ClusterRun) -> None:
     run = undisturbed.copy("handmade", "probe/shard-0000-of-0002", "probe/shard-0001-of-0002")
     export = f"--export=ALL,CONFIG={CONFIG},RUN={run.path}"
-    inside("sbatch", f"--output={run.path}/hand-%a.log", export, "--array=0-1", stand_alone("probe.sbatch"))
+    inside(
+        "sbatch",
+        f"--output={run.path}/hand-%a.log",
+        export,
+        "--array=0-1",
+        stand_alone("probe.sbatch"),
+    )
     until("its end", nothing_is_queued)
     logs = [path.read_text() for path in run.path.glob("hand-*.log")]
-    assert run.dir.done("probe", "shard-0000-of-0002") and run.dir.done("probe", "shard-0001-of-0002"), logs
+    assert run.dir.done("probe", "shard-0000-of-0002") and run.dir.done(
+        "probe", "shard-0001-of-0002"
+    ), logs
     assert len(logs) == 2, "an element a shard"

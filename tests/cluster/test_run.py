@@ -23,11 +23,19 @@ def test_the_tiny_run_ends_with_a_whole_report(undisturbed: ClusterRun) -> None:
     assert "none: every phase is done" in undisturbed.report()
     assert "Hardware: CPU" in undisturbed.report() and "4 processes" in undisturbed.report()
     report = json.loads((undisturbed.path / "report.json").read_text())
-    assert report["failures"] == [] and len(report["progression"]) == undisturbed.dir.config.ppo.steps
+    assert (
+        report["failures"] == [] and len(report["progression"]) == undisturbed.dir.config.ppo.steps
+    )
     manifest = undisturbed.dir.manifest("ppo", PPO)
     assert manifest is not None and manifest["ranks"] == 4
-    images = {str(task.node): (undisturbed.dir.manifest(*task.node) or {})["image_sha256"] for task in tasks(undisturbed.dir.config)}
-    assert all(len(sha256 or "") == 64 for sha256 in images.values()) and images["report"] != images["select"], images
+    images = {
+        str(task.node): (undisturbed.dir.manifest(*task.node) or {})["image_sha256"]
+        for task in tasks(undisturbed.dir.config)
+    }
+    assert (
+        all(len(sha256 or "") == 64 for sha256 in images.values())
+        and images["report"] != images["select"]
+    ), images
     assert undisturbed.status().count(" done ") == len(images)
 
 
@@ -59,7 +67,9 @@ def test_ppo_told_to_stop_in_a_step_goes_on_from_its_checkpoint(undisturbed: Clu
     assert attempt.startswith(f"{job}-1-0-"), "it was not requeued once"
     stopped, went_on = run.steps(PPO, f"{job}-0-"), run.steps(PPO, f"{job}-1-")
     assert 0 < len(stopped) < len(went_on) == run.dir.config.ppo.steps
-    assert went_on[: len(stopped)] == stopped, "it began anew instead of going on from its checkpoint"
+    assert went_on[: len(stopped)] == stopped, (
+        "it began anew instead of going on from its checkpoint"
+    )
     assert run.redone() == TRAINED
     assert run.figures() == undisturbed.figures()
 
@@ -75,8 +85,25 @@ def test_a_corrupt_shard_is_done_again_alone(undisturbed: ClusterRun) -> None:
 
 def test_two_submissions_at_once_submit_once(undisturbed: ClusterRun) -> None:
     run = undisturbed.copy("twice", "evaluate/base")
-    words = [str(HERE / "in-cluster"), "make", "submit-all", "CLUSTER=development", f"CONFIG={CONFIG}", f"RUN={run.path}"]
-    both = [subprocess.Popen(words, cwd=ROOT, env=os.environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    words = [
+        str(HERE / "in-cluster"),
+        "make",
+        "submit-all",
+        "CLUSTER=development",
+        f"CONFIG={CONFIG}",
+        f"RUN={run.path}",
+    ]
+    both = [
+        subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=os.environ,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]
     said = [process.communicate()[0] for process in both]
     codes = sorted(process.returncode for process in both)
     assert codes == [0, 0] or (codes == [0, 2] and any("under way" in text for text in said)), said

@@ -1,4 +1,6 @@
-"""A pretended cluster with a run on it: tests take it as the fixture `site`, its models and data fetched already."""
+"""A pretended cluster with a run on it: tests take it as the fixture `site`, its models and data
+fetched already.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ class Site:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.home = tmp_path / "slurm"
         self.home.mkdir()
-        self.config, self.profile, self.path = tmp_path / "config.yaml", tmp_path / "site.yaml", tmp_path / "run"
+        self.config, self.profile, self.path = (
+            tmp_path / "config.yaml",
+            tmp_path / "site.yaml",
+            tmp_path / "run",
+        )
         self.config.write_text(CONFIG)
         self.profile.write_text(PROFILE)
         monkeypatch.setenv("FAKE_SLURM", str(self.home))
@@ -48,7 +54,17 @@ class Site:
         monkeypatch.setenv("SARM_CACHE", str(tmp_path / "cache"))
 
     def submit(self, *more: str) -> int:
-        return submitting.main(["--cluster", str(self.profile), "--config", str(self.config), "--run", str(self.path), *more])
+        return submitting.main(
+            [
+                "--cluster",
+                str(self.profile),
+                "--config",
+                str(self.config),
+                "--run",
+                str(self.path),
+                *more,
+            ]
+        )
 
     def fault(self, **faults: Any) -> None:
         (self.home / "faults.json").write_text(json.dumps(faults))
@@ -71,7 +87,9 @@ class Site:
                 job["state"] = word
                 for element in [f"{id_}_{n}" for n in range(job["elements"])] or [id_]:
                     if word not in ("PENDING", "CANCELLED"):
-                        next(self.path.glob("submissions/*/")).joinpath(f"{element}_0_log.out").touch()
+                        next(self.path.glob("submissions/*/")).joinpath(
+                            f"{element}_0_log.out"
+                        ).touch()
         (self.home / "state.json").write_text(json.dumps(state))
 
     @property

@@ -1,10 +1,13 @@
-"""A pretended Slurm for tests: one script that acts as sbatch, squeue, sacct, scontrol, scancel, srun or apptainer.
+"""A pretended Slurm for tests: one script that acts as sbatch, squeue, sacct, scontrol, scancel,
+srun or apptainer.
 
-`install(folder)` links it under each name; put that folder first on PATH. Its state is a JSON file in
-$FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch fails), {"lose": N} (its answer is
-lost), {"unknown_partition": true}, {"no_sacct": true}, {"enforce": "associations"} (accounting, at submission),
-{"flags": {"--account=nobody": "Invalid account"}} (what test-only refuses), {"max_array_size": 5}, {"deaf": ["squeue"]} (commands
-that reach no controller), {"elapsed": 9} (seconds, to accounting), {"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT}.
+`install(folder)` links it under each name; put that folder first on PATH. Its state is a JSON file
+in $FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch fails), {"lose": N}
+(its answer is lost), {"unknown_partition": true}, {"no_sacct": true}, {"enforce": "associations"}
+(accounting, at submission), {"flags": {"--account=nobody": "Invalid account"}} (what test-only
+refuses), {"max_array_size": 5}, {"deaf": ["squeue"]} (commands that reach no controller),
+{"elapsed": 9} (seconds, to accounting), {"sinfo": "main|main*|gpu:h100:4", "quota": TEXT,
+"nvidia-smi": TEXT}.
 """
 
 import fcntl
@@ -14,7 +17,18 @@ import re
 import sys
 from pathlib import Path
 
-NAMES = ("sbatch", "squeue", "sacct", "scontrol", "scancel", "sinfo", "quota", "nvidia-smi", "srun", "apptainer")
+NAMES = (
+    "sbatch",
+    "squeue",
+    "sacct",
+    "scontrol",
+    "scancel",
+    "sinfo",
+    "quota",
+    "nvidia-smi",
+    "srun",
+    "apptainer",
+)
 
 
 def install(folder: Path) -> Path:
@@ -40,9 +54,16 @@ def main(name: str, argv: list[str]) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = home / "state.json"
         state = json.loads(path.read_text()) if path.exists() else {"jobs": {}, "calls": 0}
-        faults = json.loads((home / "faults.json").read_text()) if (home / "faults.json").exists() else {}
+        faults = (
+            json.loads((home / "faults.json").read_text())
+            if (home / "faults.json").exists()
+            else {}
+        )
         if name in faults.get("deaf", ()):
-            print(f"{name}: error: Unable to contact slurm controller (connect failure)", file=sys.stderr)
+            print(
+                f"{name}: error: Unable to contact slurm controller (connect failure)",
+                file=sys.stderr,
+            )
             return 1
         try:
             return COMMANDS[name](argv, state, faults)
@@ -84,23 +105,33 @@ def sbatch(argv: list[str], state: dict, faults: dict) -> int:
         "environment": dict(os.environ),
     }
     if faults.get("lose") == state["calls"]:
-        print("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", file=sys.stderr)
+        print(
+            "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+            file=sys.stderr,
+        )
         return 1
     print(f"Submitted batch job {id_}")
     return 0
 
 
 def squeue(argv: list[str], state: dict, faults: dict) -> int:
-    names = next((word.removeprefix("--name=").split(",") for word in argv if word.startswith("--name=")), None)
+    names = next(
+        (word.removeprefix("--name=").split(",") for word in argv if word.startswith("--name=")),
+        None,
+    )
     for id_, job in state["jobs"].items():
-        if job["state"] not in ("PENDING", "RUNNING", "COMPLETING") or (names is not None and job["name"] not in names):
+        if job["state"] not in ("PENDING", "RUNNING", "COMPLETING") or (
+            names is not None and job["name"] not in names
+        ):
             continue
         if "--format=%F" in argv:
             print(id_)
         else:
             for shown in [f"{id_}_{i}" for i in range(job["elements"])] or [id_]:
                 elapsed = "0:00" if job["state"] == "PENDING" else "1-02:03:04"
-                print(f"{shown}|{job['name']}|{job['state']}|{elapsed}|{'JobHeldUser' if job['held'] else 'Dependency'}")
+                print(
+                    f"{shown}|{job['name']}|{job['state']}|{elapsed}|{'JobHeldUser' if job['held'] else 'Dependency'}"
+                )
     return 0
 
 
@@ -110,7 +141,9 @@ def sacct(argv: list[str], state: dict, faults: dict) -> int:
         return 1
     for id_, job in state["jobs"].items():
         for shown in [f"{id_}_{i}" for i in range(job["elements"])] or [id_]:
-            print(f"{shown}|{job['state']}|{'0:0' if job['state'] == 'COMPLETED' else '1:0'}|{faults.get('elapsed', 100)}|00:50.000|2|2G||")
+            print(
+                f"{shown}|{job['state']}|{'0:0' if job['state'] == 'COMPLETED' else '1:0'}|{faults.get('elapsed', 100)}|00:50.000|2|2G||"
+            )
             print(f"{shown}.0|{job['state']}|0:0|100|00:50.000|2||524288K|2")
     return 0
 

@@ -1,0 +1,1 @@
+"""Preference data and prompts, their split, and conversations as tokens."""

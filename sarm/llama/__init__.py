@@ -1,0 +1,1 @@
+"""A Llama without gradients: packed forward, decoders, sampling and their kernels."""

@@ -1,0 +1,1 @@
+"""The machinery under PPO: ranks, engines, CUDA graphs, offload, checkpoints, memory plan."""

@@ -1,0 +1,99 @@
+"""What PPO trains: a policy, with LoRA or in full, and a value head on its trunk."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sarm.config import PpoConfig
+from sarm.llama.decoders import LlamaWeights, base_model
+from sarm.ppo import objective
+from sarm.ppo.learner import layers
+
+
+class Forward(NamedTuple):
+    """The actor's outputs for one micro-batch, each (n,) float32."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+class ValueHead(nn.Module):
+    """A linear map from the trunk's last state to a value, in float32; it starts at 0
+    everywhere.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(1, d_model)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """A policy and a value head on its trunk. With LoRA, the reference is the policy with its
+    adapter off.
+
+    `lean` computes the layers by `layers.py`, `recompute` of them once more in the backward pass.
+    Else they are the model's own, and gradient checkpointing is its own.
+    """
+
+    def __init__(self, policy: Any, lean: bool = False, recompute: int = 0) -> None:
+        super().__init__()
+        self.lean, self.recompute = lean, recompute
+        self.policy = policy
+        self.value_head = ValueHead(base_model(policy).config.hidden_size)
+        self.mixed = len({p.dtype for p in policy.parameters()}) > 1
+        """Float32 LoRA on a bf16 model: multiplied in bf16."""
+
+    def forward(
+        self, ids: Tensor, predicts: Tensor, labels: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Forward` holds; the arguments are `rollout.forced`'s."""
+        base = base_model(self.policy)
+        if self.lean:
+            hidden = layers.last_hidden(base.model, ids, self.recompute)
+        else:
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.mixed):
+                hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, predicts)
+        of_labels = objective.logprobs_from_hidden(hidden, base.lm_head, labels, temperature)
+        return of_labels.logprobs, of_labels.entropy, self.value_head(hidden)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+def make_actor(
+    policy: Any, ppo: PpoConfig, seed: int, lean: bool = False, recompute: int = 0
+) -> Actor:
+    """Wrap a policy for training: LoRA where configured, in float32, and no dropout anywhere.
+    `lean` where it is a Llama.
+    """
+    if ppo.lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        policy = get_peft_model(
+            policy,
+            LoraConfig(r=ppo.lora.rank, lora_alpha=ppo.lora.alpha, target_modules="all-linear"),
+        )
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+        # peft's copy of each input to float32; autocast does without
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    actor = Actor(policy, lean and LlamaWeights.knows(policy), recompute)
+    if recompute and not actor.lean:
+        base_model(policy).gradient_checkpointing_enable({"use_reentrant": False})
+    # the policy too, which comes from its file in eval mode, where transformers computes no layer
+    # again
+    return actor.train()

@@ -1,0 +1,199 @@
+"""What steps the actor's weights: our own loop where every rank holds the model whole, DeepSpeed's
+ZeRO where they share it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sarm.config import PpoConfig
+from sarm.llama.decoders import base_model
+from sarm.ppo.learner.actor import Actor
+from sarm.ppo.learner.distributed import World
+from sarm.ppo.learner.optimizer import CompactAdamW
+
+SMALL = 1 << 20
+"""Gradients of fewer elements cross the network together."""
+
+
+class Engine(Protocol):
+    """The actor and its optimizer. Every rank calls `backward` equally often, and `step` after the
+    last of an optimizer step.
+    """
+
+    actor: Actor
+    zero_stage: int
+    optimizer: Any
+    """Its `param_groups` set the learning rate."""
+    basic_optimizer: Any
+    """The one that holds the moments."""
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`, summed over ranks; `last` of this optimizer step."""
+
+    def step(self) -> Tensor:
+        """Clip, step, clear; the norm of the gradient before clipping."""
+
+
+class PlainEngine:
+    """Every rank has it all. DeepSpeed's engine does this too, with float32 copies of all
+    gradients on the way.
+    """
+
+    zero_stage = 0
+
+    def __init__(
+        self, actor: Actor, optimizer: torch.optim.Optimizer, max_grad_norm: float, world: World
+    ) -> None:
+        self.actor, self.optimizer, self.basic_optimizer, self.max_grad_norm, self.world = (
+            actor,
+            optimizer,
+            optimizer,
+            max_grad_norm,
+            world,
+        )
+        self.weights = actor.trainable()
+        if world.size > 1:
+            for tensor in (*actor.parameters(), *actor.buffers()):
+                dist.broadcast(tensor.data, 0)
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = self.actor(*inputs)
+        return found
+
+    def train(self, mode: bool = True) -> Any:
+        if self.actor.training != mode:  # it visits every module
+            self.actor.train(mode)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+        if last and self.world.size > 1:
+            _sum_over_ranks(self._gradients())
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        gradients = self._gradients()
+        # In float32: the norm of bf16 gradients would be rounded to bf16.
+        norm = torch.linalg.vector_norm(
+            torch.stack(
+                [n.to(self.world.device) for n in torch._foreach_norm(gradients, 2, torch.float32)]
+            )
+        )
+        clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if isinstance(self.optimizer, CompactAdamW):
+            self.optimizer.step(scale=clip)
+        else:
+            torch._foreach_mul_(gradients, clip)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.weights if p.grad is not None]
+
+
+def _sum_over_ranks(gradients: list[Tensor]) -> None:
+    """In place. The small ones of a dtype travel as one."""
+    for dtype in sorted({g.dtype for g in gradients}, key=str):
+        small = [g for g in gradients if g.dtype == dtype and g.numel() < SMALL]
+        if small:
+            flat = torch.cat([g.flatten() for g in small])
+            dist.all_reduce(flat)
+            for g, part in zip(small, flat.split([g.numel() for g in small]), strict=True):
+                g.copy_(part.view_as(g))
+        for g in gradients:
+            if g.dtype == dtype and g.numel() >= SMALL:
+                dist.all_reduce(g)
+
+
+class ZeroEngine:
+    """DeepSpeed's ZeRO, stages 1 to 3."""
+
+    def __init__(
+        self,
+        actor: Actor,
+        optimizer: torch.optim.Optimizer,
+        stage: int,
+        low_precision: bool,
+        max_grad_norm: float,
+        world: World,
+    ) -> None:
+        import deepspeed
+
+        cuda = world.device.type == "cuda"
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            # boundaries are set by hand, and losses scaled by hand
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_grad_norm,
+            "steps_per_print": 1_000_000_000,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": stage,
+                "overlap_comm": cuda,
+                "contiguous_gradients": cuda,
+            },
+        }
+        if low_precision:
+            settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        self.engine, *_ = deepspeed.initialize(
+            model=actor,
+            optimizer=optimizer,
+            model_parameters=actor.trainable(),
+            config=settings,
+            dist_init_required=False,
+        )
+        self.actor, self.world, self.zero_stage = actor, world, stage
+        self.optimizer, self.basic_optimizer = self.engine.optimizer, self.engine.basic_optimizer
+        if stage == 3:
+            # The log-probabilities read the head's weight without calling its module.
+            deepspeed.zero.register_external_parameter(
+                actor, base_model(actor.policy).lm_head.weight
+            )
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = self.engine(*inputs)
+        return found
+
+    def train(self, mode: bool = True) -> Any:
+        self.engine.train(mode)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over ranks
+
+    def step(self) -> Tensor:
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
+
+
+def start_engine(actor: Actor, ppo: PpoConfig, seed: int, world: World) -> Engine:
+    """An engine around the actor.
+
+    Trainable float32 weights (LoRA, or a float32 model) are stepped as they are. A bf16 model
+    trained in full keeps float32 master weights in ZeRO's optimizer, of stage 1 at least, or what
+    `optimizer.py` keeps.
+    """
+    low_precision = any(p.dtype == torch.bfloat16 for p in actor.trainable())
+    compact = low_precision and ppo.weights == "compact"
+    stage = max(ppo.zero_stage or 0, 1) if low_precision and not compact else ppo.zero_stage or 0
+    cuda = world.device.type == "cuda"
+    if compact:
+        optimizer: torch.optim.Optimizer = CompactAdamW(
+            actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, seed=seed
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, fused=cuda
+        )
+    if stage == 0:
+        return PlainEngine(actor, optimizer, ppo.max_grad_norm, world)
+    return ZeroEngine(actor, optimizer, stage, low_precision, ppo.max_grad_norm, world)

@@ -1,0 +1,562 @@
+"""What of a PPO run fits on which GPUs, and how it is cut so that it does: `make plan
+CONFIG=configs/llama31-8b.yaml GPUS=4x80`.
+
+`make_plan` is the one place that chooses ZeRO stage, how weights are kept, micro-batch, layers to
+compute again, layers of the reference that wait on the host, and whether the pass is recorded,
+wherever the config leaves them open. The trainer asks it with the models it has loaded; here it is
+asked with their shapes. No torch: a login node can plan.
+
+Memory is counted for the worst batch (every row at `max_prompt_tokens + max_new_tokens`), per GPU,
+as the sum of what stays all the time and the largest of what comes and goes. Seconds are at what an
+H100 reaches here, see `RATES`.
+
+Notation: P parameters, n tokens of one micro-batch, L layers, g GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sarm.config import Config, PpoConfig, UserError, load_config
+
+GIB = 2**30
+OVERHEAD_GIB = 1.0
+"""CUDA graphs, workspaces of cuBLAS, pieces that lie unused between others."""
+OUTSIDE_GIB = 1.2
+"""Of a GPU's memory, what its driver, the CUDA context and NCCL take before torch asks for any."""
+MARGIN = 0.95
+"""A plan is made for this share of what torch may take: it may be wrong."""
+LOGITS = 4096
+"""Positions whose logits exist at a time; see `objective.logprobs_from_hidden`."""
+DEFAULT_MICRO_BATCH_TOKENS = 16384
+RECORDED_POSITIONS, RECORDED_TOKENS = 64, 512
+"""A recorded pass rounds its longest row and its response tokens up to whole steps of these, so
+that a run has few shapes.
+"""
+LAUNCH_S = 4e-3
+"""A layer's kernels in reference, judge and update, launched one by one on a slow host; hidden
+where the GPU takes longer.
+"""
+
+
+class Rates(NamedTuple):
+    """What one H100 reaches, measured by benchmarks/ppo.py."""
+
+    train: float = 560e12
+    """FLOP/s of forward and backward."""
+    score: float = 500e12
+    copy: float = 2.3e12
+    """Bytes/s where weights are read token by token, and in the optimizer's step."""
+
+
+RATES = Rates()
+
+
+class Shape(NamedTuple):
+    """A Llama's sizes, as config.json names them."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a decoder layer."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def embedding(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.embedding * (1 if self.tied else 2) + self.hidden
+
+    def kept(self, lean: bool) -> int:
+        """Elements that one token leaves in one layer for the backward pass; transformers' own
+        forward leaves twice as many.
+        """
+        elements = (
+            4 * self.hidden
+            + (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+            + 3 * self.intermediate
+        )
+        return elements if lean else 2 * elements
+
+    def lora(self, rank: int) -> int:
+        """Parameters of adapters on every projection."""
+        d, f, q, kv = (
+            self.hidden,
+            self.intermediate,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        )
+        return self.layers * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + f))
+
+
+class Sarm(NamedTuple):
+    """A SARM: a Llama's first layers, and its SAE, of which scoring uses the encoder, in
+    float32.
+    """
+
+    trunk: Shape
+    d_sae: int
+
+    @property
+    def bytes(self) -> int:
+        return 2 * (
+            self.trunk.layers * self.trunk.layer + self.trunk.embedding
+        ) + 4 * self.d_sae * (self.trunk.hidden + 2)
+
+
+class Gpus(NamedTuple):
+    number: int
+    gib: float
+    """Memory of each."""
+
+    @property
+    def usable_gib(self) -> float:
+        """What torch may reserve."""
+        return self.gib - OUTSIDE_GIB
+
+
+class Plan(NamedTuple):
+    """How one arm is trained."""
+
+    zero_stage: int
+    weights: str
+    micro_batch_tokens: int
+    recompute_layers: int
+    """Layers of the policy computed once more in the backward pass."""
+    visiting_layers: int
+    """Layers of the reference that live on the host, and on the GPU while there are no gradients.
+    """
+    stays: dict[str, float]
+    """GiB a GPU, all the time."""
+    comes_and_goes: dict[str, float]
+    """GiB a GPU, at most, in each phase of a step."""
+    train_s: float
+    """Of a step: reference, judge, update, optimizer."""
+    recorded: bool
+    """Whether the pass over the batch becomes CUDA graphs (`cuda_graphs.py`), which keep its
+    memory for themselves.
+    """
+
+    @property
+    def peak_gib(self) -> float:
+        return sum(self.stays.values()) + max(self.comes_and_goes.values())
+
+    def applied(self, ppo: PpoConfig) -> PpoConfig:
+        """The config with nothing left open."""
+        return ppo.model_copy(
+            update={
+                "zero_stage": self.zero_stage,
+                "weights": self.weights,
+                "micro_batch_tokens": self.micro_batch_tokens,
+            }
+        )
+
+
+def unplanned(ppo: PpoConfig, layers: int) -> Plan:
+    """For a CPU (no `layers` to compute again) or a model that is not a bf16 Llama: what the
+    config says, without a count of memory.
+    """
+    recompute = layers if ppo.gradient_checkpointing in (None, True) else 0
+    return Plan(
+        ppo.zero_stage or 0,
+        ppo.weights or "float32_master",
+        ppo.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS,
+        recompute,
+        0,
+        {},
+        {},
+        0.0,
+        False,
+    )
+
+
+# --- the choice
+# -------------------------------------------------------------------------------------------------------
+
+
+def make_plan(
+    ppo: PpoConfig, policy: Shape, sarm_bytes: float, gpus: Gpus, *, lean: bool = True
+) -> Plan:
+    """The quickest way of training that fits: the first of `_ways` for which some cut of the work
+    does.
+
+    `lean`: whether the policy's layers are those of `layers.py`. Raises UserError with the numbers
+    where nothing fits.
+    """
+    rows = math.ceil(ppo.batch_size / ppo.num_mini_batches / gpus.number)
+    longest = ppo.max_prompt_tokens + ppo.max_new_tokens
+    once = ppo.num_ppo_epochs * ppo.num_mini_batches == 1
+    best: Plan | None = None
+    for stage, weights in _ways(ppo, gpus.number):
+        plans = [
+            _plan(
+                ppo,
+                policy,
+                sarm_bytes,
+                gpus.number,
+                stage,
+                weights,
+                lean and stage < 3,
+                micro_rows * longest,
+                recompute,
+                visiting,
+                recorded,
+            )
+            for micro_rows in _micro_batches(ppo, rows, longest)
+            for recompute in _recomputed(ppo, policy.layers, lean and stage < 3)
+            for visiting in _visiting(ppo, policy.layers, lean)
+            for recorded in (
+                (True, False)
+                if once and lean and stage == recompute == visiting == 0 and micro_rows == rows
+                else (False,)
+            )
+        ]
+        fitting = [plan for plan in plans if plan.peak_gib <= MARGIN * gpus.usable_gib]
+        if fitting:
+            return min(
+                fitting,
+                key=lambda plan: (
+                    plan.train_s,
+                    plan.visiting_layers,
+                    not plan.recorded,
+                    plan.peak_gib,
+                ),
+            )
+        best = min([*plans, *([best] if best else [])], key=lambda plan: plan.peak_gib)
+    assert best is not None
+    kind = "LoRA" if ppo.lora else "full fine-tuning"
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in best.stays.items() if gib >= 0.05)
+    most = max(best.comes_and_goes, key=lambda phase: best.comes_and_goes[phase])
+    raise UserError(
+        f"{kind} of {policy.parameters / 1e9:.2f} B parameters does not fit: it takes"
+        f" {best.peak_gib:.1f} GiB a GPU at least ({parts}, {most} {best.comes_and_goes[most]:.1f})"
+        f" and {MARGIN:.0%} of {gpus.usable_gib:.1f} GiB can be planned with on {gpus.number} x"
+        f" {gpus.gib:g} GiB; "
+        + (
+            "use more or larger GPUs or lower ppo.max_new_tokens"
+            if ppo.lora
+            else "use more or larger GPUs, or set ppo.lora"
+        )
+    )
+
+
+def _ways(ppo: PpoConfig, gpus: int) -> Iterator[tuple[int, str]]:
+    """(ZeRO stage, how weights are kept) that the config allows, the quickest first."""
+    if ppo.lora:
+        ways = [(0, "float32_master"), (3, "float32_master")]
+    else:
+        ways = (
+            [(0, "compact"), (1, "float32_master")]
+            if gpus == 1
+            else [(2, "float32_master"), (0, "compact"), (3, "float32_master")]
+        )
+    for stage, weights in ways:
+        if gpus == 1 and stage == 3 and ppo.zero_stage != 3:
+            continue
+        if ppo.weights not in (None, weights):
+            continue
+        if ppo.zero_stage is not None and weights == "float32_master":
+            # A bf16 model trained in full is stepped by ZeRO's optimizer, of stage 1 at least.
+            yield (ppo.zero_stage if ppo.lora else max(ppo.zero_stage, 1)), weights
+            return
+        if ppo.zero_stage in (None, stage):
+            yield stage, weights
+
+
+def _micro_batches(ppo: PpoConfig, rows: int, longest: int) -> list[int]:
+    """Rows of a micro-batch: all, half, a quarter ... one."""
+    if ppo.micro_batch_tokens is not None:
+        return [max(1, min(rows, ppo.micro_batch_tokens // longest))]
+    return sorted({math.ceil(rows / 2**i) for i in range(rows.bit_length() + 1)}, reverse=True)
+
+
+def _recomputed(ppo: PpoConfig, layers: int, lean: bool) -> list[int]:
+    if ppo.gradient_checkpointing is not None:
+        return [layers if ppo.gradient_checkpointing else 0]
+    return list(range(layers + 1)) if lean else [0, layers]  # transformers recomputes all or none
+
+
+def _visiting(ppo: PpoConfig, layers: int, lean: bool) -> list[int]:
+    return [0] if ppo.lora or not lean else [0, layers]
+
+
+def _plan(
+    ppo: PpoConfig,
+    policy: Shape,
+    sarm_bytes: float,
+    gpus: int,
+    stage: int,
+    weights: str,
+    lean: bool,
+    micro_tokens: int,
+    recompute: int,
+    visiting: int,
+    recorded: bool,
+) -> Plan:
+    """One way of cutting the work, with its memory and time; `micro_tokens` of a micro-batch."""
+    p, full = policy.parameters, ppo.lora is None
+    rows = math.ceil(ppo.batch_size / gpus)
+    longest = ppo.max_prompt_tokens + ppo.max_new_tokens
+    padded = math.ceil(longest / RECORDED_POSITIONS) * RECORDED_POSITIONS if recorded else longest
+    tokens = micro_tokens * padded / longest
+    responses = micro_tokens * ppo.max_new_tokens / longest + (
+        RECORDED_TOKENS - 1 if recorded else 0
+    )
+    share = gpus if stage == 3 else 1
+    layer_bytes = 2 * policy.layer
+    stays = {
+        "policy": 2 * p / share,
+        "decoder's copy": (
+            0
+            if full and stage < 3
+            else layer_bytes * policy.layers + (2 * policy.embedding if stage == 3 else 0)
+        ),
+        "KV cache": rows * longest * policy.layers * 4 * policy.kv_heads * policy.head_dim,
+        "optimizer": _optimizer_bytes(ppo, policy, weights, gpus, stage),
+        "reference": 2 * p - visiting * layer_bytes if full else 0,
+        "SARM": sarm_bytes,
+        "overhead": OVERHEAD_GIB * GIB,
+    }
+    layer_kept = 2 * tokens * policy.kept(lean)
+    kept = layer_kept * (policy.layers - recompute) + 2 * tokens * policy.hidden * recompute
+    # Between the layers of a backward pass: the MLP's gradients, and a layer computed again.
+    passing = 2 * tokens * (3 * policy.intermediate + 4 * policy.hidden) + (
+        layer_kept if recompute else 0
+    )
+    logits = 3 * min(LOGITS, responses) * policy.vocab
+    # Of one chunk the gradient itself, of several a float32 sum and a term of it besides.
+    head_gradient = policy.embedding * (2 if responses <= LOGITS else 8) if full else 0
+    gradients = _gradient_bytes(p, weights, gpus, stage) if full else 0
+    visits = visiting * layer_bytes
+    goes = {
+        "rollout": (
+            visits
+            + rows
+            * (
+                2 * ppo.max_prompt_tokens * (3 * policy.intermediate + 4 * policy.hidden)
+                + 24 * policy.vocab
+            )
+        ),
+        "score": kept + min(rows * longest, DEFAULT_MICRO_BATCH_TOKENS) * 2 * 16 * policy.hidden,
+        "reference": visits + passing + logits if full else 0,
+        # As gradients come, layer by layer, what the layers kept goes: the peak is at one end.
+        "update": max(kept + logits + head_gradient, gradients + passing),
+    }
+    if recorded:
+        stays["recorded pass"] = max(goes.pop("update"), goes.pop("reference"))
+        goes["score"] -= kept
+    updates = ppo.num_ppo_epochs * ppo.num_mini_batches
+    micros = math.ceil(rows * longest / ppo.num_mini_batches / micro_tokens)
+    forward = (
+        2
+        * (
+            policy.layers * policy.layer * rows * padded
+            + policy.embedding * rows * ppo.max_new_tokens
+        )
+        / RATES.train
+    )
+    shared = updates == 1 and micros == 1 and stage < 3
+    passes = 1 + ppo.num_ppo_epochs * (
+        (2 if full else 1) + recompute / policy.layers + (0 if shared else 1)
+    )
+    # each micro-batch reads all weights a few times
+    small = 6 * p * micros * ppo.num_ppo_epochs / RATES.copy
+    step = updates * 12 * p / gpus ** (stage > 0) / RATES.copy if full else 0.0
+    launching = 0.0 if recorded else LAUNCH_S * (policy.layers + recompute / 4) * micros
+    train_s = max((1 + passes) * forward + small + step, launching)
+    in_gib = lambda parts: {name: size / GIB for name, size in parts.items()}  # noqa: E731
+    return Plan(
+        stage,
+        weights,
+        micro_tokens,
+        recompute,
+        visiting,
+        in_gib(stays),
+        in_gib(goes),
+        train_s,
+        recorded,
+    )
+
+
+def _optimizer_bytes(ppo: PpoConfig, policy: Shape, weights: str, gpus: int, stage: int) -> float:
+    """Moments, and masters where there are; of LoRA, the adapters and their gradients too."""
+    if ppo.lora:
+        return 16 * policy.lora(ppo.lora.rank)
+    if weights == "compact":
+        return policy.parameters * (4 + 8 / 256)
+    return 12 * policy.parameters / gpus + (
+        4 * policy.parameters if stage == 1 else 4 * policy.parameters / gpus
+    )
+
+
+def _gradient_bytes(p: int, weights: str, gpus: int, stage: int) -> float:
+    """bf16 gradients on their way to the optimizer. ZeRO 2 and 3 pass them on in buckets."""
+    return 2 * p if weights == "compact" or stage <= 1 else 4e9
+
+
+# --- by hand: shapes from the models' config.json
+# ---------------------------------------------------------------------
+
+LLAMA_8B = Shape(4096, 14336, 32, 32, 8, 128, 128256, False)
+KNOWN: dict[str, Shape | Sarm] = {
+    "meta-llama/Llama-3.1-8B-Instruct": LLAMA_8B,
+    "meta-llama/Llama-3.2-1B-Instruct": Shape(2048, 8192, 16, 32, 8, 64, 128256, True),
+    "meta-llama/Llama-3.2-3B-Instruct": Shape(3072, 8192, 28, 24, 8, 128, 128256, True),
+    "Schrieffer/Llama-SARM-4B": Sarm(LLAMA_8B._replace(layers=16), 65536),
+    "embedded:smollm2": Shape(576, 1536, 30, 9, 3, 64, 49152, True),
+}
+"""Sizes of models that need not lie on this machine."""
+
+
+def shape_of(keys: Mapping[str, Any]) -> Shape:
+    """From a config.json."""
+    heads = keys["num_attention_heads"]
+    return Shape(
+        keys["hidden_size"],
+        keys["intermediate_size"],
+        keys["num_hidden_layers"],
+        heads,
+        keys.get("num_key_value_heads") or heads,
+        keys.get("head_dim") or keys["hidden_size"] // heads,
+        keys["vocab_size"],
+        bool(keys.get("tie_word_embeddings")),
+    )
+
+
+def find_shape(model: str, revision: str | None) -> Shape | Sarm:
+    """A model's sizes, from its folder, the hub's cache or `KNOWN`. Raises UserError."""
+    if model in KNOWN:
+        return KNOWN[model]
+    from sarm.hub import local_model
+
+    keys = json.loads((local_model(model, revision) / "config.json").read_text(encoding="utf-8"))
+    nested = keys.get("sarm_param") or {}
+    d_sae = keys.get("d_sae") or nested.get("sae_latent_size") or keys.get("sae_latent_size")
+    if not d_sae:
+        return shape_of(keys)
+    layers = (
+        nested.get("sae_source_layer")
+        or keys.get("sae_hidden_state_source_layer")
+        or keys["num_hidden_layers"]
+    )
+    return Sarm(shape_of(keys | {"num_hidden_layers": layers}), d_sae)
+
+
+def parse_gpus(text: str) -> Gpus:
+    """`4x80`: four GPUs of 80 GiB. Raises UserError."""
+    count, _, gib = text.lower().partition("x")
+    try:
+        found = Gpus(int(count), float(gib or 80))
+    except ValueError:
+        found = Gpus(0, 0)
+    if found.number < 1 or found.gib <= OUTSIDE_GIB:
+        raise UserError(
+            f"GPUS={text} says nothing; write how many and how much memory each has, such as 4x80"
+        )
+    return found
+
+
+def report(config: Config, gpus: Gpus) -> str:
+    """Memory, disk and GPU-hours of a run's PPO, and the choice. Raises UserError where it does
+    not fit.
+    """
+    policy, sarm = (
+        find_shape(config.policy.model, config.policy.revision),
+        find_shape(config.sarm.model, config.sarm.revision),
+    )
+    if not isinstance(policy, Shape) or not isinstance(sarm, Sarm):
+        raise UserError(
+            f"{config.policy.model} must be a language model and {config.sarm.model} a SARM;"
+            " correct the config"
+        )
+    ppo = config.ppo
+    plan = make_plan(ppo, policy, sarm.bytes, gpus)
+    rows, longest = (
+        math.ceil(ppo.batch_size / gpus.number),
+        ppo.max_prompt_tokens + ppo.max_new_tokens,
+    )
+    rollout_s = 2 * policy.parameters * ppo.max_new_tokens / RATES.copy
+    score_s = 2 * sarm.trunk.layers * sarm.trunk.layer * rows * longest / RATES.score
+    step_s = rollout_s + score_s + plan.train_s
+    units = len(config.units("ppo"))
+    hours = units * ppo.steps * step_s * gpus.number / 3600
+    checkpoint = (
+        16 * policy.lora(ppo.lora.rank)
+        if ppo.lora
+        else policy.parameters * (6 if plan.weights == "compact" else 12)
+    ) / 1e9
+    policies = units * 2 * policy.parameters / 1e9
+    lines = [
+        (
+            f"{config.policy.model}, {policy.parameters / 1e9:.2f} B parameters,"
+            f" {'LoRA of rank ' + str(ppo.lora.rank) if ppo.lora else 'in full'}, {ppo.batch_size}"
+            f" sequences of at most {longest} tokens a step, on {gpus.number} x {gpus.gib:g} GiB"
+        ),
+        "",
+        "GiB a GPU, all the time",
+        *(f"  {name:16}{gib:7.2f}" for name, gib in plan.stays.items() if gib > 0),
+        "and at most, while it lasts",
+        *(f"  {name:16}{gib:7.2f}" for name, gib in plan.comes_and_goes.items()),
+        f"peak              {plan.peak_gib:6.2f} of {gpus.usable_gib:.1f} that torch may reserve",
+        "",
+        f"zero_stage {plan.zero_stage}, weights {plan.weights}, micro_batch_tokens"
+        f" {plan.micro_batch_tokens}, {plan.recompute_layers} of {policy.layers} layers computed"
+        f" again, {plan.visiting_layers} of the reference's on the host"
+        + (", the pass over the batch recorded as CUDA graphs" if plan.recorded else ""),
+        (
+            f"a step of {step_s:.2f} s at an H100's rates: rollout {rollout_s:.2f}, score"
+            f" {score_s:.2f}, training {plan.train_s:.2f}"
+        ),
+        (
+            f"{units} policies of {ppo.steps} steps: {hours:.1f} GPU-hours, starting up and"
+            " checkpoints aside"
+        ),
+        (
+            f"disk: {policies:.1f} GB of policies, and up to {ppo.keep_last + 1} checkpoints of"
+            f" {checkpoint:.1f} GB for each one in training"
+        ),
+    ]
+    if gpus.number > 1:
+        lines.append("several GPUs: by arithmetic, not measured")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sarm.ppo.learner.memory_plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument(
+        "--gpus", default="1x80", help="how many and how much memory each has: 4x80"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    try:
+        print(report(load_config(args.config, args.overrides), parse_gpus(args.gpus)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A SARM: model, files, SAE, interventions, scoring."""

@@ -1,0 +1,193 @@
+"""Fetching as each profile says, from a gated hub on loopback: the token is used here alone and
+written nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from sarm.config import ROOT
+from slurm import doctor, fetch, submit
+from slurm.images import token_file
+from slurm.plan import environment, script
+from slurm.profile import Profile
+from tests.fakes.site import CANARY, CONFIG, PROFILE, Site
+from tests.test_hub import COMMIT, Hub
+
+
+class Gated(Hub):
+    """Serves o/m to bearers of the canary alone."""
+
+    bearers: ClassVar[set[str | None]] = set()
+
+    def do_GET(self) -> None:
+        bearer = self.headers.get("Authorization")
+        self.bearers.add(bearer)
+        if bearer == f"Bearer {CANARY}":
+            super().do_GET()
+            return
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.fixture
+def gated(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A site whose run, not begun, wants the gated model."""
+    Gated.bearers = set()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    site.config.write_text(
+        CONFIG.replace("{model: p}", f"{{model: o/m, revision: {COMMIT}}}").replace(
+            "{model: s}", f"{{model: o/m, revision: {COMMIT}}}"
+        )
+    )
+    site.path = tmp_path / "gated"
+    yield site
+    server.shutdown()
+    server.server_close()
+
+
+def arguments(site: Site) -> list[str]:
+    return ["--cluster", str(site.profile), "--config", str(site.config), "--run", str(site.path)]
+
+
+def holds_canary(*folders: Path) -> list[Path]:
+    return [
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and CANARY.encode() in path.read_bytes()
+    ]
+
+
+def test_on_the_login_node_the_token_opens_the_gate_and_is_written_nowhere(
+    gated: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fetch.main(arguments(gated)) == 0
+    assert f"Bearer {CANARY}" in Gated.bearers
+    shown = capfd.readouterr()
+    assert CANARY not in shown.out + shown.err
+    models = json.loads(next((gated.path / "fetch" / "all").glob("models.*.json")).read_text())
+    assert models["policy"]["commit"] == COMMIT and (tmp_path / "hf" / "hub").is_dir()
+    assert submit.main(arguments(gated)) == 0
+    assert any(job["name"].endswith(".report") for job in gated.jobs.values())
+    assert not holds_canary(gated.path, tmp_path / "hf", tmp_path / "cache")
+    assert not any(CANARY in job["text"] for job in gated.jobs.values())
+
+
+def test_without_a_token_the_gate_is_named(
+    gated: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    assert fetch.main(arguments(gated)) == 2
+    assert "gated" in capfd.readouterr().err
+
+
+def test_as_a_job_fetch_comes_first_and_finds_the_token_in_its_file_alone(
+    gated: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gated.profile.write_text(PROFILE + "fetch: job\n")
+    assert submit.main(arguments(gated)) == 0
+    assert str(token_file()) in capfd.readouterr().err, (
+        "the shell's token is not passed on, which is said"
+    )
+    jobs = {job["name"].partition(".")[2]: (id_, job) for id_, job in gated.jobs.items()}
+    assert jobs["encode"][1]["dependency"] == f"afterok:{jobs['fetch'][0]}"
+    assert (
+        "HF_HUB_OFFLINE" not in jobs["fetch"][1]["text"]
+        and f"HF_HOME={token_file().parent}" in jobs["fetch"][1]["text"]
+    )
+    for name, (_, job) in jobs.items():
+        assert CANARY not in job["text"] and "--export=NONE" in job["text"]
+        if name != "fetch":
+            assert "export HF_HUB_OFFLINE=1" in job["text"] and "HF_HOME" not in job["text"]
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("policy.model=no/such/folder", "no folder here"),
+        ("evaluate.judge={model: nowhere}", "'nowhere' is no folder"),
+        ("data.sources.demo.path=no/data", "no/data does not exist"),
+    ],
+)
+def test_what_no_fetch_job_could_bring_is_refused_before_it_is_sent(
+    gated: Site, capfd: pytest.CaptureFixture[str], key: str, says: str
+) -> None:
+    gated.profile.write_text(PROFILE + "fetch: job\n")
+    assert submit.main([*arguments(gated), key]) == 2
+    assert says in capfd.readouterr().err and not gated.jobs
+    assert doctor.main([*arguments(gated), key]) == 2
+    assert says in capfd.readouterr().out
+
+
+def test_make_fetch_submits_the_job_where_the_profile_says_so(
+    gated: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gated.profile.write_text(PROFILE + "fetch: job\n")
+    token_file().parent.mkdir()
+    token_file().write_text("x")
+    token_file().chmod(0o644)
+    assert fetch.main(arguments(gated)) == 0
+    assert [job["name"].partition(".")[2] for job in gated.jobs.values()] == ["fetch"]
+    assert "chmod 600" in capfd.readouterr().err
+
+
+def test_by_hand_says_what_to_bring_and_records_it_once_it_is_there(
+    gated: Site, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated.profile.write_text(PROFILE + "fetch: by-hand\n")
+    assert fetch.main(arguments(gated)) == 2
+    told = capfd.readouterr().err
+    assert f"hf download o/m --revision {COMMIT}" in told and not Gated.bearers, (
+        "no network is touched"
+    )
+    assert submit.main(arguments(gated)) == 2
+    assert "make fetch" in capfd.readouterr().err
+    gated.profile.write_text(PROFILE)
+    assert fetch.main(arguments(gated)) == 0  # stands in for bringing the cache
+    (gated.path / "fetch" / "all" / "manifest.json").unlink()
+    Gated.bearers.clear()
+    gated.profile.write_text(PROFILE + "fetch: by-hand\n")
+    assert fetch.main(arguments(gated)) == 0
+    assert not Gated.bearers
+
+
+def test_only_fetch_sees_a_network_and_a_writable_cache(site: Site, tmp_path: Path) -> None:
+    profile = Profile.model_validate({"description": "x", "container": {"image": "i.sif"}})
+    for phase in ("fetch", "encode", "report"):
+        text = script(profile, phase, "x")  # type: ignore[arg-type]
+        assert (
+            "HF_HUB_OFFLINE=1" in text
+            and "unset HF_TOKEN" in text
+            and '"$HF_HUB_CACHE:$HF_HUB_CACHE:ro"' in text
+        ) == (phase != "fetch")
+        assert ("HF_HUB_OFFLINE" in environment(profile, phase, {})) == (phase != "fetch")  # type: ignore[arg-type]
+    for path in ("hf/hub", "cache"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "sarm.sif").write_text("")
+    site.profile.write_text(PROFILE + f"container: {{image: {tmp_path / 'sarm.sif'}}}\n")
+    assert site.submit() == 0
+    line: Any = next(
+        line
+        for job in site.jobs.values()
+        if job["name"].endswith(".encode")
+        for line in job["text"].splitlines()
+        if line.startswith("srun")
+    )
+    assert (
+        f"--bind {tmp_path}/hf/hub:{tmp_path}/hf/hub:ro" in line
+        and f"--bind {tmp_path}/cache:{tmp_path}/cache:ro" in line
+    )
+    assert f"--bind {ROOT} " in line and f"--bind {site.path} " in line

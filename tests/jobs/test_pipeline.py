@@ -1,0 +1,109 @@
+"""The whole pipeline on tiny models through the local launcher: every phase for real, then again,
+then repaired.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sarm.config import ROOT
+from sarm.run import RunDir
+from tests.tiny import write_tiny_policy, write_tiny_sarm
+
+OVERRIDES = (
+    "ppo.arms=[penalty, no_penalty]",
+    "ppo.steps=2",
+    "encode.shards=1",
+    "probe.shards=2",
+    "evaluate.prompts=4",
+)
+
+
+def launch(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    words = [
+        sys.executable,
+        "-m",
+        "slurm.local",
+        "--config",
+        "configs/tiny.yaml",
+        "--run",
+        str(folder / "run"),
+    ]
+    models = [f"policy.model={folder / 'policy'}", f"sarm.model={folder / 'sarm'}"]
+    return subprocess.run(
+        [*words, *models, *OVERRIDES, *more],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models and a finished run."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_tiny_policy(folder / "policy")
+    write_tiny_sarm(folder / "sarm")
+    done = launch(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("final_report.txt")
+    return folder
+
+
+def test_the_report_is_read_from_job_outputs(finished: Path) -> None:
+    run = RunDir.open(finished / "run")
+    text = (run.path / "final_report.txt").read_text()
+    assert text == run.read("report").path("final_report.txt").read_text()
+    features = run.read("select").json("features.json")
+    metrics = [
+        json.loads(line)
+        for line in run.read("ppo", "penalty-seed0").path("metrics.jsonl").read_text().splitlines()
+    ]
+    assert (
+        "Features Penalized: " + ", ".join(str(p["latent"]) for p in features["penalised"]) in text
+    )
+    assert (
+        f"Step {metrics[-1]['step'] + 1}: reward={metrics[-1]['objective/compound']:.3f},"
+        f" penalty={metrics[-1]['objective/penalty']:.3f}" in text
+    )
+    assert "every phase is done" in text and "Verdict: " in text
+    assert run.config.sha256 in text
+
+
+def test_a_second_run_skips_everything_and_says_so(finished: Path) -> None:
+    again = launch(finished)
+    assert again.returncode == 0
+    assert again.stdout.count("skipped, done already") == 13
+    assert again.stdout.count("running") == 0
+
+
+def test_another_config_for_the_same_run_is_refused(finished: Path) -> None:
+    other = launch(finished, "ppo.learning_rate=0.5")
+    assert other.returncode == 2
+    assert other.stderr.count("\n") == 1 and "ppo.learning_rate" in other.stderr
+
+
+def test_a_flipped_bit_upstream_redoes_what_it_touches_with_the_same_numbers(
+    finished: Path,
+) -> None:
+    run = RunDir.open(finished / "run")
+    before = (run.path / "final_report.txt").read_text()
+    shard = run.read("probe", "shard-0001-of-0002").path("table.parquet")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    again = launch(finished)
+    assert again.returncode == 0, again.stderr
+    assert "probe/shard-0000-of-0002     skipped, done already" in again.stdout
+    assert "probe/shard-0001-of-0002     done" in again.stdout
+    after = (run.path / "final_report.txt").read_text()
+
+    def figures(text: str) -> str:
+        return text.partition("THE RUN'S PARTS")[0].partition("CONFIGURATION")[2]
+
+    assert figures(after) == figures(before)

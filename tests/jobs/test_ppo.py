@@ -1,0 +1,110 @@
+"""The ppo job as a process: stopped by a signal it can be started again, and publishes what the
+contract says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jobs.ppo import STOPPED
+from sarm.config import ROOT
+from sarm.run import Attempt, RunDir
+from tests.tiny import tiny_config
+
+UNIT = "random-seed0"
+
+
+def a_run(tmp_path: Path, log_to: str = "tensorboard") -> RunDir:
+    """Select's output, made up, and nothing else."""
+    run = RunDir.create(
+        tmp_path / "run",
+        tiny_config(tmp_path, **{"ppo.steps": 40, "ppo.checkpoint_every": 5, "ppo.log_to": log_to}),
+    )
+    features = {
+        "schema": 1,
+        "penalised": [
+            {"latent": 1, "tau": 0.5, "alpha": 0.1},
+            {"latent": 7, "tau": 0.2, "alpha": 0.1},
+        ],
+        "monitors": [3, 4],
+        "random_candidates": [{"latent": latent, "tau": 0.1} for latent in range(10, 30)],
+        "reward_sd": 1.0,
+        "reference_rates": {"1": 0.1, "7": 0.2},
+    }
+    attempt = Attempt(run, "select")
+    attempt.path("features.json").write_text(json.dumps(features))
+    attempt.publish()
+    return run
+
+
+def start(run: RunDir) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "jobs", "ppo", "--run", str(run.path), "--unit", UNIT]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    folder = run.folder("ppo", UNIT)
+    process = start(run)
+    while process.poll() is None and not any(
+        file.stat().st_size for file in folder.glob("metrics.*.jsonl")
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == STOPPED
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+    assert run.manifest("ppo", UNIT) is None
+
+    assert start(run).wait(120) == 0
+    published = run.read("ppo", UNIT)
+    lines = [json.loads(line) for line in published.path("metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(40))
+    names = {
+        "objective/kl",
+        "objective/scores",
+        "objective/penalty",
+        "objective/compound",
+        "objective/rlhf_reward",
+        "loss/policy_avg",
+        "loss/value_avg",
+        "loss/total",
+    }
+    names |= {
+        "rate/1",
+        "rate/7",
+        "z/1",
+        "z/3",
+        "time/rollout",
+        "time/score",
+        "time/judge",
+        "time/update",
+        "tokens_per_s",
+        "val/explained_variance",
+    }
+    assert names <= lines[0].keys()
+    assert any((folder / "tensorboard").iterdir())
+    calibration = published.json("calibration.json")
+    assert calibration["arm"] == "random" and calibration["n"] == 8
+    assert all(
+        10 <= p["latent"] < 30 and 0 <= p["base_rate"] <= 1 for p in calibration["penalised"]
+    )
+    assert [h["latent"] for h in calibration["harming"]] == [1, 7]
+    manifest = published.manifest
+    assert (
+        manifest["steps"] == 40
+        and manifest["ranks"] == 1
+        and manifest["training_s"] > 0
+        and len(manifest["device_names"]) == 1
+    )
+    policy = published.directory("policy")
+    assert str(AutoModelForCausalLM.from_pretrained(policy).dtype) == "torch.bfloat16"
+    assert AutoTokenizer.from_pretrained(policy).chat_template
+    assert not (folder / "checkpoints").exists()

@@ -1,0 +1,143 @@
+"""The plan's arithmetic against real models and numbers worked by hand, and that what cannot fit
+is refused with them.
+"""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from sarm.config import ROOT, PpoConfig, UserError
+from sarm.ppo.learner.memory_plan import (
+    GIB,
+    KNOWN,
+    LLAMA_8B,
+    Gpus,
+    Sarm,
+    Shape,
+    main,
+    make_plan,
+    parse_gpus,
+    shape_of,
+)
+
+REFERENCE_JOB = PpoConfig(batch_size=32, max_prompt_tokens=64, max_new_tokens=128)
+SARM_BYTES = 9.1e9
+
+
+def test_parameters_are_counted_as_the_model_counts_them(tiny_policy) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    assert shape_of(model.config.to_dict()).parameters == model.num_parameters()
+    tied = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=50,
+            tie_word_embeddings=True,
+        )
+    )
+    assert shape_of(tied.config.to_dict()).parameters == tied.num_parameters()
+
+
+def test_llama_8b_and_its_sarm() -> None:
+    assert LLAMA_8B.parameters == 8_030_261_248
+    sarm = KNOWN["Schrieffer/Llama-SARM-4B"]
+    assert isinstance(sarm, Sarm) and sarm.bytes == pytest.approx(9.1e9, rel=0.01)
+    assert LLAMA_8B.lora(16) == 41_943_040  # as peft prints it for rank 16 on every projection
+
+
+def test_lora_on_one_gpu_by_hand() -> None:
+    plan = make_plan(REFERENCE_JOB, LLAMA_8B, SARM_BYTES, Gpus(1, 79.2))
+    assert (plan.zero_stage, plan.recompute_layers, plan.micro_batch_tokens) == (0, 0, 32 * 192)
+    assert plan.stays["policy"] * GIB == 2 * LLAMA_8B.parameters
+    assert plan.stays["KV cache"] * GIB == 32 * 192 * 131072  # 131 kB a token
+    # 4 d_model + q, k, v and attention's output + 3 f, in bf16
+    kept = 32 * 192 * 32 * 2 * (4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
+    # The pass is recorded, so it keeps its memory.
+    assert plan.recorded and plan.stays["recorded pass"] * GIB == pytest.approx(
+        kept + 4096 * 128256 * 3
+    )
+    twice = make_plan(
+        REFERENCE_JOB.model_copy(update={"num_ppo_epochs": 2}), LLAMA_8B, SARM_BYTES, Gpus(1, 79.2)
+    )
+    assert not twice.recorded and twice.comes_and_goes["update"] == plan.stays["recorded pass"]
+
+
+def test_full_fine_tuning_of_8b_fits_one_gpu_in_eight_bytes() -> None:
+    plan = make_plan(
+        REFERENCE_JOB.model_copy(update={"lora": None}), LLAMA_8B, SARM_BYTES, Gpus(1, 79.2)
+    )
+    assert (plan.zero_stage, plan.weights) == (0, "compact")
+    assert plan.visiting_layers == 32 and plan.peak_gib < 0.95 * 78 and not plan.recorded
+
+
+def test_four_gpus_keep_float32_masters_by_zero_2() -> None:
+    plan = make_plan(
+        REFERENCE_JOB.model_copy(update={"lora": None}), LLAMA_8B, SARM_BYTES, Gpus(4, 79.2)
+    )
+    assert (plan.zero_stage, plan.weights) == (2, "float32_master")
+    small = make_plan(
+        REFERENCE_JOB.model_copy(update={"lora": None}), KNOWN["embedded:smollm2"], 1e9, Gpus(1, 24)
+    )  # type: ignore[arg-type]
+    assert (small.zero_stage, small.weights, small.recompute_layers) == (0, "compact", 0)
+
+
+def test_what_the_config_says_is_kept() -> None:
+    ppo = PpoConfig(
+        batch_size=32,
+        max_prompt_tokens=64,
+        max_new_tokens=128,
+        micro_batch_tokens=800,
+        gradient_checkpointing=True,
+        zero_stage=2,
+    )
+    plan = make_plan(ppo, LLAMA_8B, SARM_BYTES, Gpus(1, 79.2))
+    assert (plan.zero_stage, plan.micro_batch_tokens, plan.recompute_layers) == (2, 4 * 192, 32)
+    assert plan.applied(ppo).micro_batch_tokens == 768
+
+
+def test_less_memory_costs_time_and_too_little_is_refused_with_the_numbers() -> None:
+    peaks, times = zip(
+        *(
+            (p.peak_gib, p.train_s)
+            for p in (
+                make_plan(REFERENCE_JOB, LLAMA_8B, SARM_BYTES, Gpus(1, gib))
+                for gib in (96, 79.2, 60, 50)
+            )
+        ),
+        strict=True,
+    )
+    assert list(peaks) == sorted(peaks, reverse=True) and list(times) == sorted(times)
+    with pytest.raises(
+        UserError, match=r"LoRA of 8.03 B parameters does not fit.*\(policy 15.0, .* on 1 x 24 GiB"
+    ):
+        make_plan(REFERENCE_JOB, LLAMA_8B, SARM_BYTES, Gpus(1, 24))
+    with pytest.raises(UserError, match=r"set ppo\.lora"):
+        make_plan(
+            REFERENCE_JOB.model_copy(update={"lora": None}), LLAMA_8B, SARM_BYTES, Gpus(1, 48)
+        )
+
+
+def test_other_sizes() -> None:
+    assert parse_gpus("4x80") == (4, 80) and parse_gpus("2X141.5") == (2, 141.5)
+    with pytest.raises(UserError, match="4x80"):
+        parse_gpus("many")
+    assert (
+        Shape(8, 16, 1, 2, 1, 4, 10, True).parameters
+        == 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16 + 16 + 80 + 8
+    )
+
+
+def test_the_command_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(ROOT / "configs/llama31-8b.yaml"), "--gpus", "1x80"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "8.03 B parameters, LoRA of rank 16" in out
+        and "peak" in out
+        and "GPU-hours" in out
+        and "disk: 144.5 GB of policies" in out
+    )
+    assert main(["--config", str(ROOT / "configs/llama31-8b.yaml"), "--gpus", "1x16"]) == 2
+    assert "does not fit" in capsys.readouterr().err

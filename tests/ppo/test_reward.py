@@ -1,0 +1,423 @@
+"""The compound reward against its definition computed text by text, and the random arm's dose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sarm.config import PenaltyConfig, SarmConfig, UserError
+from sarm.data.tokens import tokenize_conversation
+from sarm.ppo.reward import (
+    CompoundReward,
+    Penalised,
+    batch_rates,
+    calibrate_random,
+    conversation,
+    density_terms,
+    fires,
+    matching_tau,
+    mean_doses,
+)
+from sarm.reward_model.model import SarmModel
+
+T = torch.tensor
+
+TEXTS = [
+    conversation(
+        f"Question {i}?", "Sure, here is how you do it. " * (i % 4) + f"I will not do {i * i}."
+    )
+    for i in range(24)
+]
+
+
+@pytest.fixture(scope="module")
+def sarm(tiny_sarm: Path) -> SarmModel:
+    return SarmModel.from_pretrained(tiny_sarm)
+
+
+@pytest.fixture(scope="module")
+def dense(sarm: SarmModel, tiny_tokenizer: Any) -> Tensor:
+    """z of TEXTS, (24, d_sae), from the model's own forward, a text at a time."""
+    z = torch.zeros(len(TEXTS), sarm.d_sae)
+    with torch.no_grad():
+        for row, messages in enumerate(TEXTS):
+            out = sarm(T([tokenize_conversation(tiny_tokenizer, messages, 4096).ids]))
+            z[row, out.latent_indices[0]] = out.latent_values[0]
+    return z
+
+
+@pytest.fixture(scope="module")
+def some(dense: Tensor) -> list[Penalised]:
+    """Three latents that are active on some texts and not on others, at taus that part the active
+    ones.
+    """
+    active = (dense > 0).float().mean(0)
+    latents = (active - 0.5).abs().argsort()[:3].tolist()
+    assert all(0.2 < active[latent] < 0.8 for latent in latents)
+    return [
+        Penalised(
+            latent, dense[:, latent][dense[:, latent] > 0].median().item() - 1e-4, 0.1 * (i + 1)
+        )
+        for i, latent in enumerate(latents)
+    ]
+
+
+def reward_of(
+    sarm: SarmModel, tokenizer: Any, penalised: Sequence[Penalised], **more: Any
+) -> CompoundReward:
+    return CompoundReward(sarm, tokenizer, penalised, **more)
+
+
+def plain_rewards(sarm: SarmModel, z: Tensor) -> Tensor:
+    return z @ sarm.head_weight.detach()
+
+
+@pytest.mark.parametrize("kind", ["count", "hinge"])
+def test_scores_are_the_definition_text_by_text(
+    kind: Any, sarm: SarmModel, tiny_tokenizer: Any, dense: Tensor, some: list[Penalised]
+) -> None:
+    monitors = [latent for latent in range(sarm.d_sae) if dense[:, latent].any()][:2]
+    scores = reward_of(sarm, tiny_tokenizer, some, kind=kind, monitors=monitors).score(TEXTS)
+    want = [
+        sum(
+            p.alpha
+            * (
+                float(row[p.latent] > p.tau)
+                if kind == "count"
+                else max(0.0, row[p.latent].item() - p.tau)
+            )
+            for p in some
+        )
+        for row in dense
+    ]
+    assert 0 < sum(penalty > 0 for penalty in want) < len(TEXTS)
+    torch.testing.assert_close(scores.penalty, T(want), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.reward, plain_rewards(sarm, dense), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.total, scores.reward - scores.penalty, rtol=0, atol=0)
+    torch.testing.assert_close(scores.z, dense[:, [p.latent for p in some]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.monitors_z, dense[:, monitors], rtol=1e-4, atol=1e-4)
+    assert torch.equal(scores.fired, dense[:, [p.latent for p in some]] > T([p.tau for p in some]))
+    assert scores.fired.dtype == torch.bool and not scores.truncated.any()
+
+
+def test_a_clamp_changes_the_reward_and_not_the_penalty(
+    sarm: SarmModel, tiny_tokenizer: Any, dense: Tensor, some: list[Penalised]
+) -> None:
+    clamp = min(p.tau for p in some) / 2
+    held = reward_of(sarm, tiny_tokenizer, some, clamp=clamp).score(TEXTS)
+    free = reward_of(sarm, tiny_tokenizer, some).score(TEXTS)
+    clamped = dense.clone()
+    for p in some:
+        clamped[:, p.latent] = clamped[:, p.latent].clamp(max=clamp)
+    torch.testing.assert_close(held.reward, plain_rewards(sarm, clamped), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(held.reward, free.reward, atol=1e-3)
+    assert (
+        torch.equal(held.penalty, free.penalty)
+        and torch.equal(held.z, free.z)
+        and held.penalty.any()
+    )
+
+
+def test_density_penalty_by_hand() -> None:
+    z = T([[2.0, 0.0], [1.0, 0.0], [0.0, 0.5]])
+    p = batch_rates(z, lambda x: x)
+    torch.testing.assert_close(p, T([2.5 / 4, 1.5 / 4], dtype=torch.float64))
+    got = density_terms(z, [1.0, 2.0], p, T([0.5, 0.1], dtype=torch.float64))
+    on, off = (
+        [math.log(0.625 / 0.5), 2 * math.log(0.375 / 0.1)],
+        [math.log(0.375 / 0.5), 2 * math.log(0.625 / 0.9)],
+    )
+    torch.testing.assert_close(
+        got, T([[on[0], off[1]], [on[0], off[1]], [off[0], on[1]]], dtype=torch.float64)
+    )
+
+
+def test_density_penalty_averages_to_the_divergence_where_the_batch_is_large() -> None:
+    z = (torch.arange(10_000)[:, None] < 3000).float()
+    got = (
+        density_terms(z, [0.7], batch_rates(z, lambda x: x), T([0.1], dtype=torch.float64))
+        .mean()
+        .item()
+    )
+    assert got == pytest.approx(0.7 * (0.3 * math.log(3) + 0.7 * math.log(0.7 / 0.9)), rel=1e-3)
+
+
+def test_density_rate_is_that_of_all_ranks(
+    sarm: SarmModel, tiny_tokenizer: Any, dense: Tensor, some: list[Penalised]
+) -> None:
+    rates = {p.latent: 0.2 for p in some}
+    whole = reward_of(sarm, tiny_tokenizer, some, kind="density", reference_rates=rates).score(
+        TEXTS
+    )
+    z = dense[:, [p.latent for p in some]]
+    p = ((z > 0).sum(0) + 0.5) / (len(z) + 1)
+    want = (
+        T([x.alpha for x in some]) * torch.where(z > 0, (p / 0.2).log(), ((1 - p) / 0.8).log())
+    ).sum(1)
+    torch.testing.assert_close(whole.penalty, want)
+    assert torch.equal(whole.fired, z > 0)
+
+    counts = torch.cat([(z > 0).double().sum(0), T([float(len(z))], dtype=torch.float64)])
+    part = reward_of(
+        sarm,
+        tiny_tokenizer,
+        some,
+        kind="density",
+        reference_rates=rates,
+        all_reduce=lambda mine: counts,
+    ).score(TEXTS[:5])
+    torch.testing.assert_close(part.penalty, whole.penalty[:5])
+    none = reward_of(sarm, tiny_tokenizer, some, kind="density", reference_rates=rates).score([])
+    assert none.total.shape == (0,) and none.z.shape == (0, 3)
+
+
+def test_no_penalty_arm_measures_the_same_and_docks_nothing(
+    sarm: SarmModel, tiny_tokenizer: Any, some: list[Penalised]
+) -> None:
+    reward = reward_of(sarm, tiny_tokenizer, some, clamp=0.1, monitors=[0])
+    docked, plain = reward.score(TEXTS), reward.without_penalty().score(TEXTS)
+    assert (
+        torch.equal(plain.fired, docked.fired)
+        and torch.equal(plain.z, docked.z)
+        and torch.equal(plain.monitors_z, docked.monitors_z)
+    )
+    assert not plain.penalty.any() and torch.equal(
+        plain.total, reward_of(sarm, tiny_tokenizer, ()).score(TEXTS).total
+    )
+    assert reward.penalised == tuple(some) and reward.clamp == 0.1
+
+
+def test_latents_no_longer_penalised_are_monitored(sarm: SarmModel, tiny_tokenizer: Any) -> None:
+    reward = reward_of(
+        sarm, tiny_tokenizer, [Penalised(1, 0.0, 0.1), Penalised(2, 0.0, 0.1)], monitors=[5, 6]
+    )
+    other = reward.with_penalised([Penalised(2, 0.5, 0.1), Penalised(6, 0.5, 0.1)])
+    assert (
+        other.monitors == (5, 1)
+        and [p.latent for p in other.penalised] == [2, 6]
+        and reward.monitors == (5, 6)
+    )
+
+
+def test_from_features_takes_numbers_from_the_file_and_kind_from_the_config(
+    sarm: SarmModel, tiny_tokenizer: Any
+) -> None:
+    features = {
+        "penalised": [{"latent": 3, "tau": 1.5, "alpha": 0.2}],
+        "monitors": [7],
+        "reference_rates": {"3": 0.25, "7": 0.5},
+    }
+    reward = CompoundReward.from_features(
+        sarm,
+        tiny_tokenizer,
+        features,
+        PenaltyConfig(kind="density", clamp=2.0),
+        SarmConfig(model="x", tokens_per_batch=99, max_length=77),
+    )
+    assert (
+        reward.penalised == (Penalised(3, 1.5, 0.2),)
+        and reward.monitors == (7,)
+        and reward.reference_rates == {3: 0.25, 7: 0.5}
+    )
+    assert (reward.kind, reward.clamp, reward.tokens_per_batch, reward.max_length) == (
+        "density",
+        2.0,
+        99,
+        77,
+    )
+
+
+@pytest.mark.parametrize(
+    ("penalised", "more", "told"),
+    [
+        ([Penalised(1, 0, 0.1), Penalised(1, 1, 0.1)], {}, "twice"),
+        ([Penalised(64, 0, 0.1)], {}, r"\[64\].*has 64"),
+        ([], {"monitors": [-1]}, r"\[-1\]"),
+        ([Penalised(1, 0, 0.1)], {"kind": "density"}, r"reference rates.*\[1\]"),
+        (
+            [Penalised(1, 0, 0.1)],
+            {"kind": "density", "reference_rates": {1: 1.0}},
+            r"reference rates.*\[1\]",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(
+    penalised: list[Penalised],
+    more: dict[str, Any],
+    told: str,
+    sarm: SarmModel,
+    tiny_tokenizer: Any,
+) -> None:
+    with pytest.raises(UserError, match=told):
+        reward_of(sarm, tiny_tokenizer, penalised, **more)
+
+
+def test_a_text_costs_the_same_in_any_batch_and_an_overlong_one_is_counted(
+    sarm: SarmModel, tiny_tokenizer: Any, some: list[Penalised]
+) -> None:
+    whole = reward_of(sarm, tiny_tokenizer, some).score(TEXTS)
+    single = [
+        reward_of(sarm, tiny_tokenizer, some, tokens_per_batch=1).score([text]) for text in TEXTS
+    ]
+    torch.testing.assert_close(
+        torch.cat([s.total for s in single]), whole.total, rtol=1e-4, atol=1e-4
+    )
+    short = reward_of(sarm, tiny_tokenizer, some, max_length=30)
+    lengths = [len(tokenize_conversation(tiny_tokenizer, text, 4096).ids) for text in TEXTS]
+    assert (
+        short.score(TEXTS).truncated.tolist() == [n > 30 for n in lengths]
+        and sum(n > 30 for n in lengths) > 0
+    )
+
+
+def test_as_a_reward_function_strings_and_messages_score_alike_and_rates_are_logged(
+    sarm: SarmModel, tiny_tokenizer: Any, some: list[Penalised]
+) -> None:
+    reward = reward_of(sarm, tiny_tokenizer, some, monitors=[0])
+    metrics: dict[str, float] = {}
+    extra: dict[str, list[float]] = {}
+    prompts, completions = [t[0]["content"] for t in TEXTS], [t[1]["content"] for t in TEXTS]
+    plain = reward(
+        prompts=prompts,
+        completions=completions,
+        completion_ids=[],
+        log_metric=metrics.__setitem__,
+        log_extra=extra.__setitem__,
+    )
+    scores = reward.score(TEXTS)
+    assert plain == scores.total.tolist() and all(type(x) is float for x in plain)
+    assert plain == reward([[t[0]] for t in TEXTS], [[t[1]] for t in TEXTS])
+    for i, p in enumerate(some):
+        assert metrics[f"rate/{p.latent}"] == pytest.approx(
+            scores.fired[:, i].float().mean().item()
+        )
+    assert metrics["objective/compound"] == pytest.approx(
+        metrics["objective/scores"] - metrics["objective/penalty"], abs=1e-6
+    )
+    assert metrics["objective/penalty"] > 0 and "z/0" in metrics
+    assert extra == {"sarm_reward": scores.reward.tolist(), "penalty": scores.penalty.tolist()}
+    assert reward.__name__ == "compound_reward"
+
+
+def test_conversations_keep_their_system_turn_and_continue_an_opened_answer() -> None:
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
+    prompt = [system, user, {"role": "assistant", "content": "Sure, "}]
+    want = [system, user, {"role": "assistant", "content": "Sure, no."}]
+    assert (
+        conversation(prompt, "no.")
+        == conversation(prompt, [{"role": "assistant", "content": "no."}])
+        == want
+    )
+    assert prompt[-1]["content"] == "Sure, "
+    assert conversation("u", [{"role": "assistant", "content": None}]) == [
+        user,
+        {"role": "assistant", "content": ""},
+    ]
+
+
+# The random arm
+
+Z = T([[5.0, 0.0], [4.0, 1.0], [3.0, 0.0], [2.0, 0.0]])
+"""Two penalised latents over four generations."""
+
+
+def dose(z: Tensor, penalised: Sequence[Penalised], kind: Any = "count") -> float:
+    return mean_doses(z, penalised, kind).sum().item()
+
+
+def columns(z: Tensor, candidates: list[int], chosen: Sequence[Penalised]) -> Tensor:
+    return z[:, [candidates.index(p.latent) for p in chosen]]
+
+
+def test_random_latents_match_each_rate_by_hand() -> None:
+    penalised = [Penalised(1, 0.5, 0.1), Penalised(0, 2.5, 0.2)]
+    z_penalised = Z[:, [1, 0]]  # firing on 1 and 3 of 4 texts: dose 0.1 / 4 + 0.2 * 3 / 4
+    candidates, z = (
+        [70, 71, 72, 73],
+        T([[0.0, 6.0, 0.0, 1.0], [0.0, 2.0, 8.0, 1.0], [0.0, 4.0, 0.0, 1.0], [0.0, 0.0, 7.0, 1.0]]),
+    )
+    # 71 is the first active on three texts: tau between 0 and 2. 72 is on two: for one, tau between
+    # 7 and 8. 73 is not needed.
+    assert calibrate_random(z, candidates, z_penalised, penalised) == [
+        Penalised(72, 7.5, 0.1),
+        Penalised(71, 1.0, 0.2),
+    ]
+
+
+def test_density_takes_the_candidate_of_the_nearest_rate() -> None:
+    z = T([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    got = calibrate_random(z, [7, 9, 8], Z[:, [1]], [Penalised(1, 0.0, 0.1)], "density")
+    assert [(p.latent, p.alpha) for p in got] == [(8, pytest.approx(0.05))]
+
+
+def test_a_candidate_that_fires_too_seldom_gets_a_larger_alpha() -> None:
+    got = calibrate_random(T([[0.0], [3.0], [0.0], [0.0]]), [9], Z[:, :1], [Penalised(0, 2.5, 0.2)])
+    assert got == [Penalised(9, 1.5, pytest.approx(0.6))]
+
+
+@pytest.mark.parametrize("kind", ["count", "hinge", "density"])
+@pytest.mark.parametrize("seed", range(10))
+def test_random_doses_are_equal_and_the_choice_is_deterministic(kind: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    z_penalised = torch.relu(torch.randn(40, 3) + T([1.0, 0.0, -1.5]))
+    z_candidates = torch.relu(torch.randn(40, 12) - torch.rand(12) * 3)
+    penalised, candidates = (
+        [Penalised(i, 0.5, 0.1 * (i + 1)) for i in range(3)],
+        list(range(100, 112)),
+    )
+    got = calibrate_random(z_candidates, candidates, z_penalised, penalised, kind)
+    assert got == calibrate_random(z_candidates, candidates, z_penalised, penalised, kind)
+    assert (
+        len({p.latent for p in got}) == 3
+        and {p.latent for p in got} <= set(candidates)
+        and all(p.tau >= 0 for p in got)
+    )
+    assert (
+        dose(columns(z_candidates, candidates, got), got, kind)
+        == pytest.approx(dose(z_penalised, penalised, kind), rel=1e-9)
+        != 0
+    )
+
+
+def test_where_candidates_suffice_rates_and_alphas_are_those_of_the_penalised() -> None:
+    torch.manual_seed(0)
+    z_penalised, z_candidates = torch.rand(50, 2), torch.rand(50, 4) * T([0.0, 3.0, 0.0, 5.0])
+    penalised = [Penalised(0, 0.3, 0.1), Penalised(1, 0.9, 0.4)]
+    got = calibrate_random(z_candidates, [5, 6, 7, 8], z_penalised, penalised)
+    assert [p.latent for p in got] == [6, 8] and [p.alpha for p in got] == pytest.approx([0.1, 0.4])
+    assert torch.equal(
+        fires(columns(z_candidates, [5, 6, 7, 8], got), got).sum(0),
+        fires(z_penalised, penalised).sum(0),
+    )
+
+
+def test_a_penalty_that_never_fires_is_matched_by_latents_that_never_do() -> None:
+    penalised = [Penalised(0, 9.0, 0.1)]
+    got = calibrate_random(T([[0.0, 20.0], [0.0, 1.0]]), [3, 4], Z[:2, :1], penalised)
+    assert got == [Penalised(4, 20.0, 0.1)]
+    assert calibrate_random(torch.zeros(2, 1), [3], Z[:2, :1], penalised) == [
+        Penalised(3, 9.0, 0.1)
+    ]
+
+
+def test_calibration_without_a_usable_candidate_is_refused() -> None:
+    with pytest.raises(UserError, match="none of the 2 random candidates fires"):
+        calibrate_random(torch.zeros(4, 2), [3, 4], Z[:, :1], [Penalised(0, 2.5, 0.1)])
+    with pytest.raises(UserError, match="1 random candidates cannot match 2"):
+        calibrate_random(torch.ones(4, 1), [3], Z, [Penalised(0, 2.5, 0.1), Penalised(1, 0.5, 0.1)])
+
+
+def test_matching_tau_respects_ties_and_neighbouring_floats() -> None:
+    # one or three: the smaller of equals
+    assert matching_tau(T([3.0, 2.0, 2.0, 0.0]), 2, 0.0) == 2.5
+    # halfway from it to the next value, float32 would round up to that
+    odd = torch.nextafter(T(1.0), T(2.0))
+    near = torch.stack([odd, torch.nextafter(odd, T(2.0)), T(0.0)])
+    assert fires(near[:, None], [Penalised(0, matching_tau(near, 1, 0.0), 1.0)]).sum() == 1
+    assert matching_tau(T([3.0, -1.0]), 2, 0.0) == 1.5

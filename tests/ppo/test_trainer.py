@@ -1,0 +1,477 @@
+"""The trainer against an obvious one: gradients whatever the ranks and micro-batches, and what
+each step promises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sarm.config import UserError
+from sarm.llama.generate import prompt_ids
+from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
+from sarm.ppo.calibration import calibrate
+from sarm.ppo.learner.actor import make_actor
+from sarm.ppo.learner.cuda_graphs import Recorded
+from sarm.ppo.learner.distributed import place
+from sarm.ppo.learner.export import policy_weights, save_policy
+from sarm.ppo.trainer import Experience, train
+from tests.ranks import (
+    PlantedReward,
+    gradients,
+    join_ranks,
+    some_prompts,
+    start_ranks,
+    tiny_ppo,
+    tiny_trainer,
+)
+
+# --- who does what
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, ranks", [(7, 1), (7, 2), (8, 3), (2, 4)])
+def test_every_row_is_dealt_once_and_evenly(n: int, ranks: int) -> None:
+    lengths = [3, 90, 14, 14, 2, 60, 31, 7][:n]
+    hands = deal(lengths, ranks)
+    assert sorted(itertools.chain(*hands)) == list(range(n))
+    if n > ranks:
+        assert max(sum(lengths[i] for i in h) for h in hands) - min(
+            sum(lengths[i] for i in h) for h in hands
+        ) <= max(lengths)
+
+
+def test_micro_batches_are_as_many_on_every_rank() -> None:
+    lengths = [5, 50, 7, 60, 9, 70, 3]
+    batches = micro_batches([0, 1, 3, 5, 6], lengths, 60, 2)
+    assert len({len(own) for own in batches}) == 1
+    assert sorted(row for own in batches for micro in own for row in micro) == [0, 1, 3, 5, 6]
+    alone = micro_batches([2], lengths, 60, 2)
+    assert sorted(alone, key=len) == [[[2]], [[]]]
+
+
+def test_every_prompt_is_drawn_once_a_pass_in_an_order_of_seed_and_pass() -> None:
+    ids = [f"p{i}" for i in range(10)]
+    drawn = [row for step in range(5) for row in rows_of_step(ids, 0, step, 4)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+    assert [row for step in range(10) for row in rows_of_step(ids, 0, step, 2)] == drawn
+    assert drawn != [row for step in range(5) for row in rows_of_step(ids, 1, step, 4)]
+
+
+def test_minibatches_split_the_batch() -> None:
+    parts = mini_batches(12, 3, 0, 1, 0)
+    assert [len(p) for p in parts] == [4, 4, 4] and sorted(itertools.chain(*parts)) == list(
+        range(12)
+    )
+    assert parts == mini_batches(12, 3, 0, 1, 0) != mini_batches(12, 3, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, (0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0)),  # a batch script, not srun
+        (
+            {
+                "SLURM_PROCID": "3",
+                "SLURM_STEP_NUM_TASKS": "4",
+                "SLURM_LOCALID": "1",
+                "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+            },
+            (3, 4, 1),
+        ),
+        (
+            {
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "1",
+                "MASTER_ADDR": "a",
+                "SLURM_PROCID": "0",
+            },
+            (1, 2, 1),
+        ),
+    ],
+)
+def test_place(env: dict[str, str], expected: tuple[int, int, int]) -> None:
+    assert place(env)[:3] == expected
+
+
+def test_ranks_that_cannot_meet_are_told() -> None:
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        place({"RANK": "0", "WORLD_SIZE": "2"})
+    ports = {
+        place({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "SLURM_JOB_ID": job}).port
+        for job in ("100", "101")
+    }
+    assert len(ports) == 2
+
+
+# --- gradients
+# --------------------------------------------------------------------------------------------------------
+
+STAGES = (0, 2, 3)
+BUDGETS = (40, 10_000)
+
+
+def experience_of(prompts: list[list[int]]) -> Experience:
+    """Responses of 1 to 9 tokens and made-up numbers."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = [1, 9, 4, 2, 7, 3, 9][: len(prompts)]
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    numbers = [
+        torch.where(mask, torch.randn(mask.shape, generator=generator), 0.0) for _ in range(4)
+    ]
+    responses = torch.where(mask, torch.randint(5, 300, mask.shape, generator=generator), 4)
+    return Experience(prompts, responses, mask, numbers[0] * 0.3 - 5.5, *numbers[1:])
+
+
+def write_gradients(world: Any, policy: Path, out: Path) -> None:
+    for stage, budget in itertools.product(STAGES, BUDGETS):
+        trainer = tiny_trainer(
+            world, policy, PlantedReward(), tiny_ppo(zero_stage=stage, micro_batch_tokens=budget)
+        )
+        experience = experience_of(trainer.prompt_ids[:7])
+        policy_sums, value_sums = trainer.accumulate(experience, range(7), updated=False)
+        found = gradients(trainer) | {"losses": torch.stack([policy_sums.loss, value_sums.loss])}
+        if world.rank == 0:
+            save_file(found, out / f"{world.size}-{stage}-{budget}.safetensors")
+
+
+def obvious_gradients(policy: Path, prompts: list[list[int]]) -> dict[str, Tensor]:
+    """One sequence at a time, the losses written out token by token."""
+    ppo = tiny_ppo()
+    actor = make_actor(AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32), ppo, 0)
+    experience = experience_of(prompts)
+    policy_loss = value_loss = torch.zeros(())
+    for row, prompt in enumerate(prompts):
+        response = experience.responses[row][experience.mask[row]].tolist()
+        out = actor.policy(torch.tensor([prompt + response]), output_hidden_states=True)
+        values = actor.value_head(out.hidden_states[-1][0])
+        for t, token in enumerate(response):
+            at = len(prompt) - 1 + t
+            logprob = F.log_softmax(out.logits[0, at].float(), -1)[token]
+            ratio = torch.exp(logprob - experience.old_logprobs[row, t])
+            advantage, old_value, target = (
+                experience.advantages[row, t],
+                experience.old_values[row, t],
+                experience.returns[row, t],
+            )
+            loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+            policy_loss = policy_loss + (
+                torch.minimum(loss, -3 * advantage) if advantage < 0 else loss
+            )
+            clipped = values[at].clamp(old_value - 0.2, old_value + 0.2)
+            value_loss = value_loss + 0.5 * torch.maximum(
+                (values[at] - target) ** 2, (clipped - target) ** 2
+            )
+    ((policy_loss + 0.1 * value_loss) / int(experience.mask.sum())).backward()
+    return {name: p.grad for name, p in actor.named_parameters()} | {
+        "losses": torch.stack([policy_loss, value_loss]).detach()
+    }
+
+
+def test_gradients_do_not_depend_on_ranks_micro_batches_or_zero_stage(
+    outcome: Path, tiny_policy: Path, tiny_tokenizer
+) -> None:
+    expected = obvious_gradients(
+        tiny_policy, [prompt_ids(tiny_tokenizer, p.messages) for p in some_prompts()[:7]]
+    )
+    largest = max(float(g.abs().max()) for name, g in expected.items() if name != "losses")
+    for size, stage, budget in itertools.product((1, 2), STAGES, BUDGETS):
+        found = load_file(outcome / f"{size}-{stage}-{budget}.safetensors")
+        torch.testing.assert_close(
+            found.pop("losses").float(), expected["losses"], rtol=1e-5, atol=0
+        )
+        assert found.keys() == expected.keys() - {"losses"}
+        for name, grad in found.items():
+            assert float((grad - expected[name]).abs().max()) < 1e-6 * max(largest, 1), (
+                size,
+                stage,
+                budget,
+                name,
+            )
+
+
+# --- whole steps
+# ------------------------------------------------------------------------------------------------------
+
+
+class BrokenReward(PlantedReward):
+    """Scores every response `value`."""
+
+    value = math.nan
+
+    def _encode(self, conversations):  # type: ignore[no-untyped-def]
+        encoded = super()._encode(conversations)
+        return encoded._replace(rewards=torch.full_like(encoded.rewards, self.value))
+
+
+def two_steps(world: Any, policy: Path, out: Path) -> None:
+    trainer = tiny_trainer(
+        world,
+        policy,
+        PlantedReward(worth=0.5),
+        tiny_ppo(lora={"rank": 2, "alpha": 4}, num_mini_batches=2, micro_batch_tokens=80),
+    )
+    lines = [trainer.run_step() for _ in range(2)]
+    if world.rank == 0:
+        (out / f"steps-{world.size}.json").write_text(json.dumps(lines))
+
+
+class NeverRecorded(Recorded):
+    """Rounds batches up as a recorded pass has them, and stays eager."""
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.run(*inputs)
+
+
+def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
+    found: dict[str, Any] = {}
+    trainer = tiny_trainer(
+        world,
+        policy,
+        PlantedReward(),
+        tiny_ppo(num_ppo_epochs=2, num_mini_batches=4, kl_controller="adaptive", kl_target=1e-6),
+    )
+    found["many"] = trainer.run_step()
+    found["kl_coef"] = trainer.progress.kl_coef
+    found["stopped"] = tiny_trainer(
+        world, policy, PlantedReward(), tiny_ppo(num_ppo_epochs=2, num_mini_batches=4, kl_stop=1e-9)
+    ).run_step()
+
+    exact, rounded = (
+        tiny_trainer(world, policy, PlantedReward(worth=0.5), tiny_ppo(micro_batch_tokens=1000))
+        for _ in range(2)
+    )
+    rounded.recorded = NeverRecorded(rounded._judged, rounded.actor.trainable(), [])
+    found["exact"], found["rounded"] = (
+        [trainer.run_step() for _ in range(2)] for trainer in (exact, rounded)
+    )
+
+    trainer = tiny_trainer(
+        world,
+        policy,
+        PlantedReward(),
+        tiny_ppo(lora={"rank": 2, "alpha": 4}, learning_rate=0.05, max_grad_norm=1e9),
+    )
+    calibration = calibrate(trainer, 30, [], seed=3)
+    drawn = trainer.draw([row % 12 for row in range(30)])
+    rollout = trainer.roll_out(drawn, -1, seed=3)
+    texts = [trainer.conversation(d, rollout.ids(i))[-1]["content"] for i, d in enumerate(drawn)]
+    found["base_rate"] = [calibration.harming[0].base_rate, sum("e" in text for text in texts) / 30]
+    found["keys"] = [d.key for d in drawn]
+    found["saves"], found["lines"] = [], []
+
+    def save() -> Path:
+        found["saves"].append(trainer.progress.step)
+        return Path("checkpoint")
+
+    asked = iter([False, True])
+    found["finished"] = train(
+        trainer, save=save, log=found["lines"].append, stop_requested=lambda: next(asked)
+    )
+    save_policy(policy, policy_weights(trainer.actor, world), trainer.tokenizer, out / "policy")
+    ids = torch.tensor([trainer.prompt_ids[3]])
+    with torch.no_grad():
+        save_file(
+            {"logits": trainer.actor.policy(ids).logits, "ids": ids}, out / "logits.safetensors"
+        )
+
+    found["errors"] = []
+    for value, changes in (
+        (math.nan, {}),
+        (1e38, {"reward_scale": "none", "reward_clip": None, "whiten_advantages": False}),
+    ):
+        trainer = tiny_trainer(world, policy, BrokenReward(), tiny_ppo(**changes))
+        trainer.reward.value = value
+        found["saves"] = []
+        try:
+            train(trainer, save=save, log=found["lines"].append, stop_requested=lambda: False)
+        except UserError as error:
+            found["errors"].append([str(error), found["saves"]])
+    (out / "found.json").write_text(json.dumps(found))
+
+
+def on_each_rank(world: Any, policy: Path, out: Path) -> None:
+    write_gradients(world, policy, out)
+    two_steps(world, policy, out)
+    if world.size == 1:
+        single_rank_checks(world, policy, out)
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one rank and two ranks wrote; starting a process takes longer than what it does."""
+    out = tmp_path_factory.mktemp("outcome")
+    groups = [start_ranks(on_each_rank, size, tiny_policy, out) for size in (1, 2)]
+    for group in groups:
+        join_ranks(group)
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(outcome: Path) -> dict[str, Any]:
+    return json.loads((outcome / "found.json").read_text())
+
+
+def test_a_batch_rounded_up_for_recording_is_the_same_step(found: dict[str, Any]) -> None:
+    for a, b in zip(found["exact"], found["rounded"], strict=True):
+        same = {
+            key for key in a if not key.startswith("time/") and "per_s" not in key and key != "eps"
+        }
+        assert {key: b[key] for key in same} == pytest.approx(
+            {key: a[key] for key in same}, rel=1e-4, abs=1e-6, nan_ok=True
+        )
+
+
+def test_one_rank_or_two_take_the_same_steps(outcome: Path) -> None:
+    one, two = (json.loads((outcome / f"steps-{n}.json").read_text()) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        same = {
+            key for key in a if not key.startswith("time/") and "per_s" not in key and key != "eps"
+        }
+        assert {key: a[key] for key in same} == pytest.approx(
+            {key: b[key] for key in same}, rel=1e-3, abs=2e-5, nan_ok=True
+        )
+        assert a["objective/scores"] == b["objective/scores"]
+
+
+def test_minibatches_are_optimizer_steps(found) -> None:
+    assert found["many"]["policy/updates"] == 8
+    assert found["many"]["policy/approxkl_avg"] > 0
+
+
+def test_kl_stop_ends_the_updates_after_the_first_that_has_drifted(found) -> None:
+    assert (found["stopped"]["policy/updates"], found["stopped"]["policy/kl_stopped"]) == (2, 1)
+
+
+def test_the_adaptive_controller_raises_the_coefficient(found) -> None:
+    # KL of the first step is 0, so the error is clipped at -0.2: 0.05 (1 - 0.2 * 8 / 10000)
+    assert found["kl_coef"] == pytest.approx(0.05 * (1 - 0.2 * 8 / 10_000))
+
+
+def test_old_logprobs_are_those_of_the_policy_that_is_updated(outcome: Path) -> None:
+    first = json.loads((outcome / "steps-1.json").read_text())[0]
+    assert first["rollout/logprob_mismatch_max"] < 1e-5
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_calibration_counts_the_untrained_policys_responses(found) -> None:
+    assert found["base_rate"][0] == found["base_rate"][1] > 0
+    assert len(set(found["keys"])) == 30
+
+
+def test_asked_to_stop_it_saves_after_the_step_and_leaves(found) -> None:
+    assert found["finished"] is False
+    assert [line["step"] for line in found["lines"][:2]] == [0, 1]
+
+
+def test_the_saved_policy_is_the_trained_one_in_bf16(outcome: Path, tiny_policy: Path) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(outcome / "policy")
+    assert saved.dtype == torch.bfloat16
+    kept = load_file(outcome / "logits.safetensors")
+    before = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
+    with torch.no_grad():
+        got = torch.log_softmax(saved.float()(kept["ids"]).logits, -1)
+        untrained = torch.log_softmax(before(kept["ids"]).logits, -1)
+    wanted = torch.log_softmax(kept["logits"], -1)
+    assert float((got - wanted).abs().max()) < 0.1 * float((untrained - wanted).abs().max())
+
+
+def test_what_is_not_finite_stops_at_a_checkpoint_and_names_the_prompts(found) -> None:
+    (reward, reward_saves), (loss, loss_saves) = found["errors"]
+    assert "a reward is not finite" in reward and "the loss is not finite" in loss
+    for text in (reward, loss):
+        assert "step 0" in text and some_prompts()[0].id[:8] in text
+    assert reward_saves == loss_saves == [0]
+
+
+# --- what does not fit
+# ------------------------------------------------------------------------------------------------
+
+
+def bad_input_cases(world: Any, policy: Path, out: Path) -> None:
+    trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo())
+    lengths = [len(ids) for ids in trainer.prompt_ids]
+    limit = sorted(lengths)[len(lengths) // 2]
+    found: dict[str, Any] = {
+        "limit": limit,
+        "too long": sum(n > limit for n in lengths),
+        "errors": [],
+    }
+    for way in ("skip", "truncate"):
+        short = tiny_trainer(
+            world, policy, PlantedReward(), tiny_ppo(max_prompt_tokens=limit, long_prompts=way)
+        )
+        found[way] = [[len(ids) for ids in short.prompt_ids], short.long_prompts]
+        if way == "truncate":
+            long = max(range(len(lengths)), key=lambda i: lengths[i])
+            found["cut"] = short.prompt_ids[long] == [
+                trainer.prompt_ids[long][0],
+                *trainer.prompt_ids[long][1 - limit :],
+            ]
+            found["logged"] = short.run_step()["prompts/too_long"]
+    for changes in (
+        {"max_prompt_tokens": limit, "long_prompts": "refuse"},
+        {"max_prompt_tokens": 4095},
+    ):
+        try:
+            tiny_trainer(world, policy, PlantedReward(), tiny_ppo(**changes))
+        except UserError as error:
+            found["errors"].append(str(error))
+
+    def no_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    for broken in ("roll_out", "score", "_reference_logprobs", "loss", "step"):
+        trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo())
+        setattr(trainer.engine if broken == "step" else trainer, broken, no_memory)
+        try:
+            train(
+                trainer,
+                save=lambda: Path("checkpoint"),
+                log=lambda line: None,
+                stop_requested=lambda: False,
+            )
+        except UserError as error:
+            found["errors"].append(str(error))
+    (out / "found.json").write_text(json.dumps(found))
+
+
+def test_long_prompts_and_out_of_memory(tiny_policy: Path, tmp_path: Path) -> None:
+    join_ranks(start_ranks(bad_input_cases, 1, tiny_policy, tmp_path))
+    found = json.loads((tmp_path / "found.json").read_text())
+    limit, too_long = found["limit"], found["too long"]
+    assert too_long > 0
+    assert found["skip"][1] == found["truncate"][1] == found["logged"] == too_long
+    assert len(found["skip"][0]) == 12 - too_long and max(found["skip"][0]) == limit
+    assert len(found["truncate"][0]) == 12 and max(found["truncate"][0]) == limit and found["cut"]
+    refused, context, *memory = found["errors"]
+    assert (
+        f"{too_long} of the 12 ppo prompts have more than ppo.max_prompt_tokens={limit} tokens"
+        in refused
+    )
+    assert "exceed the policy's context of 4096" in context
+    expected = [
+        ("rollout", "ppo.batch_size=4"),
+        ("score", "sarm.tokens_per_batch=8192"),
+        ("reference", "ppo.micro_batch_tokens=100"),
+    ]
+    expected += [("update", "ppo.gradient_checkpointing=true"), ("optimizer", "ppo.lora")]
+    for text, (phase, remedy) in zip(memory, expected, strict=True):
+        assert (
+            "step 0" in text
+            and f"in phase {phase} (8 sequences of at most" in text
+            and remedy in text
+        )

@@ -1,0 +1,538 @@
+"""Cards against brute force over all texts; minimal edits by hand; labels from a real server on
+the loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jobs.__main__ import main, run_unit
+from jobs.cards import texts_of
+from reports.cards import bars, cards_page
+from sarm.config import CardsConfig, LabelConfig, UserError
+from sarm.probing.cards import activity, histogram, label_rows, latent_cards, selected_latents
+from sarm.probing.edits import edit_effects, minimal_edits
+from sarm.probing.effects import Encoded, read_encoded
+from sarm.probing.labels import ATTEMPTS, Endpoint, Example, detection, labelled, mixed, numbers_in
+from sarm.reward_model.interventions import latent_values
+from sarm.run import RunDir
+
+KEY = "sk-not-a-real-key-0123"
+
+
+@pytest.fixture(scope="module")
+def made(selected_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A copy of the selected run with cards made."""
+    folder = tmp_path_factory.mktemp("cards")
+    shutil.copytree(selected_run.path, folder / "run")
+    run = RunDir.open(folder / "run")
+    run_unit(run, "cards", "all")
+    return run
+
+
+@pytest.fixture(scope="module")
+def encoded(made: RunDir) -> Encoded:
+    return read_encoded(made.read_shards("encode"))
+
+
+# Cards
+
+
+def test_every_selected_latent_has_one_card(made: RunDir) -> None:
+    features, found = (
+        made.read("select").json("features.json"),
+        made.read("cards").json("cards.json"),
+    )
+    wanted = {
+        entry["latent"]
+        for role in ("promoting", "harming", "misleading", "penalised")
+        for entry in features[role]
+    } | set(features["monitors"])
+    latents = [card["latent"] for card in found["cards"]]
+    assert set(latents) == wanted and len(latents) == len(wanted)
+    by_latent = {card["latent"]: card for card in found["cards"]}
+    for p in features["penalised"]:
+        card = by_latent[p["latent"]]
+        assert (
+            {"harming", "penalised"} <= set(card["lists"])
+            and card["figures"]["tau"] == p["tau"]
+            and "effect" in card["figures"]
+        )
+
+
+def test_examples_are_those_of_a_loop_over_all_texts(made: RunDir, encoded: Encoded) -> None:
+    """Ranks scanned text by text, in Python: z, the gap of a runner-up, silence, and one example a
+    prompt.
+    """
+    found = made.read("cards").json("cards.json")
+    ranks, prompts = encoded.ranks, encoded.texts["prompt_id"].tolist()
+    for card in found["cards"]:
+        z, gap = {}, {}
+        for row in range(len(ranks.indices)):
+            place = (
+                ranks.indices[row].tolist().index(card["latent"])
+                if card["latent"] in ranks.indices[row]
+                else None
+            )
+            if place is not None and place < ranks.k:
+                z[row] = float(ranks.values[row, place])
+            elif place is not None:
+                gap[row] = float(ranks.values[row, ranks.k - 1]) - float(ranks.values[row, place])
+        best: dict[str, float] = {}
+        for row, value in z.items():
+            if value > 0:
+                best[prompts[row]] = max(value, best.get(prompts[row], 0.0))
+        expected = sorted(best.values(), reverse=True)[: made.config.cards.top]
+        assert [e["z"] for e in card["top"]] == pytest.approx(expected)
+        assert all(
+            e["reward"] == pytest.approx(float(encoded.head_weight[card["latent"]]) * e["z"])
+            for e in card["top"]
+        )
+        nearest: dict[str, float] = {}
+        for row, value in gap.items():
+            nearest[prompts[row]] = min(value, nearest.get(prompts[row], np.inf))
+        assert [e["gap"] for e in card["near_misses"]] == pytest.approx(
+            sorted(nearest.values())[: made.config.cards.controls]
+        )
+        assert all(e["row"] not in z and e["row"] not in gap for e in card["controls"])
+        assert card["n_active"] == sum(value > 0 for value in z.values()) and card[
+            "n_near_misses"
+        ] == len(gap)
+        chosen = (encoded.texts["label"] == "chosen").to_numpy()
+        assert card["density"]["chosen"] == pytest.approx(
+            np.mean([z.get(row, 0) > 0 for row in np.flatnonzero(chosen)])
+        )
+
+
+def test_every_text_a_card_names_is_there(made: RunDir, encoded: Encoded) -> None:
+    found = made.read("cards").json("cards.json")
+    texts = texts_of(made.config, encoded)
+    named = {
+        e["row"]
+        for card in found["cards"]
+        for kind in ("top", "near_misses", "controls")
+        for e in card[kind]
+    }
+    assert named <= {int(row) for row in found["texts"]}
+    for row, text in found["texts"].items():
+        assert (
+            text["response"] == texts[int(row)].messages[-1]["content"]
+            and text["part"] == encoded.texts["part"][int(row)]
+        )
+
+
+def test_histogram_by_hand() -> None:
+    z = np.array([0.0, 1.0, 2.0, 2.0, -0.5, 0.05])
+    found = histogram(z, np.array([True, True, False, True, False, False]))
+    assert found["edges"][0] == 0 and found["edges"][-1] == 2 and len(found["chosen"]) == 20
+    assert sum(found["chosen"]) == 2 and sum(found["rejected"]) == 2 and found["off"] == 2
+    assert (
+        found["chosen"][-1] == found["rejected"][-1] == 1
+        and found["chosen"][10] == 1
+        and found["rejected"][0] == 1
+    )
+    assert [bar["chosen_height"] for bar in bars(found)][-1] == 50
+    assert histogram(np.zeros(3), np.array([True, False, True]))["off"] == 3
+
+
+def test_label_rows_keep_discovery_apart_from_what_is_scored(
+    made: RunDir, encoded: Encoded
+) -> None:
+    latent = made.read("cards").json("cards.json")["cards"][0]["latent"]
+    rows = label_rows(activity(encoded, [latent])[latent], encoded, CardsConfig(), 12, 0)
+    z, part = latent_values(encoded.ranks, [latent])[:, 0], encoded.texts["part"].to_numpy(str)
+    assert all(part[row] == "discovery" for row in (*rows.active, *rows.silent)) and all(
+        part[row] != "discovery" for row in rows.held_active + rows.held_silent
+    )
+    assert all(z[row] > 0 for row in (*rows.active, *rows.held_active)) and all(
+        z[row] == 0 for row in (*rows.silent, *rows.held_silent)
+    )
+    assert len(rows.held_active) == len(rows.held_silent) == 12
+
+
+# Minimal edits
+
+
+def test_minimal_edits_by_hand() -> None:
+    ten = "one two three four five six seven eight nine ten"
+    rows = [
+        ("p", ten),
+        ("p", ten.replace("five", "5")),  # 2 of 20 words
+        ("p", "something else altogether, that shares nothing with it"),
+        ("q", ten.replace("ten", "TEN")),  # another prompt
+        ("p", ten + " "),  # the same words
+        # the same words in another order: no small edit
+        ("p", "ten nine eight seven six five four three two one"),
+        ("r", "a b"),
+        ("r", "a c"),  # half of its words
+    ]
+    edits = minimal_edits(rows)
+    assert [(e.before, e.after, e.removed, e.added) for e in edits] == [
+        (0, 1, "five", "5"),
+        (1, 4, "5", "five"),
+    ]
+    assert edits[0].share == pytest.approx(0.1)
+
+
+def test_edit_effects_by_hand() -> None:
+    edits = minimal_edits(
+        [(f"p{i}", text) for i in range(4) for text in ("a b c d e f", "a b c d e g")]
+    )
+    found = edit_effects(edits, np.array([0.0, 2.0, 1.0, 1.5, 0.0, 0.0, 1.0, 1.0]))
+    assert found == (4, 3, 1, [0, 1])
+
+
+def test_minimal_edits_in_real_data_are_counted(real_data: Path) -> None:
+    """RewardBench 2 Safety: false answers that differ in one number, such as made-up phone
+    numbers.
+    """
+    rows = [
+        json.loads(line)
+        for line in (real_data / "rewardbench2_safety" / "train.jsonl").read_text().splitlines()
+    ]
+    edits = minimal_edits(
+        [(str(row["prompt"]), text) for row in rows for text in (row["chosen"], row["rejected"])]
+    )
+    assert 0 < len(edits) < 20
+
+
+# The page
+
+
+def test_page_escapes_and_folds_every_text(made: RunDir) -> None:
+    found = made.read("cards").json("cards.json")
+    evil = '<script>alert("x")</script> {{ 7 * 7 }} <img src=x onerror=y>'
+    for text in found["texts"].values():
+        text["response"] = text["prompt"] = evil
+    found["labels"] = {"endpoint": "http://127.0.0.1", "model": "m<b>"}
+    for card in found["cards"]:
+        card["label"] = {
+            "text": evil,
+            "score": 0.75,
+            "true_positive": 1.0,
+            "true_negative": 0.5,
+            "n_active": 2,
+            "n_silent": 2,
+            "unreadable": 1,
+        }
+    page = cards_page(found, "<run>")
+    assert (
+        "<script" not in page
+        and "<img" not in page
+        and "{{ 7 * 7 }}" in page
+        and "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in page
+    )
+    outside = page
+    while "<details>" in outside:  # what is left when every fold is taken out
+        before, _, after = outside.partition("<details>")
+        outside = before + after.partition("</details>")[2]
+    assert "&lt;img" in page and outside.count("&lt;img") == 2 * len(found["cards"]), (
+        "only labels stand unfolded: once in the index, once on the card"
+    )
+    assert "<details open" not in page and "http-equiv" in page
+
+
+def test_page_of_a_run_is_written_by_the_report(made: RunDir) -> None:
+    run_unit(made, "report", "all")
+    page = (made.path / "cards.html").read_text()
+    found = made.read("cards").json("cards.json")
+    assert all(f'id="latent-{card["latent"]}"' in page for card in found["cards"])
+    text = (made.path / "final_report.txt").read_text()
+    assert (
+        f"{len(found['cards'])} latents have a card in cards.html" in text
+        and "was not tested" in text
+        and "RANKINGS COMPARED" in text
+    )
+
+
+def test_page_says_where_an_effect_replicates(made: RunDir) -> None:
+    found = made.read("cards").json("cards.json")
+    again = {
+        "source": "RMB",
+        "prompts": 88,
+        "effect": 0.25,
+        "effect_low": None,
+        "effect_high": 0.5,
+        "p": 0.01,
+        "p_holm": 0.2,
+        "replicates": False,
+    }
+    found["cards"][0]["figures"]["replication"] = [
+        again,
+        {**again, "source": "HH", "replicates": True},
+    ]
+    page = cards_page(found, "run")
+    assert (
+        "On RMB (88 prompts): effect 0.25 [n/a, 0.5], does not replicate." in page
+        and "RMB: no, HH: yes" in page
+    )
+
+
+# Labels
+
+
+class Server:
+    """An endpoint that fails as told, then answers: a label, or the numbers of the texts with a
+    word in them.
+    """
+
+    def __init__(self) -> None:
+        self.fail: list[int] = []
+        self.raw: str | None = None
+        self.seen: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.seen.append({"path": self.path, **body})
+                outer.keys.append(self.headers.get("Authorization"))
+                if outer.fail:
+                    self.reply(
+                        outer.fail.pop(0), f"refused: {self.headers.get('Authorization')}".encode()
+                    )
+                else:
+                    content = outer.answer(
+                        body["messages"][0]["content"], body["messages"][1]["content"]
+                    )
+                    self.reply(
+                        200,
+                        (
+                            outer.raw
+                            or json.dumps(
+                                {
+                                    "choices": [
+                                        {"message": {"role": "assistant", "content": content}}
+                                    ]
+                                }
+                            )
+                        ).encode(),
+                    )
+
+            def reply(self, status: int, data: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def answer(self, system: str, user: str) -> str:
+        if "ACTIVE" in system:
+            return "Texts with bread in them"
+        texts = user.split("TEXT ")[1:]
+        return f"Sure: {[int(t.split()[0]) for t in texts if 'bread' in t]}"
+
+
+@pytest.fixture()
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def examples(word: str, n: int) -> list[Example]:
+    return [Example("what is there?", f"there is {word} number {i}") for i in range(n)]
+
+
+def test_label_and_score_over_http(server: Server) -> None:
+    """The server knows bread when it reads it: a latent of bread scores 1, one of half bread, half
+    cheese 0.75.
+    """
+    with Endpoint(LabelConfig(url=server.url, model="judge")) as endpoint:
+        found = labelled(
+            endpoint,
+            examples("bread", 3),
+            examples("cheese", 3),
+            examples("bread", 12),
+            examples("cheese", 12),
+        )
+        half = labelled(
+            endpoint,
+            examples("bread", 3),
+            [],
+            examples("bread", 4) + examples("cheese", 4),
+            examples("wine", 8),
+        )
+    assert (
+        found["text"] == "Texts with bread in them"
+        and found["score"] == 1.0
+        and (found["n_active"], found["n_silent"]) == (12, 12)
+    )
+    assert half["score"] == 0.75 and half["true_positive"] == 0.5 and half["true_negative"] == 1.0
+    assert {request["path"] for request in server.seen} == {"/v1/chat/completions"} and server.seen[
+        0
+    ]["model"] == "judge"
+    assert server.keys == [None] * len(server.keys)
+    shown = server.seen[0]["messages"][1]["content"]
+    assert shown.count("ACTIVE\n") == 3 and shown.count("SILENT\n") == 3
+
+
+def test_broken_answers_are_tried_again_and_then_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", KEY)
+    waits: list[float] = []
+    with Endpoint(
+        LabelConfig(url=server.url, model="m", key_variable="SOME_KEY"), sleep=waits.append
+    ) as endpoint:
+        server.fail = [503, 429]
+        assert endpoint.ask("ACTIVE", "x") == "Texts with bread in them" and waits == [2.0, 4.0]
+        assert server.keys == [f"Bearer {KEY}"] * 3
+        server.fail, before = [401], len(server.seen)
+        with pytest.raises(UserError, match=r"HTTP 401.*\*\*\*") as refused:
+            endpoint.ask("ACTIVE", "x")
+        assert KEY not in str(refused.value) and len(server.seen) == before + 1, (
+            "what will not get better is not tried again"
+        )
+        server.fail, before = [500] * ATTEMPTS, len(server.seen)
+        with pytest.raises(UserError, match="HTTP 500"):
+            endpoint.ask("ACTIVE", "x")
+        assert len(server.seen) == before + ATTEMPTS
+        server.raw = '{"choices": []}'
+        with pytest.raises(UserError, match="no chat completion"):
+            endpoint.ask("ACTIVE", "x")
+
+
+def test_nobody_there_and_no_key_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        Endpoint(
+            LabelConfig(url="http://127.0.0.1:9/v1", model="m"), sleep=lambda _: None
+        ) as endpoint,
+        pytest.raises(UserError, match="ConnectError"),
+    ):
+        endpoint.ask("a", "b")
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(UserError, match="SOME_KEY, which is not set"):
+        Endpoint(LabelConfig(url="http://127.0.0.1:9/v1", model="m", key_variable="SOME_KEY"))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:pass@host/v1", "https://host/v1?key=1", "host/v1", "ftp://host"]
+)
+def test_a_url_that_may_hold_a_secret_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="key_variable"):
+        LabelConfig(url=url, model="m")
+
+
+def test_a_key_in_place_of_its_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="key_variable"):
+        LabelConfig(url="http://host/v1", model="m", key_variable=KEY)
+
+
+def test_detection_by_hand() -> None:
+    found = detection(
+        [True, False, None, True, False, False], [True, True, True, False, False, False]
+    )
+    assert found == {
+        "score": pytest.approx((1 / 2 + 2 / 3) / 2),
+        "true_positive": 0.5,
+        "true_negative": pytest.approx(2 / 3),
+        "n_active": 2,
+        "n_silent": 3,
+        "unreadable": 1,
+    }
+    assert detection([True], [True])["score"] is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("[1, 4]", {1, 4}),
+        ("[]", set()),
+        ("not [9] but [2]", {2}),
+        ("none of them", None),
+        ("", None),
+    ],
+)
+def test_numbers_in(answer: str, expected: set[int] | None) -> None:
+    assert numbers_in(answer) == expected
+
+
+def test_mixed_spreads_both_kinds() -> None:
+    kinds = [fires for _, fires in mixed(examples("bread", 10), examples("cheese", 10))]
+    assert all(3 <= sum(kinds[i : i + 10]) <= 7 for i in (0, 10)) and mixed([], []) == []
+
+
+def test_the_phase_labels_every_card_and_writes_no_key(
+    selected_run: RunDir,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from sarm.config import Config
+
+    monkeypatch.setenv("SOME_KEY", KEY)
+    label = LabelConfig(url=server.url, model="judge", key_variable="SOME_KEY", held_out=6)
+    config: Config = selected_run.config.model_copy(
+        update={"cards": CardsConfig(top=3, controls=2, label=label)}
+    )
+    run = RunDir.create(tmp_path / "run", config)
+    for phase in ("fetch", "encode", "probe", "select", "cards"):
+        for unit in config.units(phase):  # type: ignore[arg-type]
+            run_unit(run, phase, unit)
+    found = run.read("cards").json("cards.json")
+    assert found["labels"] == {"endpoint": server.url, "model": "judge"}
+    assert all(card["label"]["text"] == "Texts with bread in them" for card in found["cards"])
+    assert all(
+        KEY.encode() not in file.read_bytes() for file in run.path.rglob("*") if file.is_file()
+    )
+    out = capfd.readouterr()
+    assert KEY not in out.out + out.err
+    server.fail = [400] * 9
+    run_unit_failed = main(["cards", "--run", str(run.path), "--force"])
+    assert run_unit_failed == 2 and "label endpoint" in capfd.readouterr().err
+    assert run.read("cards").json("cards.json") == found, (
+        "what stood before a failed attempt still stands"
+    )
+
+
+def test_selected_latents_merge_what_two_lists_say() -> None:
+    features = {
+        "harming": [{"latent": 3, "effect": 1.0}],
+        "promoting": [],
+        "misleading": [],
+        "penalised": [{"latent": 3, "tau": 2.0}],
+    }
+    (only,) = selected_latents({**features, "monitor_features": []})
+    assert (
+        only.latent == 3
+        and only.lists == ("harming", "penalised")
+        and only.figures == {"latent": 3, "effect": 1.0, "tau": 2.0}
+    )
+
+
+def test_a_latent_that_never_fires_has_a_card(encoded: Encoded, made: RunDir) -> None:
+    fires = set(encoded.ranks.indices.ravel().tolist())
+    silent = next(latent for latent in range(encoded.ranks.d_sae) if latent not in fires)
+    features = {
+        name: [] for name in ("promoting", "misleading", "penalised", "monitor_features")
+    } | {"harming": [{"latent": silent}]}
+    table = pd.read_parquet(made.read("select").path("table.parquet"))
+    found = latent_cards(encoded, features, table, texts_of(made.config, encoded), CardsConfig(), 0)
+    (card,) = found["cards"]
+    assert (
+        card["top"] == []
+        and card["near_misses"] == []
+        and len(card["controls"]) == 5
+        and card["histogram"]["off"] == found["n_texts"]
+    )
+    assert "It fires on no text." in cards_page(found, "run")

@@ -1,0 +1,316 @@
+"""The direction probe: exact against moving the states, on any tiling, and the same in the GPU's
+kernels run by an interpreter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+from sarm.config import ROOT, SarmConfig, UserError
+from sarm.probing import direction
+from sarm.probing.direction import Baseline, baseline, check, direction_changes, load_sae
+from sarm.probing.effects import direction_table
+from sarm.probing.stats import Contrast, deal_of, dealt_labels, integers, permutation_p, philox
+from sarm.reward_model.interventions import Direction
+from sarm.reward_model.interventions import direction_changes as recomputed
+from sarm.reward_model.sae import TopKSae, stable_topk
+
+D_IN, D_SAE, K, TEXTS = 48, 300, 9, 6
+
+
+class World(NamedTuple):
+    sae: TopKSae
+    weight: torch.Tensor
+    states: torch.Tensor
+    base: Baseline
+
+
+def world(candidates: int | None = None, twins: bool = False, texts: int = TEXTS) -> World:
+    """A random SAE whose decoder is not its encoder; `twins` makes every latent equal to
+    another.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sae = TopKSae(D_IN, D_SAE, K).double().requires_grad_(False)
+        encoder = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN).double(), dim=1)
+        sae.encoder.weight.copy_(encoder)
+        sae.decoder.weight.copy_(2 * encoder.T + 0.3 * torch.randn(D_IN, D_SAE))
+        sae.pre_bias.copy_(0.1 * torch.randn(D_IN))
+        sae.latent_bias.copy_(0.3 * torch.randn(D_SAE))
+        weight, states = torch.randn(D_SAE).double(), (5 * torch.randn(texts, D_IN) + 1).double()
+    if twins:
+        sae.encoder.weight[1::2], sae.latent_bias[1::2] = (
+            sae.encoder.weight[::2].clone(),
+            sae.latent_bias[::2].clone(),
+        )
+    return World(sae, weight, states, baseline(sae, weight, states, K, candidates))
+
+
+@pytest.mark.parametrize("candidates", [None, K, 20, D_SAE])
+@pytest.mark.parametrize("c", [3.0, -3.0, 0.5])
+def test_every_latent_equals_moving_the_states(candidates: int | None, c: float) -> None:
+    w = world(candidates)
+    (found,) = direction_changes(w.base, w.sae, range(D_SAE), [c])
+    brute = torch.stack(
+        [recomputed(w.sae, w.weight, w.states, K, Direction(latent, c)) for latent in range(D_SAE)]
+    )
+    torch.testing.assert_close(found[c].change, brute, rtol=0, atol=1e-11)
+    for latent in range(0, D_SAE, 7):
+        before = stable_topk(w.sae.preactivations(w.states), K).indices
+        state = w.states + c * w.states.std(dim=-1, keepdim=True) * w.sae.directions(
+            torch.tensor([latent])
+        )
+        a = w.sae.preactivations(state)
+        after = stable_topk(a, K).indices
+        entered = [
+            len(set(new) - set(old))
+            for new, old in zip(after.tolist(), before.tolist(), strict=True)
+        ]
+        assert found[c].swapped[latent].tolist() == entered
+        frozen = (w.weight[before] * a.gather(1, before)).sum(1) - w.base.rewards
+        torch.testing.assert_close(found[c].frozen[latent], frozen, rtol=0, atol=1e-11)
+    assert found[c].swapped.double().mean() > 0.5 and (found[c].change != found[c].frozen).any()
+
+
+def test_any_range_of_latents_gives_the_same_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direction, "TILE_ROWS", 64)
+    w = world()
+    whole = torch.cat(
+        [m[3.0].change for m in direction_changes(w.base, w.sae, range(D_SAE), [3.0])]
+    )
+    for edges in ([0, 1, 63, 64, 65, 299, 300], [0, 100, 100, 300]):
+        for start, stop in itertools.pairwise(edges):
+            parts = [m[3.0] for m in direction_changes(w.base, w.sae, range(start, stop), [3.0])]
+            assert [latent for part in parts for latent in part.latents] == list(range(start, stop))
+            assert torch.equal(
+                torch.cat([part.change for part in parts]) if parts else whole[:0],
+                whole[start:stop],
+            )
+
+
+def test_latents_that_tie_are_sorted_out_as_the_model_does() -> None:
+    w = world(twins=True)
+    (found,) = direction_changes(w.base, w.sae, range(40), [3.0])
+    assert found[3.0].sorted_out > 0, "k is odd and latents come in equal pairs: the k-th ties"
+    off = check(w.sae, w.base, w.states, found[3.0].change, range(40), 3.0)
+    # Which of two equal latents is kept is decided by their numbers; rounding, other in a
+    # recomputation, can decide otherwise.
+    brute = torch.stack(
+        [recomputed(w.sae, w.weight, w.states, K, Direction(latent, 3.0)) for latent in range(40)]
+    )
+    gap = (w.weight[::2] - w.weight[1::2]).abs().max() * w.base.a.abs().max() * 2
+    assert off.pairs == 40 * TEXTS and ((found[3.0].change - brute).abs() < gap).all()
+
+
+def test_check_counts_what_is_wrong() -> None:
+    w = world()
+    (found,) = direction_changes(w.base, w.sae, range(5), [1.0])
+    assert check(w.sae, w.base, w.states, found[1.0].change, range(5), 1.0).mismatches == 0
+    found[1.0].change[2, 3] += 0.1
+    spoilt = check(w.sae, w.base, w.states, found[1.0].change, range(5), 1.0)
+    assert spoilt.mismatches == 1 and spoilt.worst > 1e-3
+    assert check(w.sae, w.base, w.states, found[1.0].change[:0], [], 1.0).pairs == 0
+
+
+def test_table_of_one_prompt_by_hand() -> None:
+    w = world(texts=2)
+    contrast = Contrast(
+        np.arange(2), np.array([0, 0]), np.array([1.0, 0.0]), np.array([0.0, 1.0]), 1
+    )
+    (found,) = direction_changes(w.base, w.sae, range(3), [2.0])
+    table = direction_table([found], contrast, 10, 0)
+    change = found[2.0].change.numpy()
+    assert table["latent"].tolist() == [0, 1, 2] and set(table["c"]) == {2.0}
+    assert table["effect"].to_numpy() == pytest.approx(change[:, 0] - change[:, 1])
+    assert table["change_rejected"].to_numpy() == pytest.approx(change[:, 1])
+    assert table["swapped"].to_numpy() == pytest.approx(found[2.0].swapped.double().mean(1).numpy())
+    assert table["effect_low"].isna().all(), "one prompt tells nothing of the spread"
+    assert direction_table([], contrast, 10, 0).empty
+
+
+def test_a_sarm_without_decoder_is_a_sentence(tiny_sarm, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from safetensors.torch import load_file, save_file
+
+    sae, weight = load_sae(SarmConfig(model=str(tiny_sarm)), "cpu")
+    assert sae.encoder.weight.dtype == weight.dtype == torch.float64 and len(weight) == 64
+    tensors = load_file(tiny_sarm / "model.safetensors")
+    del tensors["sae.decoder.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_sarm / "config.json").read_text())
+    with pytest.raises(UserError, match=r"no sae.decoder.weight.*probe.directions=\[\]"):
+        load_sae(SarmConfig(model=str(tmp_path)), "cpu")
+
+
+# Random numbers and exact counts
+
+
+def test_philox_gives_the_published_numbers() -> None:
+    """Known answers of Random123 (Salmon et al. 2011), philox4x32-10."""
+
+    def words(counter: list[int], key: tuple[int, int]) -> list[str]:
+        return [f"{int(word):08x}" for word in philox([torch.tensor([c]) for c in counter], key)]
+
+    assert words([0] * 4, (0, 0)) == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+    assert words([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF)) == [
+        "408f276d",
+        "41c83b0e",
+        "a20bc7c6",
+        "6d5451fd",
+    ]
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    assert words(pi, (0xA4093822, 0x299F31D0)) == ["d16cfe09", "94fdcceb", "5001e420", "24126ea1"]
+
+
+def odd_contrast() -> Contrast:
+    """Prompts of two to five responses, one of which is chosen; the last prompt compares two with
+    three.
+    """
+    sizes = [2, 4, 4, 2, 3, 5] * 2
+    prompts = np.repeat(np.arange(len(sizes)), sizes)
+    chosen = (np.diff(prompts, prepend=-1) > 0).astype(float)
+    rejected = (1 - chosen) / (np.bincount(prompts) - 1)[prompts]
+    chosen[-5:], rejected[-5:] = [1 / 2, 1 / 2, 0, 0, 0], [0, 0, 1 / 3, 1 / 3, 1 / 3]
+    return Contrast(np.arange(len(prompts)), prompts, chosen, rejected, len(sizes))
+
+
+def test_labels_become_integers_that_add_up_to_zero() -> None:
+    contrast = odd_contrast()
+    deal = deal_of(contrast)
+    assert deal.labels / deal.denominators == pytest.approx(contrast.labels)
+    assert (np.bincount(contrast.prompts, deal.labels) == 0).all()
+    assert deal.labels[-5:].tolist() == [3, 3, -2, -2, -2] and deal.denominators[-1] == 6
+    many = Contrast(
+        np.arange(300),
+        np.zeros(300, int),
+        (np.arange(300) < 1).astype(float),
+        (np.arange(300) > 0) / 299,
+        1,
+    )
+    assert deal_of(many).labels.sum() == 0 and np.abs(deal_of(many).labels).max() <= 127, (
+        "rounded, and still a deal"
+    )
+
+
+def test_chunks_change_no_label() -> None:
+    deal = deal_of(odd_contrast())
+    whole = dealt_labels(deal, torch.arange(50), 3)
+    assert torch.equal(
+        torch.cat(
+            [dealt_labels(deal, torch.arange(a, b), 3) for a, b in ((0, 1), (1, 33), (33, 50))]
+        ),
+        whole,
+    )
+    assert not torch.equal(whole, dealt_labels(deal, torch.arange(50), 4))
+
+
+def test_totals_are_integers_that_fit() -> None:
+    contrast, rng = odd_contrast(), np.random.default_rng(0)
+    deal = deal_of(contrast)
+    values = scipy.sparse.random_array((20, len(contrast.rows)), density=0.5, rng=rng, format="csr")
+    whole = integers(values, deal).toarray()
+    assert np.array_equal(whole, np.rint(whole)) and np.abs(whole).max() == direction_levels()
+    scale = np.abs(values.toarray() / deal.denominators).max(axis=1, keepdims=True)
+    assert whole / direction_levels() * scale == pytest.approx(
+        values.toarray() / deal.denominators, abs=1e-4
+    )
+
+
+def direction_levels() -> int:
+    from sarm.probing.stats import LEVELS
+
+    return LEVELS
+
+
+def test_equal_totals_count_as_reached() -> None:
+    # Two prompts of two: of the four deals two give |3 + 3| and two |3 - 3|; all values equal in
+    # size.
+    contrast = Contrast(
+        np.arange(4), np.array([0, 0, 1, 1]), np.array([1.0, 0, 1, 0]), np.array([0, 1.0, 0, 1]), 2
+    )
+    p = permutation_p(
+        scipy.sparse.csr_array(np.array([[0.3, 0, 0.3, 0], [0.1, 0.2, 0.2, 0.1]])),
+        contrast,
+        4000,
+        4000,
+        0,
+    )
+    assert p[0] == pytest.approx(0.5, abs=0.03) and p[1] == 1.0
+
+
+KERNELS = """
+import numpy as np, scipy.sparse, torch
+from sarm.probing import probe_kernels, stats
+from sarm.probing.direction import affine, select_on_cpu, tiles
+from tests.probing.test_direction import K, D_SAE, odd_contrast, world
+probe_kernels.EXTRAS = 32
+for candidates in (20, 64, D_SAE):
+    w = world(candidates, texts=3)
+    tile = next(tiles(w.base, w.sae, range(3, 9), 6))
+    for c in (3.0, -3.0):
+        alpha, beta = affine(w.base, tile, c)
+        ours = probe_kernels.select_moved(w.base, probe_kernels.prepare(w.base), tile.gains, alpha, beta)
+        theirs = select_on_cpu(w.base, tile.gains, alpha, beta)
+        assert (ours[3] == 0).all(), ours[3]
+        for a, b in zip(ours[:3], theirs[:3]):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+w = world(K, texts=3)  # a threshold from k candidates alone is so low that more extras come than fit
+tile = next(tiles(w.base, w.sae, range(3, 9), 6))
+assert (probe_kernels.select_moved(w.base, probe_kernels.prepare(w.base), tile.gains, *affine(w.base, tile, 3.0))[3] == 2).any()
+w = world(20, twins=True, texts=3)
+tile = next(tiles(w.base, w.sae, range(3, 9), 6))
+assert (probe_kernels.select_moved(w.base, probe_kernels.prepare(w.base), tile.gains, *affine(w.base, tile, 3.0))[3] != 0).any()
+
+contrast = odd_contrast()
+deal = stats.deal_of(contrast)
+values = scipy.sparse.random_array((150, len(contrast.rows)), density=0.5, rng=np.random.default_rng(0), format="csr")
+whole = stats.integers(values, deal)
+observed = np.abs(whole @ deal.labels).astype(np.int64)
+on_gpu, on_cpu = stats._counter_on_gpu(whole, deal, observed, "cpu"), stats._counter_on_cpu(whole, deal, observed)
+for latents in (np.arange(150), np.arange(0, 150, 3)):
+    assert np.array_equal(on_gpu(latents, 100, 300, 3), on_cpu(latents, 100, 300, 3))
+print("alike")
+"""
+
+
+def test_kernels_do_what_the_plain_code_does() -> None:
+    """Interpreted in a process of its own: Triton decides on import whether it interprets."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KERNELS],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "alike", done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu() -> None:
+    w = world(texts=5)
+    on_gpu = baseline(w.sae.cuda(), w.weight.cuda(), w.states.cuda(), K)
+    gpu = torch.cat(
+        [m[3.0].change.cpu() for m in direction_changes(on_gpu, w.sae, range(D_SAE), [3.0])]
+    )
+    w.sae.cpu()
+    cpu = torch.cat([m[3.0].change for m in direction_changes(w.base, w.sae, range(D_SAE), [3.0])])
+    torch.testing.assert_close(gpu, cpu, rtol=0, atol=1e-10)
+    contrast = odd_contrast()
+    values = scipy.sparse.random_array(
+        (200, len(contrast.rows)), density=0.5, rng=np.random.default_rng(0), format="csr"
+    )
+    assert np.array_equal(
+        permutation_p(values, contrast, 2000, 9000, 1, "cuda"),
+        permutation_p(values, contrast, 2000, 9000, 1),
+    )

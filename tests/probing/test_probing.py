@@ -1,0 +1,630 @@
+"""Effects, statistics and selection on arrays: against brute force, hand-computed figures and
+planted truths.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import scipy.stats
+
+from sarm.config import PenaltyConfig, UserError, parse_config
+from sarm.data.datasets import Pair, Prompt, text_id
+from sarm.probing.effects import Encoded, contrast_of, latent_effects, latent_table, roles
+from sarm.probing.select import firing_rate, judged, ranked, resolved_tau, select_features
+from sarm.probing.stats import (
+    Contrast,
+    benjamini_hochberg,
+    bootstrap_intervals,
+    holm,
+    matched_at_random,
+    permutation_p,
+    permutations_needed,
+    permuted_labels,
+    prompt_effects,
+)
+from sarm.reward_model.interventions import Ranks
+
+HARMING, PROMOTING, MISLEADING = (3, 11, 20), (5, 14, 33), (40, 50)
+
+
+def config_with(**overrides: Any):  # type: ignore[no-untyped-def]
+    tree: dict[str, Any] = {
+        "name": "planted",
+        "policy": {"model": "none"},
+        "sarm": {"model": "none"},
+        "data": {
+            "sources": {
+                "none": {
+                    "format": "jsonl",
+                    "label": "none",
+                    "path": "none",
+                    "split": {"discovery": 1.0},
+                }
+            }
+        },
+        "probe": {"permutations": 2000, "bootstrap": 200, "min_prompts_active": 8},
+        "select": {"listed": 3, "penalised": 2, "monitors": 1, "random_candidates": 6},
+        "ppo": {"penalty": {"tau": 1.0}},
+    }
+    for dotted, value in overrides.items():
+        section, key = dotted.split("__")
+        tree[section] = {**tree[section], key: value}
+    return parse_config(tree, "test")
+
+
+def planted_world(
+    seed: int,
+    prompts: int = 120,
+    rejected: int = 1,
+    d_sae: int = 64,
+    k: int = 12,
+    planted: bool = True,
+) -> tuple[Encoded, dict[str, Contrast]]:
+    """Texts whose planted latents rise on the rejected or chosen response; half the prompts are
+    discovery, half validation.
+    """
+    rng = np.random.default_rng(seed)
+    weight = rng.choice([-1, 1], d_sae) * rng.uniform(0.2, 1.0, d_sae)
+    weight[list(HARMING)], weight[list(PROMOTING)] = -0.8, 0.8
+    weight[list(MISLEADING)] = 0.8, -0.8
+    rows, texts, contrasts = [], [], {}
+    for prompt in range(prompts):
+        part = "discovery" if prompt % 2 else "validation"
+        topic = rng.normal(size=d_sae)
+        for response in range(1 + rejected):
+            a = topic + rng.normal(size=d_sae) + 0.5
+            if planted and response == 0:
+                a[[*PROMOTING, MISLEADING[1]]] += 2
+            if planted and response > 0:
+                a[[*HARMING, MISLEADING[0]]] += 2
+            rows.append(a)
+            label = "chosen" if response == 0 else "rejected"
+            texts.append(
+                {
+                    "text_id": f"{len(texts)}",
+                    "prompt_id": f"{prompt}",
+                    "source": "s",
+                    "part": part,
+                    "label": label,
+                    "n_tokens": 9,
+                }
+            )
+    a = np.stack(rows)
+    order = np.argsort(-a, axis=1)[:, : k + 4]
+    ranks = Ranks(
+        order.astype(np.int32), np.take_along_axis(a, order, 1).astype(np.float32), k, d_sae
+    )
+    frame = pd.DataFrame(texts)
+    frame["reward"] = (weight[ranks.indices[:, :k]] * ranks.values[:, :k]).sum(1)
+    for part in ("discovery", "validation"):
+        mine = np.flatnonzero((frame["part"] == part).to_numpy())
+        chosen = (frame["label"] == "chosen").to_numpy()[mine].astype(float)
+        number = np.repeat(np.arange(len(mine) // (1 + rejected)), 1 + rejected)
+        contrasts[part] = Contrast(
+            mine, number, chosen, (1 - chosen) / rejected, len(mine) // (1 + rejected)
+        )
+    return (
+        Encoded(frame, ranks, np.zeros((len(a), 4), np.float32), weight.astype(np.float32)),
+        contrasts,
+    )
+
+
+def orthogonal(latents):  # type: ignore[no-untyped-def]
+    return np.eye(64, dtype=np.float32)[list(latents)]
+
+
+# Effects
+
+
+def test_effects_of_a_pair_by_hand() -> None:
+    # k = 2 of 4 latents; chosen keeps 0 (3.0) and 1 (2.0), runner-up 2 (1.0); rejected keeps 1
+    # (4.0) and 3 (1.0), runner-up 0 (0.5).
+    ranks = Ranks(
+        np.array([[0, 1, 2], [1, 3, 0]], np.int32),
+        np.array([[3, 2, 1], [4, 1, 0.5]], np.float32),
+        2,
+        4,
+    )
+    weight = np.array([1.0, -0.5, 0.25, 2.0], np.float32)
+    contrast = Contrast(
+        np.array([0, 1]), np.array([0, 0]), np.array([1.0, 0.0]), np.array([0.0, 1.0]), 1
+    )
+    table = latent_effects(ranks, weight, contrast, 0, 4)
+    assert table["delta_z"].tolist() == [3.0, -2.0, 0.0, -1.0]
+    assert table["effect_head"].tolist() == [3.0, 1.0, 0.0, -2.0]
+    # chosen: runner-up adds 0.25; rejected: runner-up adds 0.5.
+    assert table["effect_reselected"].tolist() == [
+        3.0 - 0.25,
+        (-1.0 - 0.25) - (-2.0 - 0.5),
+        0.0,
+        -(2.0 - 0.5),
+    ]
+    assert table["n_prompts_active"].tolist() == [1, 1, 0, 1]
+    assert roles(weight.astype(float), table["delta_z"].to_numpy()).tolist() == [
+        "promoting",
+        "harming",
+        "none",
+        "misleading",
+    ]
+
+
+def test_contrast_weighs_prompts_alike_and_joins_a_response_of_both_labels() -> None:
+    def pair(name: str, chosen: str, rejected: str) -> Pair:
+        prompt = Prompt(name, ({"role": "user", "content": name},), "s", "unsafe", "", "discovery")
+        return Pair(f"{name}{chosen}{rejected}", prompt, "s", chosen, rejected)
+
+    def row_of(prompt: str, response: str, label: str) -> str:
+        return (
+            text_id(
+                [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            )
+            + f"-{label}"
+        )
+
+    pairs = [pair("p", "a", "b"), pair("p", "b", "c"), pair("q", "x", "y")]
+    encoded = [
+        ("p", "a", "c"),
+        ("p", "b", "r"),
+        ("p", "b", "c"),
+        ("p", "c", "r"),
+        ("q", "x", "c"),
+        ("q", "y", "r"),
+    ]
+    rows = {row_of(*text): row for row, text in enumerate(encoded)}
+    contrast = contrast_of(pairs, rows)
+    assert contrast.rows.tolist() == [0, 2, 3, 4, 5]
+    assert contrast.prompts.tolist() == [0, 0, 0, 1, 1]
+    assert contrast.labels.tolist() == [0.5, 0.0, -0.5, 1.0, -1.0]
+    with pytest.raises(UserError, match="encode has not seen"):
+        contrast_of([pair("p", "new", "b")], rows)
+
+
+@pytest.mark.parametrize("reselected", [False, True])
+def test_table_equals_a_plain_loop(reselected: bool) -> None:
+    encoded, contrasts = planted_world(0, prompts=12, rejected=3)
+    table = latent_effects(encoded.ranks, encoded.head_weight, contrasts["discovery"], 0, 64)
+    w, k = encoded.head_weight.astype(float), encoded.ranks.k
+
+    def reward_without(row: int, latent: int) -> float:
+        kept = [
+            (i, v)
+            for i, v in zip(
+                encoded.ranks.indices[row], encoded.ranks.values[row].astype(float), strict=True
+            )
+        ]
+        if reselected:
+            return sum(w[i] * v for i, v in [x for x in kept if x[0] != latent][:k])
+        return sum(w[i] * v for i, v in kept[:k] if i != latent)
+
+    contrast = contrasts["discovery"]
+    for latent in range(64):
+        margins = []
+        for prompt in range(contrast.n_prompts):
+            rows = contrast.rows[contrast.prompts == prompt]
+            change = [reward_without(r, -1) - reward_without(r, latent) for r in rows]
+            margins.append(change[0] - np.mean(change[1:]))
+        assert table[f"effect_{'reselected' if reselected else 'head'}"][latent] == pytest.approx(
+            np.mean(margins), abs=1e-12
+        )
+
+
+def test_any_partition_gives_the_same_table_to_the_bit() -> None:
+    encoded, contrasts = planted_world(1)
+    config = config_with()
+    whole = latent_table(encoded, contrasts, 0, 64, config)
+    for edges in ([0, 1, 2, 31, 32, 64], [0, 40, 64], [0, 7, 7, 64], list(range(65))):
+        parts = [
+            latent_table(encoded, contrasts, a, b, config) for a, b in itertools.pairwise(edges)
+        ]
+        pd.testing.assert_frame_equal(
+            pd.concat(parts, ignore_index=True), whole, check_exact=True, check_dtype=True
+        )
+
+
+# Statistics
+
+
+def test_p_of_few_prompts_is_the_share_of_all_relabelings() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(3, 12))
+    # Prompts of 2, 4, 4 and 2 responses, each with one chosen: 2 * 4 * 4 * 2 relabelings.
+    prompts = np.repeat([0, 1, 2, 3], [2, 4, 4, 2])
+    chosen = np.isin(np.arange(12), [0, 2, 6, 10]).astype(float)
+    rejected = (1 - chosen) / (np.bincount(prompts) - 1)[prompts]
+    contrast = Contrast(np.arange(12), prompts, chosen, rejected, 4)
+    for latent, p in enumerate(
+        permutation_p(scipy.sparse.csr_array(z), contrast, 40_000, 40_000, 0)
+    ):
+        exact = []
+        for picks in itertools.product(range(2), range(2, 6), range(6, 10), range(10, 12)):
+            exact.append(
+                sum(
+                    z[latent, i]
+                    - np.mean([z[latent, j] for j in np.flatnonzero(prompts == q) if j != i])
+                    for q, i in enumerate(picks)
+                )
+            )
+        assert p == pytest.approx(np.mean(np.abs(exact) >= abs(exact[0]) - 1e-12), abs=0.015)
+
+
+def test_labels_are_dealt_within_prompts_jointly() -> None:
+    contrast = Contrast(
+        np.arange(6),
+        np.array([0, 0, 0, 0, 1, 1]),
+        np.array([1.0, 0, 0, 0, 1, 0]),
+        np.array([0, 1 / 3, 1 / 3, 1 / 3, 0, 1]),
+        2,
+    )
+    labels = np.concatenate(list(permuted_labels(contrast, 5000, 7)), axis=1)
+    assert labels.shape == (6, 5000)
+    assert np.allclose(np.sort(labels[:4], axis=0), np.sort(contrast.labels[:4])[:, None])
+    assert np.allclose(labels[4] + labels[5], 0)
+    assert np.allclose((labels[:4] == 1).mean(axis=1), 0.25, atol=0.03)
+    # Prompts are dealt independently of one another.
+    assert abs(np.corrcoef(labels[0], labels[4])[0, 1]) < 0.05
+
+
+def test_stopping_early_keeps_p_valid_and_reaches_the_smallest_threshold() -> None:
+    n = 400
+    contrast = Contrast(
+        np.arange(2 * 30),
+        np.repeat(np.arange(30), 2),
+        np.tile([1.0, 0.0], 30),
+        np.tile([0.0, 1.0], 30),
+        30,
+    )
+    z = np.random.default_rng(3).normal(size=(n, 60))
+    z[0] += np.tile([3.0, 0.0], 30)
+    p = permutation_p(scipy.sparse.csr_array(z), contrast, 200, permutations_needed(n, 0.05), 0)
+    assert p[0] == 1 / (permutations_needed(n, 0.05) + 1) < 0.05 / n
+    assert scipy.stats.kstest(p[1:], "uniform").pvalue > 0.01
+    assert (p[1:] <= 0.05).mean() < 0.09
+
+
+@pytest.mark.parametrize("rejected", [1, 3])
+def test_p_is_calibrated_where_responses_are_alike(rejected: int) -> None:
+    p = []
+    for seed in range(8):
+        encoded, contrasts = planted_world(100 + seed, rejected=rejected, planted=False)
+        table = latent_table(encoded, contrasts, 0, 64, config_with(probe__permutations=500))
+        p += table.loc[table["tested"], "p"].tolist()
+    p = np.array(p)
+    assert len(p) > 400
+    for level in (0.05, 0.2, 0.5):
+        assert (p <= level).mean() < level + 3 * np.sqrt(level * (1 - level) / len(p))
+
+
+def test_bootstrap_resamples_prompts() -> None:
+    rng = np.random.default_rng(0)
+    effects = rng.normal(1.0, 2.0, size=(1, 400))
+    low, high = bootstrap_intervals(scipy.sparse.csr_array(effects), 4000, 0)
+    half = 1.96 * effects.std(ddof=1) / 20
+    assert low[0] == pytest.approx(effects.mean() - half, abs=0.03)
+    assert high[0] == pytest.approx(effects.mean() + half, abs=0.03)
+    one = bootstrap_intervals(scipy.sparse.csr_array(effects[:, :1]), 100, 0)
+    assert np.isnan(one).all()
+
+
+def test_prompt_effects_average_pairs_first() -> None:
+    contrast = Contrast(
+        np.arange(6),
+        np.array([0, 0, 0, 0, 1, 1]),
+        np.array([1.0, 0, 0, 0, 1, 0]),
+        np.array([0, 1 / 3, 1 / 3, 1 / 3, 0, 1]),
+        2,
+    )
+    effects = prompt_effects(scipy.sparse.csr_array(np.array([[4.0, 1, 2, 3, 0, 5]])), contrast)
+    assert effects.toarray()[0] == pytest.approx([2.0, -5.0])
+
+
+def test_multiple_testing_equals_scipy_and_hand() -> None:
+    p = np.array([0.01, 0.04, np.nan, 0.03, 0.005])
+    assert holm(p)[[0, 1, 3, 4]] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    tested = ~np.isnan(p)
+    assert benjamini_hochberg(p)[tested] == pytest.approx(
+        scipy.stats.false_discovery_control(p[tested])
+    )
+    assert np.isnan(benjamini_hochberg(p)[2]) and np.isnan(holm(p)[2])
+    assert len(holm(np.array([]))) == len(benjamini_hochberg(np.array([]))) == 0
+    assert permutations_needed(4608, 0.1) == 46080
+
+
+def test_matched_latents_are_near_and_drawn_once() -> None:
+    features = np.stack([np.arange(40.0), np.zeros(40)], axis=1)
+    drawn = matched_at_random(
+        np.array([0, 20]), np.array([*range(1, 20), *range(21, 40)]), features, 4, 0
+    )
+    assert all(len(d) == 4 for d in drawn) and len({*drawn[0], *drawn[1]}) == 8
+    assert max(drawn[0]) <= 8 and all(abs(latent - 20) <= 8 for latent in drawn[1])
+    few = matched_at_random(np.array([0, 1]), np.array([2, 3]), features, 5, 0)
+    assert sorted(latent for d in few for latent in d) == [2, 3]
+
+
+# Planted latents, and none
+
+
+@pytest.mark.parametrize("rejected", [1, 3])
+def test_planted_latents_are_all_found_and_confirmed(rejected: int) -> None:
+    encoded, contrasts = planted_world(2, prompts=200, rejected=rejected)
+    config = config_with(select__listed=10)
+    features = select_features(
+        latent_table(encoded, contrasts, 0, 64, config), encoded, config, orthogonal
+    )
+    for role, planted in (
+        ("harming", HARMING),
+        ("promoting", PROMOTING),
+        ("misleading", MISLEADING),
+    ):
+        confirmed = {f["latent"] for f in features[role] if f["confirmed"]}
+        assert confirmed >= set(planted), role
+        assert len(confirmed - set(planted)) <= 1
+        effects = [abs(f["effect"]) for f in features[role] if f["confirmed"]]
+        assert effects == sorted(effects, reverse=True)
+    assert {p["latent"] for p in features["penalised"]} < set(HARMING)
+    assert set(features["monitors"]) | {p["latent"] for p in features["penalised"]} == set(HARMING)
+    assert features["steering_file"] == {str(f["latent"]): ["*", 0.0] for f in features["harming"]}
+    candidates = [c["latent"] for c in features["random_candidates"]]
+    assert len(candidates) == 6 and not {*candidates} & {*HARMING, *PROMOTING, *MISLEADING}
+    json.dumps(features, allow_nan=False)
+
+
+@pytest.mark.parametrize("rejected", [1, 3])
+def test_shuffled_labels_give_few_discoveries_over_repeated_draws(rejected: int) -> None:
+    # With no true effect any discovery is false, so the share of draws with one estimates the false
+    # discovery rate.
+    encoded, contrasts = planted_world(4, prompts=120, rejected=rejected)
+    contrast, draws, found, confirmed = contrasts["discovery"], 60, 0, 0
+    config = config_with(probe__permutations=1000, probe__bootstrap=2, select__fdr=0.1)
+    shuffled = {part: next(permuted_labels(c, draws, 5)) for part, c in contrasts.items()}
+    for draw in range(draws):
+        drawn = {}
+        for part, contrast in contrasts.items():
+            labels = shuffled[part][:, draw]
+            drawn[part] = contrast._replace(
+                chosen=np.maximum(labels, 0), rejected=np.maximum(-labels, 0)
+            )
+        table = latent_table(encoded, drawn, 0, 64, config)
+        q = benjamini_hochberg(table["p"].to_numpy())
+        found += bool((q <= 0.1).any())
+        p = holm(table["p_validation"].where(q <= 0.1).to_numpy())
+        confirmed += bool((p < 0.05).any())
+    assert found / draws <= 0.1 + 2 * np.sqrt(0.1 * 0.9 / draws)
+    assert confirmed / draws <= 0.05
+
+
+def test_sign_flipping_averages_would_not_have_been_calibrated() -> None:
+    """Why labels are dealt anew: with one chosen against three rejected, skewed values break the
+    sign flip, not this test.
+    """
+    rng = np.random.default_rng(0)
+    latents, prompts = 1500, 12
+    z = rng.exponential(size=(latents, prompts * 4)) ** 2
+    chosen = np.tile([1.0, 0, 0, 0], prompts)
+    contrast = Contrast(
+        np.arange(prompts * 4), np.repeat(np.arange(prompts), 4), chosen, (1 - chosen) / 3, prompts
+    )
+    p = permutation_p(scipy.sparse.csr_array(z), contrast, 1000, 1000, 0)
+    assert (p <= 0.05).mean() == pytest.approx(0.05, abs=0.015)
+    averages = z.reshape(latents, prompts, 4) @ np.array([1, -1 / 3, -1 / 3, -1 / 3])
+    flipped = (
+        np.abs(averages @ rng.choice([-1.0, 1.0], size=(prompts, 1000)))
+        >= np.abs(averages.sum(1))[:, None]
+    )
+    assert (flipped.mean(1) <= 0.05).mean() > 0.08
+
+
+# Selection
+
+
+def test_roles_and_order_when_few_are_confirmed() -> None:
+    encoded, contrasts = planted_world(2, prompts=200)
+    config = config_with(select__listed=8)
+    features = select_features(
+        latent_table(encoded, contrasts, 0, 64, config), encoded, config, orthogonal
+    )
+    flags = [f["confirmed"] for f in features["harming"]]
+    assert flags == sorted(flags, reverse=True) and not all(flags)
+    unconfirmed = [f["effect_discovery"] for f in features["harming"] if not f["confirmed"]]
+    assert unconfirmed == sorted(unconfirmed, reverse=True)
+    for f in features["harming"]:
+        assert f["weight"] < 0 and f["effect_discovery"] > 0
+
+
+def test_effects_are_quoted_from_validation() -> None:
+    encoded, contrasts = planted_world(2, prompts=200)
+    config = config_with()
+    table = latent_table(encoded, contrasts, 0, 64, config)
+    first = select_features(table, encoded, config, orthogonal)["harming"][0]
+    row = table.loc[first["latent"]]
+    assert (
+        first["effect"]
+        == row["effect_reselected_validation"]
+        != row["effect_reselected"]
+        == first["effect_discovery"]
+    )
+    assert (
+        first["effect_low"] == row["effect_low_validation"] < first["effect"] < first["effect_high"]
+    )
+
+
+def test_monitors_keep_away_from_the_penalised() -> None:
+    encoded, contrasts = planted_world(2, prompts=200)
+    config = config_with(select__penalised=1)
+    table = latent_table(encoded, contrasts, 0, 64, config)
+    penalised = select_features(table, encoded, config, orthogonal)["penalised"][0]["latent"]
+    near, far = sorted(set(HARMING) - {penalised})
+
+    def directions(latents):  # type: ignore[no-untyped-def]
+        vectors = np.eye(64, dtype=np.float32)
+        vectors[near] = -0.6 * vectors[penalised] + 0.8 * vectors[near]
+        return 5 * vectors[list(latents)]
+
+    assert (
+        near
+        not in select_features(
+            table, encoded, config_with(select__penalised=1, select__monitors=4), directions
+        )["monitors"]
+    )
+    loose = select_features(
+        table,
+        encoded,
+        config_with(select__penalised=1, select__monitors=2, select__monitor_max_cosine=0.61),
+        directions,
+    )
+    assert set(loose["monitors"]) == {near, far}
+    assert {round(f["max_cosine"], 3) for f in loose["monitor_features"]} == {0.6, 0.0}
+
+
+def test_tau_and_alpha_are_resolved_to_numbers() -> None:
+    encoded, contrasts = planted_world(2, prompts=200)
+    penalty = {"tau": None, "tau_quantile": 0.8, "alpha": 2.0, "alpha_unit": "reward_sd"}
+    config = config_with(ppo__penalty=penalty)
+    features = select_features(
+        latent_table(encoded, contrasts, 0, 64, config), encoded, config, orthogonal
+    )
+    texts = encoded.texts
+    sd = texts.loc[texts["part"] == "discovery", "reward"].std()
+    rejected = np.flatnonzero(
+        ((texts["part"] == "discovery") & (texts["label"] == "rejected")).to_numpy()
+    )
+    chosen = np.flatnonzero(
+        ((texts["part"] == "discovery") & (texts["label"] == "chosen")).to_numpy()
+    )
+    texts_of_both = [*rejected, *chosen]
+    for entry in features["penalised"]:
+        z = np.array(
+            [
+                dict(
+                    zip(*(part[row, :12].tolist() for part in encoded.ranks[:2]), strict=True)
+                ).get(entry["latent"], 0.0)
+                for row in texts_of_both
+            ]
+        )
+        assert entry["tau"] == pytest.approx(np.quantile(z[: len(rejected)], 0.8))
+        assert entry["alpha"] == pytest.approx(2 * sd)
+        assert features["reference_rates"][str(entry["latent"])] == pytest.approx(
+            ((z[len(rejected) :] > 0).sum() + 0.5) / (len(chosen) + 1)
+        )
+        assert 0.1 < features["discovery_rates"][str(entry["latent"])] <= 0.2
+
+
+def test_a_quantile_below_the_zeros_fires_whenever_the_latent_does() -> None:
+    encoded, contrasts = planted_world(2, prompts=200)
+    config = config_with(ppo__penalty={"tau": None, "tau_quantile": 0.0})
+    features = select_features(
+        latent_table(encoded, contrasts, 0, 64, config), encoded, config, orthogonal
+    )
+    assert all(
+        p["tau"] >= 0 and features["discovery_rates"][str(p["latent"])] > 0.3
+        for p in features["penalised"]
+    )
+
+
+@pytest.mark.parametrize("penalty", [{"tau": 1000.0}, {"tau": None, "tau_quantile": 1.0}])
+def test_a_penalty_that_never_triggers_is_refused(penalty: dict[str, Any]) -> None:
+    encoded, contrasts = planted_world(2, prompts=200)
+    config = config_with(ppo__penalty=penalty)
+    table = latent_table(encoded, contrasts, 0, 64, config)
+    with pytest.raises(UserError, match="never triggers on discovery's rejected texts"):
+        select_features(table, encoded, config, orthogonal)
+    allowed = config_with(ppo__penalty=penalty, ppo__arms=["no_penalty"])
+    assert any(
+        "never triggers" in warning
+        for warning in select_features(table, encoded, allowed, orthogonal)["warnings"]
+    )
+
+
+def test_too_few_permutations_are_made_up_for_and_told() -> None:
+    encoded, contrasts = planted_world(2, prompts=200)
+    config = config_with(probe__permutations=100)
+    features = select_features(
+        latent_table(encoded, contrasts, 0, 64, config), encoded, config, orthogonal
+    )
+    assert features["permutations"] == {
+        "configured": 100,
+        "needed": features["n_tested"] * 10,
+        "used": features["n_tested"] * 10,
+    }
+    assert any("probe.permutations=100 is too few" in warning for warning in features["warnings"])
+    assert {f["latent"] for f in features["harming"] if f["confirmed"]} == set(HARMING)
+
+
+def test_one_prompt_tests_nothing_and_no_validation_confirms_nothing() -> None:
+    encoded, contrasts = planted_world(0, prompts=2)
+    assert contrasts["discovery"].n_prompts == 1
+    table = latent_table(encoded, contrasts, 0, 64, config_with())
+    assert (
+        not table["tested"].any() and table["p"].isna().all() and table["effect_low"].isna().all()
+    )
+    with pytest.raises(UserError, match="no harming latent was found"):
+        select_features(table, encoded, config_with(), orthogonal)
+    encoded, contrasts = planted_world(2, prompts=200)
+    nobody = Contrast(*(np.zeros(0, t) for t in (int, int, float, float)), 0)
+    table = latent_table(encoded, {**contrasts, "validation": nobody}, 0, 64, config_with())
+    features = select_features(table, encoded, config_with(), orthogonal)
+    assert features["n_discoveries"] >= 8 and features["n_confirmed"] == 0
+    assert all(f["effect"] is None and not f["confirmed"] for f in features["harming"])
+    json.dumps(features, allow_nan=False)
+
+
+def test_tau_is_never_below_a_latent_that_is_off() -> None:
+    # Kept values can be negative, as nothing clamps them; a tau below 0 would fire on every text
+    # that lacks the latent.
+    ranks = Ranks(
+        np.array([[0], [0], [1], [1]], np.int32),
+        np.array([[-2.0], [-1.0], [3.0], [1.0]], np.float32),
+        1,
+        2,
+    )
+    frame = pd.DataFrame({"part": "discovery", "label": "rejected"}, index=range(4))
+    encoded = Encoded(frame, ranks, np.zeros((4, 1), np.float32), np.ones(2, np.float32))
+    assert resolved_tau(0, encoded, PenaltyConfig(tau=None, tau_quantile=0.2)) == 0.0
+    assert resolved_tau(1, encoded, PenaltyConfig(tau=None, tau_quantile=0.5)) == 0.5
+    assert resolved_tau(0, encoded, PenaltyConfig(tau=-1.5)) == -1.5
+    assert [
+        firing_rate(encoded, 0, 0.0),
+        firing_rate(encoded, 1, 0.5),
+        firing_rate(encoded, 0, -1.5),
+    ] == [0.0, 0.5, 0.75]
+
+
+def test_confirmed_means_discovered_same_sign_and_holm() -> None:
+    table = pd.DataFrame(
+        {
+            "latent": range(6),
+            "tested": [True, True, True, True, True, False],
+            "role": ["harming", "harming", "promoting", "misleading", "harming", "harming"],
+            "p": [0.001, 0.001, 0.001, 0.001, 0.9, np.nan],
+            "effect_head": [1.0, 1.0, 1.0, -1.0, 1.0, 1.0],
+            "effect_head_validation": [1.0, -1.0, 1.0, -1.0, 1.0, 1.0],
+            # Holm over the four discoveries: 0.04, 0.04, 0.06 and 0.04.
+            "p_validation": [0.01, 0.01, 0.06, 0.01, 0.001, np.nan],
+        }
+    )
+    select = config_with(select__effect="head").select
+    result = judged(table, select)
+    assert result["discovered"].tolist() == [True, True, True, True, False, False]
+    assert result["p_holm"].tolist()[:4] == [0.04, 0.04, 0.06, 0.04]
+    assert result["confirmed"].tolist() == [True, False, False, True, False, False]
+    assert result["candidate"].tolist() == [True, True, True, True, True, False]
+    assert not judged(table.assign(effect_head=-table["effect_head"]), select)["candidate"].any()
+
+
+def test_ranked_puts_the_confirmed_first() -> None:
+    table = pd.DataFrame(
+        {
+            "latent": [0, 1, 2, 3],
+            "role": "harming",
+            "candidate": True,
+            "confirmed": [False, True, True, False],
+        }
+    )
+    table["effect"], table["effect_validation"] = [9.0, 1.0, 5.0, 3.0], [0.0, 4.0, 2.0, 8.0]
+    assert ranked(table, "harming")["latent"].tolist() == [1, 2, 0, 3]

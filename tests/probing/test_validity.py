@@ -1,0 +1,302 @@
+"""Nulls, replication, baselines and sensitivity, on planted truths in two sources."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+
+from reports.blocks import lines
+from reports.sections import trust
+from sarm.config import parse_config
+from sarm.data.datasets import Data, Pair, Prompt, text_id
+from sarm.probing.effects import Encoded, contrasts_of, latent_table
+from sarm.probing.select import judged
+from sarm.probing.stats import Contrast, permutation_p
+from sarm.probing.validity import (
+    bradley_terry,
+    discover,
+    feature_replication,
+    joined,
+    latent_contributions,
+    matched_null,
+    of_prompts,
+    pair_rows,
+    rank_correlation,
+    replication,
+    sensitivity,
+    shuffled_labels,
+    validity,
+)
+from sarm.reward_model.interventions import Ranks
+from sarm.training.train import fit_head
+
+D_SAE, K, D_IN = 64, 12, 10
+BOTH, ONLY_A, TURNED = (3, 11), (20, 21), 30
+"""Latents that fire on rejected texts of both sources, of a alone, and of a but on b's chosen
+texts.
+"""
+
+
+def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
+    """Source a in discovery and validation, source b all in test; one chosen against two
+    rejected.
+    """
+    rng = np.random.default_rng(seed)
+    weight = rng.choice([-1, 1], D_SAE) * rng.uniform(0.2, 1.0, D_SAE)
+    weight[[*BOTH, *ONLY_A, TURNED]] = -0.8
+    axis, pairs, texts, rows, states = rng.normal(size=D_IN), [], [], [], []
+    for number in range(2 * prompts):
+        source = "a" if number < prompts else "b"
+        part: Any = "test" if source == "b" else "validation" if number % 3 == 0 else "discovery"
+        message = {"role": "user", "content": f"{source}{number}"}
+        prompt = Prompt(f"{source}{number}", (message,), source, "unsafe", "", part)
+        topic = rng.normal(size=D_SAE)
+        for response in ("chosen", "rejected 1", "rejected 2"):
+            a = topic + rng.normal(size=D_SAE) + 0.5
+            bad = response != "chosen"
+            a[list(BOTH)] += 2 * bad
+            if source == "a":
+                a[[*ONLY_A, TURNED]] += 2 * bad
+            else:
+                a[TURNED] += 2 * (not bad)
+            rows.append(a)
+            states.append(rng.normal(size=D_IN) + (0 if bad else 1.5) * axis)
+            label = "rejected" if bad else "chosen"
+            id_ = text_id((message, {"role": "assistant", "content": response})) + f"-{label[0]}"
+            texts.append(
+                {
+                    "text_id": id_,
+                    "prompt_id": prompt.id,
+                    "source": source,
+                    "part": part,
+                    "label": label,
+                    "n_tokens": 9,
+                }
+            )
+        pairs += [
+            Pair(f"{prompt.id}-{r}", prompt, source, "chosen", f"rejected {r}") for r in (1, 2)
+        ]
+    order = np.argsort(-np.stack(rows), axis=1)[:, : K + 2]
+    ranks = Ranks(
+        order.astype(np.int32),
+        np.take_along_axis(np.stack(rows), order, 1).astype(np.float32),
+        K,
+        D_SAE,
+    )
+    source = {"format": "jsonl", "path": "none"}
+    tree = {
+        "name": "two",
+        "policy": {"model": "none"},
+        "sarm": {"model": "none"},
+        "data": {
+            "sources": {
+                "a": {**source, "label": "A", "split": {"discovery": 0.7, "validation": 0.3}},
+                "b": {**source, "label": "B", "split": {"test": 1.0}},
+            }
+        },
+        "probe": {"permutations": 500, "bootstrap": 50},
+        "select": {"redraws": 2, "effect": "head"},
+    }
+    frame = pd.DataFrame(texts)
+    frame["reward"] = 0.0
+    prompts_of = [p.prompt for p in pairs[::2]]
+    return (
+        Encoded(frame, ranks, np.stack(states).astype(np.float32), weight.astype(np.float32)),
+        Data(prompts_of, pairs, {}),
+        parse_config(tree, "test"),
+    )
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[Encoded, Data, Any, pd.DataFrame]:
+    encoded, data, config = two_sources()
+    return (
+        encoded,
+        data,
+        config,
+        judged(latent_table(encoded, contrasts_of(data, encoded), 0, D_SAE, config), config.select),
+    )
+
+
+def test_what_holds_in_one_source_alone_does_not_replicate(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, _ = world
+    there, back = replication(encoded, data, config, "cpu")
+    assert (there["from"], there["to"], back["from"]) == ("A", "B", "B")
+    assert set(there["not_replicated"]) >= {*ONLY_A, TURNED} and not set(BOTH) & set(
+        there["not_replicated"]
+    )
+    assert (
+        there["replicated"] >= 2
+        and there["replicated"] + len(there["not_replicated"]) == there["discovered"]
+    )
+    assert there["opposite_and_significant"] >= 1 and TURNED in back["not_replicated"]
+    assert there["prompts"] == 90 and -1 <= there["rank_correlation"] < 1
+
+
+def test_a_prompt_in_both_sources_is_not_tried_again(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, _ = world
+    shared = [
+        pair._replace(source="b") if pair.prompt.id in ("a0", "a3") else pair for pair in data.pairs
+    ]
+    shared += [pair for pair in data.pairs if pair.prompt.id in ("a0", "a3")]
+    there = replication(encoded, data._replace(pairs=shared), config, "cpu")[0]
+    assert there["prompts"] == 90, "b has 92 prompts by now, two of them a's"
+
+
+def test_listed_latents_are_tried_on_sources_that_selection_never_read(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, table = world
+    listed = [
+        {"latent": latent, "effect_discovery": float(table.loc[latent, "effect"])}
+        for latent in (*BOTH, *ONLY_A, TURNED)
+    ]
+    found = feature_replication(listed, encoded, data, config, "cpu")
+    states = {latent: rows[0]["replicates"] for latent, rows in found.items()}
+    assert states == dict.fromkeys(BOTH, True) | dict.fromkeys((*ONLY_A, TURNED), False)
+    assert {row["source"] for rows in found.values() for row in rows} == {"B"}
+    row = found[3][0]
+    assert row["effect_low"] < row["effect"] < row["effect_high"]
+
+
+def test_matched_latents_do_less_than_the_confirmed(world) -> None:  # type: ignore[no-untyped-def]
+    _, _, config, table = world
+    rows = {row["role"]: row for row in matched_null(table, config)}
+    assert rows["harming"]["p"] < 0.01 and rows["harming"]["effect"] > rows["harming"]["null_high"]
+    nothing = table.assign(confirmed=False)
+    assert matched_null(nothing, config) == []
+
+
+def test_shuffled_labels_find_next_to_nothing(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, table = world
+    rows = shuffled_labels(encoded, contrasts_of(data, encoded), config, "cpu")
+    assert len(rows) == 2 and all(
+        row["confirmed"] <= row["discoveries"] < table["discovered"].sum() for row in rows
+    )
+
+
+def test_repeating_the_selection(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, table = world
+    rows = sensitivity(table, encoded, contrasts_of(data, encoded), config, "cpu")
+    by_what = {
+        what: [r for r in rows if r["what"] == what]
+        for what in ("seed", "split", "25% of the prompts", "75% of the prompts")
+    }
+    assert all(len(mine) == 2 for mine in by_what.values())
+    assert all(
+        r["overlap"] > 0.6 and r["rank_correlation"] == pytest.approx(1) for r in by_what["seed"]
+    )
+    assert {r["prompts"] for r in by_what["25% of the prompts"]} == {15}
+    assert np.mean([r["again"] for r in by_what["75% of the prompts"]]) >= np.mean(
+        [r["again"] for r in by_what["25% of the prompts"]]
+    )
+
+
+def test_dense_probes_see_what_is_planted_in_the_states(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, table = world
+    found = validity(table, encoded, data, config)
+    accuracy = {(row["on"], row["score"].split(" confirmed")[0]): row for row in found["baselines"]}
+    assert (
+        accuracy["B, test", "logistic probe"]["accuracy"] > 0.85
+        and accuracy["B, test", "difference in means"]["accuracy"] > 0.85
+    )
+    assert (
+        accuracy["validation", "SARM reward"]["pairs"] == 60
+        and accuracy["validation", "SARM reward"]["prompts"] == 30
+    )
+    whole, without = (
+        accuracy["validation", "SARM reward"]["accuracy"],
+        accuracy["validation", "SARM reward without them"]["accuracy"],
+    )
+    assert whole > without
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, table = world
+    harming = [
+        {"latent": latent, "effect_discovery": float(table.loc[latent, "effect"])}
+        for latent in (3, 20)
+    ]
+    replicated = feature_replication(harming, encoded, data, config, "cpu")
+    features = {
+        "validity": validity(table, encoded, data, config),
+        "promoting": [],
+        "misleading": [],
+        "directions": [],
+    }
+    features["harming"] = [f | {"replication": replicated[f["latent"]]} for f in harming]
+    text = " ".join("\n".join(lines(trust({"features": features}))).split())
+    assert "Found on A, tried on 90 prompts of B" in text and "significantly the other way" in text
+    assert (
+        "1 replicate on B, which neither discovery nor validation read; these do not: 20." in text
+    )
+    assert "labels shuffled" in text and "logistic probe" in text and "75% of the prompts" in text
+    assert lines(trust({"features": None})) == ["not available"]
+
+
+@pytest.mark.parametrize(("pairs", "d"), [(40, 6), (8, 30)])
+def test_bradley_terry_is_at_its_minimum(pairs: int, d: int) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(pairs, d)) + 0.3, rng.uniform(0.5, 1.5, pairs) / pairs
+    ours = bradley_terry(x, weight, 1e-3)
+    # scales the weights to add up to one
+    theirs = fit_head(scipy.sparse.csr_array(x), weight, 1e-3, max_steps=2000)
+    assert ours == pytest.approx(
+        bradley_terry(x, weight / weight.sum(), 1e-3 / weight.sum()), rel=1e-6
+    )
+    assert bradley_terry(x, weight / weight.sum(), 1e-3) == pytest.approx(
+        theirs, abs=1e-3 * np.abs(theirs).max()
+    )
+
+
+# Parts of contrasts
+
+
+def test_contrasts_can_be_cut_and_joined() -> None:
+    contrast = Contrast(
+        np.arange(6),
+        np.array([0, 0, 0, 1, 1, 2]),
+        np.array([1.0, 0, 0, 1, 0, 0.5]),
+        np.array([0, 0.5, 0.5, 0, 1, 0.5]),
+        3,
+    )
+    cut = of_prompts(contrast, np.array([True, False, True]))
+    assert (
+        cut.rows.tolist() == [0, 1, 2, 5]
+        and cut.prompts.tolist() == [0, 0, 0, 1]
+        and cut.n_prompts == 2
+    )
+    both = joined(cut, of_prompts(contrast, np.array([False, True, False])))
+    assert (
+        both.n_prompts == 3
+        and both.rows.tolist() == [0, 1, 2, 5, 3, 4]
+        and both.prompts.tolist() == [0, 0, 0, 1, 2, 2]
+    )
+    assert both.labels.tolist() == [1, -0.5, -0.5, 0, 1, -1]
+
+
+def test_rank_correlation_where_there_is_none() -> None:
+    assert rank_correlation(np.array([1.0, 2]), np.array([1.0, 2])) is None
+    assert rank_correlation(np.ones(5), np.arange(5.0)) is None
+    assert rank_correlation(np.arange(5.0), -(np.arange(5.0) ** 3)) == pytest.approx(-1)
+
+
+def test_discovery_here_is_the_probe_s(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, table = world
+    contrast = contrasts_of(data, encoded)["discovery"]
+    found = discover(encoded, contrast, config, config.seed * 2, "cpu")
+    assert found.effect == pytest.approx(table["effect"].to_numpy())
+    assert (found.tested == table["tested"]).all()
+    values = latent_contributions(encoded, contrast, config)[[3]]
+    assert permutation_p(values, contrast, 1000, 640, 0)[0] == found.p[3]
+
+
+def test_pairs_weigh_prompts_alike(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, _, _ = world
+    rows = pair_rows(data.pairs[:3], {id_: row for row, id_ in enumerate(encoded.texts["text_id"])})
+    assert rows.chosen.tolist() == [0, 0, 3] and rows.rejected.tolist() == [1, 2, 4]
+    assert rows.weight.tolist() == [0.25, 0.25, 0.5]

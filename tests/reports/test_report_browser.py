@@ -1,0 +1,265 @@
+"""report.html in headless Chromium, as Debian packages it: `apt-get install chromium
+chromium-driver`, `make test-browser`.
+
+A page is opened from a file, as people do who were sent one.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import large_run
+from tests.reports.test_report_page import page_of
+
+pytestmark = pytest.mark.browser
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    " --disable-background-networking --disable-component-update --disable-sync"
+)
+WIDTHS = (400, 900, 1400)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium by its own driver, so that nothing is looked for elsewhere; skips where either is
+    absent.
+    """
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("chromium or chromedriver is absent; apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="selenium is absent; it is in the dev extra"
+    )
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    file = folder / "report.html"
+    file.write_text(
+        page_of(large_run(folder / "run", d_sae=8192, seeds=(0, 1), steps=40, prompts=60))[0],
+        encoding="utf-8",
+    )
+    return file
+
+
+def resize(browser: Any, width: int, height: int = 1000) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+    )
+
+
+def opened(browser: Any, file: Path, width: int = 1400) -> None:
+    """Open and wait until every plot is drawn."""
+    resize(browser, width)
+    browser.get(file.as_uri())
+    deadline = time.monotonic() + 60
+    while not browser.execute_script("return document.documentElement.dataset.drawn"):
+        assert time.monotonic() < deadline, browser.get_log("browser")
+        time.sleep(0.05)
+
+
+def test_every_plot_is_drawn_without_a_word_on_the_console_or_the_network(browser, report):
+    opened(browser, report)
+    assert [
+        entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ] == []
+    canvases, drawn = browser.execute_script(
+        "const all = [...document.querySelectorAll('.canvas')];return [all.length, all.filter((c)"
+        " => c.querySelector('.main-svg') && c.querySelector('.trace, .hm image,"
+        " .barlayer')).length]"
+    )
+    assert canvases == drawn > 15
+    assert (
+        browser.execute_script(
+            "return performance.getEntriesByType('resource').filter((e) =>"
+            " !e.name.startsWith('data:')).length"
+        )
+        == 0
+    )
+
+
+def test_tables_sort_by_number_and_say_so(browser, report):
+    opened(browser, report)
+    column = """
+        const table = document.querySelector('#evaluation table');
+        const head = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent.trim() === 'penalised');
+        if (arguments[0]) table.tHead.rows[0].cells[head].querySelector('button').click();
+        return [[...table.tBodies[0].rows].map((row) => parseFloat(row.cells[head].textContent)), table.tHead.rows[0].cells[head].getAttribute('aria-sort')]"""
+    before, _ = browser.execute_script(column, False)
+    up, said_up = browser.execute_script(column, True)
+    down, said_down = browser.execute_script(column, True)
+    assert (up == sorted(before) and down == sorted(before, reverse=True) and before != up) or len(
+        set(before)
+    ) == 1
+    assert (said_up, said_down) == ("ascending", "descending")
+
+
+def test_an_interval_sorts_by_its_lower_end_and_unknown_comes_last(browser, report):
+    opened(browser, report)
+    order = browser.execute_script("""
+        const table = document.querySelector('#changes table');
+        const head = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent.startsWith('95 %'));
+        table.tBodies[0].rows[0].cells[head].textContent = 'n/a';
+        table.tHead.rows[0].cells[head].querySelector('button').click();
+        return [...table.tBodies[0].rows].map((row) => row.cells[head].textContent)""")
+    assert order[-1] == "n/a"
+    lower = [float(text[1:].split(",")[0]) for text in order[:-1]]
+    assert lower == sorted(lower)
+
+
+def test_harmful_text_needs_a_click_and_samples_can_be_filtered(browser, report):
+    opened(browser, report)
+    assert browser.execute_script(
+        "return [...document.querySelectorAll('.sample .answer')].every((e) =>"
+        " !e.checkVisibility())"
+    )
+    browser.execute_script("document.querySelector('.sample summary').click()")
+    assert browser.execute_script(
+        "return document.querySelector('.sample .answer').checkVisibility()"
+    )
+    filtered = """
+        const control = document.getElementById(arguments[0]);
+        control.value = arguments[1];
+        control.dispatchEvent(new Event('input'));
+        return [[...document.querySelectorAll('.sample')].filter((e) => !e.hidden).length, document.getElementById('sample-count').textContent]"""
+    everything = browser.execute_script(filtered, "sample-text", "")[0]
+    safe, told = browser.execute_script(filtered, "sample-kind", "safe")
+    assert 0 < safe < everything and told == f"{safe} shown"
+    assert browser.execute_script(filtered, "sample-text", "numbered 61?")[0] <= 1
+
+
+def test_links_lead_somewhere(browser, report):
+    opened(browser, report)
+    assert (
+        browser.execute_script(
+            "return [...document.querySelectorAll('a')].filter((a) => !a.hash ||"
+            " !document.getElementById(a.hash.slice(1))).map((a) => a.href)"
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_wider_than_the_window_and_plots_keep_their_place(
+    browser, report, width, tmp_path
+):
+    """The layout as a screenshot would be compared, but by the boxes: fonts differ between
+    machines.
+    """
+    opened(browser, report, width)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    beside = browser.execute_script(
+        "return document.querySelector('nav').getBoundingClientRect().right <="
+        " document.querySelector('main').getBoundingClientRect().left"
+    )
+    assert beside == (width >= 1100)
+    spilt = browser.execute_script("""
+        return [...document.querySelectorAll('.canvas')].filter((c) => {
+          const box = c.getBoundingClientRect(), frame = c.closest('.plot').getBoundingClientRect();
+          return box.left < frame.left - 1 || box.right > frame.right + 1 || c.querySelector('.main-svg').getBoundingClientRect().width > box.width + 1;
+        }).map((c) => c.dataset.plot)""")
+    assert spilt == []
+    columns = browser.execute_script(
+        "return new Set([...document.querySelectorAll('#training .plot')].map((p) =>"
+        " Math.round(p.getBoundingClientRect().left))).size"
+    )
+    assert columns == {400: 1, 900: 2, 1400: 3}[width]
+    shot = base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", {})["data"])
+    (tmp_path / f"{width}.png").write_bytes(shot)
+    assert len(shot) > 10_000
+
+
+def contrast(browser: Any, selector: str) -> float:
+    """WCAG contrast of an element's text with the page's ground."""
+    texts = browser.execute_script(
+        "return [getComputedStyle(document.querySelector(arguments[0])).color,"
+        " getComputedStyle(document.body).backgroundColor]",
+        selector,
+    )
+
+    def luminance(text: str) -> float:
+        channels = [int(part) / 255 for part in text[text.index("(") + 1 : -1].split(",")[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted(map(luminance, texts), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_dark_and_light_can_be_read_and_plots_follow(browser, report):
+    opened(browser, report)
+    grounds = []
+    for _ in range(2):
+        grounds.append(
+            browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        )
+        for selector in ("main p", ".told", "nav a", "small", "caption", ".tag.unsafe"):
+            assert contrast(browser, selector) >= 4.5, selector
+        text = browser.execute_script(
+            "return [document.querySelector('.canvas').layout.font.color,"
+            " getComputedStyle(document.documentElement).getPropertyValue('--text').trim()]"
+        )
+        assert text[0] == text[1]
+        browser.execute_script("document.getElementById('theme').click()")
+        time.sleep(0.5)
+    assert grounds[0] != grounds[1]
+
+
+def test_a_keyboard_reaches_the_controls_and_a_screen_reader_is_told_of_the_plots(browser, report):
+    opened(browser, report)
+    unnamed = browser.execute_script(
+        """
+        return [...document.querySelectorAll('button, input, select, .canvas, [role=region], section')].filter((e) =>
+          !(e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.closest('label') || e.textContent.trim())).length"""
+    )
+    assert unnamed == 0
+    assert browser.execute_script(
+        "return [...document.querySelectorAll('.canvas')].every((e) => e.getAttribute('role') ==="
+        " 'img' && e.getAttribute('aria-label').length > 20)"
+    )
+    from selenium.webdriver.common.keys import Keys
+
+    body = browser.find_element("css selector", "body")
+    body.send_keys(Keys.TAB)
+    assert browser.execute_script("return document.activeElement.className") == "skip"
+    button = browser.find_element("css selector", "#evaluation thead button")
+    button.send_keys(Keys.ENTER)
+    assert (
+        browser.execute_script(
+            "return document.querySelector('#evaluation thead th').getAttribute('aria-sort')"
+        )
+        == "ascending"
+    )
+
+
+def test_it_prints_its_plots_in_black_on_white_within_the_paper(browser, report, tmp_path):
+    opened(browser, report)
+    browser.execute_script("document.getElementById('theme').click()")
+    made = browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})[
+        "data"
+    ]
+    (tmp_path / "report.pdf").write_bytes(base64.b64decode(made))
+    assert base64.b64decode(made).startswith(b"%PDF") and len(made) > 100_000
+    browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    assert browser.execute_script(
+        "return [...document.querySelectorAll('.canvas')].every((c) => c.layout.width <= 680 &&"
+        " c.layout.font.color === '#000')"
+    )

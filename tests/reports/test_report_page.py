@@ -1,0 +1,241 @@
+"""report.html without a browser: it is one file, says what the text says, names its sources, and
+takes any run.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import jobs.report
+from reports import plots
+from reports.figures import figures
+from reports.frames import Frames, read_run
+from reports.page import SAMPLES, environment, page
+from reports.sections import SECTIONS
+from sarm.evaluation.verdict import decide
+from sarm.run import RunDir
+from tests.runs import (
+    HARMING,
+    STEERING,
+    evaluated_run,
+    features,
+    generations,
+    large_run,
+    publish_evaluation,
+    reference_config,
+    reference_run,
+)
+
+VOID = {"meta", "link", "input", "br"}
+
+
+class Outline(HTMLParser):
+    """Ids, anchors, outside references and whether every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.hrefs: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if found.get("id") else []
+        self.hrefs += [found[name] for name in ("href", "src") if found.get(name)]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def page_of(run: RunDir) -> tuple[str, dict, Frames]:
+    read = read_run(run)
+    arms = {
+        arm: jobs.report.arm_rows(read.generations, arm)
+        for arm in ("penalty", "no_penalty", "random")
+    }
+    found = figures(
+        run, read, decide(arms, run.config.verdict, 0).record(), "2026-01-31 12:00:00 UTC"
+    )
+    return page(found, read), found, read
+
+
+def visible(text: str) -> str:
+    """The page's words: no scripts, styles or tags."""
+    text = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return page_of(
+        large_run(
+            tmp_path_factory.mktemp("large") / "run",
+            d_sae=70_000,
+            seeds=(0, 1),
+            steps=30,
+            prompts=60,
+        )
+    )
+
+
+def test_it_is_one_well_formed_file_with_every_anchor_in_it(finished):
+    text, _, _ = finished
+    outline = Outline(text)
+    assert outline.open == [] and len(set(outline.ids)) == len(outline.ids)
+    assert all(
+        (href.startswith("#") and href[1:] in outline.ids) or href == "data:,"
+        for href in outline.hrefs
+    )
+    assert {section.id for section in SECTIONS} | {"samples", "text"} <= set(outline.ids)
+
+
+def test_it_says_the_verdict_first_and_the_same_figures_as_the_text(finished):
+    text, found, _ = finished
+    words = visible(text)
+    assert words.index(found["verdict"]["word"].capitalize()) < words.index(
+        "Policy evaluation own generations"
+    )
+    change = next(
+        c
+        for c in found["verdict"]["changes"]
+        if (c["measure"], c["arm"]) == ("triggered", "penalty")
+    )
+    assert f"{100 * change['change']:+.1f}" in words
+    for row in found["policies"]:
+        assert f"{row['policy']} {row['n_unsafe']} {row['n_safe']} {row['reward']:.3f}" in words
+
+
+def test_words_between_backticks_are_code_and_what_they_hold_is_escaped(finished):
+    assert "<code>could show</code> is the least change" in finished[0]
+    assert str(environment().filters["coded"]("`a<b` & c`")) == "<code>a&lt;b</code> &amp; c`"
+
+
+def test_each_plot_has_its_data_and_a_sentence(finished):
+    text, found, read = finished
+    drawn = [plot for make in plots.PLOTS.values() for plot in make(found, read)]
+    assert {plot.id for plot in drawn} >= {
+        "changes",
+        "effects",
+        "steering",
+        "run-graph",
+        *(f"latent-{i}" for i in HARMING[:3]),
+    }
+    for plot in drawn:
+        data = re.search(
+            rf'<script type="application/json" id="plot-{plot.id}">(.*?)</script>', text, re.DOTALL
+        )
+        assert data and json.loads(data.group(1))["data"] and plot.told
+
+
+def test_bands_span_the_seeds_and_lines_are_their_mean(finished):
+    _, found, read = finished
+    curve = next(
+        plot for plot in plots.training(found, read) if plot.title == "Reward, without penalty"
+    ).figure
+    penalty = [trace for trace in curve.data if trace.legendgroup == "penalty"]
+    mine = read.training[read.training["arm"] == "penalty"].pivot(
+        index="step", columns="seed", values="objective/scores"
+    )
+    for trace, expected in zip(
+        penalty, (mine.max(axis=1), mine.min(axis=1), mine.mean(axis=1)), strict=True
+    ):
+        assert np.asarray(trace.y) == pytest.approx(expected.to_numpy(), rel=1e-6)
+
+
+def test_every_latent_is_drawn_as_a_point_or_counted(finished):
+    _, found, read = finished
+    (effects,) = plots.effects(found, read)
+    counted = next(trace for trace in effects.figure.data if trace.type == "heatmap")
+    points = next(trace for trace in effects.figure.data if trace.name == "tested")
+    assert (
+        len(points.x) == plots.MAX_POINTS
+        and np.asarray(counted.customdata).sum() == 70_000 - plots.MAX_POINTS
+    )
+    drawn = {row[0] for row in points.customdata}
+    assert set(HARMING) <= drawn  # the least q
+    smallest = read.probe.nsmallest(plots.MAX_POINTS, "q")["latent"]
+    assert drawn == set(smallest)
+
+
+def test_a_histograms_shares_add_up_to_one(finished):
+    _, found, read = finished
+    histogram = next(
+        plot for plot in plots.histograms(found, read) if plot.id == f"latent-{HARMING[0]}"
+    ).figure
+    base = next(trace for trace in histogram.data if trace.name == "base")
+    assert sum(base.y) == pytest.approx(1) and base.y[0] == pytest.approx(0.5)
+    assert any(shape.x0 == 3.0 for shape in histogram.layout.shapes)
+
+
+def test_every_source_is_named_with_manifest_commit_and_image(finished):
+    text, found, read = finished
+    words = visible(text)
+    source = found["sources"]["features"][0]
+    assert source["file"] in words and source["manifest_sha256"][:8] in words
+    outputs = read.manifests["select", "all"]["outputs"]
+    assert {s["sha256"] for s in found["sources"]["features"]} == {
+        outputs[n]["sha256"] for n in ("features.json", "table.parquet")
+    }
+
+
+def test_what_models_write_is_text_and_folded(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    table = generations(0.5)
+    table["prompt"], table["response"] = "<script>alert(1)</script>", "</script><b>bold</b><!--"
+    publish_evaluation(run, "base", table)
+    text, _, _ = page_of(run)
+    assert "<script>alert(1)" not in text and "<b>bold" not in text
+    assert (
+        text.count('<details class="sample"') == 60 + SAMPLES["safe"]
+        and "<details open" not in text
+    )
+    first = text[text.index('<details class="sample"') :]
+    assert first.index("</summary>") < first.index("&lt;script&gt;")
+
+
+def test_samples_are_capped_and_long_ones_clipped(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    table = generations(0.5, n=200)
+    table["response"] = "word " * 2000
+    publish_evaluation(run, "base", table)
+    text, _, _ = page_of(run)
+    assert text.count('<details class="sample"') == sum(SAMPLES.values()) and "word [...]" in text
+    assert f"{sum(SAMPLES.values())} of 400 held-out prompts" in visible(text)
+
+
+@pytest.mark.parametrize("missing", ["select", "steer", "ppo", "evaluate"])
+def test_a_missing_phase_leaves_a_page_that_says_so(tmp_path, missing):
+    run = evaluated_run(tmp_path / "run")
+    for unit in run.config.units(missing):
+        (run.folder(missing, unit) / "manifest.json").unlink()
+    text, found, _ = page_of(run)
+    assert Outline(text).open == []
+    assert f"{len(found['failures'])} part" in visible(text) and "Incomplete." in visible(text)
+
+
+def test_an_empty_run_and_odd_numbers_have_a_page(tmp_path):
+    assert "Not available" in visible(
+        page_of(RunDir.create(tmp_path / "empty", reference_config()))[0]
+    )
+    cells = STEERING | {
+        ("RB2 Safety", "chosen"): (1e12, math.nan),
+        ("RB2 Safety", "rejected"): (-1e-9, -math.inf),
+    }
+    rows = {1: (-0.0, 0.0, math.nan), 2: (1e30, math.nan, -1e-9), 3: (math.inf, 0.5, 1e9)}
+    none = features(promoting=[], harming=[], penalised=[], monitors=[])
+    text, _, _ = page_of(
+        reference_run(tmp_path / "odd", steering=cells, progression=rows, features=none)
+    )
+    assert not re.search(r"-0\.0+\b", visible(text))
+    for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL):
+        json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
