@@ -91,7 +91,7 @@ class RunDir:
                 f"{path} is not a run directory (no config.yaml); start one with make demo or make"
                 " submit-all"
             )
-        return RunDir(path, load_config(stored))
+        return RunDir(path, load_config(stored, stored=True))
 
     @staticmethod
     def create(path: str | Path, config: Config) -> RunDir:
@@ -101,7 +101,7 @@ class RunDir:
         run = RunDir(path, config)
         stored = run.path / "config.yaml"
         if stored.is_file():
-            found = load_config(stored)
+            found = load_config(stored, stored=True)
             if found.sha256 != config.sha256:
                 keys = differences(found, config)
                 changed = ", ".join(keys[:6]) + (

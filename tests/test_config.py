@@ -304,3 +304,20 @@ def test_units() -> None:
         made.units(phase) for phase in PHASES if phase not in ("encode", "probe", "ppo", "evaluate")
     ] == [("all",)] * 5
     assert [arm_and_seed(unit) for unit in made.units("ppo")][-1] == ("no_penalty", 7)
+
+
+def test_a_key_by_an_earlier_name_is_refused_with_its_name_now() -> None:
+    tree = yaml.safe_load(BASE) | {"select": {"redraws": 2}, "ppo": {"penalty": {"kind": "count"}}}
+    with pytest.raises(UserError, match=r"select.redraws \(it is now select.stability_repeats\)"):
+        parse_config(tree, "base.yaml")
+    del tree["select"]
+    with pytest.raises(UserError, match=r"ppo.penalty.kind: 'count' is now 'threshold'"):
+        parse_config(tree, "base.yaml")
+
+
+def test_a_stored_run_may_have_keys_by_an_earlier_name(tmp_path: Path) -> None:
+    tree = yaml.safe_load(BASE) | {"select": {"redraws": 2}, "ppo": {"penalty": {"kind": "count"}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(tmp_path / "config.yaml", stored=True)
+    assert config.select.stability_repeats == 2
+    assert config.ppo.penalty.kind == "threshold"

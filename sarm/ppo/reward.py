@@ -39,7 +39,7 @@ from sarm.reward_model.interventions import Clamp, Ranks, latent_values, reward_
 from sarm.reward_model.model import SarmModel
 from sarm.reward_model.scoring import Encoded, encode_texts
 
-Kind = Literal["count", "hinge", "density"]
+Kind = Literal["threshold", "hinge", "density"]
 Message = dict[str, str]
 
 
@@ -90,7 +90,7 @@ class CompoundReward:
         tokenizer: PreTrainedTokenizerBase,
         penalised: Sequence[Penalised],
         *,
-        kind: Kind = "count",
+        kind: Kind = "threshold",
         clamp: float | None = None,
         monitors: Sequence[int] = (),
         reference_rates: Mapping[int, float] | None = None,
@@ -292,18 +292,18 @@ class CompoundReward:
 # -----------------------------------------------------------------------
 
 
-def fires(z: Tensor, penalised: Sequence[Penalised], kind: Kind = "count") -> Tensor:
+def fires(z: Tensor, penalised: Sequence[Penalised], kind: Kind = "threshold") -> Tensor:
     """(n, P) bool. In float64, so that a tau between two float32 values stays between them."""
     taus = [0.0 if kind == "density" else p.tau for p in penalised]
     return z.double() > torch.tensor(taus, dtype=torch.float64)
 
 
 def penalty_terms(
-    z: Tensor, penalised: Sequence[Penalised], kind: Literal["count", "hinge"]
+    z: Tensor, penalised: Sequence[Penalised], kind: Literal["threshold", "hinge"]
 ) -> Tensor:
     """(n, P) float64: what each latent costs each text."""
     alphas = torch.tensor([p.alpha for p in penalised], dtype=torch.float64)
-    if kind == "count":
+    if kind == "threshold":
         return alphas * fires(z, penalised)
     taus = torch.tensor([p.tau for p in penalised], dtype=torch.float64)
     return alphas * (z.double() - taus).clamp(min=0)
@@ -344,7 +344,7 @@ def calibrate_random(
     candidates: Sequence[int],
     z_penalised: Tensor,
     penalised: Sequence[Penalised],
-    kind: Kind = "count",
+    kind: Kind = "threshold",
 ) -> list[Penalised]:
     """As many random latents as penalised ones, with the same total dose over the base policy's
     texts.

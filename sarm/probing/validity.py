@@ -187,7 +187,7 @@ def shuffled_labels(
     """Discoveries, and confirmations of them, when chosen and rejected are dealt anew within
     prompts: all of them false.
     """
-    draws = config.select.redraws
+    draws = config.select.stability_repeats
     if not draws or not contrasts["discovery"].n_prompts:
         return []
     dealt = {
@@ -501,7 +501,7 @@ def sensitivity(
     split is.
     """
     draws, discovery, validation = (
-        config.select.redraws,
+        config.select.stability_repeats,
         contrasts["discovery"],
         contrasts["validation"],
     )

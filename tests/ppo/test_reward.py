@@ -78,7 +78,7 @@ def plain_rewards(sarm: SarmModel, z: Tensor) -> Tensor:
     return z @ sarm.head_weight.detach()
 
 
-@pytest.mark.parametrize("kind", ["count", "hinge"])
+@pytest.mark.parametrize("kind", ["threshold", "hinge"])
 def test_scores_are_the_definition_text_by_text(
     kind: Any, sarm: SarmModel, tiny_tokenizer: Any, dense: Tensor, some: list[Penalised]
 ) -> None:
@@ -89,7 +89,7 @@ def test_scores_are_the_definition_text_by_text(
             p.alpha
             * (
                 float(row[p.latent] > p.tau)
-                if kind == "count"
+                if kind == "threshold"
                 else max(0.0, row[p.latent].item() - p.tau)
             )
             for p in some
@@ -327,7 +327,7 @@ Z = T([[5.0, 0.0], [4.0, 1.0], [3.0, 0.0], [2.0, 0.0]])
 """Two penalised latents over four generations."""
 
 
-def dose(z: Tensor, penalised: Sequence[Penalised], kind: Any = "count") -> float:
+def dose(z: Tensor, penalised: Sequence[Penalised], kind: Any = "threshold") -> float:
     return mean_doses(z, penalised, kind).sum().item()
 
 
@@ -361,7 +361,7 @@ def test_a_candidate_that_fires_too_seldom_gets_a_larger_alpha() -> None:
     assert got == [Penalised(9, 1.5, pytest.approx(0.6))]
 
 
-@pytest.mark.parametrize("kind", ["count", "hinge", "density"])
+@pytest.mark.parametrize("kind", ["threshold", "hinge", "density"])
 @pytest.mark.parametrize("seed", range(10))
 def test_random_doses_are_equal_and_the_choice_is_deterministic(kind: Any, seed: int) -> None:
     torch.manual_seed(seed)

@@ -100,7 +100,7 @@ def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
             }
         },
         "probe": {"permutations": 500, "bootstrap": 50},
-        "select": {"redraws": 2, "effect": "head"},
+        "select": {"stability_repeats": 2, "effect": "head"},
     }
     frame = pd.DataFrame(texts)
     frame["reward"] = 0.0

@@ -15,8 +15,8 @@ from reports.compare import main
 from sarm.config import parse_config
 from sarm.run import RunDir
 from tests import runs
-from tests.runs import evaluated_run, generations, publish_evaluation
 from tests.reports.test_report_page import Outline, visible
+from tests.runs import evaluated_run, generations, publish_evaluation
 
 
 def reported(path: Path, changes: dict | None = None, monkeypatch=None, **more) -> Path:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.runs import large_run
 from tests.reports.test_report_page import page_of
+from tests.runs import large_run
 
 pytestmark = pytest.mark.browser
 FLAGS = (

@@ -1,0 +1,92 @@
+"""The schema of a run: strict, frozen, read from YAML; unknown keys are refused by name.
+
+`base` has what sections are made of, `inputs`, `phases` and `ppo` the sections, `schema` the whole,
+`reading` the YAML. Imports no torch: login nodes use it.
+"""
+
+from sarm.config.base import (
+    ROOT,
+    Count,
+    Dtype,
+    Fraction,
+    FromList,
+    Nonnegative,
+    Positive,
+    Strict,
+    UserError,
+)
+from sarm.config.inputs import PARTS, DataConfig, ModelConfig, Part, SarmConfig, SourceConfig
+from sarm.config.phases import (
+    CardsConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    LabelConfig,
+    Number,
+    ProbeConfig,
+    SelectConfig,
+    SteerConfig,
+    SteerPolicyConfig,
+    TrainSarmConfig,
+    VerdictConfig,
+)
+from sarm.config.ppo import Arm, LoraConfig, PenaltyConfig, PpoConfig, SweepConfig, SweepPoint
+from sarm.config.reading import (
+    RENAMED,
+    RENAMED_VALUES,
+    Loader,
+    config_yaml,
+    load_config,
+    parse_config,
+    set_key,
+    under_todays_names,
+)
+from sarm.config.schema import PHASES, Config, Phase, arm_and_seed, shard_names, shard_range
+
+__all__ = [
+    "PARTS",
+    "PHASES",
+    "RENAMED",
+    "RENAMED_VALUES",
+    "ROOT",
+    "Arm",
+    "CardsConfig",
+    "Config",
+    "Count",
+    "DataConfig",
+    "Dtype",
+    "EncodeConfig",
+    "EvaluateConfig",
+    "Fraction",
+    "FromList",
+    "LabelConfig",
+    "Loader",
+    "LoraConfig",
+    "ModelConfig",
+    "Nonnegative",
+    "Number",
+    "Part",
+    "PenaltyConfig",
+    "Phase",
+    "Positive",
+    "PpoConfig",
+    "ProbeConfig",
+    "SarmConfig",
+    "SelectConfig",
+    "SourceConfig",
+    "SteerConfig",
+    "SteerPolicyConfig",
+    "Strict",
+    "SweepConfig",
+    "SweepPoint",
+    "TrainSarmConfig",
+    "UserError",
+    "VerdictConfig",
+    "arm_and_seed",
+    "config_yaml",
+    "load_config",
+    "parse_config",
+    "set_key",
+    "shard_names",
+    "shard_range",
+    "under_todays_names",
+]

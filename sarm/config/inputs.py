@@ -1,0 +1,103 @@
+"""Where models and data come from, and which prompts go to which part of a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sarm.config.base import ROOT, Dtype, Fraction, FromList, Positive, Strict, UserError
+
+Part = Literal["sarm_train", "discovery", "validation", "test", "ppo", "policy_eval"]
+PARTS: tuple[Part, ...] = ("sarm_train", "discovery", "validation", "test", "ppo", "policy_eval")
+
+
+class ModelConfig(Strict):
+    """Where a model comes from: a folder, a hub id with a pinned revision, or
+    `embedded:smollm2`.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: Dtype = "bfloat16"
+
+    def folder(self) -> Path | None:
+        """The folder here that it names; None where it is embedded or on the hub. Raises UserError
+        where it can be neither.
+        """
+        if self.model.startswith("embedded:"):
+            return None
+        folder = ROOT / Path(self.model).expanduser()
+        if folder.is_dir():
+            return folder
+        if self.revision is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.model):
+            raise UserError(
+                f"model {self.model!r} is no folder here; a hub model needs an id such as"
+                " owner/name and a pinned revision in the config"
+            )
+        return None
+
+
+class SarmConfig(ModelConfig):
+    """The reward model. `use_topk` settles a checkpoint whose config does not say."""
+
+    use_topk: bool | None = None
+    tokens_per_batch: Positive = 16384
+    """Tokens in one scoring batch; what texts share counts as often as they hold it."""
+    max_length: Positive = 4096
+    """Longest conversation in tokens; a longer one loses its oldest tokens, and is counted."""
+
+
+class SourceConfig(Strict):
+    """One data set and what part of its prompts goes where.
+
+    `split` maps a part to the fraction of this source's prompts; what is left over is unused.
+    """
+
+    format: Literal[
+        "jsonl", "prompts", "rewardbench2", "rewardbench2_sarm", "rmb_pairs", "rmb_bon", "hh_rlhf"
+    ]
+    label: str
+    """The name in report tables, such as `RB2 Safety`."""
+    path: str | None = None
+    """A file or folder; relative to the checkout."""
+    repo: str | None = None
+    """A hub data set, used where there is no path; needs `revision` and `files`."""
+    revision: str | None = None
+    files: Annotated[tuple[str, ...], FromList] = ()
+    """The files to read of a hub data set, or of a folder; a folder is read whole where this is
+    empty.
+    """
+    subset: str | None = None
+    """Keep only rows of this RewardBench 2 subset, such as `Safety`."""
+    kind: Literal["unsafe", "safe"] = "unsafe"
+    """What the prompts ask for; `safe` ones are look-alikes that should be answered."""
+    split: dict[Part, Fraction]
+    limit: Positive | None = None
+    """Keep at most this many prompts, those with the smallest hash."""
+
+    @model_validator(mode="after")
+    def _one_place_and_a_split(self) -> SourceConfig:
+        if (self.path is None) == (self.repo is None):
+            raise ValueError("give either path or repo")
+        if self.repo is not None and (self.revision is None or not self.files):
+            raise ValueError("a hub data set needs a pinned revision and its files")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("revision goes with repo; a path has none")
+        if self.subset is not None and self.format != "rewardbench2":
+            raise ValueError(f"only format rewardbench2 has subsets, not {self.format}")
+        if self.format == "prompts" and not set(self.split) <= {"ppo", "policy_eval"}:
+            raise ValueError("prompts without answers can only go to ppo and policy_eval")
+        if sum(self.split.values()) > 1 + 1e-9:
+            raise ValueError(f"split fractions add up to {sum(self.split.values()):g}, more than 1")
+        return self
+
+
+class DataConfig(Strict):
+    """All data of a run. A prompt found in two sources follows the first that lists it."""
+
+    salt: str = "sarm"
+    """Changes which prompts fall in which part."""
+    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]

@@ -1,0 +1,128 @@
+"""One run as a whole: its config, and the units of work that each phase has."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sarm.config.base import Count, Strict
+from sarm.config.inputs import DataConfig, ModelConfig, SarmConfig
+from sarm.config.phases import (
+    CardsConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    ProbeConfig,
+    SelectConfig,
+    SteerConfig,
+    TrainSarmConfig,
+    VerdictConfig,
+)
+from sarm.config.ppo import PpoConfig, SweepConfig, SweepPoint
+
+Phase = Literal["fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report"]
+PHASES: tuple[Phase, ...] = (
+    "fetch",
+    "encode",
+    "probe",
+    "select",
+    "steer",
+    "cards",
+    "ppo",
+    "evaluate",
+    "report",
+)
+
+
+class Config(Strict):
+    """One run. `Config.sha256` names it in every manifest."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,49}$")]
+    seed: Count = 0
+    policy: ModelConfig
+    sarm: SarmConfig
+    data: DataConfig
+    encode: EncodeConfig = EncodeConfig()
+    probe: ProbeConfig = ProbeConfig()
+    select: SelectConfig = SelectConfig()
+    steer: SteerConfig = SteerConfig()
+    cards: CardsConfig = CardsConfig()
+    ppo: PpoConfig = PpoConfig()
+    sweep: SweepConfig = SweepConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    verdict: VerdictConfig = VerdictConfig()
+    train_sarm: TrainSarmConfig = TrainSarmConfig()
+    hardware: str = ""
+    """Shown in the report; where empty, what the PPO job found."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the resolved config, independent of key order and YAML spelling."""
+        return hashlib.sha256(
+            json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+        ).hexdigest()
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """Every model that a run reads."""
+        return (self.policy, self.sarm, *([self.evaluate.judge] if self.evaluate.judge else []))
+
+    def units(self, phase: Phase) -> tuple[str, ...]:
+        """The units of work of a phase: shards, trained policies, evaluated policies, or `all`."""
+        if phase == "encode":
+            return shard_names(self.encode.shards)
+        if phase == "probe":
+            return shard_names(self.probe.shards)
+        if phase == "ppo":
+            return (
+                *(f"{arm}-seed{seed}" for seed in self.ppo.seeds for arm in self.ppo.arms),
+                *self.sweep_points(),
+            )
+        if phase == "evaluate":
+            return ("base", *self.units("ppo"), *(("steered",) if self.steer.policy else ()))
+        return ("all",)
+
+    def sweep_points(self) -> dict[str, SweepPoint]:
+        """The units that a sweep adds to ppo and evaluate, such as `sweep-tau0.5-alpha1-seed0` or
+        `sweep-quantile0.5-alpha1-seed0`.
+        """
+        sweep = self.sweep
+        name, taus = ("quantile", sweep.tau_quantile) if sweep.tau_quantile else ("tau", sweep.tau)
+        grid = itertools.product(sweep.seeds, taus, sweep.alpha)
+        return {
+            f"sweep-{name}{tau!r}-alpha{alpha!r}-seed{seed}": SweepPoint(
+                tau, bool(sweep.tau_quantile), alpha
+            )
+            for seed, tau, alpha in grid
+        }
+
+    @model_validator(mode="after")
+    def _sweepable(self) -> Config:
+        if self.sweep.alpha and self.ppo.penalty.kind == "density":
+            raise ValueError(
+                "sweep: a density penalty has no tau to sweep over; use kind count or hinge"
+            )
+        return self
+
+
+def shard_names(shards: int) -> tuple[str, ...]:
+    """`shard-0000-of-0004` and its sisters."""
+    return tuple(f"shard-{i:04d}-of-{shards:04d}" for i in range(shards))
+
+
+def shard_range(unit: str, total: int) -> tuple[int, int]:
+    """The half-open range of `total` items that a unit named by `shard_names` works on; sizes
+    differ by at most one.
+    """
+    _, index, _, shards = unit.split("-")
+    i, n = int(index), int(shards)
+    return total * i // n, total * (i + 1) // n
+
+
+def arm_and_seed(unit: str) -> tuple[str, int]:
+    """`penalty-seed0` as `("penalty", 0)`."""
+    arm, _, seed = unit.rpartition("-seed")
+    return arm, int(seed)
