@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sarm.llama.decoders import Decoder, Sampling, base_model, decoder_for
+from sarm.llama.logprobs import logprobs_from_hidden
 from sarm.llama.sampling import row_keys
-from sarm.ppo.objective import logprobs_from_hidden
 
 
 class Rollout(NamedTuple):
