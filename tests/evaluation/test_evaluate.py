@@ -30,10 +30,12 @@ from sarm.evaluation.evaluate import (
 )
 from sarm.llama.generate import prompt_ids
 from sarm.probing.effects import Encoded
+from sarm.records import Features
 from sarm.reward_model.interventions import Add, Ranks, Scale
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
 from sarm.run import RunDir
+from tests.runs import candidate, features
 from tests.tiny import llama_config, tiny_config, tiny_tokenizer, write_tiny_policy
 
 # Steering
@@ -260,16 +262,16 @@ def test_the_detector_is_measured_on_the_held_out_half_of_the_demo_pairs(tmp_pat
 # Policies
 
 
-def features_of(config: Config) -> dict[str, Any]:
-    return {
-        "penalised": [
+def features_of(config: Config) -> Features:
+    return features(
+        penalised=[
             {"latent": 3, "tau": 0.5, "alpha": 0.25},
             {"latent": 8, "tau": 0.0, "alpha": 0.5},
         ],
-        "monitors": [5],
-        "random_candidates": [{"latent": 8, "tau": 0.1}, {"latent": 9, "tau": 0.1}],
-        "reference_rates": {"3": 0.1, "8": 0.1, "5": 0.1},
-    }
+        monitors=[5],
+        random_candidates=[candidate(8), candidate(9)],
+        reference_rates={"3": 0.1, "8": 0.1, "5": 0.1},
+    )
 
 
 @pytest.fixture(scope="module")
