@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sarm.philox import LABELS, MASK, philox, words_of
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Counter = Callable[[Ints, int, int, int], Ints]
 """(latents, first permutation, last, seed) to how often each latent's total reached what was
 observed.
 """
-MASK = 0xFFFFFFFF
 
 CHUNK = 1024
 """Permutations worked on together on a CPU; changes no figure."""
@@ -258,12 +259,8 @@ def dealt_labels(deal: Deal, permutations: Tensor, seed: int) -> Tensor:
     p, n, device = len(permutations), len(deal.labels), permutations.device
     block = torch.arange(-(-n // 4), device=device).expand(p, -1)
     number = permutations[:, None].expand_as(block)
-    keys = torch.stack(
-        philox(
-            (block, number & MASK, number >> 32, torch.ones_like(block)), (seed & MASK, seed >> 32)
-        ),
-        dim=-1,
-    ).flatten(1)
+    counter = (block, number & MASK, number >> 32, LABELS)
+    keys = torch.stack(philox(counter, words_of(seed)), dim=-1).flatten(1)
     labels = torch.from_numpy(deal.labels.astype(np.int8)).to(device)
     out = torch.empty(p, n, dtype=torch.int8, device=device)
     for group in deal.groups:
@@ -278,25 +275,6 @@ def dealt_labels(deal: Deal, permutations: Tensor, seed: int) -> Tensor:
                     rank += (other <= key) if s < r else (other < key)
             out[:, places[:, r]] = of_prompt.gather(2, rank.unsqueeze(-1)).squeeze(-1)
     return out
-
-
-def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words of counter (int64 tensors) and two of
-    key to four random words.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # modulo 2^64, which holds every bit of both halves
-        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            (second >> 32 & MASK) ^ c1 ^ k0,
-            second & MASK,
-            (first >> 32 & MASK) ^ c3 ^ k1,
-            first & MASK,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return c0, c1, c2, c3
 
 
 def prompt_effects(values: scipy.sparse.csr_array, contrast: Contrast) -> scipy.sparse.csr_array:

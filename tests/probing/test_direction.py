@@ -19,7 +19,7 @@ from sarm.config import ROOT, SarmConfig, UserError
 from sarm.probing import direction
 from sarm.probing.direction import Baseline, baseline, check, direction_changes, load_sae
 from sarm.probing.effects import direction_table
-from sarm.probing.stats import Contrast, deal_of, dealt_labels, integers, permutation_p, philox
+from sarm.probing.stats import Contrast, deal_of, dealt_labels, integers, permutation_p
 from sarm.reward_model.interventions import Direction
 from sarm.reward_model.interventions import direction_changes as recomputed
 from sarm.reward_model.sae import TopKSae, stable_topk
@@ -151,23 +151,6 @@ def test_a_sarm_without_decoder_is_a_sentence(tiny_sarm, tmp_path) -> None:  # t
 
 
 # Random numbers and exact counts
-
-
-def test_philox_gives_the_published_numbers() -> None:
-    """Known answers of Random123 (Salmon et al. 2011), philox4x32-10."""
-
-    def words(counter: list[int], key: tuple[int, int]) -> list[str]:
-        return [f"{int(word):08x}" for word in philox([torch.tensor([c]) for c in counter], key)]
-
-    assert words([0] * 4, (0, 0)) == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
-    assert words([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF)) == [
-        "408f276d",
-        "41c83b0e",
-        "a20bc7c6",
-        "6d5451fd",
-    ]
-    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
-    assert words(pi, (0xA4093822, 0x299F31D0)) == ["d16cfe09", "94fdcceb", "5001e420", "24126ea1"]
 
 
 def odd_contrast() -> Contrast:
