@@ -11,7 +11,7 @@ import json
 
 from sarm.config import ROOT, Config
 from sarm.data.datasets import load_data, pairs_in
-from sarm.evaluation.evaluate import steering_rows, steering_summary, told
+from sarm.evaluation.reward_steering import describe, steering_rows, steering_summary
 from sarm.probing.effects import read_encoded
 from sarm.reward_model.interventions import parse_steering
 from sarm.run import Attempt, RunDir
@@ -32,7 +32,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     labels = {name: source.label for name, source in config.data.sources.items()}
     summary = {
         "intervention": {
-            "what": told(steps),
+            "what": describe(steps),
             "latents": [step.latent for step in steps],
             "file": config.steer.file,
         },
