@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from sarm.config import ROOT, Config
 from sarm.data.datasets import load_data, pairs_in
-from sarm.evaluation.evaluate import steering_rows, steering_summary, told
+from sarm.evaluation.reward_steering import describe, steering_rows, steering_summary
 from sarm.probing.effects import read_encoded
 from sarm.records import Features, Intervention, Steering
 from sarm.reward_model.interventions import parse_steering
@@ -31,7 +31,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     labels = {name: source.label for name, source in config.data.sources.items()}
     summary = Steering(
         intervention=Intervention(
-            what=told(steps), latents=[step.latent for step in steps], file=config.steer.file
+            what=describe(steps), latents=[step.latent for step in steps], file=config.steer.file
         ),
         reward_sd=features.reward_sd,
         **steering_summary(rows, pairs, labels, config.verdict.bootstrap, config.seed),

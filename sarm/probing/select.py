@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from sarm.config import Config, PenaltyConfig, SelectConfig, UserError
 from sarm.probing.effects import Encoded, values_on
-from sarm.probing.stats import benjamini_hochberg, holm, matched_at_random, permutations_needed
+from sarm.probing.permutation import permutations_needed
+from sarm.probing.stats import benjamini_hochberg, holm, matched_at_random
 from sarm.reward_model.interventions import Scale, steering_file
 
 CONFIRMED_P = 0.05
