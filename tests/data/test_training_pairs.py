@@ -34,9 +34,7 @@ def shared(texts: dict[str, str]) -> list[tuple[str, str]]:
     common = Counter(
         pair for names in holders.values() for pair in itertools.combinations(sorted(names), 2)
     )
-    return [
-        (a, b) for (a, b), n in common.items() if n >= 0.5 * min(len(grams[a]), len(grams[b]))
-    ]
+    return [(a, b) for (a, b), n in common.items() if n >= 0.5 * min(len(grams[a]), len(grams[b]))]
 
 
 def test_trigrams_are_shared_where_two_texts_say_nearly_the_same() -> None:
