@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from sarm.config import Config
+from sarm.data.conversations import tokenize_conversations
 from sarm.data.datasets import load_data, texts_to_encode
-from sarm.data.tokens import tokenize_conversations
 from sarm.probing.effects import read_encoded
 from sarm.reward_model.delphi import reward_windows, write_cache
 from sarm.reward_model.model import load_sae, load_tokenizer

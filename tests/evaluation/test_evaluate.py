@@ -16,19 +16,19 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from jobs.__main__ import run_unit
 from sarm.config import Config, ModelConfig, UserError
+from sarm.data.conversations import prompt_ids
 from sarm.data.datasets import Pair, Prompt, load_data, prompts_in, text_id
 from sarm.evaluation import evaluate
 from sarm.evaluation.evaluate import (
     detector_quality,
     evaluation_prompts,
-    judged,
     policy_rows,
     refused,
     steering_rows,
     steering_summary,
     told,
 )
-from sarm.llama.generate import prompt_ids
+from sarm.evaluation.judge import judged
 from sarm.probing.effects import Encoded
 from sarm.reward_model.interventions import Add, Ranks, Scale
 from sarm.reward_model.model import load_sarm
@@ -440,7 +440,7 @@ def test_a_judge_reads_each_response_beside_its_prompt(tmp_path, evaluated, name
 def test_a_judge_whose_labels_say_nothing_is_refused(tmp_path, evaluated):
     _, _, prompts, _, _ = evaluated
     folder = write_judge(tmp_path / "judge", ["LABEL_0", "LABEL_1"])
-    with pytest.raises(UserError, match="none of which says harm"):
+    with pytest.raises(UserError, match="of which none says harm"):
         judged(ModelConfig(model=str(folder), dtype="float32"), prompts[:1], ["x"], "cpu")
 
 
