@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sarm.philox_triton import uniform
+
 CHUNK = 4096
 """Logits that one program of `draw` adds up."""
 
@@ -184,16 +186,6 @@ def _add_up(logits, tops, sums, v, temperature, CHUNKS: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
-def _uniform(key, t):
-    """SplitMix64 at position t of the key's stream, as `sampling.uniforms`."""
-    z = key.to(tl.uint64) + (t + 1).to(tl.uint64) * tl.full([], 0x9E3779B97F4A7C15, tl.uint64)
-    z = (z ^ (z >> 30)) * tl.full([], 0xBF58476D1CE4E5B9, tl.uint64)
-    z = (z ^ (z >> 27)) * tl.full([], 0x94D049BB133111EB, tl.uint64)
-    z = z ^ (z >> 31)
-    return (z >> 12).to(tl.float64) * 2.220446049250313e-16
-
-
-@triton.jit
 def _pick(
     logits,
     tops,
@@ -216,7 +208,7 @@ def _pick(
     weight = tl.load(sums + row * CHUNKS + c, mask=c < CHUNKS, other=0.0)
     weight = tl.where(weight == 0.0, 0.0, weight * tl.exp(of_chunk - top).to(tl.float64))
     total = tl.sum(weight, 0)
-    target = _uniform(tl.load(noise + row), tl.load(counts + row)) * total
+    target = uniform(tl.load(noise + row), tl.load(counts + row)) * total
     passed = (tl.cumsum(weight, 0) <= target) & (c < CHUNKS)
     chunk = tl.minimum(tl.sum(passed.to(tl.int32), 0), CHUNKS - 1)
     before = tl.sum(tl.where(c < chunk, weight, 0.0), 0)

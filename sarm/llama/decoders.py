@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
 from sarm.llama.packed import side_by_side
-from sarm.llama.sampling import Sampled, sample, uniforms
+from sarm.llama.sampling import Sampled, sample
+from sarm.philox import uniforms
 
 KEEP_SHARE = 0.75
 """Finished rows are dropped once no more than this share is alive: dropping copies the cache."""
@@ -144,9 +145,10 @@ class StepDecoder:
         """
         rows = torch.arange(len(prompts), device=self.device)
         alive = torch.ones_like(rows, dtype=torch.bool)
+        u = uniforms(noise[:, None], torch.arange(sampling.max_new_tokens, device=self.device))
         logits = self.start(prompts, sampling.max_new_tokens)
         for t in range(sampling.max_new_tokens):
-            sampled = sample(logits, uniforms(noise[rows], t), sampling.temperature, sampling.top_p)
+            sampled = sample(logits, u[rows, t], sampling.temperature, sampling.top_p)
             yield t, rows[alive], Sampled(sampled.tokens[alive], sampled.logprobs[alive])
             alive = alive & ~torch.isin(sampled.tokens, stops)
             living = int(alive.sum())

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from sarm.llama.decode_kernels import advance, attend, draw
 from sarm.llama.decoders import Decoded, LlamaWeights, Progress, Sampling, empty_decoded, rotary
 from sarm.llama.elementwise import add_rms_norm, rms_norm, rotate, silu_mul
-from sarm.llama.sampling import sample, uniforms
+from sarm.llama.sampling import sample
+from sarm.philox_triton import uniforms
 
 PREFILL_TOKENS = 16384
 """Padded prompt tokens read in one forward: their wide middle sets the peak of memory."""
@@ -151,9 +152,8 @@ class Slots:
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if self.shape.temperature > 0 and self.shape.top_p == 1:
             return draw(logits, self.noise, self.counts, self.shape.temperature)
-        return sample(
-            logits, uniforms(self.noise, self.counts), self.shape.temperature, self.shape.top_p
-        )
+        u = uniforms(self.noise, self.counts)
+        return sample(logits, u, self.shape.temperature, self.shape.top_p)
 
     def begin(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], noise: Tensor) -> None:
         """Put prompts into slots; the step reads each one's last token itself."""

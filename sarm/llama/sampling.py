@@ -1,8 +1,8 @@
-"""Which token is drawn: counter-based noise and sampling by inverse CDF.
+"""Which token is drawn: keys of the noise, and sampling by inverse CDF.
 
-The noise behind a token depends on the seed, the step, the prompt's key and the position in the
-response, never on the rank, row or batch that the prompt falls in. `python -m pytest
-tests/llama/test_sampling.py` compares with softmax.
+The noise behind a token, `philox.uniforms(row_keys(...), position)`, depends on the seed, the step,
+the prompt's key and the position in the response, never on the rank, row or batch that the prompt
+falls in. `python -m pytest tests/llama/test_sampling.py` compares with softmax.
 """
 
 from __future__ import annotations
@@ -15,10 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
-MIX1, MIX2 = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
-"""SplitMix64's constants, as signed numbers."""
-
 
 def row_keys(seed: int, step: int, keys: Sequence[str]) -> Tensor:
     """(b,) int64: where each row's stream of random numbers begins."""
@@ -26,24 +22,6 @@ def row_keys(seed: int, step: int, keys: Sequence[str]) -> Tensor:
     return torch.tensor(
         [int.from_bytes(d[:8], "little", signed=True) for d in digests], dtype=torch.int64
     )
-
-
-def uniforms(keys: Tensor, positions: Tensor | int) -> Tensor:
-    """(b,) float64 in [0, 1): SplitMix64 (Steele et al. 2014), seeded with the key, at `positions`
-    of its stream.
-    """
-    # int64 wraps around, as the algorithm wants
-    z = keys + (torch.as_tensor(positions, dtype=torch.int64, device=keys.device) + 1) * GAMMA
-    z = (z ^ _shift_right(z, 30)) * MIX1
-    z = (z ^ _shift_right(z, 27)) * MIX2
-    z = z ^ _shift_right(z, 31)
-    # 52 bits: the largest value times any sum stays below that sum after rounding.
-    return _shift_right(z, 12).double() * 2.0**-52
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's is arithmetic."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 class Sampled(NamedTuple):

@@ -20,7 +20,8 @@ from sarm.llama.decoders import CacheDecoder, LlamaDecoder, rotated
 from sarm.llama.generate import generate
 from sarm.llama.graph_decoder import GraphDecoder
 from sarm.llama.packed import side_by_side
-from sarm.llama.sampling import row_keys, sample, uniforms
+from sarm.llama.sampling import row_keys, sample
+from sarm.philox import uniforms
 from tests.tiny import llama_config
 
 CUDA = torch.cuda.is_available()
@@ -39,7 +40,7 @@ QUESTIONS = (
 def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Off a GPU the loop runs on the kernels' plain versions."""
     if not CUDA:
-        for kernel in (plain_attend, plain_draw, plain_advance):
+        for kernel in (plain_attend, plain_draw, plain_advance, plain_uniforms):
             monkeypatch.setattr(graph_decoder, kernel.__name__.removeprefix("plain_"), kernel)
 
 
@@ -59,7 +60,11 @@ def plain_attend(qkv, keys, values, cos, sin, positions, scale):
 
 
 def plain_draw(logits, noise, counts, temperature):
-    return sample(logits, uniforms(noise, counts), temperature, 1.0)
+    return sample(logits, plain_uniforms(noise, counts), temperature, 1.0)
+
+
+def plain_uniforms(keys, positions):
+    return uniforms(keys, positions.long())
 
 
 def plain_advance(
@@ -143,7 +148,7 @@ def test_drawing_is_sampling_by_the_same_noise(v: int, temperature: float) -> No
     noise = row_keys(0, 0, [str(i) for i in range(b)]).to(DEVICE)
     counts = torch.arange(b, dtype=torch.int32, device=DEVICE)
     tokens, logprobs = decode_kernels.draw(logits, noise, counts, temperature)
-    plain = sample(logits, uniforms(noise, counts), temperature, 1.0)
+    plain = sample(logits, plain_uniforms(noise, counts), temperature, 1.0)
     assert torch.equal(tokens, plain.tokens)
     torch.testing.assert_close(logprobs, plain.logprobs, rtol=0, atol=2e-6)
 

@@ -1,25 +1,12 @@
-"""Noise against the reference generator, sampling against softmax."""
+"""Sampling against softmax, at a grid of the unit interval and with the noise it is given."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sarm.llama.sampling import row_keys, sample, uniforms
-
-
-def test_uniforms_are_splitmix64() -> None:
-    # The reference generator seeded with 1234567, as published with Vigna's C code, is
-    # 6457827717110365317, 3203168211198807973, ...
-    u = [float(uniforms(torch.tensor([1234567]), t)) for t in range(2)]
-    assert u == [(6457827717110365317 >> 12) / 2**52, (3203168211198807973 >> 12) / 2**52]
-    many = torch.stack(
-        [uniforms(row_keys(0, 0, [str(i) for i in range(500)]), t) for t in range(200)]
-    )
-    assert (
-        abs(float(many.mean()) - 0.5) < 0.005 and float(many.min()) >= 0 and float(many.max()) < 1
-    )
-    assert abs(float(torch.corrcoef(many[:, :2].T)[0, 1])) < 0.2
+from sarm.llama.sampling import row_keys, sample
+from sarm.philox import uniforms
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8), (2.0, 0.6)])
@@ -46,3 +33,18 @@ def test_the_ends_of_the_unit_interval() -> None:
     assert sample(
         logits, torch.tensor([0.0, 1 - 2.0**-52], dtype=torch.float64), 1.0, 1.0
     ).tokens.tolist() == [1, 2]
+
+
+def test_with_its_own_noise_over_prompts_and_over_positions() -> None:
+    logits = torch.tensor([2.0, -1.0, 0.5, float("-inf"), 1.0, 0.0])
+    p = torch.softmax(logits.double() / 0.8, 0)
+    rows = row_keys(3, 5, [str(i) for i in range(4000)])
+    across = uniforms(rows, torch.tensor(7))
+    along = uniforms(rows[:1], torch.arange(4000))
+    for u in (across, along):
+        tokens = sample(logits.expand(len(u), -1), u, 0.8, 1.0).tokens
+        counts, expected = torch.bincount(tokens, minlength=6).double(), len(u) * p
+        kept = p > 0
+        assert counts[~kept].sum() == 0
+        # chi-squared of four degrees of freedom: beyond 18.5 once in a thousand
+        assert float(((counts - expected)[kept] ** 2 / expected[kept]).sum()) < 18.5

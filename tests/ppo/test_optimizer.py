@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sarm.config import ROOT
+from sarm.philox import ROUNDING, random_words
 from sarm.ppo.learner import optimizer
 from sarm.ppo.learner.optimizer import (
     BLOCK,
@@ -26,7 +27,6 @@ from sarm.ppo.learner.optimizer import (
     _blocks,
     compacted,
     expanded,
-    hashed,
     joined,
     power_of_two_above,
     update_plainly,
@@ -162,8 +162,8 @@ def test_powers_of_two() -> None:
 
 def test_the_noise_is_even_and_new_each_step() -> None:
     a, b = (
-        hashed(100_000, 12345, 67890, torch.device("cpu")),
-        hashed(100_000, 12345, 67891, torch.device("cpu")),
+        random_words(100_000, 12345, ROUNDING, torch.device("cpu")),
+        random_words(100_000, 12346, ROUNDING, torch.device("cpu")),
     )
     for x in (a >> 18, a >> 8 & 1023):
         top = int(x.max()) + 1
@@ -203,8 +203,7 @@ def kernel_agrees(device: str) -> None:
                 1e-8,
                 1 - 0.9**t,
                 1 - 0.999**t,
-                0x9E3779B9 * t % 2**32,
-                0xDEADBEEF,
+                0x9E3779B97F4A7C15 * t % 2**64 - 2**63,
             )
             scale = torch.tensor(0.5, device=device)
             update_plainly(weight, grad, mine, rates, scale)

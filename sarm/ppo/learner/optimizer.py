@@ -19,7 +19,7 @@ First moment. It is stored as its ratio to the root of the second, linearly, in 
 largest. This ratio is what Adam's step consists of, so the error is an error of the step, the same
 for weights with small gradients as for those with large ones.
 
-The noise is a hash of the seed, the tensor, its step count and the element, so that a resumed run
+The noise is keyed by the seed, the tensor, its step count and the element, so that a resumed run
 repeats it.
 """
 
@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sarm.philox import ROUNDING, random_words
 
 BLOCK = 256
 """Neighbouring elements that share a scale."""
@@ -68,9 +70,8 @@ class Rates(NamedTuple):
     bias1: float
     """1 - beta1**t."""
     bias2: float
-    seed_a: int
-    seed_b: int
-    """32 bits each."""
+    key: int
+    """Of the step's noise, 64 bits, signed."""
 
 
 class CompactAdamW(torch.optim.Optimizer):
@@ -116,8 +117,7 @@ class CompactAdamW(torch.optim.Optimizer):
             kept |= {"step": torch.tensor(0.0), **_zero_state(weight)._asdict()}
         kept["step"] += 1
         t, (beta1, beta2) = int(kept["step"]), group["betas"]
-        noise = hashlib.sha256(f"{name}/{t}".encode()).digest()
-        seed_a, seed_b = (int.from_bytes(noise[i : i + 4], "little") for i in (0, 4))
+        digest = hashlib.sha256(f"{name}/{t}".encode()).digest()
         rates = Rates(
             group["lr"],
             1 - group["lr"] * group["weight_decay"],
@@ -126,8 +126,7 @@ class CompactAdamW(torch.optim.Optimizer):
             group["eps"],
             1 - beta1**t,
             1 - beta2**t,
-            seed_a,
-            seed_b,
+            int.from_bytes(digest[:8], "little", signed=True),
         )
         state = State(*(kept[field] for field in State._fields))
         grad = weight.grad.contiguous()  # type: ignore[union-attr]
@@ -164,7 +163,7 @@ def _zero_state(weight: Tensor) -> State:
 def update_plainly(weight: Tensor, grad: Tensor, state: State, rates: Rates, scale: Tensor) -> None:
     """Step `weight` (n,) and its state in place."""
     n = len(weight)
-    noise = hashed(n, rates.seed_a, rates.seed_b, weight.device)
+    noise = random_words(n, rates.key, ROUNDING, weight.device)
     g = grad.float() * scale
     square = decoded_square(state)
     mean = decoded_ratio(state) * square.sqrt()
@@ -292,19 +291,6 @@ def power_of_two_above(x: Tensor) -> Tensor:
     """The next power of two above `x` >= 0, float32; 0 for 0."""
     bits = (x.view(torch.int32) & 0x7F800000) + 0x00800000
     return torch.where(x > 0, bits.view(torch.float32), 0.0)
-
-
-def hashed(n: int, seed_a: int, seed_b: int, device: torch.device) -> Tensor:
-    """(n,) int64 of 32 random bits: 0 ... n-1 through the mixer lowbias32 (Wellons, "Prospecting
-    for hash functions"), twice.
-    """
-    x = torch.arange(n, device=device)
-    for seed in (seed_a, seed_b):
-        x = x ^ seed
-        x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-        x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-        x = x ^ (x >> 16)
-    return x
 
 
 def _blocks(x: Tensor) -> Tensor:

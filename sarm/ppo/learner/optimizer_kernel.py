@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sarm.philox import ROUNDING
+from sarm.philox_triton import random_words
 from sarm.ppo.learner.optimizer import BLOCK, CODES_PER_OCTAVE, OCTAVE_STEP, Rates, State
 
 BLOCKS = 4
@@ -31,8 +33,7 @@ def update(weight: Tensor, grad: Tensor, state: State, rates: Rates, scale: Tens
         state.exp_avg_sq_top,
         scale,
         n,
-        _signed(rates.seed_a),
-        _signed(rates.seed_b),
+        rates.key,
         rates.lr,
         rates.decay,
         1 - rates.beta1,
@@ -45,14 +46,11 @@ def update(weight: Tensor, grad: Tensor, state: State, rates: Rates, scale: Tens
         BLOCK,
         CODES_PER_OCTAVE,
         OCTAVE_STEP,
+        ROUNDING,
     )
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 32) if x >= 1 << 31 else x
-
-
-@triton.jit(do_not_specialize=["n", "seed_a", "seed_b"])
+@triton.jit(do_not_specialize=["n", "key"])
 def _update(
     weight_ptr,
     grad_ptr,
@@ -63,8 +61,7 @@ def _update(
     top_ptr,
     scale_ptr,
     n,
-    seed_a,
-    seed_b,
+    key,
     lr,
     decay,
     rate1,
@@ -77,12 +74,15 @@ def _update(
     BLOCK: tl.constexpr,
     CODES_PER_OCTAVE: tl.constexpr,
     OCTAVE_STEP: tl.constexpr,
+    PURPOSE: tl.constexpr,
 ):
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     here, blocks_here = at < n, block * BLOCK < n
 
-    x = _mixed(_mixed(at.to(tl.uint32) ^ seed_a.to(tl.uint32)) ^ seed_b.to(tl.uint32))
+    quarter: tl.constexpr = BLOCK // 4
+    fours = block[:, None] * quarter + tl.arange(0, quarter)[None, :]
+    x = random_words(key, fours, PURPOSE)
 
     g = tl.load(grad_ptr + at, here, 0.0).to(tl.float32) * tl.load(scale_ptr)
     top = tl.load(top_ptr + block, blocks_here, 0.0)
@@ -138,10 +138,3 @@ def _update(
     steps = tl.floor(steps + ((x >> 8) & 1023).to(tl.float32) * (2.0**-10))
     tl.store(ratio_ptr + at, tl.minimum(tl.maximum(steps, -127.0), 127.0).to(tl.int8), here)
     tl.store(unit_ptr + block, unit, blocks_here)
-
-
-@triton.jit
-def _mixed(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
