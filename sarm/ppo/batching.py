@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sarm.config import PpoConfig, UserError
+from sarm.data.conversations import prompt_ids
 from sarm.data.datasets import Prompt
-from sarm.llama.generate import prompt_ids
 
 
 class Fitting(NamedTuple):

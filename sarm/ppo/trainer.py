@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sarm.config import PpoConfig, UserError
+from sarm.data.conversations import response_text, stop_ids
 from sarm.data.datasets import Prompt
-from sarm.llama.generate import Rollout, response_text, stop_ids
+from sarm.llama.generate import Rollout
 from sarm.ppo import losses, metrics, objective
 from sarm.ppo.advantages import ADVANTAGES, Episodes
 from sarm.ppo.batching import fitting_prompts, mini_batches, rows_of_step

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sarm.config import UserError
-from sarm.llama.generate import Rollout, prompt_ids
+from sarm.data.conversations import prompt_ids
+from sarm.llama.generate import Rollout
 from sarm.ppo.batching import mini_batches, rows_of_step
 from sarm.ppo.calibration import calibrate
 from sarm.ppo.learner.actor import make_actor
