@@ -14,8 +14,9 @@ from reports.blocks import lines
 from reports.sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
+from sarm.probing.contrast import Contrast
 from sarm.probing.effects import Encoded, contrasts_of, latent_table
-from sarm.probing.permutation import Contrast, permutation_p
+from sarm.probing.permutation import permutation_p
 from sarm.probing.select import judged
 from sarm.probing.validity import (
     bradley_terry,
