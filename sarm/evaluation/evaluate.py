@@ -9,7 +9,7 @@ Steering the reward model is in `sarm/evaluation/reward_steering.py`, the verdic
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from sarm.evaluation.refusals import detector_quality, refused
 from sarm.hub import local_model
 from sarm.llama.generate import generate, prompt_ids, response_logprobs, response_text, stop_ids
 from sarm.ppo.reward import CompoundReward, conversation
+from sarm.records import Features
 from sarm.reward_model.model import load_sarm
 
 Progress = Callable[[int, int, str], None]
@@ -66,7 +67,7 @@ def policy_rows(
     config: Config,
     policy: Path,
     prompts: Sequence[Prompt],
-    features: Mapping[str, Any],
+    features: Features,
     *,
     trained: bool,
     progress: Progress,
@@ -180,7 +181,7 @@ def generate_responses(
 
 
 def score_responses(
-    config: Config, features: Mapping[str, Any], prompts: Sequence[Prompt], texts: Sequence[str]
+    config: Config, features: Features, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> tuple[list[int], Any, int]:
     """(latents, scores, parameters): z of the penalised, monitor and candidate latents by one
     forward a text, no clamping.
@@ -188,16 +189,14 @@ def score_responses(
     Parameters are those that the reward depends on: not the SAE's decoder.
     """
     model, tokenizer = load_sarm(config.sarm)
-    penalised = [p["latent"] for p in features["penalised"]]
+    penalised = [p.latent for p in features.penalised]
     others = list(
-        dict.fromkeys(
-            [*features["monitors"], *(c["latent"] for c in features["random_candidates"])]
-        )
+        dict.fromkeys([*features.monitors, *(c.latent for c in features.random_candidates)])
     )
     others = [latent for latent in others if latent not in penalised]
     unclamped = config.ppo.penalty.model_copy(update={"clamp": None})
     reward = CompoundReward.from_features(
-        model, tokenizer, {**features, "monitors": others}, unclamped, config.sarm
+        model, tokenizer, features.model_copy(update={"monitors": others}), unclamped, config.sarm
     )
     scores = reward.score(
         [conversation(p.messages, text) for p, text in zip(prompts, texts, strict=True)]
