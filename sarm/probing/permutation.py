@@ -270,12 +270,13 @@ def squares_of(whole: scipy.sparse.csr_array, deal: Deal) -> Squares:
     n, rows = len(deal.labels), whole.shape[0]
     a, b = np.zeros(n), np.zeros(n)
     constant, columns = np.zeros(rows), []
-    left, right, scale, reach = [], [], [], 0
+    of: tuple[list[Ints], list[Ints], list[Ints]] = ([], [], [])
+    reach = 0
 
-    def add(matrix: scipy.sparse.csr_array, *of: Ints) -> None:
+    def add(matrix: scipy.sparse.csr_array, left: Ints, right: Ints, scale: Ints) -> None:
         columns.append(matrix)
-        for all_, mine in zip((left, right, scale), of, strict=True):
-            all_.append(mine)
+        for known, new in zip(of, (left, right, scale), strict=True):
+            known.append(new)
 
     for group in deal.groups:
         if group.shape[1] < 2:
@@ -307,6 +308,6 @@ def squares_of(whole: scipy.sparse.csr_array, deal: Deal) -> Squares:
     ones = np.ones(len(others), np.int64)
     add(scipy.sparse.csr_array(g[:, others] - g[:, deal.last[others]]), others, -ones, ones)
     matrix = scipy.sparse.csr_array(scipy.sparse.hstack(columns))
-    lefts, rights, by = (np.concatenate(x).astype(np.int64) for x in (left, right, scale))
+    left, right, scale = (np.concatenate(x).astype(np.int64) for x in of)
     unit = _unit(matrix, reach + np.abs(deal.labels[alone]).sum())
-    return Squares(np.rint(constant * unit), _rounded(matrix, unit), lefts, rights, by)
+    return Squares(np.rint(constant * unit), _rounded(matrix, unit), left, right, scale)

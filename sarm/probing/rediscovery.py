@@ -43,7 +43,8 @@ def discover(
     d_sae = encoded.ranks.d_sae
     tested = tested_latents(encoded.ranks, contrasts, 0, d_sae, config)
     needed = permutations_needed(int(tested.sum()), config.select.fdr)
-    effects, ps = [], []
+    effects: list[Floats] = []
+    ps: list[Floats] = []
     for contrast in contrasts:
         values = latent_contributions(encoded, contrast, config)
         p = np.full(d_sae, np.nan)
@@ -54,7 +55,7 @@ def discover(
         ps.append(p)
     p = ps[0]
     if len(ps) == 2:
-        p = partial_conjunction(*ps, np.sign(effects[0]) == np.sign(effects[1]))
+        p = partial_conjunction(ps[0], ps[1], np.sign(effects[0]) == np.sign(effects[1]))
     prompts = [max(contrast.n_prompts, 1) for contrast in contrasts]
     effect = np.average(effects, axis=0, weights=prompts)
     return Found(tested, effect, p, benjamini_hochberg(p) <= config.select.fdr)

@@ -33,7 +33,6 @@ def validity(
     contrasts = contrasts_of(data, encoded, config.conjunction)
     rows = baselines(table, encoded, data, config)
     return {
-        "conjunction": [config.data.sources[name].label for name in config.conjunction],
         "matched_null": matched_null(table, *held_out_effects(encoded, data, config), config),
         "shuffled_labels": shuffled_labels(encoded, contrasts, config, device),
         "replication": replication(encoded, data, config, device),

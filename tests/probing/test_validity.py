@@ -14,25 +14,15 @@ from reports.blocks import lines
 from reports.sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
+from sarm.probing.baselines import bradley_terry, pair_rows
 from sarm.probing.contrast import Contrast
-from sarm.probing.effects import Encoded, contrasts_of, latent_table
+from sarm.probing.effects import Encoded, contrasts_of, latent_contributions, latent_table
+from sarm.probing.nulls import shuffled_labels
 from sarm.probing.permutation import permutation_p
+from sarm.probing.rediscovery import discover, joined, of_prompts, rank_correlation
+from sarm.probing.replication import feature_replication, replication
 from sarm.probing.select import judged
-from sarm.probing.validity import (
-    bradley_terry,
-    discover,
-    feature_replication,
-    joined,
-    latent_contributions,
-    matched_null,
-    of_prompts,
-    pair_rows,
-    rank_correlation,
-    replication,
-    sensitivity,
-    shuffled_labels,
-    validity,
-)
+from sarm.probing.validity import sensitivity, validity
 from sarm.reward_model.interventions import Ranks
 from sarm.training.train import fit_head
 
@@ -120,7 +110,9 @@ def world() -> tuple[Encoded, Data, Any, pd.DataFrame]:
         encoded,
         data,
         config,
-        judged(latent_table(encoded, contrasts_of(data, encoded), 0, D_SAE, config), config.select),
+        judged(
+            latent_table(encoded, contrasts_of(data, encoded, ()), 0, D_SAE, config), config.select
+        ),
     )
 
 
@@ -163,17 +155,9 @@ def test_listed_latents_are_tried_on_sources_that_selection_never_read(world) ->
     assert row["effect_low"] < row["effect"] < row["effect_high"]
 
 
-def test_matched_latents_do_less_than_the_confirmed(world) -> None:  # type: ignore[no-untyped-def]
-    _, _, config, table = world
-    rows = {row["role"]: row for row in matched_null(table, config)}
-    assert rows["harming"]["p"] < 0.01 and rows["harming"]["effect"] > rows["harming"]["null_high"]
-    nothing = table.assign(confirmed=False)
-    assert matched_null(nothing, config) == []
-
-
 def test_shuffled_labels_find_next_to_nothing(world) -> None:  # type: ignore[no-untyped-def]
     encoded, data, config, table = world
-    rows = shuffled_labels(encoded, contrasts_of(data, encoded), config, "cpu")
+    rows = shuffled_labels(encoded, contrasts_of(data, encoded, ()), config, "cpu")
     assert len(rows) == 2 and all(
         row["confirmed"] <= row["discoveries"] < table["discovered"].sum() for row in rows
     )
@@ -181,7 +165,7 @@ def test_shuffled_labels_find_next_to_nothing(world) -> None:  # type: ignore[no
 
 def test_repeating_the_selection(world) -> None:  # type: ignore[no-untyped-def]
     encoded, data, config, table = world
-    rows = sensitivity(table, encoded, contrasts_of(data, encoded), config, "cpu")
+    rows = sensitivity(table, encoded, data, config, "cpu")
     by_what = {
         what: [r for r in rows if r["what"] == what]
         for what in ("seed", "split", "25% of the prompts", "75% of the prompts")
@@ -224,6 +208,7 @@ def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignor
     ]
     replicated = feature_replication(harming, encoded, data, config, "cpu")
     features = {
+        "conjunction": [],
         "validity": validity(table, encoded, data, config),
         "promoting": [],
         "misleading": [],
@@ -288,8 +273,8 @@ def test_rank_correlation_where_there_is_none() -> None:
 
 def test_discovery_here_is_the_probe_s(world) -> None:  # type: ignore[no-untyped-def]
     encoded, data, config, table = world
-    contrast = contrasts_of(data, encoded)["discovery"]
-    found = discover(encoded, contrast, config, config.seed * 2, "cpu")
+    contrast = contrasts_of(data, encoded, ())["discovery"]
+    found = discover(encoded, [contrast], config, config.seed * 2, "cpu")
     assert found.effect == pytest.approx(table["effect"].to_numpy())
     assert (found.tested == table["tested"]).all()
     values = latent_contributions(encoded, contrast, config)[[3]]
