@@ -18,9 +18,9 @@ from sarm.probing.effects import (
     Encoded,
     contrasts_of,
     direction_table,
+    discovery_contrasts,
     latent_table,
     read_encoded,
-    tested_on,
 )
 from sarm.run import Attempt, RunDir
 
@@ -32,7 +32,9 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """One row a latent of this shard's range, from what encode left."""
     encoded = read_encoded(attempt.read_shards("encode"))
     contrasts = contrasts_of(load_data(config.data), encoded, config.conjunction)
-    for name, contrast in zip(config.conjunction or ("",), tested_on(contrasts), strict=True):
+    for name, contrast in zip(
+        config.conjunction or ("",), discovery_contrasts(contrasts), strict=True
+    ):
         if contrast.n_prompts == 0:
             raise UserError(
                 f"discovery has no pairs {f'of source {name} ' if name else ''}to find latents on;"

@@ -93,7 +93,7 @@ def contrasts_of(data: Data, encoded: Encoded, conjunction: Sequence[str]) -> di
     return {part: contrast_of(mine, rows) for part, mine in zip(PARTS, pairs, strict=False)}
 
 
-def tested_on(contrasts: Mapping[str, Contrast]) -> list[Contrast]:
+def discovery_contrasts(contrasts: Mapping[str, Contrast]) -> list[Contrast]:
     """What discovery's test reads: either of two sources, or the one there is."""
     both = [contrasts[part] for part in PARTS[2:] if part in contrasts]
     return both or [contrasts["discovery"]]
@@ -239,7 +239,7 @@ def latent_table(
     `device` is where permutations are counted; it changes no figure.
     """
     ranks, weight = encoded.ranks, encoded.head_weight
-    sources = tested_on(contrasts)
+    sources = discovery_contrasts(contrasts)
     tested = tested_latents(ranks, sources, start, stop, config)
     of_all = tested_latents(ranks, sources, 0, ranks.d_sae, config).sum()
     needed = permutations_needed(int(of_all), config.select.fdr)

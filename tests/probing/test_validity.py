@@ -33,9 +33,11 @@ texts.
 """
 
 
-def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
-    """Source a in discovery and validation, source b all in test; one chosen against two
-    rejected.
+def two_sources(
+    seed: int = 0, prompts: int = 90, b_is_read: bool = False
+) -> tuple[Encoded, Data, Any]:
+    """Source a in discovery and validation, source b all in test, or like a where it is read; one
+    chosen against two rejected.
     """
     rng = np.random.default_rng(seed)
     weight = rng.choice([-1, 1], D_SAE) * rng.uniform(0.2, 1.0, D_SAE)
@@ -43,7 +45,8 @@ def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
     axis, pairs, texts, rows, states = rng.normal(size=D_IN), [], [], [], []
     for number in range(2 * prompts):
         source = "a" if number < prompts else "b"
-        part: Any = "test" if source == "b" else "validation" if number % 3 == 0 else "discovery"
+        part: Any = "validation" if number % 3 == 0 else "discovery"
+        part = part if source == "a" or b_is_read else "test"
         message = {"role": "user", "content": f"{source}{number}"}
         prompt = Prompt(f"{source}{number}", (message,), source, "unsafe", "", part)
         topic = rng.normal(size=D_SAE)
@@ -80,7 +83,7 @@ def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
         D_SAE,
     )
     source = {"format": "jsonl", "path": "none"}
-    tree = {
+    tree: dict[str, Any] = {
         "name": "two",
         "policy": {"model": "none"},
         "sarm": {"model": "none"},
@@ -93,8 +96,10 @@ def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
         "probe": {"permutations": 500, "bootstrap": 50},
         "select": {"stability_repeats": 2, "effect": "head"},
     }
+    if b_is_read:
+        tree["data"]["sources"]["b"]["split"] = tree["data"]["sources"]["a"]["split"]
     frame = pd.DataFrame(texts)
-    frame["reward"] = 0.0
+    frame["reward"] = np.random.default_rng(9).normal(size=len(frame))
     prompts_of = [p.prompt for p in pairs[::2]]
     return (
         Encoded(frame, ranks, np.stack(states).astype(np.float32), weight.astype(np.float32)),
