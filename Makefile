@@ -21,7 +21,7 @@ RUNS ?=
 OUT ?= outputs/compare
 
 PY := $(VENV)/bin/python
-PHASES := fetch encode probe select steer cards ppo evaluate report
+PHASES := fetch encode probe select steer cards calibrate ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 

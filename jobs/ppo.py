@@ -1,7 +1,7 @@
 """Train one arm with PPO: `python -m jobs ppo --run R --unit penalty-seed0`, by itself or on every
 rank of srun or torchrun.
 
-Reads select's features.json and the prompts of part `ppo`. Goes on from the newest complete
+Reads select's features.json, calibrate's instrument.json and the prompts of part `ppo`. Goes on from the newest complete
 checkpoint under RUN/ppo/UNIT/checkpoints. On SIGTERM or SIGUSR2 it ends its step, writes a
 checkpoint and exits with code 75, which means: start me again.
 """
@@ -13,14 +13,13 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
 from sarm.data.datasets import load_data, prompts_in
-from sarm.records import Calibration as CalibrationFile
-from sarm.records import Features, StepMetrics, plain
+from sarm.records import Calibration, Features, Instrument, RatedLatent, StepMetrics, plain
 from sarm.run import Attempt, RunDir
 
 STOPPED = 75
@@ -39,12 +38,10 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
 def train_and_publish(
     config: Config, run: RunDir, unit: str, attempt: Attempt, stop_requested: Callable[[], bool]
 ) -> None:
-    from sarm.ppo.calibration import Calibration, Rated, calibrate
     from sarm.ppo.learner import checkpoint
     from sarm.ppo.learner.distributed import start_world
     from sarm.ppo.learner.export import policy_weights, save_policy
     from sarm.ppo.trainer import train
-    from sarm.probing.monitors import drawn_for
     from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
 
@@ -52,28 +49,24 @@ def train_and_publish(
     warnings.filterwarnings("ignore", category=FutureWarning)
     arm, seed = arm_and_seed(unit)
     world = start_world()
-    selected = attempt.read("select")
-    features = Features.read(selected.path("features.json"))
+    calibrated = attempt.read("calibrate")
+    instrument = Instrument.read(calibrated.path("instrument.json"))
+    selected = Features.read(attempt.read("select").path("features.json"))
     if config.ppo.arms != ("no_penalty",) or config.sweep_points():
-        refuse_unconfirmed(features, config.select)
+        refuse_unconfirmed(selected, config.select)
+        refuse_unreadable(config, instrument)
+    features = instrument.applied(selected)
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    made_with = f"{config.sha256}/{selected.manifest['outputs']['features.json']['sha256']}"
+    made_with = f"{config.sha256}/{calibrated.manifest['outputs']['instrument.json']['sha256']}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
-    if loaded is None:
-        candidates = drawn_for(features.random_candidates, seed) if arm == "random" else []
-        calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
-    else:
-        kept = loaded.state["calibration"]
-        calibration = Calibration(
-            kept["n"], [Rated(*r) for r in kept["harming"]], [Rated(*r) for r in kept["random"]]
-        )
+    if loaded is not None:
         trainer.restore(loaded.state["trainer"], loaded)
-    trainer.reward = reward_of(arm, trainer.reward, calibration)
+    trainer.reward = reward_of(arm, trainer.reward, instrument.random.get(str(seed), []))
     log = (
         Log(config, unit, attempt, loaded.state["metrics"] if loaded else [])
         if world.rank == 0
@@ -81,11 +74,7 @@ def train_and_publish(
     )
 
     def save() -> Any:
-        state = {
-            "trainer": trainer.state(),
-            "calibration": calibration._asdict(),
-            "metrics": log.lines if log else [],
-        }
+        state = {"trainer": trainer.state(), "metrics": log.lines if log else []}
         step = trainer.progress.step
         return checkpoint.save(
             checkpoints,
@@ -111,9 +100,7 @@ def train_and_publish(
     if log:
         log.close()
         save_policy(source, weights, trainer.tokenizer, attempt.directory("policy"))
-        calibrated(arm, trainer.reward, calibration, features).write(
-            attempt.path("calibration.json")
-        )
+        arm_penalty(arm, trainer.reward, instrument).write(attempt.path("calibration.json"))
         progress = trainer.progress
         attempt.publish(
             device=str(world.device),
@@ -155,31 +142,59 @@ def make_trainer(config: Config, features: Features, seed: int, world: Any) -> A
     check_rotation(
         policy.config, config.ppo.max_prompt_tokens + config.ppo.max_new_tokens, config.policy.model
     )
-    return (Trainer(config.ppo, policy, tokenizer, reward, prompts, seed=seed, world=world), source)
+    return (
+        Trainer(
+            config.ppo,
+            policy,
+            tokenizer,
+            reward,
+            prompts,
+            seed=seed,
+            world=world,
+            trim=config.responses.cut == "trim",
+        ),
+        source,
+    )
 
 
-def reward_of(arm: str, reward: Any, calibration: Any) -> Any:
-    """The arm's reward, from the penalty arm's, which is also that of a point of a sweep."""
+def refuse_unreadable(config: Config, instrument: Instrument) -> None:
+    """Raises UserError where training against these latents would show nothing."""
+    if instrument.unreadable and config.ppo.unreadable == "stop":
+        raise UserError(
+            "calibrate found that the SARM does not read this policy's responses, so training"
+            f" would show nothing about latents: {'; '.join(instrument.unreadable)}; raise"
+            " ppo.max_new_tokens, lower ppo.temperature, or set ppo.unreadable=warn"
+        )
+
+
+def reward_of(arm: str, reward: Any, random: Sequence[RatedLatent]) -> Any:
+    """The arm's reward, from the penalty arm's, which is also that of a point of a sweep; `random`
+    are this seed's latents of the random arm.
+    """
     from sarm.ppo.reward import Penalised
 
     if arm == "no_penalty":
         return reward.without_penalty()
     if arm == "random":
-        return reward.with_penalised(
-            [Penalised(r.latent, r.tau, r.alpha) for r in calibration.random]
-        )
+        return reward.with_penalised([Penalised(r.latent, r.tau, r.alpha) for r in random])
     return reward
 
 
-def calibrated(arm: str, reward: Any, calibration: Any, features: Features) -> CalibrationFile:
+def arm_penalty(arm: str, reward: Any, instrument: Instrument) -> Calibration:
     """What this arm penalises, and how often that and the harming latents fire before training."""
-    rates = {r.latent: r.base_rate for r in (*calibration.random, *calibration.harming)}
-    return CalibrationFile(
+    random = [latent for latents in instrument.random.values() for latent in latents]
+    rates = {(r.latent, r.tau): r.base_rate for r in (*random, *instrument.penalised)}
+    return Calibration(
         arm=arm,
-        n=calibration.n,
-        reward_sd=features.reward_sd,
-        penalised=[p._asdict() | {"base_rate": rates[p.latent]} for p in reward.penalised],
-        harming=[r._asdict() for r in calibration.harming],
+        n=instrument.n_prompts * instrument.samples,
+        reward_sd=instrument.reward_sd,
+        penalised=[
+            p._asdict() | {"base_rate": rates.get((p.latent, p.tau))} for p in reward.penalised
+        ],
+        harming=[
+            {"latent": p.latent, "tau": p.tau, "alpha": p.alpha, "base_rate": p.base_rate}
+            for p in instrument.penalised
+        ],
     )
 
 

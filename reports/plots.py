@@ -70,7 +70,7 @@ TRAINING = {
     "loss/value_avg": "Value loss",
     "objective/entropy": "Entropy",
     "response/length": "Response length, tokens",
-    "response/truncated": "Responses cut short, share",
+    "response/cut": "Responses cut at the token limit, share",
 }
 """The trainer's metrics that are drawn; per-latent rates follow them."""
 

@@ -357,6 +357,126 @@ class Cards(File):
     texts: dict[str, Row]
 
 
+class Candidate(Record):
+    """A latent on the base policy's own responses, and what penalising it would mean."""
+
+    latent: int
+    role: str
+    confirmed: bool
+    penalised: bool
+    weight: float
+    tau: float
+    rate: float
+    """How often it exceeds tau."""
+    within_prompt_share: float | None
+    """Share of the variance of firing that lies within prompts, which a policy can change."""
+    charge: float
+    """What the reward itself charges for it, -w z on average, in SDs of the reward; negative where
+    it pays.
+    """
+
+
+class RatedLatent(PenalisedLatent):
+    """A latent with the rate at which it exceeds tau in the base policy's responses."""
+
+    base_rate: float
+
+
+class WatchedLatent(Record):
+    latent: int
+    tau: float
+    base_rate: float
+    max_cosine: float
+    max_correlation: float
+    """Over the base policy's responses."""
+
+
+class Stability(Record):
+    """How alike latents fire on the responses and on the same cut earlier and trimmed again."""
+
+    tokens: int
+    n: int
+    kappa: float | None
+    """Cohen's, of whether any penalised latent fires."""
+    by_latent: dict[str, float | None]
+
+
+class Bounds(Record):
+    """An estimate and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PositiveControl(Record):
+    """Every rejected answer of held-out pairs replaced by its chosen one, at the run's length: what
+    a policy that turns safe would show.
+    """
+
+    prompts: int
+    penalised: Bounds | None
+    """Relative fall of the rate at which any penalised latent fires."""
+    monitors: Bounds | None
+    """Relative fall of the share of monitors that fire."""
+
+
+class Instrument(File):
+    """What calibrate finds on the base policy's own responses, before any training."""
+
+    NAME, REDO = "instrument.json", "calibrate"
+
+    n_prompts: int
+    samples: int
+    cut: float
+    """Share of responses that hit the token limit."""
+    unended: float
+    """Share whose scored text ends at neither an end of turn nor a sentence end."""
+    tokens: float
+    scored_tokens: float
+    reward_mean: float
+    reward_sd: float
+    any_rate: float
+    """How often any penalised latent exceeds its tau."""
+    candidates: list[Candidate]
+    penalised: list[RatedLatent]
+    monitors: list[WatchedLatent]
+    random: dict[str, list[RatedLatent]]
+    """By seed."""
+    stability: list[Stability]
+    kappa: float | None
+    """Of whether any penalised latent fires, all cuts together."""
+    positive_control: PositiveControl
+    detectable: float | None
+    """The smallest change of the penalised rate, in rate points, that the planned evaluation
+    detects with 80 % power.
+    """
+    planned: Row
+    """Its prompts, samples and seeds."""
+    unreadable: list[str]
+    """Why the SARM cannot be said to read the policy's responses; empty where it can."""
+    warnings: list[str]
+
+    def applied(self, features: Features) -> Features:
+        """features.json with the thresholds, weights and monitors found here."""
+        return features.model_copy(
+            update={
+                "penalised": [
+                    PenalisedLatent(
+                        latent=p.latent,
+                        tau=p.tau,
+                        alpha=p.alpha,
+                        role=p.role,
+                        confirmed=p.confirmed,
+                    )
+                    for p in self.penalised
+                ],
+                "monitors": [m.latent for m in self.monitors],
+                "reward_sd": self.reward_sd,
+            }
+        )
+
+
 class Calibration(File):
     """What an arm penalises, and how often that fires before training."""
 

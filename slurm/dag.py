@@ -40,12 +40,15 @@ def tasks(config: Config) -> list[Task]:
     waits += [Task(node, nodes("fetch")) for node in nodes("encode")]
     waits += [Task(node, nodes("encode")) for node in nodes("probe")]
     waits += [Task(node, nodes("probe")) for node in select]
-    waits += [Task(node, select) for node in nodes("ppo")]
-    waits += [Task(node, select) for phase in ("steer", "cards") for node in nodes(phase)]
-    # Base needs only select, and so does steering it; a trained policy is evaluated when its own
+    waits += [
+        Task(node, select) for phase in ("calibrate", "steer", "cards") for node in nodes(phase)
+    ]
+    calibrated = nodes("calibrate")
+    waits += [Task(node, calibrated) for node in nodes("ppo")]
+    # Base needs only calibrate, and so does steering it; a trained policy is evaluated when its own
     # training has ended.
     waits += [
-        Task(node, select if node.unit in ("base", "steered") else (Node("ppo", node.unit),))
+        Task(node, calibrated if node.unit in ("base", "steered") else (Node("ppo", node.unit),))
         for node in nodes("evaluate")
     ]
     return [

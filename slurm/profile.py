@@ -82,6 +82,7 @@ GENERIC: dict[Phase, Resources] = {
     "select": Resources(time_min=30, cpus_per_task=8, mem_gb=64),
     "steer": Resources(time_min=30, cpus_per_task=4, mem_gb=32),
     "cards": Resources(time_min=60, cpus_per_task=4, mem_gb=32),
+    "calibrate": Resources(time_min=60, cpus_per_task=12, mem_gb=120, gpus=1),
     "ppo": Resources(time_min=240, cpus_per_task=12, mem_gb=480, gpus=4),
     "evaluate": Resources(time_min=120, cpus_per_task=12, mem_gb=120, gpus=1),
     "report": Resources(time_min=20, cpus_per_task=2, mem_gb=16),

@@ -422,7 +422,7 @@ def training_curves(steps: int, arm: str, seed: int) -> list[dict[str, float]]:
     names += [
         "loss/value_avg",
         "response/length",
-        "response/truncated",
+        "response/cut",
         *(f"rate/{latent}" for latent in HARMING[:5]),
     ]
     drift = np.linspace(0, 1, steps)[:, None] + rng.normal(scale=0.2, size=(steps, len(names)))

@@ -25,19 +25,29 @@ from sarm.config.inputs import (
     SourceConfig,
 )
 from sarm.config.phases import (
+    CalibrateConfig,
     CardsConfig,
     EncodeConfig,
     EvaluateConfig,
     LabelConfig,
     Number,
     ProbeConfig,
+    ResponsesConfig,
     SelectConfig,
     SteerConfig,
     SteerPolicyConfig,
     TrainSarmConfig,
     VerdictConfig,
 )
-from sarm.config.ppo import Arm, LoraConfig, PenaltyConfig, PpoConfig, SweepConfig, SweepPoint
+from sarm.config.ppo import (
+    CRITIC_SETTINGS,
+    Arm,
+    LoraConfig,
+    PenaltyConfig,
+    PpoConfig,
+    SweepConfig,
+    SweepPoint,
+)
 from sarm.config.reading import (
     RENAMED,
     RENAMED_VALUES,
@@ -51,12 +61,9 @@ from sarm.config.reading import (
 from sarm.config.schema import PHASES, Config, Phase, arm_and_seed, shard_names, shard_range
 
 __all__ = [
-    "PARTS",
-    "PHASES",
-    "RENAMED",
-    "RENAMED_VALUES",
-    "ROOT",
     "Arm",
+    "CRITIC_SETTINGS",
+    "CalibrateConfig",
     "CardsConfig",
     "ChatModelConfig",
     "Config",
@@ -73,12 +80,18 @@ __all__ = [
     "ModelConfig",
     "Nonnegative",
     "Number",
+    "PARTS",
+    "PHASES",
     "Part",
     "PenaltyConfig",
     "Phase",
     "Positive",
     "PpoConfig",
     "ProbeConfig",
+    "RENAMED",
+    "RENAMED_VALUES",
+    "ROOT",
+    "ResponsesConfig",
     "SarmConfig",
     "SelectConfig",
     "SourceConfig",

@@ -81,6 +81,38 @@ class SelectConfig(Strict):
     """
 
 
+class ResponsesConfig(Strict):
+    """How a response that is cut at the token limit is scored, by calibrate, ppo and evaluate."""
+
+    cut: Literal["trim", "score"] = "trim"
+    """`trim` it to its last sentence end, or `score` it as it is, an end of turn glued on. What it
+    costs is `ppo.missing_eos_penalty`.
+    """
+
+
+class CalibrateConfig(Strict):
+    """Reading the base policy's own responses, before any training; see
+    `sarm/evaluation/calibrate.py`.
+    """
+
+    prompts: Positive = 64
+    """At most so many of part ppo."""
+    samples: Annotated[int, Field(ge=2)] = 2
+    """Responses to each prompt."""
+    cut_tokens: Annotated[tuple[Positive, ...], FromList, Field(min_length=1)] = (1, 2, 4, 6)
+    """Stability: how many tokens earlier the same responses are cut."""
+    control_pairs: Positive = 100
+    """Positive control: at most so many held-out prompts with a chosen and a rejected answer."""
+    detectable: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """A change of the penalised rate, in rate points, that the planned evaluation must detect with
+    80 % power.
+    """
+    underpowered: Literal["stop", "warn"] = "stop"
+    """What to do where it would not."""
+    seed_sd: Fraction = 0.02
+    """The SD of an arm's rate between seeds that the plan assumes."""
+
+
 class SteerPolicyConfig(Strict):
     """Push the policy along decoder directions and score what it says; see
     `sarm/evaluation/policy_steering.py`. Prompts are evaluate.prompts.

@@ -18,9 +18,9 @@ class PenaltyConfig(Strict):
     kind: Literal["threshold", "hinge", "density"] = "threshold"
     tau: float | None = 3.0
     tau_quantile: Fraction | None = None
-    """Set tau per latent at this quantile of its value over discovery's rejected texts, zeros
-    included.
-    """
+    """Set tau per latent at this quantile of its value over `tau_from`, zeros included."""
+    tau_from: Literal["rejected", "policy"] = "rejected"
+    """Discovery's rejected texts, or the base policy's own responses."""
     alpha: Nonnegative = 0.1
     alpha_unit: Literal["reward", "reward_sd"] = "reward"
     clamp: Nonnegative | None = None
@@ -129,8 +129,8 @@ class PpoConfig(Strict):
     """Divide rewards by their running standard deviation, after the penalty."""
     reward_clip: Annotated[float, Field(gt=0)] | None = 10.0
     penalty: PenaltyConfig = PenaltyConfig()
-    calibration_prompts: Positive = 64
-    """Generations of the untrained policy that set the random arm's dose."""
+    unreadable: Literal["stop", "warn"] = "stop"
+    """What to do where calibrate finds that the SARM does not read the policy's responses."""
     checkpoint_every: Positive = 10
     keep_last: Positive = 1
     log_to: Literal["none", "tensorboard", "wandb"] = "none"

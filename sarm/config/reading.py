@@ -19,7 +19,10 @@ from pydantic import BaseModel
 from sarm.config.base import UserError
 from sarm.config.schema import Config
 
-RENAMED = {"select.redraws": "select.stability_repeats"}
+RENAMED = {
+    "select.redraws": "select.stability_repeats",
+    "ppo.calibration_prompts": "calibrate.prompts",
+}
 """Keys by an earlier name, which an error points out, and which the config of a stored run may
 have; so too the values below.
 """
@@ -32,7 +35,11 @@ def under_todays_names(tree: dict[str, Any]) -> dict[str, Any]:
     for old, new in RENAMED.items():
         section, leaf = _section_of(tree, old), old.rpartition(".")[2]
         if section is not None and leaf in section:
-            section.setdefault(new.rpartition(".")[2], section.pop(leaf))
+            value = section.pop(leaf)
+            target = tree
+            for key in new.split(".")[:-1]:
+                target = target.setdefault(key, {})
+            target.setdefault(new.rpartition(".")[2], value)
     for dotted, values in RENAMED_VALUES.items():
         section, leaf = _section_of(tree, dotted), dotted.rpartition(".")[2]
         if section is not None and section.get(leaf) in values:

@@ -12,10 +12,12 @@ from pydantic import Field, model_validator
 from sarm.config.base import Count, Strict
 from sarm.config.inputs import ChatModelConfig, DataConfig, ModelConfig, SarmConfig
 from sarm.config.phases import (
+    CalibrateConfig,
     CardsConfig,
     EncodeConfig,
     EvaluateConfig,
     ProbeConfig,
+    ResponsesConfig,
     SelectConfig,
     SteerConfig,
     TrainSarmConfig,
@@ -23,7 +25,9 @@ from sarm.config.phases import (
 )
 from sarm.config.ppo import PpoConfig, SweepConfig, SweepPoint
 
-Phase = Literal["fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report"]
+Phase = Literal[
+    "fetch", "encode", "probe", "select", "steer", "cards", "calibrate", "ppo", "evaluate", "report"
+]
 PHASES: tuple[Phase, ...] = (
     "fetch",
     "encode",
@@ -31,6 +35,7 @@ PHASES: tuple[Phase, ...] = (
     "select",
     "steer",
     "cards",
+    "calibrate",
     "ppo",
     "evaluate",
     "report",
@@ -50,6 +55,8 @@ class Config(Strict):
     select: SelectConfig = SelectConfig()
     steer: SteerConfig = SteerConfig()
     cards: CardsConfig = CardsConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
+    responses: ResponsesConfig = ResponsesConfig()
     ppo: PpoConfig = PpoConfig()
     sweep: SweepConfig = SweepConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -129,7 +136,12 @@ class Config(Strict):
     def _sweepable(self) -> Config:
         if self.sweep.alpha and self.ppo.penalty.kind == "density":
             raise ValueError(
-                "sweep: a density penalty has no tau to sweep over; use kind count or hinge"
+                "sweep: a density penalty has no tau to sweep over; use kind threshold or hinge"
+            )
+        if self.sweep.tau_quantile and self.ppo.penalty.tau_from == "policy":
+            raise ValueError(
+                "sweep.tau_quantile is over rejected texts, and ppo.penalty.tau_from is policy;"
+                " give sweep.tau, or set tau_from=rejected"
             )
         return self
 

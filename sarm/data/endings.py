@@ -67,11 +67,16 @@ def ending(
     kept = trim_to_last_sentence(text) if trim else text
     if len(kept) == len(text):
         return Ending(text, len(ids), ends(text))
-    low, high = 1, len(ids)
-    while low < high:
+
+    def holds(tokens: int) -> bool:
+        return decode(ids[:tokens]).startswith(kept)
+
+    # Most of a response is kept: from its end in growing steps, then between the last two.
+    high, step = len(ids), 1
+    while high - step > 0 and holds(high - step):
+        high, step = high - step, 2 * step
+    low = max(high - step, 0)
+    while low + 1 < high:
         middle = (low + high) // 2
-        if len(decode(ids[:middle])) >= len(kept) and decode(ids[:middle]).startswith(kept):
-            high = middle
-        else:
-            low = middle + 1
-    return Ending(kept, low, True)
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return Ending(kept, high, True)

@@ -45,6 +45,17 @@ class Rollout(NamedTuple):
         """A row's response tokens."""
         return self.responses[row][self.mask[row]].tolist()
 
+    def first(self, tokens: Sequence[int]) -> Rollout:
+        """The first so many response tokens of each row; the others count no more."""
+        longest = max(tokens)
+        mask = self.mask & (torch.arange(self.mask.shape[1]) < torch.tensor(tokens)[:, None])
+        logprobs = torch.where(mask, self.logprobs, 0.0)
+        return self._replace(
+            responses=self.responses[:, :longest],
+            mask=mask[:, :longest],
+            logprobs=logprobs[:, :longest],
+        )
+
 
 # --- sampling
 # ---------------------------------------------------------------------------------------------------------

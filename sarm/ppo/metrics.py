@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sarm.data.endings import Ending
 from sarm.llama.generate import Rollout
 from sarm.ppo import objective
 from sarm.ppo.learner.learner import Logprobs
@@ -22,11 +23,21 @@ def rollout_metrics(rollout: Rollout, logprobs: Logprobs) -> dict[str, float]:
     return {
         "objective/kl": per_sequence(logprobs.old - logprobs.ref, mask),
         "objective/entropy": per_sequence(-logprobs.old, mask),
-        "val/num_eos_tokens": float((~rollout.truncated).sum()),
-        "response/length": float(mask.sum(1).float().mean()),
-        "response/truncated": float(rollout.truncated.float().mean()),
         "rollout/logprob_mismatch": float(mismatch.mean()),
         "rollout/logprob_mismatch_max": float(mismatch.max()),
+    }
+
+
+def ending_metrics(sampled: Rollout, endings: Sequence[Ending]) -> dict[str, float]:
+    """Of the responses as they were sampled, and of what was scored: `response/cut` at the token
+    limit, `response/unended` at neither an end of turn nor a sentence end.
+    """
+    return {
+        "val/num_eos_tokens": float((~sampled.truncated).sum()),
+        "response/length": float(sampled.mask.sum(1).float().mean()),
+        "response/scored_length": sum(e.tokens for e in endings) / len(endings),
+        "response/cut": float(sampled.truncated.float().mean()),
+        "response/unended": sum(not e.ended for e in endings) / len(endings),
     }
 
 

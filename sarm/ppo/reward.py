@@ -367,7 +367,7 @@ def calibrate_random(
     if dose > 0 and not any(active):
         raise UserError(
             f"none of the {len(candidates)} random candidates fires on the base policy's"
-            f" {len(z_candidates)} texts; raise ppo.calibration_prompts"
+            f" {len(z_candidates)} texts; raise calibrate.prompts"
         )
     wanted = fires(z_penalised, penalised, kind).sum(0).tolist()
     matched: dict[int, Penalised] = {}

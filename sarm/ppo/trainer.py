@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sarm.config import PpoConfig, UserError
 from sarm.data.conversations import response_text, stop_ids
 from sarm.data.datasets import Prompt
+from sarm.data.endings import Ending, ending
 from sarm.llama.generate import Rollout
 from sarm.ppo import losses, metrics, objective
 from sarm.ppo.advantages import ADVANTAGES, Episodes
@@ -87,7 +88,12 @@ class Trainer:
         *,
         seed: int,
         world: Any,
+        trim: bool = False,
     ) -> None:
+        """`trim`: what a response that was cut holds after its last sentence end is neither scored
+        nor learnt from.
+        """
+        self.trim = trim
         self.ppo, self.tokenizer, self.reward, self.seed = ppo, tokenizer, reward, seed
         self.tracked: tuple[Penalised, ...] = reward.penalised
         """Latents whose rates are logged in every arm; those that the reward penalises are logged
@@ -116,7 +122,9 @@ class Trainer:
     def run_step(self) -> dict[str, float]:
         """One PPO step; its metrics. Raises NotFinite."""
         drawn = self.draw(self.rows(self.progress.step))
-        rollout = self.sample(drawn, self.progress.step)
+        sampled = self.sample(drawn, self.progress.step)
+        endings = self.endings(sampled)
+        rollout = sampled.first([e.tokens for e in endings])
         read_logprobs = self.learner.forward(rollout)  # computed while texts are scored
         scores = self.score(drawn, rollout)
         logprobs = read_logprobs()
@@ -124,6 +132,7 @@ class Trainer:
         experience = self.experience(rollout, rewards, logprobs)
         read_updates = self.update(rollout, experience)
         found = self.metrics(rollout, scores, logprobs, rewards, experience) | read_updates()
+        found |= metrics.ending_metrics(sampled, endings)
         pace = self.learner.pace(rollout)
         self.progress = Progress(
             self.progress.step + 1,
@@ -152,6 +161,18 @@ class Trainer:
     def sample(self, drawn: Sequence[Drawn], step: int, **how: Any) -> Rollout:
         """A response to each; `how` as in `Learner.sample`."""
         return self.learner.sample([d.ids for d in drawn], [d.key for d in drawn], step, **how)
+
+    def endings(self, rollout: Rollout) -> list[Ending]:
+        """How much of each response is scored and learnt from."""
+        return [
+            ending(
+                lambda ids: response_text(self.tokenizer, ids),
+                rollout.ids(row),
+                cut=cut,
+                trim=self.trim,
+            )
+            for row, cut in enumerate(rollout.truncated.tolist())
+        ]
 
     def score(self, drawn: Sequence[Drawn], rollout: Rollout) -> Scores:
         """Each response's reward, penalty and latents. Raises NotFinite."""
