@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
+from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
 from sarm.records import Calibration as CalibrationFile
 from sarm.records import Features, StepMetrics, plain
@@ -54,7 +55,8 @@ def train_and_publish(
     features = Features.read(selected.path("features.json"))
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    made_with = f"{config.sha256}/{selected.manifest['outputs']['features.json']['sha256']}"
+    features_sha256 = selected.manifest.outputs["features.json"].sha256
+    made_with = f"{values_sha256('ppo', config)}/{features_sha256}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
@@ -274,7 +276,7 @@ def _start_wandb(config: Config, unit: str) -> Any:
     return wandb.init(
         project="sarm",
         name=f"{config.name}/{unit}",
-        id=f"{config.sha256[:16]}-{unit}",
+        id=f"{values_sha256('ppo', config)[:16]}-{unit}",
         resume="allow",
         config=config.model_dump(mode="json"),
     )

@@ -271,7 +271,7 @@ def ask_slurm(run: RunDir) -> Slurm:
 def published_by(run: RunDir, node: Node) -> str:
     """The job that the standing manifest names; empty where there is none."""
     manifest = run.manifest(*node)
-    return (manifest["job_id"] or "") if manifest else ""
+    return (manifest.job_id or "") if manifest else ""
 
 
 def cancel(run: RunDir) -> str:
@@ -297,7 +297,7 @@ def duration(run: RunDir, node: Node) -> str:
     if manifest is None:
         return ""
     seconds = (
-        datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])
+        datetime.fromisoformat(manifest.ended) - datetime.fromisoformat(manifest.started)
     ).total_seconds()
     return span(seconds)
 

@@ -56,7 +56,7 @@ def features_file(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("kind", FILES, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("number", [0, 2, "1", None, 1.5])
+@pytest.mark.parametrize("number", [0, 9, "1", None, 1.5])
 def test_another_schema_is_refused_by_name(kind: type[File], number: Any, tmp_path: Path) -> None:
     file = tmp_path / "file.json"
     file.write_text(json.dumps({"schema": number}))
