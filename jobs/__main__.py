@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 
+from jobs.fetched import refuse_changed
 from sarm.cli import ended
 from sarm.config import NON_PHASE_JOBS, PHASES, UserError
 from sarm.run import Attempt, RunDir, config_of
@@ -74,6 +75,8 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
             print(f"{phase}/{unit}: done again, as it is not: {why}", flush=True)
     if phase not in ("fetch", "report"):
         check_gpu()
+    if phase not in ("fetch", "report", "train_sarm"):
+        refuse_changed(run, phase)
     module = importlib.import_module(f"jobs.{phase}")
     module.run(run.config, run, unit, Attempt(run, phase, unit))
     print(f"{phase}/{unit}: done", flush=True)

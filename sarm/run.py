@@ -124,7 +124,7 @@ class RunDir:
         found = load_config(stored, stored=True)
         if found == self.config:
             return ""
-        told = _listed(differences(found, self.config))
+        told = listed(differences(found, self.config))
         before = RunDir(self.path, found)
         done = [unit for unit in before.published() if before.done(*unit, hashes=False)]
         if done and found.name != self.config.name:
@@ -133,7 +133,7 @@ class RunDir:
                 f" {self.config.name!r} ({told}); use another RUN or the stored config"
             )
         undone = [f"{phase}/{unit}" for phase, unit in done if self._foreign_now(phase, unit)]
-        again = f"{_listed(undone)} will be done again" if undone else "nothing done reads that"
+        again = f"{listed(undone)} will be done again" if undone else "nothing done reads that"
         return f"note: the config of {self.path} changes ({told}): {again}"
 
     def _foreign_now(self, phase: str, unit: str) -> str | None:
@@ -247,7 +247,7 @@ class RunDir:
         if made_with is None:
             return "made by an earlier version with a config that is no longer in this run"
         keys = changed(phase, made_with, self.config)
-        return f"made with another config ({_listed(keys, 3)})" if keys else None
+        return f"made with another config ({listed(keys, 3)})" if keys else None
 
     def stored_configs(self) -> dict[str, dict[str, Any]]:
         """The configs that this run has had, as stored, by the hash that manifests of schema 1 have
@@ -305,6 +305,10 @@ class Attempt:
         """The file to write for the logical output `name`, such as `table.parquet`."""
         stem, dot, suffix = name.partition(".")
         self._files[name] = self.folder / f"{stem}.{self.id}{dot}{suffix}"
+        return self._files[name]
+
+    def written(self, name: str) -> Path:
+        """Where `path(name)` led."""
         return self._files[name]
 
     def directory(self, name: str) -> Path:
@@ -437,7 +441,7 @@ def config_of(
     return load_config(stored, overrides, stored=True)
 
 
-def _listed(names: list[str], most: int = 6) -> str:
+def listed(names: list[str], most: int = 6) -> str:
     """`a, b and 4 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

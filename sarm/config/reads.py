@@ -17,7 +17,7 @@ from sarm.config.reading import under_todays_names
 from sarm.config.schema import Config
 
 READS: dict[str, tuple[str, ...]] = {
-    "fetch": ("policy", "!policy.dtype", "sarm.model", "sarm.revision", "evaluate.judge", "data"),
+    "fetch": ("policy", "sarm", "evaluate.judge", "data"),
     "encode": ("sarm", "data", "encode"),
     "probe": ("seed", "sarm", "data", "encode.shards", "probe", "select.effect"),
     "select": (
