@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from sarm.llama.decoders import Decoder, Sampling, base_model, decoder_for
+from sarm.llama.decoders import Decoder, Sampling, decoder_for
 from sarm.llama.sampling import row_keys
+from sarm.llama.weights import base_model
 from sarm.ppo.objective import logprobs_from_hidden
 
 

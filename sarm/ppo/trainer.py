@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sarm.config import PpoConfig, UserError
 from sarm.data.datasets import Prompt
-from sarm.llama.decoders import CacheDecoder, Decoder, LlamaWeights, decoder_for
+from sarm.llama.decoders import CacheDecoder, Decoder, decoder_for
 from sarm.llama.generate import (
     EXACT,
     Rollout,
@@ -39,6 +39,7 @@ from sarm.llama.generate import (
     response_text,
     stop_ids,
 )
+from sarm.llama.weights import LlamaWeights
 from sarm.ppo import objective
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.learner import layers

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, LlamaModel, PreTrainedModel, PreTrainedT
 from transformers.modeling_outputs import ModelOutput
 
 from sarm.config import SarmConfig, UserError
-from sarm.llama.packed import Packed, end_states, join_projections, pack
+from sarm.llama.packed import Packed, end_states, pack
+from sarm.llama.weights import join_projections
 from sarm.reward_model.sae import TopKSae
 from sarm.reward_model.weights import (
     SarmModelConfig,

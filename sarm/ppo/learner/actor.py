@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sarm.config import PpoConfig
-from sarm.llama.decoders import LlamaWeights, base_model
+from sarm.llama.weights import LlamaWeights, base_model
 from sarm.ppo import objective
 from sarm.ppo.learner import layers
 

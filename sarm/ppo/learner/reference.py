@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarm.llama.decoders import LlamaWeights
+from sarm.llama.weights import LlamaWeights
 from sarm.ppo import objective
 from sarm.ppo.learner import layers
 
