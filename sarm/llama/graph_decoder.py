@@ -174,7 +174,7 @@ class Slots:
         ids = _on(self.device, [[*p, *[0] * (s - len(p))] for p in prompts])
         cos, sin = (t[:s].repeat(b, 1) for t in (self.cos, self.sin))
 
-        def remembered(i: int, qkv: Tensor) -> tuple[Tensor, ...]:
+        def remembered(i: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """Queries, keys and values (b, heads, s, d), the latter two in the cache."""
             together = qkv.view(b * s, heads + 2 * kv, d)
             turning = together[:, : heads + kv]

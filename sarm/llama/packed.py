@@ -148,7 +148,7 @@ class Heads(NamedTuple):
         head_dim = getattr(config, "head_dim", None)
         return cls(
             config.num_attention_heads,
-            config.num_key_value_heads,
+            config.num_key_value_heads or config.num_attention_heads,
             head_dim or config.hidden_size // config.num_attention_heads,
         )
 
