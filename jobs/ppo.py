@@ -89,7 +89,7 @@ def train_and_publish(
             checkpoints,
             step,
             state,
-            trainer.pieces(),
+            trainer.learner.pieces(),
             world=world,
             made_with=made_with,
             attempt=attempt.id,
@@ -100,11 +100,11 @@ def train_and_publish(
         trainer,
         save=save,
         log=log.write if log else lambda line: None,
-        stop_requested=stop_requested,
+        stop_requested=lambda: world.any(stop_requested()),
     )
     if not finished:
         raise SystemExit(STOPPED)
-    weights = policy_weights(trainer.actor, world)
+    weights = policy_weights(trainer.learner.actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:
         log.close()

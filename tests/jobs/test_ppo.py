@@ -82,7 +82,7 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path: Path) -> None:
         "z/3",
         "time/rollout",
         "time/score",
-        "time/judge",
+        "time/forward",
         "time/update",
         "tokens_per_s",
         "val/explained_variance",
