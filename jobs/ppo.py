@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
+from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
 from sarm.records import Calibration as CalibrationFile
 from sarm.records import Features, StepMetrics, plain
@@ -58,7 +59,8 @@ def train_and_publish(
         refuse_unconfirmed(features, config.select)
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    made_with = f"{config.sha256}/{selected.manifest['outputs']['features.json']['sha256']}"
+    features_sha256 = selected.manifest.outputs["features.json"].sha256
+    made_with = f"{values_sha256('ppo', config)}/{features_sha256}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
@@ -91,7 +93,7 @@ def train_and_publish(
             checkpoints,
             step,
             state,
-            trainer.pieces(),
+            trainer.learner.pieces(),
             world=world,
             made_with=made_with,
             attempt=attempt.id,
@@ -102,11 +104,11 @@ def train_and_publish(
         trainer,
         save=save,
         log=log.write if log else lambda line: None,
-        stop_requested=stop_requested,
+        stop_requested=lambda: world.any(stop_requested()),
     )
     if not finished:
         raise SystemExit(STOPPED)
-    weights = policy_weights(trainer.actor, world)
+    weights = policy_weights(trainer.learner.actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:
         log.close()
@@ -128,9 +130,8 @@ def train_and_publish(
 
 def make_trainer(config: Config, features: Features, seed: int, world: Any) -> Any:
     """(a trainer under the penalty arm's reward, the folder of the policy it starts from)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from sarm.hub import local_model
+    from sarm.models import check_policy_tokenizer, check_rotation, open_policy, read_tokenizer
     from sarm.ppo.reward import CompoundReward
     from sarm.ppo.trainer import Trainer
     from sarm.reward_model.model import load_sarm
@@ -150,19 +151,13 @@ def make_trainer(config: Config, features: Features, seed: int, world: Any) -> A
         all_reduce=world.sum,
     )
     source = local_model(config.policy.model, config.policy.revision)
-    policy = AutoModelForCausalLM.from_pretrained(source, dtype=config.policy.dtype)
-    return (
-        Trainer(
-            config.ppo,
-            policy,
-            AutoTokenizer.from_pretrained(source),
-            reward,
-            prompts,
-            seed=seed,
-            world=world,
-        ),
-        source,
+    policy = open_policy(source, config.policy.dtype)
+    tokenizer = read_tokenizer(source, config.policy.chat_template_kwargs)
+    check_policy_tokenizer(policy, tokenizer, config.policy.model)
+    check_rotation(
+        policy.config, config.ppo.max_prompt_tokens + config.ppo.max_new_tokens, config.policy.model
     )
+    return (Trainer(config.ppo, policy, tokenizer, reward, prompts, seed=seed, world=world), source)
 
 
 def reward_of(arm: str, reward: Any, calibration: Any) -> Any:
@@ -278,7 +273,7 @@ def _start_wandb(config: Config, unit: str) -> Any:
     return wandb.init(
         project="sarm",
         name=f"{config.name}/{unit}",
-        id=f"{config.sha256[:16]}-{unit}",
+        id=f"{values_sha256('ppo', config)[:16]}-{unit}",
         resume="allow",
         config=config.model_dump(mode="json"),
     )
