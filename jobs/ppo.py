@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
+from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
 from sarm.records import Calibration, Features, Instrument, RatedLatent, StepMetrics, plain
 from sarm.run import Attempt, RunDir
@@ -58,7 +59,8 @@ def train_and_publish(
     features = instrument.applied(selected)
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    made_with = f"{config.sha256}/{calibrated.manifest['outputs']['instrument.json']['sha256']}"
+    instrument_sha256 = calibrated.manifest.outputs["instrument.json"].sha256
+    made_with = f"{values_sha256('ppo', config)}/{instrument_sha256}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
@@ -286,7 +288,7 @@ def _start_wandb(config: Config, unit: str) -> Any:
     return wandb.init(
         project="sarm",
         name=f"{config.name}/{unit}",
-        id=f"{config.sha256[:16]}-{unit}",
+        id=f"{values_sha256('ppo', config)[:16]}-{unit}",
         resume="allow",
         config=config.model_dump(mode="json"),
     )

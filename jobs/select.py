@@ -69,7 +69,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         f["directions"] = [] if moves is None else moves_of(moves, f["latent"])
     if moves is not None:
         features["directions"] = directions_summary(
-            moves, table, [shard.manifest["directions"] for shard in shards]
+            moves, table, [shard.manifest.more["directions"] for shard in shards]
         )
         features["warnings"] += direction_warnings(features)
         moves.to_parquet(attempt.path("directions.parquet"), index=False)

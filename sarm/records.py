@@ -66,6 +66,8 @@ class File(Record):
     """A record that is a file of its own."""
 
     SCHEMA: ClassVar[int] = 1
+    OLDER: ClassVar[tuple[int, ...]] = ()
+    """Earlier schemas that can be read as well."""
     NAME: ClassVar[str]
     """The file, in errors."""
     REDO: ClassVar[str]
@@ -93,7 +95,7 @@ class File(Record):
         first versions had none.
         """
         number = tree.get("schema", 1) if isinstance(tree, dict) else None
-        if number != cls.SCHEMA:
+        if number not in (cls.SCHEMA, *cls.OLDER) or isinstance(number, bool):
             raise UserError(
                 f"{where}: {cls.NAME} of schema {number!r}, and this version reads schema"
                 f" {cls.SCHEMA}; {cls._cure()}, or use the version that wrote it"
@@ -116,6 +118,57 @@ def _complaint(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     kind = {"missing": "lacks", "extra_forbidden": "has the unknown key"}.get(error["type"])
     return f"it {kind} {where}" if kind else f"{where}: {error['msg'].lower()}"
+
+
+# Every phase
+
+
+class Output(Record):
+    """A published file, its name relative to the unit's folder."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(File):
+    """What a unit published, of what, with what, where and when. A phase adds figures of its own:
+    `more`.
+    """
+
+    SCHEMA, OLDER = 2, (1,)
+    NAME, REDO = "manifest.json", "PHASE"
+    model_config = ConfigDict(extra="allow")
+
+    phase: str
+    unit: str
+    attempt: str
+    config: dict[str, Any] | None = None
+    """The config values that the phase reads (`sarm.config.reads`); None in schema 1."""
+    config_sha256: str
+    """Their hash, defaults left out; in schema 1 that of the whole config."""
+    inputs: dict[str, str]
+    """SHA-256 by `PHASE/UNIT/NAME`, or by path of a file outside the run; empty of a unit that it
+    went without.
+    """
+    outputs: dict[str, Output]
+    range: list[int] | None
+    """Half-open, of a shard; `total` items in all."""
+    total: int | None
+    git_commit: str | None
+    image_sha256: str | None
+    image_commit: str | None
+    job_id: str | None
+    seed: int
+    host: str
+    device: str
+    started: str
+    ended: str
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """What the phase added."""
+        return self.model_extra or {}
 
 
 # fetch

@@ -56,9 +56,18 @@ from sarm.config.reading import (
     load_config,
     parse_config,
     set_key,
+    stored_tree,
     under_todays_names,
 )
-from sarm.config.schema import PHASES, Config, Phase, arm_and_seed, shard_names, shard_range
+from sarm.config.schema import (
+    NON_PHASE_JOBS,
+    PHASES,
+    Config,
+    Phase,
+    arm_and_seed,
+    shard_names,
+    shard_range,
+)
 
 __all__ = [
     "Arm",
@@ -78,6 +87,7 @@ __all__ = [
     "Loader",
     "LoraConfig",
     "ModelConfig",
+    "NON_PHASE_JOBS",
     "Nonnegative",
     "Number",
     "PARTS",
@@ -110,5 +120,6 @@ __all__ = [
     "set_key",
     "shard_names",
     "shard_range",
+    "stored_tree",
     "under_todays_names",
 ]

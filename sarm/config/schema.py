@@ -42,6 +42,10 @@ PHASES: tuple[Phase, ...] = (
 )
 
 
+NON_PHASE_JOBS = ("train_sarm", "export")
+"""Jobs that are no phase of a run: started by hand."""
+
+
 class Config(Strict):
     """One run. `Config.sha256` names it in every manifest."""
 

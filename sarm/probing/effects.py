@@ -74,7 +74,7 @@ def read_encoded(shards: Sequence[Published]) -> Encoded:
     }
     head_weight = tensors[0]["head_weight"]
     ranks = Ranks(
-        joined["indices"], joined["values"], int(shards[0].manifest["k"]), len(head_weight)
+        joined["indices"], joined["values"], int(shards[0].manifest.more["k"]), len(head_weight)
     )
     return Encoded(texts, ranks, joined["states"], head_weight)
 
