@@ -298,7 +298,7 @@ def test_units() -> None:
     assert made.units("evaluate") == ("base", *made.units("ppo"))
     assert [
         made.units(phase) for phase in PHASES if phase not in ("encode", "probe", "ppo", "evaluate")
-    ] == [("all",)] * 5
+    ] == [("all",)] * 6
     assert [arm_and_seed(unit) for unit in made.units("ppo")][-1] == ("no_penalty", 7)
 
 
