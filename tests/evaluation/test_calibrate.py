@@ -1,0 +1,315 @@
+"""What calibrate reads off a policy's responses, with a reader of latents that counts letters, and
+once on the tiny models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.__main__ import run_unit
+from sarm.config import Config, UserError
+from sarm.data.conversations import response_text
+from sarm.data.datasets import Pair, Prompt
+from sarm.evaluation import calibrate as c
+from sarm.evaluation.instrument import cohens_kappa, relative_fall, within_prompt_share
+from sarm.records import Bounds, Instrument, PositiveControl, RatedLatent
+from sarm.reward_model.model import load_sarm
+from sarm.reward_model.scoring import encode_texts
+from sarm.run import RunDir
+from tests.runs import candidate, features
+from tests.tiny import tiny_config
+
+LETTERS = {3: "e", 8: "a", 5: "o", 6: "t", 9: "n", 11: "s", 12: "i"}
+"""Latent to the letter whose count it reads."""
+TEXTS = [
+    "see me here. end",
+    "an apple a day. so it goes",
+    "no. on top of it",
+    "seen at ease. to eat",
+    "it is. as it was",
+    "ten toes. nine",
+]
+"""Two samples of three prompts."""
+
+
+def prompt(name: str, kind: str = "unsafe") -> Prompt:
+    messages = [{"role": "user", "content": name}]
+    return Prompt(name, messages, "demo", kind, "", "test")  # type: ignore[arg-type]
+
+
+def read(prompts: Any, texts: Any) -> c.Read:
+    z = {
+        latent: np.array([float(text.count(letter)) for text in texts])
+        for latent, letter in LETTERS.items()
+    }
+    return c.Read(z[3] - 0.5 * z[8], z)
+
+
+def decode(ids: Any) -> str:
+    return "".join(map(chr, ids))
+
+
+def responses() -> c.Responses:
+    names = ["p", "p", "q", "q", "r", "r"]
+    ids = [[ord(letter) for letter in text] for text in TEXTS]
+    return c.Responses([prompt(name) for name in names], ids, [True] * 6, decode)
+
+
+def config(tmp_path: Path, **more: Any) -> Config:
+    return tiny_config(tmp_path, **more)
+
+
+def rated(latent: int, tau: float, alpha: float = 0.5) -> RatedLatent:
+    return RatedLatent(latent=latent, tau=tau, alpha=alpha, base_rate=0.0, confirmed=True)
+
+
+def chosen() -> Any:
+    return features(
+        penalised=[
+            {"latent": 3, "tau": 2.5, "alpha": 9.0},
+            {"latent": 8, "tau": 1.5, "alpha": 9.0},
+        ],
+        random_candidates=[candidate(9), candidate(11), candidate(12), candidate(6)],
+    )
+
+
+def test_taus_stay_as_select_has_them_and_alpha_is_in_sds_of_the_policys_reward(tmp_path) -> None:
+    base = read(None, TEXTS)
+    made = config(tmp_path, **{"ppo.penalty.alpha": 0.25})
+    found = c.thresholds(made, chosen(), base)
+    assert [(p.latent, p.tau) for p in found] == [(3, 2.5), (8, 1.5)]
+    rewards = [t.count("e") - 0.5 * t.count("a") for t in TEXTS]
+    assert found[0].alpha == pytest.approx(0.25 * np.std(rewards, ddof=1))
+    assert found[0].base_rate == np.mean([t.count("e") > 2.5 for t in TEXTS])
+    plain = config(tmp_path / "2", **{"ppo.penalty.alpha": 0.25, "ppo.penalty.alpha_unit": "reward"})
+    assert c.thresholds(plain, chosen(), base)[1].alpha == 0.25
+
+
+def test_taus_at_a_quantile_of_the_policys_own_values(tmp_path) -> None:
+    made = config(
+        tmp_path, **{"ppo.penalty.tau_quantile": 0.75, "ppo.penalty.tau_from": "policy"}
+    )
+    found = c.thresholds(made, chosen(), read(None, TEXTS))
+    assert found[0].tau == np.quantile([t.count("e") for t in TEXTS], 0.75)
+    assert found[1].tau == np.quantile([t.count("a") for t in TEXTS], 0.75)
+
+
+def test_agreement_with_the_same_responses_cut_earlier() -> None:
+    penalised = [rated(3, 1.5), rated(8, 1.5)]
+    base = read(None, [c.ending(decode, ids, cut=True).text for ids in responses().ids])
+    row, first, second = c.agreement(responses(), base, penalised, 5, True, read)
+    # Cut five tokens earlier and trimmed again, every text keeps its sentence but the second, which
+    # still ends at `day.`
+    kept = ["see me here.", "an apple a day.", "no.", "seen at ease.", "it is.", "ten toes."]
+    fires = [t.count("e") > 1.5 or t.count("a") > 1.5 for t in kept]
+    assert first.tolist() == second.tolist() == fires and row.n == 6
+    assert row.kappa == 1.0
+    row, first, second = c.agreement(responses(), base, penalised, 9, True, read)
+    earlier = [
+        c.trim_text(text[:-9]) if hasattr(c, "trim_text") else text[:-9] for text in TEXTS
+    ]
+    from sarm.data.endings import trim_to_last_sentence
+
+    earlier = [trim_to_last_sentence(text[:-9]) for text in TEXTS]
+    assert second.tolist() == [t.count("e") > 1.5 or t.count("a") > 1.5 for t in earlier]
+    assert row.kappa == cohens_kappa(first, second) and row.kappa < 1
+    assert row.by_latent["3"] == cohens_kappa(
+        np.array([t.count("e") > 1.5 for t in kept]), np.array([t.count("e") > 1.5 for t in earlier])
+    )
+
+
+def test_candidates_say_what_a_policy_can_move_and_what_the_reward_charges(tmp_path) -> None:
+    base = read(None, TEXTS)
+    listed = chosen()
+    rows = c.candidates_of(config(tmp_path), listed, base, [rated(3, 2.5)])
+    assert rows and {r.latent for r in rows} == {
+        f.latent for f in (*listed.harming, *listed.misleading)
+    }
+    for row in rows:
+        z = base.z[row.latent]
+        assert row.rate == np.mean(z > row.tau)
+        assert row.within_prompt_share == within_prompt_share((z > row.tau).reshape(3, 2))
+        assert row.charge == pytest.approx(-(row.weight * z).mean() / base.reward.std(ddof=1))
+        assert row.penalised is (row.latent == 3)
+
+
+def test_every_seed_has_random_latents_of_its_own_with_the_penaltys_dose(tmp_path) -> None:
+    base = read(None, TEXTS)
+    penalised = [rated(3, 1.5, 0.5), rated(8, 0.5, 0.25)]
+    made = config(tmp_path, **{"ppo.seeds": list(range(8))})
+    sets = c.random_sets(made, chosen(), base, penalised)
+    assert list(sets) == [str(seed) for seed in range(8)]
+    dose = 0.5 * np.mean(base.z[3] > 1.5) + 0.25 * np.mean(base.z[8] > 0.5)
+    for latents in sets.values():
+        assert not {r.latent for r in latents} & {3, 8}
+        assert sum(r.alpha * r.base_rate for r in latents) == pytest.approx(dose)
+    assert len({tuple(r.latent for r in latents) for latents in sets.values()}) > 1
+    without = config(tmp_path / "2", **{"ppo.arms": ["penalty", "no_penalty"]})
+    assert c.random_sets(without, chosen(), base, penalised) == {}
+
+
+def test_positive_control_replaces_rejected_answers_by_chosen_ones(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the run's length: the tokenizer of this test has one token a letter."""
+    monkeypatch.setattr(c, "local_model", lambda *_: tmp_path)
+    monkeypatch.setattr(
+        c,
+        "read_tokenizer",
+        lambda *_: lambda text, add_special_tokens: {"input_ids": [ord(x) for x in text]},
+    )
+    pairs = [
+        Pair("1", prompt("p"), "demo", "no. on", "see. eee"),
+        Pair("2", prompt("p"), "demo", "no. on", "on. eeee"),
+        Pair("3", prompt("q"), "demo", "ee. no", "ee. see"),
+        Pair("4", prompt("r"), "demo", "up. up", "eel. eee"),
+        Pair("5", prompt("s"), "demo", "oh. oh", "pee. ee"),
+        Pair("6", prompt("t"), "demo", "ah. oh", "fee. fee"),
+        Pair("7", prompt("u", "safe"), "demo", "ah. oh", "fee. fee"),
+    ]
+    made = config(tmp_path, **{"ppo.max_new_tokens": 5})
+    monitor = c.WatchedLatent(latent=5, tau=0.5, base_rate=0.5, max_cosine=0.0, max_correlation=0.0)
+    found = c.positive_control(made, pairs, responses(), read, [rated(3, 1.5)], [monitor])
+    # Cut at five letters and trimmed: `see.`, `on.`, `ee.`, `eel.`, `pee.`, `fee.` against `no.`,
+    # `no.`, `ee.`, `up.`, `oh.`, `ah.`; two pairs are one prompt's.
+    before, after = np.array([0.5, 1, 1, 1, 1]), np.array([0.0, 1, 0, 0, 0])
+    expected = relative_fall(before, after)
+    assert found.prompts == 5 and expected is not None and found.penalised is not None
+    assert found.penalised.model_dump() == {
+        "value": expected.estimate,
+        "low": expected.low,
+        "high": expected.high,
+    }
+    assert found.monitors is None or found.monitors.value < 0, "o comes with the chosen"
+    assert c.positive_control(made, [], responses(), read, [rated(3, 1.5)], []).prompts == 0
+
+
+def instrument(**more: Any) -> Instrument:
+    wide = Bounds(value=0.5, low=0.2, high=0.8)
+    values: dict[str, Any] = {
+        "n_prompts": 20,
+        "samples": 2,
+        "cut": 0.9,
+        "unended": 0.1,
+        "tokens": 30.0,
+        "scored_tokens": 25.0,
+        "reward_mean": 0.0,
+        "reward_sd": 1.0,
+        "any_rate": 0.4,
+        "candidates": [],
+        "penalised": [rated(3, 1.0).model_copy(update={"base_rate": 0.4})],
+        "monitors": [],
+        "random": {},
+        "stability": [],
+        "kappa": 0.6,
+        "positive_control": PositiveControl(prompts=30, penalised=wide, monitors=None),
+        "detectable": 0.08,
+        "planned": {"prompts": 100, "samples": 2, "seeds": 3},
+        "unreadable": [],
+        "warnings": [],
+    }
+    return Instrument(**(values | more))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({}, ""),
+        ({"unended": 0.21}, "21% of the base policy's scored responses end at neither"),
+        ({"kappa": 0.39}, "kappa 0.39, at least 0.4"),
+        ({"kappa": None}, "fires on some responses and not on others"),
+        (
+            {"positive_control": PositiveControl(prompts=0, penalised=None, monitors=None)},
+            "give part test a share",
+        ),
+        (
+            {
+                "positive_control": PositiveControl(
+                    prompts=9, penalised=Bounds(value=0.3, low=-0.1, high=0.7), monitors=None
+                )
+            },
+            "not shown to lower the penalised latents (95 % CI -10% to +70%)",
+        ),
+    ],
+)
+def test_what_makes_an_instrument_unreadable(tmp_path, more: dict[str, Any], says: str) -> None:
+    found = c.unreadable(config(tmp_path), instrument(**more))
+    assert len(found) == (1 if says else 0) and all(says in why for why in found)
+
+
+def test_a_tau_that_the_policy_never_reaches_and_a_small_plan_are_warned_of(tmp_path) -> None:
+    silent = rated(7, 30.0)
+    found = instrument(penalised=[silent], detectable=0.25)
+    told = c.warnings_of(config(tmp_path), found)
+    assert any("penalised latent 7 never exceeds tau 30 in 40 responses" in w for w in told)
+    assert any("no monitor qualifies" in w for w in told)
+    assert any("of 25 points with 80 % power, and calibrate.detectable asks for 10" in w for w in told)
+    assert c.underpowered(config(tmp_path), instrument(detectable=None))
+    assert not c.underpowered(config(tmp_path), instrument(detectable=0.1))
+
+
+def test_what_is_applied_are_the_policys_thresholds_and_monitors() -> None:
+    monitor = c.WatchedLatent(latent=5, tau=0.5, base_rate=0.5, max_cosine=0.0, max_correlation=0.0)
+    found = instrument(penalised=[rated(3, 1.25, 0.75)], monitors=[monitor], reward_sd=2.5)
+    features = found.applied(chosen())
+    assert [(p.latent, p.tau, p.alpha) for p in features.penalised] == [(3, 1.25, 0.75)]
+    assert features.monitors == [5] and features.reward_sd == 2.5
+
+
+def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> None:
+    """Rates and rewards are those of the texts scored one by one."""
+    config = selected_run.config
+    run_unit(selected_run, "calibrate", "all")
+    found = Instrument.read(selected_run.read("calibrate").path("instrument.json"))
+    device, data = "cpu", c.prompts_in
+    assert found.n_prompts == config.calibrate.prompts and found.samples == 2
+    from sarm.data.datasets import load_data
+
+    sampled = c.base_responses(
+        config, data(load_data(config.data), "ppo"), device, lambda *_: None
+    )
+    model, tokenizer = load_sarm(config.sarm)
+    texts = [
+        c.ending(lambda ids: response_text(tokenizer, ids), ids, cut=cut).text
+        for ids, cut in zip(sampled.ids, sampled.cut, strict=True)
+    ]
+    rewards, fired = [], []
+    for p, text in zip(sampled.prompts, texts, strict=True):
+        one = encode_texts(
+            model,
+            tokenizer,
+            [[*p.messages, {"role": "assistant", "content": text}]],
+            extra_ranks=0,
+            tokens_per_batch=4096,
+            max_length=512,
+        )
+        z = dict(zip(one.indices[0].tolist(), one.values[0].tolist(), strict=True))
+        rewards.append(float(one.rewards[0]))
+        fired.append(any(z.get(q.latent, 0.0) > q.tau for q in found.penalised))
+    assert found.reward_mean == pytest.approx(np.mean(rewards), abs=1e-5)
+    assert found.reward_sd == pytest.approx(np.std(rewards, ddof=1), abs=1e-5)
+    assert found.any_rate == pytest.approx(np.mean(fired))
+    assert found.cut == np.mean(sampled.cut)
+
+
+def test_an_evaluation_that_is_too_small_stops_before_training(
+    selected_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = selected_run.config.model_copy(
+        update={
+            "calibrate": selected_run.config.calibrate.model_copy(update={"underpowered": "stop"})
+        }
+    )
+    from jobs import calibrate as job
+
+    attempt = selected_run.attempt if hasattr(selected_run, "attempt") else None
+    if attempt is None:
+        from sarm.run import Attempt
+
+        attempt = Attempt(selected_run, "calibrate", "all")
+    with pytest.raises(UserError, match="detects a change of the penalised rate of"):
+        job.run(strict, selected_run, "all", attempt)
