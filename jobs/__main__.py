@@ -13,7 +13,7 @@ from sarm.cli import ended
 from sarm.config import PHASES, UserError, load_config
 from sarm.run import Attempt, RunDir
 
-BESIDE = ("train_sarm", "export")
+NON_PHASE_JOBS = ("train_sarm", "export")
 """Jobs that are no phase of a run: started by hand."""
 
 
@@ -22,13 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     (traceback).
     """
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
-    parser.add_argument("phase", choices=(*PHASES, *BESIDE))
+    parser.add_argument("phase", choices=(*PHASES, *NON_PHASE_JOBS))
     parser.add_argument("--config", help="YAML; where left out, the run's own")
     parser.add_argument("--run", required=True, help="run directory")
-    parser.add_argument(
-        "--unit",
-        help="shard, policy or index; default: SLURM_ARRAY_TASK_ID, or every unit of the phase",
-    )
+    parser.add_argument("--unit", help="shard, policy or index; default: every unit of the phase")
     parser.add_argument("--force", action="store_true", help="do it again though it is done")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)  # overrides may come last, as the usage says
@@ -58,8 +55,7 @@ def run_units(args: argparse.Namespace) -> int:
 
 def chosen_units(run: RunDir, phase: str, wanted: str | None) -> tuple[str, ...]:
     """The units named, or all of them. Raises UserError on an unknown one."""
-    units = ("all",) if phase in BESIDE else run.config.units(phase)  # type: ignore[arg-type]
-    wanted = wanted if wanted is not None else os.environ.get("SLURM_ARRAY_TASK_ID")
+    units = ("all",) if phase in NON_PHASE_JOBS else run.config.units(phase)  # type: ignore[arg-type]
     if wanted is None:
         return units
     if wanted.isdecimal() and int(wanted) < len(units):
