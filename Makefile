@@ -38,7 +38,9 @@ OVERRIDES := $(filter-out $(KNOWN),$(foreach pair,$(MAKEOVERRIDES),$(if $(findst
 # make hands variables of its command line on to what it runs, and expands them for that.
 unexport CONFIG RUN UNIT CLUSTER RUNS OUT DATA GPUS DRY_RUN $(OVERRIDES)
 
-config = --config $(call arg,CONFIG)
+# A run that is there already has a config of its own, and is taken under that where no CONFIG is given.
+OWN := $(if $(filter file default,$(origin CONFIG)),$(if $(call given,RUN),$(shell test ! -e $(call arg,RUN)/config.yaml || echo 1)))
+config = $(if $(OWN),,--config $(call arg,CONFIG))
 # the stem of CONFIG, cut off by the shell, which unlike make knows names with spaces
 run = --run $(if $(call given,RUN),$(call arg,RUN),"outputs/$$(basename -- $(call arg,CONFIG) | sed 's/\.[^.]*$$//')")
 unit = $(if $(call given,UNIT),--unit $(call arg,UNIT))

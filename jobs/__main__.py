@@ -9,12 +9,10 @@ import importlib
 import os
 import sys
 
+from jobs.fetched import refuse_changed
 from sarm.cli import ended
-from sarm.config import PHASES, UserError, load_config
-from sarm.run import Attempt, RunDir
-
-NON_PHASE_JOBS = ("train_sarm", "export")
-"""Jobs that are no phase of a run: started by hand."""
+from sarm.config import NON_PHASE_JOBS, PHASES, UserError
+from sarm.run import Attempt, RunDir, config_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,11 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_units(args: argparse.Namespace) -> int:
-    run = (
-        RunDir.create(args.run, load_config(args.config, args.overrides))
-        if args.config
-        else RunDir.open(args.run)
-    )
+    run = RunDir.create(args.run, config_of(args.run, args.config, args.overrides))
     for unit in chosen_units(run, args.phase, args.unit):
         try:
             run_unit(run, args.phase, unit, force=args.force)
@@ -70,8 +64,15 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
     if not force and run.done(phase, unit):
         print(f"{phase}/{unit}: already done, skipped", flush=True)
         return
+    if not force and (run.folder(phase, unit) / "manifest.json").exists():
+        manifest = run.manifest(phase, unit)  # refuses one of another version
+        why = run.why_not_done(phase, unit)
+        if manifest and why:
+            print(f"{phase}/{unit}: done again, as it is not: {why}", flush=True)
     if phase not in ("fetch", "report"):
         check_gpu()
+    if phase not in ("fetch", "report", "train_sarm"):
+        refuse_changed(run, phase)
     module = importlib.import_module(f"jobs.{phase}")
     module.run(run.config, run, unit, Attempt(run, phase, unit))
     print(f"{phase}/{unit}: done", flush=True)

@@ -8,8 +8,6 @@ checkpoint and exits with code 75, which means: start me again.
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import shutil
 import signal
@@ -20,7 +18,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
+from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
+from sarm.records import Calibration as CalibrationFile
+from sarm.records import Features, StepMetrics, plain
 from sarm.run import Attempt, RunDir
 
 STOPPED = 75
@@ -51,19 +52,18 @@ def train_and_publish(
     arm, seed = arm_and_seed(unit)
     world = start_world()
     selected = attempt.read("select")
-    features = selected.json("features.json")
+    features = Features.read(selected.path("features.json"))
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    made_with = f"{config.sha256}/{selected.manifest['outputs']['features.json']['sha256']}"
+    features_sha256 = selected.manifest.outputs["features.json"].sha256
+    made_with = f"{values_sha256('ppo', config)}/{features_sha256}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
-        candidates = (
-            [int(c["latent"]) for c in features["random_candidates"]] if arm == "random" else []
-        )
+        candidates = [c.latent for c in features.random_candidates] if arm == "random" else []
         calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]
@@ -89,7 +89,7 @@ def train_and_publish(
             checkpoints,
             step,
             state,
-            trainer.pieces(),
+            trainer.learner.pieces(),
             world=world,
             made_with=made_with,
             attempt=attempt.id,
@@ -100,17 +100,17 @@ def train_and_publish(
         trainer,
         save=save,
         log=log.write if log else lambda line: None,
-        stop_requested=stop_requested,
+        stop_requested=lambda: world.any(stop_requested()),
     )
     if not finished:
         raise SystemExit(STOPPED)
-    weights = policy_weights(trainer.actor, world)
+    weights = policy_weights(trainer.learner.actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:
         log.close()
         save_policy(source, weights, trainer.tokenizer, attempt.directory("policy"))
-        attempt.path("calibration.json").write_text(
-            json.dumps(calibration_json(arm, trainer.reward, calibration, features), indent=1)
+        calibrated(arm, trainer.reward, calibration, features).write(
+            attempt.path("calibration.json")
         )
         progress = trainer.progress
         attempt.publish(
@@ -124,11 +124,10 @@ def train_and_publish(
     world.barrier()
 
 
-def make_trainer(config: Config, features: dict[str, Any], seed: int, world: Any) -> Any:
+def make_trainer(config: Config, features: Features, seed: int, world: Any) -> Any:
     """(a trainer under the penalty arm's reward, the folder of the policy it starts from)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from sarm.hub import local_model
+    from sarm.models import check_policy_tokenizer, check_rotation, open_policy, read_tokenizer
     from sarm.ppo.reward import CompoundReward
     from sarm.ppo.trainer import Trainer
     from sarm.reward_model.model import load_sarm
@@ -148,19 +147,13 @@ def make_trainer(config: Config, features: dict[str, Any], seed: int, world: Any
         all_reduce=world.sum,
     )
     source = local_model(config.policy.model, config.policy.revision)
-    policy = AutoModelForCausalLM.from_pretrained(source, dtype=config.policy.dtype)
-    return (
-        Trainer(
-            config.ppo,
-            policy,
-            AutoTokenizer.from_pretrained(source),
-            reward,
-            prompts,
-            seed=seed,
-            world=world,
-        ),
-        source,
+    policy = open_policy(source, config.policy.dtype)
+    tokenizer = read_tokenizer(source, config.policy.chat_template_kwargs)
+    check_policy_tokenizer(policy, tokenizer, config.policy.model)
+    check_rotation(
+        policy.config, config.ppo.max_prompt_tokens + config.ppo.max_new_tokens, config.policy.model
     )
+    return (Trainer(config.ppo, policy, tokenizer, reward, prompts, seed=seed, world=world), source)
 
 
 def reward_of(arm: str, reward: Any, calibration: Any) -> Any:
@@ -176,18 +169,16 @@ def reward_of(arm: str, reward: Any, calibration: Any) -> Any:
     return reward
 
 
-def calibration_json(
-    arm: str, reward: Any, calibration: Any, features: dict[str, Any]
-) -> dict[str, Any]:
+def calibrated(arm: str, reward: Any, calibration: Any, features: Features) -> CalibrationFile:
     """What this arm penalises, and how often that and the harming latents fire before training."""
     rates = {r.latent: r.base_rate for r in (*calibration.random, *calibration.harming)}
-    return {
-        "arm": arm,
-        "n": calibration.n,
-        "reward_sd": features["reward_sd"],
-        "penalised": [p._asdict() | {"base_rate": rates[p.latent]} for p in reward.penalised],
-        "harming": [r._asdict() for r in calibration.harming],
-    }
+    return CalibrationFile(
+        arm=arm,
+        n=calibration.n,
+        reward_sd=features.reward_sd,
+        penalised=[p._asdict() | {"base_rate": rates[p.latent]} for p in reward.penalised],
+        harming=[r._asdict() for r in calibration.harming],
+    )
 
 
 def device_name(device: Any) -> str:
@@ -232,7 +223,7 @@ class Log:
         self.config, self.attempt, self.lines = config, attempt, list(lines)
         self.file = attempt.path("metrics.jsonl").open("w", encoding="utf-8")
         for line in lines:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(StepMetrics(**line).line() + "\n")
         self.file.flush()
         self.tensorboard: Any = None
         self.wandb: Any = None
@@ -244,12 +235,9 @@ class Log:
             self.wandb = _start_wandb(config, unit)
 
     def write(self, line: dict[str, Any]) -> None:
-        line = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in line.items()
-        }
+        line = plain(line)
         self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(StepMetrics(**line).line() + "\n")
         self.file.flush()
         shown = {
             name: line.get(f"objective/{key}")
@@ -281,7 +269,7 @@ def _start_wandb(config: Config, unit: str) -> Any:
     return wandb.init(
         project="sarm",
         name=f"{config.name}/{unit}",
-        id=f"{config.sha256[:16]}-{unit}",
+        id=f"{values_sha256('ppo', config)[:16]}-{unit}",
         resume="allow",
         config=config.model_dump(mode="json"),
     )

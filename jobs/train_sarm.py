@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import platform
 import shutil
 import uuid
@@ -20,16 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from sarm.config import ROOT, Config, UserError
 from sarm.data.datasets import Pair, load_data
 from sarm.hub import local_model
+from sarm.models import read_tokenizer
+from sarm.records import TrainedSarm, json_text
 from sarm.reward_model.model import SarmModel
 from sarm.reward_model.sae import TopKSae
 from sarm.reward_model.scoring import encode_texts
 from sarm.reward_model.weights import read_config
-from sarm.run import Attempt, RunDir
+from sarm.run import Attempt, RunDir, file_sha256
 from sarm.training.train import (
     Floats,
     Ints,
@@ -50,12 +52,16 @@ from sarm.training.train import (
     train_sae,
 )
 
+WRITTEN = "train_sarm.json"
+"""In an output folder: the SHA-256 of the files that were written there."""
 JUDGED_TEXTS = 512
 """Conversations whose every token measures the SAE."""
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Collect activations, train the SAE, train the heads, judge them, save."""
+    if config.train_sarm.output is not None:
+        refuse_foreign(ROOT / config.train_sarm.output)
     settings, device = config.train_sarm, "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     data = load_data(config.data)
@@ -80,7 +86,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         dtype=getattr(torch, config.sarm.dtype),
     )
     torch.nn.Module.to(model, device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = read_tokenizer(folder, config.policy.chat_template_kwargs)
 
     # 2. The SAE, on the texts of the training pairs.
     chosen = [pair for pair, is_training in zip(pairs, trains.tolist(), strict=True) if is_training]
@@ -169,9 +175,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     out = attempt.directory("sarm")
     save_sarm(model, out)
     (out / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
-    attempt.path("metrics.json").write_text(
-        json.dumps(metrics, indent=1, sort_keys=True), encoding="utf-8"
-    )
+    TrainedSarm(**metrics).write(attempt.path("metrics.json"))
     attempt.publish(device=device)
     print(accuracy_table(config, metrics), flush=True)
     if settings.output is not None:
@@ -248,11 +252,32 @@ def save_sarm(model: SarmModel, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=halved)
 
 
+def refuse_foreign(target: Path) -> None:
+    """Raises UserError where there is something at `target` but a SARM as `train_sarm` left it."""
+    if not target.exists() and not target.is_symlink():
+        return
+    try:
+        written = json.loads((target / WRITTEN).read_text(encoding="utf-8"))
+        found = {p.name: file_sha256(p) for p in target.iterdir() if p.name != WRITTEN}
+    except (OSError, ValueError):
+        written = found = None
+    if target.is_symlink() or written is None or written != found:
+        raise UserError(
+            f"train_sarm.output={target} is there already and is not as train_sarm left it, so it"
+            " is not replaced; name a new folder, or move that one away"
+        )
+
+
 def replace_folder(source: Path, target: Path) -> None:
-    """Copy a folder to where a config can name it, in place of what was there."""
+    """Copy a folder to where a config can name it, in place of an earlier SARM of `train_sarm`.
+    Raises UserError where something else is there.
+    """
+    refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
     shutil.copytree(source, scratch)
+    hashes = {path.name: file_sha256(path) for path in sorted(scratch.iterdir())}
+    (scratch / WRITTEN).write_text(json_text(hashes), encoding="utf-8")
     if target.exists():
         old = target.with_name(f"{scratch.name}.old")
         target.rename(old)
@@ -332,4 +357,6 @@ shipped head is judged on the prompts outside `sarm_train`, its standard error c
 
 
 def _figure(accuracy: dict[str, Any]) -> str:
-    return f"{accuracy['mean']:.3f} ± {accuracy['standard_error']:.3f}"
+    """`0.912 ± 0.013`; of one prompt there is no standard error."""
+    error = accuracy["standard_error"]
+    return f"{accuracy['mean']:.3f} ± " + (f"{error:.3f}" if math.isfinite(error) else "n/a")

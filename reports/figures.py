@@ -33,11 +33,10 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
     config = run.config
     shown_policy = f"penalty-seed{config.ppo.seeds[0]}"
     return {
-        "schema": 1,
         "date": date,
         "run": config.name,
         "configuration": _configuration(run, frames, shown_policy),
-        "features": frames.features,
+        "features": frames.features.tree() if frames.features else None,
         "penalty": _penalty(run, frames, shown_policy),
         "shown_policy": shown_policy,
         "progression": _progression(frames.training, shown_policy),
@@ -62,7 +61,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "monitors": (
             latent_table(
                 frames.generations,
-                [{"latent": m} for m in (frames.features or {}).get("monitors", [])],
+                [{"latent": m} for m in (frames.features.monitors if frames.features else [])],
             ).to_dict("records")
         ),
         "evaluations": frames.evaluations,
@@ -93,34 +92,22 @@ def _cards(cards: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def without_nan(value: Any) -> Any:
-    """The same tree with None for what JSON cannot say."""
-    if isinstance(value, dict):
-        return {str(key): without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return (
-        None
-        if value is pd.NaT or (isinstance(value, float) and not math.isfinite(value))
-        else value
-    )
-
-
 def _configuration(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
-    manifest = frames.manifests.get(("ppo", policy), {})
-    parameters = [m["sarm_parameters"] for m in frames.manifests.values() if "sarm_parameters" in m]
+    manifest = frames.manifests.get(("ppo", policy))
+    more = manifest.more if manifest else {}
+    parameters = [
+        m.more["sarm_parameters"] for m in frames.manifests.values() if "sarm_parameters" in m.more
+    ]
     return {
         "policy": run.config.policy.model,
         "reward_model": run.config.sarm.model,
         "reward_parameters": parameters[0] if parameters else None,
         "hardware": (
             run.config.hardware
-            or hardware(manifest.get("device_names", []), str(manifest.get("device")))
+            or hardware(more.get("device_names", []), manifest.device if manifest else "None")
         ),
-        "training_s": manifest.get("training_s"),
-        "steps": manifest.get("steps"),
+        "training_s": more.get("training_s"),
+        "steps": more.get("steps"),
     }
 
 
@@ -137,10 +124,12 @@ def hardware(device_names: Sequence[str], device: str) -> str:
 
 
 def _penalty(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
-    config, features = run.config.ppo.penalty, frames.features or {}
-    entries = frames.calibrations.get(policy, {}).get("penalised") or features.get("penalised", [])
+    config, features = run.config.ppo.penalty, frames.features
+    entries = frames.calibrations.get(policy, {}).get("penalised") or (
+        [entry.tree() for entry in features.penalised] if features else []
+    )
     latents = [entry["latent"] for entry in entries]
-    listed = [f["latent"] for f in features.get("harming", [])]
+    listed = [f.latent for f in features.harming] if features else []
     return {
         "kind": config.kind,
         "latents": latents,
@@ -200,15 +189,15 @@ def _outputs(run: RunDir, frames: Frames, policy: str) -> list[dict[str, Any]]:
     ppo = frames.manifests.get(("ppo", policy))
     if ppo is not None:
         weights = {
-            name: entry for name, entry in ppo["outputs"].items() if name.startswith("policy/")
+            name: output for name, output in ppo.outputs.items() if name.startswith("policy/")
         }
         folder = shown(run.folder("ppo", policy)) + "".join(
-            f"/{Path(entry['file']).parts[0]}" for entry in list(weights.values())[:1]
+            f"/{Path(output.file).parts[0]}" for output in list(weights.values())[:1]
         )
-        n_bytes = sum(entry["bytes"] for entry in weights.values())
+        n_bytes = sum(output.bytes for output in weights.values())
         found.append(
             {
-                "path": ppo.get("location", folder) + "/",
+                "path": ppo.more.get("location", folder) + "/",
                 "what": "PPO-trained policy model",
                 "bytes": n_bytes,
             }
@@ -220,11 +209,11 @@ def _outputs(run: RunDir, frames: Frames, policy: str) -> list[dict[str, Any]]:
         units = [manifest for (name, _), manifest in frames.manifests.items() if name == phase]
         if units:
             found.append(
-                {"path": units[0].get("location", shown(run.path / phase)) + "/", "what": what}
+                {"path": units[0].more.get("location", shown(run.path / phase)) + "/", "what": what}
             )
     log = run.log("ppo", policy)
-    if ppo is not None and "training_log" in ppo:
-        found.append({"path": ppo["training_log"], "what": "Full training log"})
+    if ppo is not None and "training_log" in ppo.more:
+        found.append({"path": ppo.more["training_log"], "what": "Full training log"})
     elif log.is_file():
         found.append({"path": shown(log), "what": "Full training log"})
     return found
@@ -254,7 +243,8 @@ def _training(frames: Frames) -> list[dict[str, Any]]:
     }
     rows = []
     for policy, table in frames.training.groupby("policy", sort=False):
-        training_s = frames.manifests.get(("ppo", str(policy)), {}).get("training_s")
+        trained = frames.manifests.get(("ppo", str(policy)))
+        training_s = trained.more.get("training_s") if trained else None
         end = table.tail(max(1, len(table) // 10))
         means = {short: _mean(end[name]) if name in end else None for short, name in names.items()}
         rows.append(
@@ -400,16 +390,16 @@ def _sources(run: RunDir, frames: Frames) -> dict[str, list[dict[str, Any]]]:
     for section, (phase, names) in SOURCES.items():
         found[section] = [
             {
-                "file": f"{phase}/{unit}/{manifest['outputs'][name]['file']}",
-                "sha256": manifest["outputs"][name]["sha256"],
+                "file": f"{phase}/{unit}/{manifest.outputs[name].file}",
+                "sha256": manifest.outputs[name].sha256,
                 "manifest_sha256": units.at[(phase, unit), "manifest_sha256"],
-                "git_commit": manifest["git_commit"],
-                "image_sha256": manifest["image_sha256"],
+                "git_commit": manifest.git_commit,
+                "image_sha256": manifest.image_sha256,
             }
             for (its_phase, unit), manifest in frames.manifests.items()
             if its_phase == phase
             for name in names
-            if name in manifest["outputs"]
+            if name in manifest.outputs
         ]
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import time
@@ -17,6 +16,17 @@ import numpy as np
 import pandas as pd
 
 from sarm.config import PHASES, ROOT, Phase, UserError, arm_and_seed
+from sarm.records import (
+    Calibration,
+    Cards,
+    Evaluation,
+    Features,
+    Manifest,
+    Models,
+    Steered,
+    Steering,
+    read_training_log,
+)
 from sarm.run import Published, RunDir, latest
 
 ARM_ORDER = ("base", "no_penalty", "penalty", "random")
@@ -34,8 +44,8 @@ class Frames(NamedTuple):
 
     phases: pd.DataFrame
     """A row a unit: phase, unit, status, cause, log, and what its manifest says."""
-    manifests: dict[tuple[str, str], dict[str, Any]]
-    features: dict[str, Any] | None
+    manifests: dict[tuple[str, str], Manifest]
+    features: Features | None
     calibrations: dict[str, dict[str, Any]]
     """By trained policy: the latents its reward penalised, with tau and alpha in the reward's
     unit.
@@ -101,21 +111,18 @@ def _read_outputs(
     for (phase, unit), unit_files in published.items():
         try:
             if phase == "fetch":
-                models = (
-                    unit_files.json("models.json")
-                    if "models.json" in unit_files.manifest["outputs"]
-                    else None
-                )
+                if "models.json" in unit_files.manifest.outputs:
+                    models = Models.read(unit_files.path("models.json")).tree()
             elif phase == "select":
-                features = unit_files.json("features.json")
-                if "table.parquet" in unit_files.manifest["outputs"]:
+                features = Features.read(unit_files.path("features.json"))
+                if "table.parquet" in unit_files.manifest.outputs:
                     probe = pd.read_parquet(unit_files.path("table.parquet"))
             elif phase == "steer":
-                steering = unit_files.json("summary.json")
+                steering = Steering.read(unit_files.path("summary.json")).tree()
             elif phase == "cards":
-                cards = unit_files.json("cards.json")
+                cards = Cards.read(unit_files.path("cards.json")).tree()
             elif unit == "steered":
-                steered = unit_files.json("summary.json")
+                steered = Steered.read(unit_files.path("summary.json")).tree()
             elif unit in points:
                 if phase == "evaluate":
                     sweep.append(
@@ -123,9 +130,9 @@ def _read_outputs(
                     )
             elif phase == "ppo":
                 training.append(_metrics(unit_files.path("metrics.jsonl"), unit))
-                calibrations[unit] = unit_files.json("calibration.json")
+                calibrations[unit] = Calibration.read(unit_files.path("calibration.json")).tree()
             elif phase == "evaluate":
-                summary = unit_files.json("summary.json")
+                summary = Evaluation.read(unit_files.path("summary.json")).tree()
                 rows = pd.read_parquet(unit_files.path("generations.parquet"))
                 generations.append(_with_policy(rows, unit))
                 evaluations[unit] = summary
@@ -144,7 +151,7 @@ def _read_outputs(
         generations=_judged(
             _joined(generations, "prompt_id"),
             penalised_latents(run, features),
-            (features or {}).get("monitors", []),
+            features.monitors if features else [],
         ),
         probe=probe,
         models=models,
@@ -153,7 +160,7 @@ def _read_outputs(
         sweep=_judged(
             _joined(sweep, "prompt_id"),
             penalised_latents(run, features),
-            (features or {}).get("monitors", []),
+            features.monitors if features else [],
         ),
     )
 
@@ -185,7 +192,7 @@ def _phase_row(
             "" if problem == "no manifest" else problem,
         ]
         row["cause"] = "; ".join(filter(None, causes)) or "it never started"
-    manifest = found.manifest if found is not None and problem is None else {}
+    manifest = found.manifest if found is not None and problem is None else None
     for name in (
         "attempt",
         "git_commit",
@@ -198,10 +205,10 @@ def _phase_row(
         "started",
         "ended",
     ):
-        row[name] = manifest.get(name)
+        row[name] = getattr(manifest, name, None)
     row["seconds"] = (
         (
-            datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])
+            datetime.fromisoformat(manifest.ended) - datetime.fromisoformat(manifest.started)
         ).total_seconds()
         if manifest
         else None
@@ -209,7 +216,7 @@ def _phase_row(
     row["needs"] = sorted(
         {
             "/".join(key.split("/")[:2])
-            for key, sha256 in manifest.get("inputs", {}).items()
+            for key, sha256 in (manifest.inputs if manifest else {}).items()
             if sha256 and not key.startswith("/")
         }
     )
@@ -248,10 +255,7 @@ def _metrics(path: Path, unit: str) -> pd.DataFrame:
     """The trainer's log, one row a step; of a step logged twice the later line counts. People
     count steps from 1.
     """
-    lines = [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame(read_training_log(path))
     if table.empty:
         table = pd.DataFrame(columns=["step"])
     table = table.drop_duplicates("step", keep="last").sort_values("step")
@@ -275,16 +279,14 @@ def _joined(tables: list[pd.DataFrame], key: str) -> pd.DataFrame:
     )
 
 
-def penalised_latents(run: RunDir, features: dict[str, Any] | None) -> list[dict[str, Any]]:
+def penalised_latents(run: RunDir, features: Features | None) -> list[dict[str, Any]]:
     """The harming latents that the penalty is about; a density penalty looks at no threshold but
     0.
     """
-    entries = (features or {}).get("penalised", [])
-    return (
-        [entry | {"tau": 0.0} for entry in entries]
-        if run.config.ppo.penalty.kind == "density"
-        else entries
-    )
+    entries = [entry.tree() for entry in features.penalised] if features else []
+    if run.config.ppo.penalty.kind == "density":
+        return [entry | {"tau": 0.0} for entry in entries]
+    return entries
 
 
 def _judged(

@@ -448,7 +448,7 @@ def trust(figures: dict[str, Any]) -> list[Block]:
     does not replicate is named.
     """
     found = figures["features"]
-    if found is None or "validity" not in found:
+    if found is None or not found["validity"]:
         return list(NOT_AVAILABLE)
     v = found["validity"]
     return [

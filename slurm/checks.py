@@ -54,7 +54,7 @@ def own_run(path: str, config: Config) -> RunDir:
                     f" chmod {cure_} it"
                 )
     if (run.path / "config.yaml").exists():
-        RunDir.create(path, config)  # compares
+        run.change()  # refuses a config of another name
     return run
 
 

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sarm.config import Phase, UserError
+from sarm.records import Manifest
 from sarm.run import RunDir, write_atomic
 from slurm import queue
 from slurm.dag import Node, Task, tasks
@@ -41,11 +42,11 @@ class Look(RunDir):
         self.jobs = {
             n: job for journal in self.journals for n, job in jobs_of(run, journal).items()
         }
-        self._manifests: dict[tuple[str, str], dict[str, Any] | None] = {}
+        self._manifests: dict[tuple[str, str], Manifest | None] = {}
         self._undone: dict[tuple[str, str, bool], str | None] = {}
         self._logs: dict[str, dict[str, list[Path]]] = {}
 
-    def manifest(self, phase: Phase | str, unit: str = "all") -> dict[str, Any] | None:
+    def manifest(self, phase: Phase | str, unit: str = "all") -> Manifest | None:
         if (phase, unit) not in self._manifests:
             self._manifests[phase, unit] = super().manifest(phase, unit)
         return self._manifests[phase, unit]
@@ -235,16 +236,24 @@ def local_states(run: RunDir) -> dict[Node, str]:
 
 def published_by(run: RunDir, node: Node) -> str:
     """The job that the standing manifest names; empty where there is none."""
-    manifest = run.manifest(*node)
-    return (manifest["job_id"] or "") if manifest else ""
+    manifest = readable(run, node)
+    return (manifest.job_id or "") if manifest else ""
+
+
+def readable(run: RunDir, node: Node) -> Manifest | None:
+    """A unit's manifest; None also where it is of a version that this one does not read."""
+    try:
+        return run.manifest(*node)
+    except UserError:
+        return None
 
 
 def seconds(run: RunDir, node: Node) -> float | None:
     """How long the published attempt took."""
-    manifest = run.manifest(*node)
+    manifest = readable(run, node)
     if manifest is None:
         return None
-    start, end = (datetime.fromisoformat(manifest[key]) for key in ("started", "ended"))
+    start, end = (datetime.fromisoformat(at) for at in (manifest.started, manifest.ended))
     return (end - start).total_seconds()
 
 

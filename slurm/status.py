@@ -19,13 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sarm.cli import ended
-from sarm.config import UserError
+from sarm.config import NON_PHASE_JOBS, UserError
 from sarm.run import RunDir
 from slurm import queue
 from slurm.dag import Node
 from slurm.journal import batches_of, clusters, journals, owned, record
 from slurm.lock import held
-from slurm.state import Look, Slurm, ask_slurm, local_states, published_by, seconds, units
+from slurm.state import Look, Slurm, ask_slurm, duration, local_states, published_by, seconds, units
 from slurm.view import Unit, last_lines, read_progress, span
 
 WIDE = 120
@@ -66,7 +66,8 @@ def status(args: argparse.Namespace) -> int:
     slurm, local = ask_slurm(look), local_states(run)
     if not slurm.heard:
         print("warning: the queue gave no answer; showing manifests alone", file=sys.stderr)
-    rows = [row(look, unit, slurm) for unit in units(look, slurm, local)]
+    by_hand = [Unit(node, "done", duration(look, node)) for node in non_phase_units(look)]
+    rows = [row(look, unit, slurm) for unit in [*units(look, slurm, local), *by_hand]]
     shown = [line.unit for line in rows]
     code = exit_code(look, shown)
     if args.json:
@@ -81,6 +82,13 @@ def status(args: argparse.Namespace) -> int:
         print(f"GPU-hours: {hours[0]:.1f} used of {hours[1]:.1f} planned")
     print(help_line(look, shown, slurm, bool(local)))
     return code
+
+
+def non_phase_units(look: Look) -> list[Node]:
+    """Jobs that are no phase and were published in this run: exports and trained SARMs."""
+    published = look.published()
+    found = (Node(phase, "all") for phase in NON_PHASE_JOBS if (phase, "all") in published)  # type: ignore[arg-type]
+    return [node for node in found if look.done(*node, hashes=look.hashes)]
 
 
 def exit_code(look: Look, shown: Iterable[Unit]) -> int:

@@ -19,8 +19,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from sarm.cli import ended
-from sarm.config import PHASES, Config, UserError, load_config
-from sarm.run import RunDir, git_commit, now
+from sarm.config import PHASES, Config, UserError
+from sarm.run import RunDir, config_of, git_commit, now
 from slurm import queue
 from slurm.checks import check_batches, check_named, check_token, own_run
 from slurm.dag import Node, tasks
@@ -79,7 +79,7 @@ def arguments(module: str, doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cluster", default="generic", help="a profile in slurm/clusters/, or a path"
     )
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", help="YAML; where left out, the run's own")
     parser.add_argument("--run", required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
@@ -87,12 +87,13 @@ def arguments(module: str, doc: str | None) -> argparse.ArgumentParser:
 
 def submit_or_show(args: argparse.Namespace) -> int:
     """All checks first, the run directory only then: what is refused leaves nothing behind."""
-    profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
+    profile, config = load_profile(args.cluster), config_of(args.run, args.config, args.overrides)
     run = own_run(args.run, config)
     asked = Asked(args.phase, args.unit)
     if args.dry_run:
         dry_run(run, profile, decide(run, profile, asked, dry=True).batches)
         return 0
+    refuse_live_change(run)
     warnings = check_images(profile)
     decision = decide(run, profile, asked, hashes=False)
     warnings += check_batches(profile, decision.batches, len(decision.attached))
@@ -116,6 +117,16 @@ def submit_or_show(args: argparse.Namespace) -> int:
         what = " ".join(filter(None, (asked.phase, asked.unit)))
         print(f"{f'all of {what}' if what else 'everything'} in {run.path} is done")
     return 0
+
+
+def refuse_live_change(run: RunDir) -> None:
+    """Raises UserError where jobs of the run would go on with a config that changes under them."""
+    known = journals(run)
+    if known and run.change() and any(one.job.live for one in in_queue(run, known)):
+        raise UserError(
+            f"jobs of {run.path} still run or wait with another config; make cancel first, or use"
+            " another RUN"
+        )
 
 
 class Asked(NamedTuple):

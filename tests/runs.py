@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sarm.config import Config, parse_config
+from sarm.config import Config, arm_and_seed, parse_config
+from sarm.records import (
+    Calibration,
+    Cards,
+    Evaluation,
+    Features,
+    File,
+    Intervention,
+    Models,
+    Steering,
+    StepMetrics,
+)
 from sarm.run import Attempt, RunDir
 
 PROMOTING = [23303, 891, 29909, 13159, 18401, 37073, 18583, 40747, 60628, 12021]
@@ -60,39 +71,80 @@ def reference_config(**ppo: Any) -> Config:
 
 
 def feature(latent: int, role: str, confirmed: bool = True) -> dict[str, Any]:
-    numbers = {
+    return {
+        "latent": latent,
+        "role": role,
+        "confirmed": confirmed,
         "weight": -8e-4,
         "delta_z": -1.2,
         "effect": 0.0012,
         "effect_low": 0.0008,
         "effect_high": 0.0016,
+        "effect_discovery": 0.0014,
+        "effect_head": 0.0013,
+        "effect_reselected": 0.0012,
+        "effect_chosen": 0.0002,
+        "effect_rejected": -0.001,
+        "p": 1e-5,
         "q": 0.001,
+        "p_validation": 2e-4,
+        "density": 0.25,
     }
-    return {"latent": latent, "role": role, "confirmed": confirmed, **numbers}
 
 
-def features(**changes: Any) -> dict[str, Any]:
-    found = {
-        "schema": 1,
+def candidate(latent: int) -> dict[str, Any]:
+    """A random candidate."""
+    numbers = {"tau": 0.1, "alpha": 0.1, "weight": 8e-4, "density": 0.25, "effect": None}
+    return {"latent": latent, "matched_to": HARMING[0], **numbers}
+
+
+def fetched(sarm_sha256: str, pairs: dict[str, int] | None = None) -> Models:
+    """Fetch's result with this hash of the SARM's weights, and these pairs by source and part."""
+    where = {"model": "m", "revision": None, "commit": None, "path": "/m"}
+    return Models(
+        policy={**where, "sha256": {"model.safetensors": "0" * 64}},
+        sarm={**where, "sha256": {"model.safetensors": sarm_sha256}},
+        data={"files": {}, "prompts": {}, "pairs": pairs or {}, "skipped": {}},
+    )
+
+
+def features(**changes: Any) -> Features:
+    """Select's result with numbers of one's choice; the rest is that of the reference run."""
+    found: dict[str, Any] = {
         "d_sae": 65536,
         "k": 192,
         "promoting": [feature(i, "promoting") for i in PROMOTING],
         "harming": [feature(i, "harming") for i in HARMING],
         "misleading": [],
         "penalised": [{"latent": i, "tau": 3.0, "alpha": 0.1} for i in HARMING[:3]],
+        "clamp": None,
         "monitors": HARMING[3:5],
         "random_candidates": [],
+        "reward_sd": 0.1,
         "n_prompts": {"discovery": 225, "validation": 112, "test": 113},
         "n_tested": 900,
         "n_discoveries": 60,
+        "n_confirmed": 24,
+        "effect": "reselected",
+        "permutations": {"configured": 20_000, "needed": 9000, "used": 20_000},
+        "rankings": [],
+        "tau_suggestions": [],
+        "validity": {},
         "warnings": [],
+    } | changes
+    latents = [entry["latent"] for entry in found["penalised"]]
+    implied = {
+        "monitor_features": [
+            feature(i, "harming") | {"max_cosine": 0.2} for i in found["monitors"]
+        ],
+        "reference_rates": {str(i): 0.2 for i in (*latents, *found["monitors"])},
+        "discovery_rates": {str(i): 0.4 for i in latents},
+        "steering_file": {str(f["latent"]): ["*", 0.0] for f in found["harming"]},
     }
-    return found | changes
+    return Features(**implied | found)
 
 
-def steering(
-    cells: dict[tuple[str, str], tuple[float, float]], reward_sd: float = 0.1
-) -> dict[str, Any]:
+def steering(cells: dict[tuple[str, str], tuple[float, float]], reward_sd: float = 0.1) -> Steering:
     texts, pairs = [], []
     for (source, label), (before, after) in cells.items():
         delta = after - before
@@ -132,20 +184,24 @@ def steering(
                 "to_right": 1,
             }
         )
-    return {
-        "intervention": {"what": "times 0 after TopK", "latents": HARMING},
-        "reward_sd": reward_sd,
-        "texts": texts,
-        "pairs": pairs,
-    }
+    return Steering(
+        intervention=Intervention(what="times 0 after TopK", latents=HARMING),
+        reward_sd=reward_sd,
+        texts=texts,
+        pairs=pairs,
+    )
 
 
 def publish(
-    run: RunDir, phase: str, unit: str = "all", files: dict[str, str] | None = None, **more: Any
+    run: RunDir, phase: str, unit: str = "all", files: dict[str, Any] | None = None, **more: Any
 ) -> Attempt:
+    """A unit with these files: text, or a record."""
     attempt = Attempt(run, phase, unit)
     for name, content in (files or {"done": ""}).items():
-        attempt.path(name).write_text(content)
+        if isinstance(content, File):
+            content.write(attempt.path(name))
+        else:
+            attempt.path(name).write_text(content)
     attempt.publish(**more)
     return attempt
 
@@ -173,10 +229,15 @@ def publish_ppo(
     **more: Any,
 ) -> None:
     attempt = Attempt(run, "ppo", unit)
-    attempt.path("metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    attempt.path("calibration.json").write_text(
-        json.dumps({"penalised": penalised or features()["penalised"], "reward_sd": 0.1})
-    )
+    logged = "\n".join(StepMetrics(**line).line() for line in lines)
+    attempt.path("metrics.jsonl").write_text(logged)
+    Calibration(
+        arm=arm_and_seed(unit)[0],
+        n=64,
+        reward_sd=0.1,
+        penalised=penalised or [entry.tree() for entry in features().penalised],
+        harming=[],
+    ).write(attempt.path("calibration.json"))
     weights = attempt.directory("policy") / "model.safetensors"
     weights.write_bytes(b"")
     attempt.publish(
@@ -236,20 +297,32 @@ def publish_evaluation(run: RunDir, unit: str, table: pd.DataFrame, **summary: A
         "n_compliances": 408,
         "data": "data/demo/pairs.jsonl",
     }
-    attempt.path("summary.json").write_text(
-        json.dumps({"kl": "teacher-forced", "judge": None, "refusal_detector": detector} | summary)
-    )
+    settings = {
+        "policy": unit,
+        "kl": "teacher-forced",
+        "judge": None,
+        "refusal_detector": detector,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "max_new_tokens": 128,
+        "sarm_parameters": 4_284_000_000,
+        "device": "cuda:0",
+        "n_prompts": len(table),
+        "n_too_long": 0,
+        "seconds": 60.0,
+    }
+    Evaluation(**settings | summary).write(attempt.path("summary.json"))
     attempt.publish()
 
 
-CARDS = {
-    "n_texts": 0,
-    "n_prompts": 0,
-    "minimal_edits": {"n": 3, "enough": False, "needed": 20},
-    "labels": None,
-    "cards": [],
-    "texts": {},
-}
+CARDS = Cards(
+    n_texts=0,
+    n_prompts=0,
+    minimal_edits={"n": 3, "enough": False, "needed": 20},
+    labels=None,
+    cards=[],
+    texts={},
+)
 
 
 def reference_run(path: Path, **changes: Any) -> RunDir:
@@ -259,14 +332,11 @@ def reference_run(path: Path, **changes: Any) -> RunDir:
     publish(run, "fetch")
     publish(run, "encode", "shard-0000-of-0001", sarm_parameters=4_284_000_000)
     publish(run, "probe", "shard-0000-of-0001", location="outputs/probes")
-    publish(run, "select", files={"features.json": json.dumps(given["features"])})
+    publish(run, "select", files={"features.json": given["features"]})
     publish(
-        run,
-        "steer",
-        files={"summary.json": json.dumps(steering(given["steering"]))},
-        location="outputs/eval",
+        run, "steer", files={"summary.json": steering(given["steering"])}, location="outputs/eval"
     )
-    publish(run, "cards", files={"cards.json": json.dumps(CARDS)})
+    publish(run, "cards", files={"cards.json": CARDS})
     publish_ppo(
         run,
         "penalty-seed0",
@@ -295,7 +365,7 @@ def evaluated_run(
     return run
 
 
-def probe_table(n: int, found: dict[str, Any], seed: int = 0) -> pd.DataFrame:
+def probe_table(n: int, found: Features, seed: int = 0) -> pd.DataFrame:
     """A made-up table of select: `n` latents, all of which fire and are tested; those that `found`
     lists have its numbers.
     """
@@ -317,19 +387,19 @@ def probe_table(n: int, found: dict[str, Any], seed: int = 0) -> pd.DataFrame:
         rng.uniform(size=n),
     )
     for role in ("promoting", "harming", "misleading"):
-        for listed in found[role]:
-            if listed["latent"] < n:
-                table.loc[listed["latent"], ["effect", "effect_validation", "q"]] = [
-                    listed["effect"],
-                    listed["effect"],
-                    listed["q"],
+        for listed in getattr(found, role):
+            if listed.latent < n:
+                table.loc[listed.latent, ["effect", "effect_validation", "q"]] = [
+                    listed.effect,
+                    listed.effect,
+                    listed.q,
                 ]
     return table
 
 
-def publish_select(run: RunDir, found: dict[str, Any], d_sae: int) -> None:
+def publish_select(run: RunDir, found: Features, d_sae: int) -> None:
     attempt = Attempt(run, "select")
-    attempt.path("features.json").write_text(json.dumps(found))
+    found.write(attempt.path("features.json"))
     probe_table(d_sae, found).to_parquet(attempt.path("table.parquet"))
     attempt.publish()
 
@@ -375,8 +445,8 @@ def large_run(
     publish(run, "encode", "shard-0000-of-0001", sarm_parameters=4_284_000_000)
     publish(run, "probe", "shard-0000-of-0001")
     publish_select(run, found, d_sae)
-    publish(run, "steer", files={"summary.json": json.dumps(steering(STEERING))})
-    publish(run, "cards", files={"cards.json": json.dumps(CARDS)})
+    publish(run, "steer", files={"summary.json": steering(STEERING)})
+    publish(run, "cards", files={"cards.json": CARDS})
     for unit in run.config.units("ppo"):
         arm, _, seed = unit.rpartition("-seed")
         publish_ppo(run, unit, training_curves(steps, arm, int(seed)), steps=steps)

@@ -100,7 +100,7 @@ def test_a_run_that_everybody_may_write(site: Site, refused) -> None:  # type: i
 
 
 def test_a_config_that_differs_from_the_runs(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
-    assert "probe.shards" in refused("probe.shards=3")
+    assert "a run of the config 'dag'" in refused("name=other")
 
 
 def test_a_file_where_a_folder_should_be(site: Site, refused) -> None:  # type: ignore[no-untyped-def]

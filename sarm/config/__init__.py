@@ -15,7 +15,15 @@ from sarm.config.base import (
     Strict,
     UserError,
 )
-from sarm.config.inputs import PARTS, DataConfig, ModelConfig, Part, SarmConfig, SourceConfig
+from sarm.config.inputs import (
+    PARTS,
+    ChatModelConfig,
+    DataConfig,
+    ModelConfig,
+    Part,
+    SarmConfig,
+    SourceConfig,
+)
 from sarm.config.phases import (
     CardsConfig,
     EncodeConfig,
@@ -40,9 +48,18 @@ from sarm.config.reading import (
     set_key,
     under_todays_names,
 )
-from sarm.config.schema import PHASES, Config, Phase, arm_and_seed, shard_names, shard_range
+from sarm.config.schema import (
+    NON_PHASE_JOBS,
+    PHASES,
+    Config,
+    Phase,
+    arm_and_seed,
+    shard_names,
+    shard_range,
+)
 
 __all__ = [
+    "NON_PHASE_JOBS",
     "PARTS",
     "PHASES",
     "RENAMED",
@@ -50,6 +67,7 @@ __all__ = [
     "ROOT",
     "Arm",
     "CardsConfig",
+    "ChatModelConfig",
     "Config",
     "Count",
     "DataConfig",

@@ -12,7 +12,7 @@ refusals counts only beside what random directions of the same length do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +21,18 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sarm.config import Config, SteerPolicyConfig, UserError
+from sarm.data.conversations import prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
-from sarm.evaluation.evaluate import Progress, refused
+from sarm.evaluation.evaluate import Progress
+from sarm.evaluation.refusals import refused
 from sarm.evaluation.verdict import clustered_interval
 from sarm.llama.decoders import CacheDecoder
-from sarm.llama.generate import generate, prompt_ids, response_text, stop_ids
+from sarm.llama.generate import generate
+from sarm.models import open_policy, read_tokenizer
 from sarm.ppo.reward import CompoundReward, conversation
+from sarm.records import Features
 from sarm.reward_model.model import load_sae, load_sarm
 
 
@@ -47,7 +50,7 @@ class Push(NamedTuple):
 
 
 def pushes(
-    config: SteerPolicyConfig, features: Mapping[str, Any], directions: Any, d_in: int, seed: int
+    config: SteerPolicyConfig, features: Features, directions: Any, d_in: int, seed: int
 ) -> list[Push]:
     """No push, then every strength of the first harming and promoting latents and of random
     directions of the same length.
@@ -55,9 +58,9 @@ def pushes(
     `directions` takes latents to their unit decoder directions, (n, d_in).
     """
     listed = [
-        (int(f["latent"]), role)
+        (f.latent, role)
         for role in ("harming", "promoting")
-        for f in features[role][: config.latents]
+        for f in getattr(features, role)[: config.latents]
     ]
     found = [
         ("latent", latent, role, d)
@@ -97,11 +100,7 @@ def pushed(layer: nn.Module, push: Push) -> Iterator[None]:
 
 @torch.no_grad()
 def steered_rows(
-    config: Config,
-    policy: Path,
-    prompts: Sequence[Prompt],
-    features: Mapping[str, Any],
-    progress: Progress,
+    config: Config, policy: Path, prompts: Sequence[Prompt], features: Features, progress: Progress
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """(a row a condition and prompt, the settings behind them); a prompt has the same sampling
     noise in every condition.
@@ -113,8 +112,8 @@ def steered_rows(
     assert given is not None
     sae, _, sarm = load_sae(config.sarm)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(policy, dtype=config.policy.dtype)
-    model, tokenizer = loaded.to(device).eval(), AutoTokenizer.from_pretrained(policy)
+    model = open_policy(policy, config.policy.dtype).to(device)
+    tokenizer = read_tokenizer(policy, config.policy.chat_template_kwargs)
     if (
         model.config.hidden_size != sarm.hidden_size
         or model.config.num_hidden_layers < sarm.source_layer
@@ -169,7 +168,7 @@ def steered_rows(
                     "refused": refused(text),
                 }
             )
-    del model, decoder, layer, loaded
+    del model, decoder, layer
     table = pd.DataFrame(rows)
     latents = list(dict.fromkeys(push.name for push in conditions if push.kind == "latent"))
     messages = {p.id: p.messages for p, _ in fitting}

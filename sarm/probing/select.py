@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from sarm.config import Config, PenaltyConfig, SelectConfig, UserError
 from sarm.probing.effects import Encoded, values_on
-from sarm.probing.stats import benjamini_hochberg, holm, matched_at_random, permutations_needed
+from sarm.probing.permutation import permutations_needed
+from sarm.probing.stats import benjamini_hochberg, holm, matched_at_random
 from sarm.reward_model.interventions import Scale, steering_file
 
-SCHEMA = 1
 CONFIRMED_P = 0.05
 """Family-wise error rate of confirmation on validation."""
 
@@ -69,7 +69,6 @@ def select_features(
         for part in ("discovery", "validation", "test")
     }
     return {
-        "schema": SCHEMA,
         "d_sae": encoded.ranks.d_sae,
         "k": encoded.ranks.k,
         **listed,

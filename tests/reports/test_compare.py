@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_reports(tmp_path, capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
     words = " ".join(text.split())
     assert "- one: control, because" in words and "- two: evasion, because" in words
-    assert re.search(r"ppo\.learning_rate +1e-06 +0\.5", text)
+    assert re.search(r"ppo\.learning_rate +null +0\.5", text)
     change = next(
         c
         for c in json.loads((two / "report.json").read_text())["verdict"]["changes"]
@@ -82,7 +82,7 @@ def test_different_penalised_latents_are_pointed_out(tmp_path, capsys):
     assert "its own measure" not in capsys.readouterr().out
     other = evaluated_run(tmp_path / "c", features=found)
     runs.publish_ppo(
-        other, "penalty-seed0", runs.metrics(runs.PROGRESSION), penalised=found["penalised"]
+        other, "penalty-seed0", runs.metrics(runs.PROGRESSION), penalised=found.tree()["penalised"]
     )
     assert jobs_main(["report", "--run", str(other.path)]) == 0
     assert main([str(tmp_path / "a"), str(other.path), "--out", str(tmp_path / "out")]) == 0
@@ -122,11 +122,7 @@ def test_the_same_names_with_other_files_are_refused(tmp_path, capsys):
     paths = []
     for name, digest in (("one", "aa"), ("two", "bb")):
         run = evaluated_run(tmp_path / name)
-        runs.publish(
-            run,
-            "fetch",
-            files={"models.json": json.dumps({"sarm": {"sha256": {"model.safetensors": digest}}})},
-        )
+        runs.publish(run, "fetch", files={"models.json": runs.fetched(digest)})
         assert jobs_main(["report", "--run", str(run.path)]) == 0
         paths.append(str(run.path))
     capsys.readouterr()

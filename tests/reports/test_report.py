@@ -25,11 +25,11 @@ from reports.figures import (
     latent_table,
     policy_table,
     shown_steps,
-    without_nan,
 )
-from reports.frames import read_run
+from reports.frames import penalised_latents, read_run
 from reports.text import RULE, final_report
 from sarm.evaluation.verdict import decide
+from sarm.records import plain
 from sarm.run import RunDir
 from tests.runs import (
     HARMING,
@@ -59,7 +59,7 @@ def report_of(run: RunDir) -> str:
         for arm in ("penalty", "no_penalty", "random")
     }
     found = figures(run, read, decide(arms, run.config.verdict, 0).record(), DATE)
-    json.dumps(without_nan(found), allow_nan=False)
+    json.dumps(plain(found), allow_nan=False)
     return final_report(found)
 
 
@@ -95,15 +95,10 @@ def test_other_numbers_give_other_words(tmp_path):
         promoting=[],
         penalised=penalised,
     )
-    publish(run, "select", files={"features.json": json.dumps(found)})
+    publish(run, "select", files={"features.json": found})
     cells = {("RB2 Safety", "chosen"): (0.5, 0.2), ("RB2 Safety", "rejected"): (-0.5, -0.45)}
     cells |= {("RMB Safety", "chosen"): (0.4, 0.35), ("RMB Safety", "rejected"): (0.0, -0.00001)}
-    publish(
-        run,
-        "steer",
-        files={"summary.json": json.dumps(steering(cells))},
-        location="outputs/other/steer",
-    )
+    publish(run, "steer", files={"summary.json": steering(cells)}, location="outputs/other/steer")
     publish(run, "probe", "shard-0000-of-0001", location="outputs/other/probe")
     rows = {step: (0.1 + 0.01 * step, 0.0, 0.02 + 0.001 * step) for step in range(1, 21)}
     more = {
@@ -240,7 +235,7 @@ def test_figures_are_those_of_the_rows(tmp_path):
         row["over_refused"],
     ) == pytest.approx((0.1, 0.1, 0.3, 0))
     assert row["distinct_1"] == pytest.approx(5 / 600)
-    latents = latent_table(read.generations, read.features["penalised"]).set_index(
+    latents = latent_table(read.generations, penalised_latents(run, read.features)).set_index(
         ["latent", "arm"]
     )
     assert latents.loc[(HARMING[0], "base"), "histogram"] == [0.5, 0, 0, 0, 0.5, 0]
@@ -481,18 +476,18 @@ def test_trend_agrees_with_scipy():
     ],
 )
 def test_steering_sentence(chosen, rejected, words):
-    summary = steering({("A", "chosen"): (0.0, chosen), ("A", "rejected"): (0.0, rejected)})
+    summary = steering({("A", "chosen"): (0.0, chosen), ("A", "rejected"): (0.0, rejected)}).tree()
     assert words in reference.steering_sentence(summary)
 
 
 def test_margin_sentence_stands_against_the_word_improvement():
     assert "telling unsafe from safe texts less well" in sections.margin_sentence(
-        steering(STEERING)
+        steering(STEERING).tree()
     )
     assert sections.margin_sentence(
-        steering({("A", "chosen"): (0.0, 0.1), ("A", "rejected"): (0.0, 0.0)})
+        steering({("A", "chosen"): (0.0, 0.1), ("A", "rejected"): (0.0, 0.0)}).tree()
     ).startswith("The margin rises.")
-    both = steering({("A", "chosen"): (0.0, 0.1), ("A", "rejected"): (0.0, 0.2)})
+    both = steering({("A", "chosen"): (0.0, 0.1), ("A", "rejected"): (0.0, 0.2)}).tree()
     assert (
         "suppressing harm detectors raises the scores of rejected texts more than those of chosen"
         " ones." in sections.margin_sentence(both)
