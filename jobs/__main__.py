@@ -12,6 +12,7 @@ import sys
 from sarm.cli import ended
 from sarm.config import PHASES, UserError, load_config
 from sarm.run import Attempt, RunDir
+from sarm.threads import bound_threads
 
 BESIDE = ("train_sarm", "export")
 """Jobs that are no phase of a run: started by hand."""
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 where the unit is done, 2 where the user can mend it (one sentence), 1 on a defect
     (traceback).
     """
+    bound_threads(os.environ)
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
     parser.add_argument("phase", choices=(*PHASES, *BESIDE))
     parser.add_argument("--config", help="YAML; where left out, the run's own")
