@@ -21,8 +21,8 @@ from typing import Any
 import submitit
 
 from sarm.cli import ended
-from sarm.config import ROOT, load_config
-from sarm.run import RunDir, write_atomic
+from sarm.config import ROOT
+from sarm.run import RunDir, config_of, write_atomic
 from sarm.threads import given_cpus
 from slurm.dag import Node, Task, tasks
 from slurm.entry import GRACE_S, run_spec
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_here(args: argparse.Namespace) -> int:
     """0 where all went well, 1 where a task failed, 130 where it was stopped."""
-    run = RunDir.create(args.run, load_config(args.config, args.overrides))
+    run = RunDir.create(args.run, config_of(args.run, args.config, args.overrides))
     try:
         with held(run.path / "run.lock", f"a run in {run.path}"):
             state = run_all(run, workers=args.workers)
