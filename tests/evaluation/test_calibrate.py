@@ -85,14 +85,14 @@ def test_taus_stay_as_select_has_them_and_alpha_is_in_sds_of_the_policys_reward(
     rewards = [t.count("e") - 0.5 * t.count("a") for t in TEXTS]
     assert found[0].alpha == pytest.approx(0.25 * np.std(rewards, ddof=1))
     assert found[0].base_rate == np.mean([t.count("e") > 2.5 for t in TEXTS])
-    plain = config(tmp_path / "2", **{"ppo.penalty.alpha": 0.25, "ppo.penalty.alpha_unit": "reward"})
+    plain = config(
+        tmp_path / "2", **{"ppo.penalty.alpha": 0.25, "ppo.penalty.alpha_unit": "reward"}
+    )
     assert c.thresholds(plain, chosen(), base)[1].alpha == 0.25
 
 
 def test_taus_at_a_quantile_of_the_policys_own_values(tmp_path) -> None:
-    made = config(
-        tmp_path, **{"ppo.penalty.tau_quantile": 0.75, "ppo.penalty.tau_from": "policy"}
-    )
+    made = config(tmp_path, **{"ppo.penalty.tau_quantile": 0.75, "ppo.penalty.tau_from": "policy"})
     found = c.thresholds(made, chosen(), read(None, TEXTS))
     assert found[0].tau == np.quantile([t.count("e") for t in TEXTS], 0.75)
     assert found[1].tau == np.quantile([t.count("a") for t in TEXTS], 0.75)
@@ -109,16 +109,15 @@ def test_agreement_with_the_same_responses_cut_earlier() -> None:
     assert first.tolist() == second.tolist() == fires and row.n == 6
     assert row.kappa == 1.0
     row, first, second = c.agreement(responses(), base, penalised, 9, True, read)
-    earlier = [
-        c.trim_text(text[:-9]) if hasattr(c, "trim_text") else text[:-9] for text in TEXTS
-    ]
+    earlier = [c.trim_text(text[:-9]) if hasattr(c, "trim_text") else text[:-9] for text in TEXTS]
     from sarm.data.endings import trim_to_last_sentence
 
     earlier = [trim_to_last_sentence(text[:-9]) for text in TEXTS]
     assert second.tolist() == [t.count("e") > 1.5 or t.count("a") > 1.5 for t in earlier]
     assert row.kappa == cohens_kappa(first, second) and row.kappa < 1
     assert row.by_latent["3"] == cohens_kappa(
-        np.array([t.count("e") > 1.5 for t in kept]), np.array([t.count("e") > 1.5 for t in earlier])
+        np.array([t.count("e") > 1.5 for t in kept]),
+        np.array([t.count("e") > 1.5 for t in earlier]),
     )
 
 
@@ -247,7 +246,9 @@ def test_a_tau_that_the_policy_never_reaches_and_a_small_plan_are_warned_of(tmp_
     told = c.warnings_of(config(tmp_path), found)
     assert any("penalised latent 7 never exceeds tau 30 in 40 responses" in w for w in told)
     assert any("no monitor qualifies" in w for w in told)
-    assert any("of 25 points with 80 % power, and calibrate.detectable asks for 10" in w for w in told)
+    assert any(
+        "of 25 points with 80 % power, and calibrate.detectable asks for 10" in w for w in told
+    )
     assert c.underpowered(config(tmp_path), instrument(detectable=None))
     assert not c.underpowered(config(tmp_path), instrument(detectable=0.1))
 
@@ -269,9 +270,7 @@ def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> N
     assert found.n_prompts == config.calibrate.prompts and found.samples == 2
     from sarm.data.datasets import load_data
 
-    sampled = c.base_responses(
-        config, data(load_data(config.data), "ppo"), device, lambda *_: None
-    )
+    sampled = c.base_responses(config, data(load_data(config.data), "ppo"), device, lambda *_: None)
     model, tokenizer = load_sarm(config.sarm)
     texts = [
         c.ending(lambda ids: response_text(tokenizer, ids), ids, cut=cut).text
