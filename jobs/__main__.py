@@ -11,7 +11,9 @@ import sys
 
 from sarm.cli import ended
 from sarm.config import PHASES, UserError, load_config
-from sarm.run import Attempt, RunDir
+from sarm.fetched import READS, check_unchanged
+from sarm.records import Models
+from sarm.run import Attempt, Published, RunDir
 
 BESIDE = ("train_sarm", "export")
 """Jobs that are no phase of a run: started by hand."""
@@ -76,9 +78,19 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
         return
     if phase not in ("fetch", "report"):
         check_gpu()
+        check_inputs(run, phase)
     module = importlib.import_module(f"jobs.{phase}")
     module.run(run.config, run, unit, Attempt(run, phase, unit))
     print(f"{phase}/{unit}: done", flush=True)
+
+
+def check_inputs(run: RunDir, phase: str) -> None:
+    """Raises UserError where models or data have changed since fetch. The first rank looks."""
+    first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID"))
+    if phase not in READS or not first or (manifest := run.manifest("fetch")) is None:
+        return
+    fetched = Published(run.folder("fetch"), manifest)
+    check_unchanged(run.config, Models.read(fetched.path("models.json")), phase)
 
 
 def check_gpu() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from sarm.config import ChatModelConfig, Config, ModelConfig, SarmConfig, UserError
 from sarm.data.datasets import load_data, source_files
+from sarm.fetched import commit_of, model_hashes
 from sarm.hub import local_model
 from sarm.records import Models
 from sarm.run import Attempt, RunDir, file_sha256
@@ -86,21 +87,11 @@ def backbone_of(folder: Path) -> dict[str, Any] | None:
 
 
 def described(folder: Path, model: str, revision: str | None) -> dict[str, Any]:
-    """A model's place and the hashes of its config and weights."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    sha256 = {file.name: file_sha256(file) for file in files}
+    """A model's place and the hashes of its files."""
     return {
         "model": model,
         "revision": revision,
         "commit": commit_of(folder),
         "path": str(folder),
-        "sha256": sha256,
+        "sha256": model_hashes(folder),
     }
-
-
-def commit_of(path: Path) -> str | None:
-    """The commit of a file or folder in the hub's cache, `.../snapshots/COMMIT/...`; None for what
-    is not from there.
-    """
-    _, snapshots, after = path.as_posix().rpartition("/snapshots/")
-    return after.partition("/")[0] if snapshots else None
