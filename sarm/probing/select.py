@@ -293,7 +293,7 @@ def penalised_latents(
         {"latent": latent, "tau": resolved_tau(latent, encoded, penalty), "alpha": alpha}
         for latent in latents
     ]
-    if penalty.kind != "density":
+    if penalty.has_tau:
         _refuse_silent(entries, encoded, penalty, bool(trains), warnings)
     return entries
 
