@@ -13,12 +13,14 @@ from jobs.fetched import refuse_changed
 from sarm.cli import ended
 from sarm.config import NON_PHASE_JOBS, PHASES, UserError
 from sarm.run import Attempt, RunDir, config_of
+from sarm.threads import bound_threads
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 where the unit is done, 2 where the user can mend it (one sentence), 1 on a defect
     (traceback).
     """
+    bound_threads(os.environ)
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
     parser.add_argument("phase", choices=(*PHASES, *NON_PHASE_JOBS))
     parser.add_argument("--config", help="YAML; where left out, the run's own")

@@ -45,6 +45,8 @@ def train_and_publish(
     from sarm.ppo.learner.distributed import start_world
     from sarm.ppo.learner.export import policy_weights, save_policy
     from sarm.ppo.trainer import train
+    from sarm.probing.monitors import drawn_for
+    from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
@@ -53,6 +55,8 @@ def train_and_publish(
     world = start_world()
     selected = attempt.read("select")
     features = Features.read(selected.path("features.json"))
+    if config.ppo.arms != ("no_penalty",) or config.sweep_points():
+        refuse_unconfirmed(features, config.select)
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
     features_sha256 = selected.manifest.outputs["features.json"].sha256
@@ -63,7 +67,7 @@ def train_and_publish(
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
-        candidates = [c.latent for c in features.random_candidates] if arm == "random" else []
+        candidates = drawn_for(features.random_candidates, seed) if arm == "random" else []
         calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]

@@ -258,8 +258,14 @@ class Feature(Record):
 
 
 class Monitor(Feature):
+    """A confirmed harming latent that is not penalised, and how like the penalised ones it is."""
+
+    tau: float
+    """Its own threshold: it fires on discovery's rejected texts as often as the penalised do."""
     max_cosine: float
-    """The largest |cos| with a penalised latent."""
+    """The largest |cos| of its direction with that of a penalised latent."""
+    max_correlation: float
+    """The largest |correlation| over texts of its activation with that of a penalised latent."""
 
 
 class PenalisedLatent(Record):
@@ -268,11 +274,16 @@ class PenalisedLatent(Record):
     latent: int
     tau: float
     alpha: float
+    role: str = "harming"
+    confirmed: bool = False
 
 
-class RandomCandidate(PenalisedLatent):
+class RandomCandidate(Record):
     """A latent that the random arm may penalise, matched to a penalised one."""
 
+    latent: int
+    tau: float
+    alpha: float
     matched_to: int
     weight: float
     density: float
@@ -296,7 +307,7 @@ class Permutations(Record):
 class Features(File):
     """The latents that select chose, and all that later phases need to know of them."""
 
-    NAME, REDO = "features.json", "select"
+    SCHEMA, NAME, REDO = 2, "features.json", "select"
 
     d_sae: int
     k: int
@@ -306,7 +317,11 @@ class Features(File):
     penalised: list[PenalisedLatent]
     clamp: float | None
     monitors: list[int]
+    """The first of `monitor_features` that keep their bounds; rates on a policy's own responses
+    can exclude more.
+    """
     monitor_features: list[Monitor]
+    """Every latent that could be a monitor."""
     random_candidates: list[RandomCandidate]
     reward_sd: float
     """Over discovery's texts."""
@@ -315,6 +330,10 @@ class Features(File):
     n_tested: int
     n_discoveries: int
     n_confirmed: int
+    conjunction: list[str] = []
+    """The labels of the two sources in both of which discovery asked for the effect; none where
+    there was one.
+    """
     effect: str
     permutations: Permutations
     reference_rates: dict[str, float]

@@ -23,6 +23,7 @@ import submitit
 from sarm.cli import ended
 from sarm.config import ROOT
 from sarm.run import RunDir, config_of, write_atomic
+from sarm.threads import given_cpus
 from slurm.dag import Node, Task, tasks
 from slurm.entry import GRACE_S, run_spec
 from slurm.lock import held
@@ -121,7 +122,7 @@ def run_all(run: RunDir, *, workers: int) -> State:
                     elif len(jobs) < workers:
                         # Threads of two jobs on one core wait for each other in spins: each job
                         # gets cores of its own.
-                        threads = max(1, (os.cpu_count() or 1) // workers)
+                        threads = max(1, given_cpus(os.environ) // workers)
                         jobs[task.node] = _submit(run, task, folder, threads)
                         state.word[task.node], state.began[task.node] = "running", time.monotonic()
                 tell_local_states(run, state.word)
