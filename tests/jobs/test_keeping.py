@@ -14,7 +14,14 @@ import slurm.status
 from jobs.__main__ import main
 from sarm.config import UserError
 from sarm.run import Attempt, RunDir
-from tests.runs import evaluated_run, publish, reference_run
+from tests.runs import (
+    PROGRESSION,
+    evaluated_run,
+    metrics,
+    publish_ppo,
+    reference_config,
+    reference_run,
+)
 from tests.test_records import republish
 
 
@@ -48,35 +55,43 @@ def test_a_report_is_replaced_by_one_that_has_more(tmp_path: Path) -> None:
     run = reference_run(tmp_path / "run")
     assert main(["report", "--run", str(run.path)]) == 0
     before = (run.path / "final_report.txt").read_text()
-    publish(run, "ppo", "random-seed0", files={"metrics.jsonl": "", "calibration.json": "{"})
+    publish_ppo(run, "random-seed0", metrics(PROGRESSION))
     assert not run.done("report")
     assert main(["report", "--run", str(run.path)]) == 0
     assert (run.path / "final_report.txt").read_text() != before and run.done("report")
 
 
-def test_units_taken_out_of_the_config_are_not_lost_ones(run: RunDir) -> None:
-    assert main(["report", "--run", str(run.path), "ppo.arms=[penalty, no_penalty]"]) == 0
-    assert "random-seed0" not in (run.path / "final_report.txt").read_text()
+def test_units_taken_out_of_the_config_are_not_lost_ones(tmp_path: Path) -> None:
+    run = reference_run(tmp_path / "run", ppo={"seeds": [0, 1]})
+    publish_ppo(run, "penalty-seed1", metrics(PROGRESSION))
+    assert main(["report", "--run", str(run.path)]) == 0
+    assert "penalty-seed1" in (run.path / "final_report.txt").read_text()
+    assert main(["report", "--run", str(run.path), "ppo.seeds=[0]"]) == 0
+    assert "penalty-seed1" not in (run.path / "final_report.txt").read_text()
     assert not (run.path / "final_report.incomplete.txt").exists()
 
 
 def test_verify_hashes_exports_and_trained_sarms(
-    run: RunDir, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert slurm.status.main(["--run", str(run.path)]) == 0
+    run = RunDir.create(tmp_path / "run", reference_config())
     for phase in ("export", "train_sarm"):
         attempt = Attempt(run, phase)
         attempt.path("w.bin").write_bytes(b"good")
         attempt.publish()
-    assert slurm.status.main(["--run", str(run.path), "--hashes"]) == 0
+    assert all("done" in line for line in verified(run, capsys))
     for phase in ("export", "train_sarm"):
         run.read(phase).path("w.bin").write_bytes(b"evil")
+    lines = verified(run, capsys)
+    assert len(lines) == 2 and all("w.bin does not match its SHA-256" in line for line in lines)
+
+
+def verified(run: RunDir, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What `make verify` says of jobs that are no phase."""
     capsys.readouterr()
-    assert slurm.status.main(["--run", str(run.path), "--hashes"]) == 1
-    told = capsys.readouterr().out
-    for phase in ("export", "train_sarm"):
-        line = next(line for line in told.splitlines() if line.strip().startswith(phase))
-        assert "w.bin does not match its SHA-256" in line
+    assert slurm.status.main(["--run", str(run.path), "--hashes"]) == 1, "its phases are not done"
+    told = capsys.readouterr().out.splitlines()
+    return [line for line in told if line.strip().startswith(("export", "train_sarm"))]
 
 
 def test_a_report_of_another_version_is_named_by_compare(
