@@ -19,7 +19,17 @@ from sarm.config.schema import Config
 READS: dict[str, tuple[str, ...]] = {
     "fetch": ("policy", "sarm", "evaluate.judge", "data"),
     "encode": ("sarm", "data", "encode"),
-    "probe": ("seed", "sarm", "data", "encode.shards", "probe", "select.effect"),
+    "probe": (
+        "seed",
+        "sarm",
+        "data",
+        "encode.shards",
+        "probe",
+        "select.effect",
+        "select.fdr",
+        "select.max_density",
+        "select.sources",
+    ),
     "select": (
         "seed",
         "sarm",
@@ -54,7 +64,17 @@ READS: dict[str, tuple[str, ...]] = {
         "verdict.max_unended",
         "verdict.min_kappa",
     ),
-    "ppo": ("seed", "policy", "sarm", "data", "responses", "ppo", "!ppo.arms", "!ppo.seeds"),
+    "ppo": (
+        "seed",
+        "policy",
+        "sarm",
+        "data",
+        "responses",
+        "ppo",
+        "!ppo.arms",
+        "!ppo.seeds",
+        "select.unconfirmed",
+    ),
     "evaluate": (
         "seed",
         "policy",
