@@ -1,7 +1,7 @@
 """Evaluate one policy on its own generations: `python -m jobs evaluate --run R --unit base` (or
 `penalty-seed0`).
 
-Publishes generations.parquet, one row a held-out prompt, and summary.json, the settings behind it.
+Publishes generations.parquet, one row a response to a held-out prompt, and summary.json, the settings behind it.
 The unit `steered`, where the config asks for it (`steer.policy`), has a row a direction and prompt,
 and what each direction changed.
 """
@@ -39,8 +39,8 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     table.to_parquet(attempt.path("generations.parquet"), index=False)
     settings |= {
         "policy": unit,
-        "n_prompts": len(table),
-        "n_too_long": len(prompts) - len(table),
+        "n_prompts": table["prompt_id"].nunique(),
+        "n_too_long": len(prompts) - table["prompt_id"].nunique(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     attempt.path("summary.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -58,7 +58,7 @@ def steer(config: Config, features: dict[str, Any], attempt: Attempt) -> None:
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
     table, settings = steered_rows(config, policy, prompts, features, attempt.progress)
     table.to_parquet(attempt.path("generations.parquet"), index=False)
-    settings["rows"] = steered_summary(table, config.verdict.bootstrap, config.seed)
+    settings["rows"] = steered_summary(table, config.steer.bootstrap, config.seed)
     attempt.path("summary.json").write_text(
         json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8"
     )

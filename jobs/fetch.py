@@ -24,8 +24,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         ("policy", config.policy.model, config.policy.revision),
         ("sarm", config.sarm.model, config.sarm.revision),
     ]
-    if config.evaluate.judge is not None:
-        wanted.append(("judge", config.evaluate.judge.model, config.evaluate.judge.revision))
+    wanted += [(name, given.model, given.revision) for name, given in config.classifiers.items()]
     found: dict[str, Any] = {}
     for i, (name, model, revision) in enumerate(wanted):
         attempt.progress(i, len(wanted) + 1, f"model {model}")

@@ -18,10 +18,12 @@ ARMS = {
     "penalty - random": "vs. random",
 }
 MEASURES = {
-    "triggered": "penalised, unsafe",
-    "monitors": "monitors, unsafe",
+    "penalised_fired": "penalised fire, unsafe",
+    "monitors_fired": "monitors fire, unsafe",
     "harm": "harm, unsafe",
     "refused": "refusals, unsafe",
+    "penalised_fired_safe": "penalised fire, safe",
+    "monitors_fired_safe": "monitors fire, safe",
     "over_refused": "over-refusals, safe",
     "n_tokens": "tokens, all",
 }

@@ -53,7 +53,7 @@ def reference_config(**ppo: Any) -> Config:
                 }
             },
             "ppo": {"arms": ["penalty", "no_penalty", "random"], **ppo},
-            "verdict": {"bootstrap": 300},
+            "steer": {"bootstrap": 300},
         },
         "test",
     )

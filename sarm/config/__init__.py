@@ -15,7 +15,16 @@ from sarm.config.base import (
     Strict,
     UserError,
 )
-from sarm.config.inputs import PARTS, DataConfig, ModelConfig, Part, SarmConfig, SourceConfig
+from sarm.config.inputs import (
+    PARTS,
+    DataConfig,
+    JudgeConfig,
+    ModelConfig,
+    Part,
+    RefusalDetectorConfig,
+    SarmConfig,
+    SourceConfig,
+)
 from sarm.config.phases import (
     CardsConfig,
     EncodeConfig,
@@ -58,6 +67,7 @@ __all__ = [
     "EvaluateConfig",
     "Fraction",
     "FromList",
+    "JudgeConfig",
     "LabelConfig",
     "Loader",
     "LoraConfig",
@@ -70,6 +80,7 @@ __all__ = [
     "Positive",
     "PpoConfig",
     "ProbeConfig",
+    "RefusalDetectorConfig",
     "SarmConfig",
     "SelectConfig",
     "SourceConfig",
