@@ -23,7 +23,7 @@ import torch
 
 from sarm.config import SarmConfig, parse_config
 from sarm.probing.effects import Encoded, latent_effects, latent_table
-from sarm.probing.stats import Contrast
+from sarm.probing.permutation import Contrast
 from sarm.reward_model.interventions import Ranks
 from sarm.reward_model.model import SarmModel, load_sarm
 from sarm.reward_model.scoring import encode_texts

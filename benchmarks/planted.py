@@ -35,8 +35,9 @@ import torch
 
 from sarm.config import parse_config
 from sarm.probing.effects import Encoded, by_latent, latent_table
+from sarm.probing.permutation import Contrast, permutation_p
 from sarm.probing.select import judged
-from sarm.probing.stats import Contrast, permutation_p, prompt_effects
+from sarm.probing.stats import prompt_effects
 from sarm.probing.upstream import selection_scores, summed_latents
 from sarm.reward_model.interventions import Ranks, contributions
 from sarm.reward_model.sae import TopKSae

@@ -23,8 +23,8 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from sarm.probing import direction
-from sarm.probing.stats import Contrast, permutation_p
+from sarm.probing import direction, permutation
+from sarm.probing.permutation import Contrast, permutation_p
 from sarm.reward_model.sae import TopKSae
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,6 +155,7 @@ def latent_by_latent(
 
 def permutations(d_sae: int, prompts: int, responses: int, count: int) -> None:
     """One chosen against `responses` - 1 rejected; every latent active on a fifth of the texts."""
+    permutation.FIRST = count  # no latent stops early
     n = prompts * responses
     rng = np.random.default_rng(0)
     values = scipy.sparse.random_array((d_sae, n), density=0.2, rng=rng, format="csr")
@@ -182,7 +183,7 @@ def permutations(d_sae: int, prompts: int, responses: int, count: int) -> None:
     )
     print(
         f"GPU {took:8.2f} s   {2 * d_sae * width * count / took / 1e12:8.1f} TFLOP/s of sums (each"
-        " of two int8 products)"
+        " of two int8 products, and with several rejected two more for the squares)"
     )
     print(
         f"CPU {cpu_s:8.0f} s   from {share} latents and {few} permutations,"

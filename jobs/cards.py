@@ -7,7 +7,6 @@ Slurm run this phase where there is one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from sarm.config import Config, LabelConfig, UserError
 from sarm.data.datasets import Text, load_data, texts_to_encode
 from sarm.probing.cards import activity, label_rows, latent_cards
 from sarm.probing.effects import Encoded, read_encoded
+from sarm.records import Cards, Features
 from sarm.run import Attempt, RunDir
 
 
@@ -29,7 +29,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     texts = texts_of(config, encoded)
     found = latent_cards(
         encoded,
-        selected.json("features.json"),
+        Features.read(selected.path("features.json")),
         pd.read_parquet(selected.path("table.parquet")),
         texts,
         config.cards,
@@ -37,9 +37,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     )
     if config.cards.label is not None:
         add_labels(found, encoded, texts, config, config.cards.label, attempt)
-    attempt.path("cards.json").write_text(
-        json.dumps(found, indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8"
-    )
+    Cards(**found).write(attempt.path("cards.json"))
     attempt.publish(n_cards=len(found["cards"]), n_minimal_edits=found["minimal_edits"]["n"])
 
 

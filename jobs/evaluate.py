@@ -8,21 +8,20 @@ and what each direction changed.
 
 from __future__ import annotations
 
-import json
 import time
-from typing import Any
 
 from sarm.config import Config
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
 from sarm.hub import local_model
+from sarm.records import Evaluation, Features, Steered
 from sarm.run import Attempt, RunDir
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Generate, score, publish."""
     started = time.perf_counter()
-    features = attempt.read("select").json("features.json")
+    features = Features.read(attempt.read("select").path("features.json"))
     if unit == "steered":
         steer(config, features, attempt)
         return
@@ -37,18 +36,19 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         config, policy, prompts, features, trained=trained, progress=attempt.progress
     )
     table.to_parquet(attempt.path("generations.parquet"), index=False)
-    settings |= {
-        "policy": unit,
-        "n_prompts": table["prompt_id"].nunique(),
-        "n_too_long": len(prompts) - table["prompt_id"].nunique(),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    attempt.path("summary.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    n_prompts = int(table["prompt_id"].nunique())
+    Evaluation(
+        policy=unit,
+        n_prompts=n_prompts,
+        n_too_long=len(prompts) - n_prompts,
+        seconds=round(time.perf_counter() - started, 1),
+        **settings,
+    ).write(attempt.path("summary.json"))
     attempt.progress(len(table), len(table), "prompts")
     attempt.publish(device=settings["device"], sarm_parameters=settings["sarm_parameters"])
 
 
-def steer(config: Config, features: dict[str, Any], attempt: Attempt) -> None:
+def steer(config: Config, features: Features, attempt: Attempt) -> None:
     """The base policy, pushed along decoder directions: here and not in steer, as it generates and
     wants what evaluate wants.
     """
@@ -58,8 +58,6 @@ def steer(config: Config, features: dict[str, Any], attempt: Attempt) -> None:
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
     table, settings = steered_rows(config, policy, prompts, features, attempt.progress)
     table.to_parquet(attempt.path("generations.parquet"), index=False)
-    settings["rows"] = steered_summary(table, config.steer.bootstrap, config.seed)
-    attempt.path("summary.json").write_text(
-        json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8"
-    )
+    rows = steered_summary(table, config.steer.bootstrap, config.seed)
+    Steered(rows=rows, **settings).write(attempt.path("summary.json"))
     attempt.publish(device=settings["device"])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from sarm.config import Config
 from sarm.data.datasets import load_data, texts_to_encode
 from sarm.data.tokens import tokenize_conversations
 from sarm.probing.effects import read_encoded
+from sarm.records import Differences, Features
 from sarm.reward_model.delphi import reward_windows, write_cache
 from sarm.reward_model.model import load_sae, load_tokenizer
 from sarm.reward_model.sae import SaelensDifference, saelens_difference, to_saelens
@@ -32,7 +32,7 @@ DELPHI_SHARDS = 8
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Export; what SAELens cannot say as a SARM means it is warned of, with its size."""
-    features = attempt.read("select").json("features.json")
+    features = Features.read(attempt.read("select").path("features.json"))
     encoded = read_encoded(attempt.read_shards("encode"))
     sae, head_weight, settings = load_sae(config.sarm)
     layer = settings.source_layer
@@ -68,15 +68,10 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         model_name=backbone,
         shards=DELPHI_SHARDS,
     )
-    attempt.path("steering.json").write_text(
-        json.dumps(features["steering_file"]), encoding="utf-8"
-    )
-    found: dict[str, Any] = {
-        "saelens": difference._asdict(),
-        "warnings": warnings,
-        "delphi_example_ctx_len": WINDOW_TOKENS,
-    }
-    attempt.path("differences.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    attempt.path("steering.json").write_text(json.dumps(features.steering_file), encoding="utf-8")
+    Differences(
+        saelens=difference._asdict(), warnings=warnings, delphi_example_ctx_len=WINDOW_TOKENS
+    ).write(attempt.path("differences.json"))
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     published = attempt.publish()

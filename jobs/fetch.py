@@ -15,6 +15,7 @@ from typing import Any
 from sarm.config import Config
 from sarm.data.datasets import load_data, source_files
 from sarm.hub import local_model
+from sarm.records import Models
 from sarm.run import Attempt, RunDir, file_sha256
 
 
@@ -49,9 +50,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         "pairs": Counter(f"{p.source}/{p.prompt.part}" for p in data.pairs),
         "skipped": data.skipped,
     }
-    attempt.path("models.json").write_text(
-        json.dumps(found, indent=1, sort_keys=True), encoding="utf-8"
-    )
+    Models(**found).write(attempt.path("models.json"))
     attempt.progress(len(wanted) + 1, len(wanted) + 1, "done")
     attempt.publish()
 

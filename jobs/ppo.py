@@ -8,8 +8,6 @@ checkpoint and exits with code 75, which means: start me again.
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import shutil
 import signal
@@ -21,6 +19,8 @@ from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
 from sarm.data.datasets import load_data, prompts_in
+from sarm.records import Calibration as CalibrationFile
+from sarm.records import Features, StepMetrics, plain
 from sarm.run import Attempt, RunDir
 
 STOPPED = 75
@@ -51,7 +51,7 @@ def train_and_publish(
     arm, seed = arm_and_seed(unit)
     world = start_world()
     selected = attempt.read("select")
-    features = selected.json("features.json")
+    features = Features.read(selected.path("features.json"))
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
     made_with = f"{config.sha256}/{selected.manifest['outputs']['features.json']['sha256']}"
@@ -61,9 +61,7 @@ def train_and_publish(
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
-        candidates = (
-            [int(c["latent"]) for c in features["random_candidates"]] if arm == "random" else []
-        )
+        candidates = [c.latent for c in features.random_candidates] if arm == "random" else []
         calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]
@@ -109,8 +107,8 @@ def train_and_publish(
     if log:
         log.close()
         save_policy(source, weights, trainer.tokenizer, attempt.directory("policy"))
-        attempt.path("calibration.json").write_text(
-            json.dumps(calibration_json(arm, trainer.reward, calibration, features), indent=1)
+        calibrated(arm, trainer.reward, calibration, features).write(
+            attempt.path("calibration.json")
         )
         progress = trainer.progress
         attempt.publish(
@@ -124,7 +122,7 @@ def train_and_publish(
     world.barrier()
 
 
-def make_trainer(config: Config, features: dict[str, Any], seed: int, world: Any) -> Any:
+def make_trainer(config: Config, features: Features, seed: int, world: Any) -> Any:
     """(a trainer under the penalty arm's reward, the folder of the policy it starts from)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -176,18 +174,16 @@ def reward_of(arm: str, reward: Any, calibration: Any) -> Any:
     return reward
 
 
-def calibration_json(
-    arm: str, reward: Any, calibration: Any, features: dict[str, Any]
-) -> dict[str, Any]:
+def calibrated(arm: str, reward: Any, calibration: Any, features: Features) -> CalibrationFile:
     """What this arm penalises, and how often that and the harming latents fire before training."""
     rates = {r.latent: r.base_rate for r in (*calibration.random, *calibration.harming)}
-    return {
-        "arm": arm,
-        "n": calibration.n,
-        "reward_sd": features["reward_sd"],
-        "penalised": [p._asdict() | {"base_rate": rates[p.latent]} for p in reward.penalised],
-        "harming": [r._asdict() for r in calibration.harming],
-    }
+    return CalibrationFile(
+        arm=arm,
+        n=calibration.n,
+        reward_sd=features.reward_sd,
+        penalised=[p._asdict() | {"base_rate": rates[p.latent]} for p in reward.penalised],
+        harming=[r._asdict() for r in calibration.harming],
+    )
 
 
 def device_name(device: Any) -> str:
@@ -232,7 +228,7 @@ class Log:
         self.config, self.attempt, self.lines = config, attempt, list(lines)
         self.file = attempt.path("metrics.jsonl").open("w", encoding="utf-8")
         for line in lines:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(StepMetrics(**line).line() + "\n")
         self.file.flush()
         self.tensorboard: Any = None
         self.wandb: Any = None
@@ -244,12 +240,9 @@ class Log:
             self.wandb = _start_wandb(config, unit)
 
     def write(self, line: dict[str, Any]) -> None:
-        line = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in line.items()
-        }
+        line = plain(line)
         self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(StepMetrics(**line).line() + "\n")
         self.file.flush()
         shown = {
             name: line.get(f"objective/{key}")

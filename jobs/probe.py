@@ -14,7 +14,7 @@ from sarm.config import Config, UserError, shard_range
 from sarm.data.datasets import load_data
 from sarm.probing.direction import Moved, baseline, check, direction_changes, load_sae
 from sarm.probing.effects import Encoded, contrasts_of, direction_table, latent_table, read_encoded
-from sarm.probing.stats import Contrast
+from sarm.probing.permutation import Contrast
 from sarm.run import Attempt, RunDir
 
 CHECKED = 16

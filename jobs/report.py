@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 
 from reports.cards import cards_page
 from reports.evidence import judgement
-from reports.figures import figures, without_nan
+from reports.figures import figures
 from reports.frames import read_run
 from reports.page import page
 from reports.pareto import sweep_figures
 from reports.text import final_report
 from sarm.config import Config
+from sarm.records import Report
 from sarm.run import Attempt, Published, RunDir, patience_s, slurm_complaint, write_atomic
 
 
@@ -34,9 +35,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     found["sweep"] = sweep_figures(run, frames)
     attempt.path("final_report.txt").write_text(final_report(found), encoding="utf-8")
     attempt.path("report.html").write_text(page(found, frames), encoding="utf-8")
-    attempt.path("report.json").write_text(
-        json.dumps(without_nan(found), indent=1, allow_nan=False), encoding="utf-8"
-    )
+    Report(**found).write(attempt.path("report.json"))
     names = ["final_report.txt", "report.html", "report.json"]
     if frames.cards is not None:
         attempt.path("cards.html").write_text(

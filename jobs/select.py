@@ -23,6 +23,7 @@ from sarm.probing.select import judged, select_features
 from sarm.probing.taus import suggested_taus
 from sarm.probing.upstream import compared_rankings, selection_scores, summed_latents
 from sarm.probing.validity import feature_replication, rank_correlation, validity
+from sarm.records import Features
 from sarm.run import Attempt, RunDir
 
 
@@ -74,9 +75,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         moves.to_parquet(attempt.path("directions.parquet"), index=False)
     for warning in features["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    attempt.path("features.json").write_text(
-        json.dumps(features, indent=1, allow_nan=False), encoding="utf-8"
-    )
+    Features(**features).write(attempt.path("features.json"))
     attempt.path("steering.json").write_text(
         json.dumps(features["steering_file"]), encoding="utf-8"
     )

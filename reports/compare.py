@@ -25,6 +25,7 @@ from reports.page import render
 from reports.plots import ABOVE, OTHER, STYLES, TRAINING, Plot, figure
 from reports.text import RULE, section
 from sarm.config import UserError
+from sarm.records import Report
 from sarm.run import RunDir, differences, write_atomic
 
 MAX_SHOWN = 60
@@ -86,7 +87,7 @@ def opened(paths: Sequence[str]) -> list[Compared]:
             Compared(
                 Path(os.path.relpath(folder, common)).as_posix(),
                 run,
-                run.read("report").json("report.json"),
+                Report.read(run.read("report").path("report.json")).tree(),
                 read_run(run),
             )
         )

@@ -16,6 +16,7 @@ from sarm.config import arm_and_seed
 from sarm.evaluation.comparison import Rows
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.verdict import Instrument, Verdict, decide, rule_sha256
+from sarm.records import Features
 from sarm.run import RunDir
 
 COLUMNS = {field: field for field in Rows._fields[3:]}
@@ -24,6 +25,11 @@ COLUMNS = {field: field for field in Rows._fields[3:]}
 
 def judgement(run: RunDir, frames: Frames) -> Verdict:
     """The verdict on the one comparison that the config names."""
+    return decide(compared_arms(run, frames), run.config.verdict, instrument(run, frames))
+
+
+def compared_arms(run: RunDir, frames: Frames) -> dict[str, Rows | None]:
+    """The arms of that comparison, under the names that `decide` has for them."""
     rule = run.config.verdict
     table = pd.concat([frames.generations, frames.sweep], ignore_index=True)
     if "distance" in table:  # of a policy kept on the way, in nats
@@ -31,12 +37,11 @@ def judgement(run: RunDir, frames: Frames) -> Verdict:
         table = table[kept | (table["arm"] == "base")]
     elif rule.kl is not None:
         table = table.iloc[:0]
-    arms = {
+    return {
         "penalty": arm_rows(table, rule.arm),
         "no_penalty": arm_rows(table, "no_penalty"),
         "random": arm_rows(table, "random"),
     }
-    return decide(arms, rule, instrument(run, frames))
 
 
 def common_distance(table: pd.DataFrame, arm: str) -> float:
@@ -93,17 +98,13 @@ def shared_detector(evaluations: Mapping[str, Mapping[str, Any]]) -> Detector | 
     return found.pop() if len(found) == 1 else None
 
 
-def confirmed(features: Mapping[str, Any] | None) -> bool:
+def confirmed(features: Features | None) -> bool:
     """Whether there are penalised latents and each is listed as confirmed."""
-    if not features:
+    if features is None:
         return False
-    listed = {
-        entry["latent"]: bool(entry["confirmed"])
-        for role in ("harming", "misleading")
-        for entry in features[role]
-    }
-    penalised = [entry["latent"] for entry in features["penalised"]]
-    return bool(penalised) and all(listed.get(latent, False) for latent in penalised)
+    listed = {f.latent for f in (*features.harming, *features.misleading) if f.confirmed}
+    penalised = {entry.latent for entry in features.penalised}
+    return bool(penalised) and penalised <= listed
 
 
 def rule_problem(run: RunDir, frames: Frames) -> str:

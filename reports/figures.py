@@ -34,11 +34,10 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
     config = run.config
     shown_policy = f"penalty-seed{config.ppo.seeds[0]}"
     return {
-        "schema": 1,
         "date": date,
         "run": config.name,
         "configuration": _configuration(run, frames, shown_policy),
-        "features": frames.features,
+        "features": frames.features.tree() if frames.features else None,
         "penalty": _penalty(run, frames, shown_policy),
         "shown_policy": shown_policy,
         "progression": _progression(frames.training, shown_policy),
@@ -61,9 +60,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
             latent_table(frames.generations, _randoms(run, frames)).to_dict("records")
         ),
         "monitors": (
-            latent_table(frames.generations, monitor_latents(run, frames.features)).to_dict(
-                "records"
-            )
+            latent_table(frames.generations, monitor_latents(frames.features)).to_dict("records")
         ),
         "evaluations": frames.evaluations,
         "verdict": verdict,
@@ -91,21 +88,6 @@ def _cards(cards: dict[str, Any] | None) -> dict[str, Any] | None:
         "n_scored": len(scores),
         "mean_score": mean,
     }
-
-
-def without_nan(value: Any) -> Any:
-    """The same tree with None for what JSON cannot say."""
-    if isinstance(value, dict):
-        return {str(key): without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return (
-        None
-        if value is pd.NaT or (isinstance(value, float) and not math.isfinite(value))
-        else value
-    )
 
 
 def _configuration(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
@@ -137,10 +119,12 @@ def hardware(device_names: Sequence[str], device: str) -> str:
 
 
 def _penalty(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
-    config, features = run.config.ppo.penalty, frames.features or {}
-    entries = frames.calibrations.get(policy, {}).get("penalised") or features.get("penalised", [])
+    config, features = run.config.ppo.penalty, frames.features
+    entries = frames.calibrations.get(policy, {}).get("penalised") or (
+        [entry.tree() for entry in features.penalised] if features else []
+    )
     latents = [entry["latent"] for entry in entries]
-    listed = [f["latent"] for f in features.get("harming", [])]
+    listed = [f.latent for f in features.harming] if features else []
     return {
         "kind": config.kind,
         "latents": latents,

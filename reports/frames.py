@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import time
@@ -17,6 +16,16 @@ import numpy as np
 import pandas as pd
 
 from sarm.config import PHASES, ROOT, Phase, UserError, arm_and_seed
+from sarm.records import (
+    Calibration,
+    Cards,
+    Evaluation,
+    Features,
+    Models,
+    Steered,
+    Steering,
+    read_training_log,
+)
 from sarm.run import Published, RunDir, latest
 
 ARM_ORDER = ("base", "no_penalty", "penalty", "random")
@@ -35,7 +44,7 @@ class Frames(NamedTuple):
     phases: pd.DataFrame
     """A row a unit: phase, unit, status, cause, log, and what its manifest says."""
     manifests: dict[tuple[str, str], dict[str, Any]]
-    features: dict[str, Any] | None
+    features: Features | None
     calibrations: dict[str, dict[str, Any]]
     """By trained policy: the latents its reward penalised, with tau and alpha in the reward's
     unit.
@@ -101,21 +110,18 @@ def _read_outputs(
     for (phase, unit), unit_files in published.items():
         try:
             if phase == "fetch":
-                models = (
-                    unit_files.json("models.json")
-                    if "models.json" in unit_files.manifest["outputs"]
-                    else None
-                )
+                if "models.json" in unit_files.manifest["outputs"]:
+                    models = Models.read(unit_files.path("models.json")).tree()
             elif phase == "select":
-                features = unit_files.json("features.json")
+                features = Features.read(unit_files.path("features.json"))
                 if "table.parquet" in unit_files.manifest["outputs"]:
                     probe = pd.read_parquet(unit_files.path("table.parquet"))
             elif phase == "steer":
-                steering = unit_files.json("summary.json")
+                steering = Steering.read(unit_files.path("summary.json")).tree()
             elif phase == "cards":
-                cards = unit_files.json("cards.json")
+                cards = Cards.read(unit_files.path("cards.json")).tree()
             elif unit == "steered":
-                steered = unit_files.json("summary.json")
+                steered = Steered.read(unit_files.path("summary.json")).tree()
             elif unit in points:
                 if phase == "evaluate":
                     sweep.append(
@@ -123,9 +129,9 @@ def _read_outputs(
                     )
             elif phase == "ppo":
                 training.append(_metrics(unit_files.path("metrics.jsonl"), unit))
-                calibrations[unit] = unit_files.json("calibration.json")
+                calibrations[unit] = Calibration.read(unit_files.path("calibration.json")).tree()
             elif phase == "evaluate":
-                summary = unit_files.json("summary.json")
+                summary = Evaluation.read(unit_files.path("summary.json")).tree()
                 rows = pd.read_parquet(unit_files.path("generations.parquet"))
                 generations.append(_with_policy(rows, unit))
                 evaluations[unit] = summary
@@ -134,9 +140,7 @@ def _read_outputs(
             phases.loc[at, ["status", "cause"]] = ["damaged", " ".join(str(error).split())]
             manifests.pop((phase, unit))
     penalised, played = penalised_latents(run, features), _joined(generations, "prompt_id")
-    monitors = usable_monitors(
-        played, monitor_latents(run, features), run.config.verdict.monitor_rates
-    )
+    monitors = usable_monitors(played, monitor_latents(features), run.config.verdict.monitor_rates)
     return Frames(
         phases=phases,
         manifests=manifests,
@@ -244,10 +248,7 @@ def _metrics(path: Path, unit: str) -> pd.DataFrame:
     """The trainer's log, one row a step; of a step logged twice the later line counts. People
     count steps from 1.
     """
-    lines = [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame(read_training_log(path))
     if table.empty:
         table = pd.DataFrame(columns=["step"])
     table = table.drop_duplicates("step", keep="last").sort_values("step")
@@ -271,31 +272,27 @@ def _joined(tables: list[pd.DataFrame], key: str) -> pd.DataFrame:
     )
 
 
-def penalised_latents(run: RunDir, features: dict[str, Any] | None) -> list[dict[str, Any]]:
+def penalised_latents(run: RunDir, features: Features | None) -> list[dict[str, Any]]:
     """The harming latents that the penalty is about; a density penalty looks at no threshold but
     0.
     """
-    entries = (features or {}).get("penalised", [])
-    return (
-        [entry | {"tau": 0.0} for entry in entries]
-        if run.config.ppo.penalty.kind == "density"
-        else entries
-    )
+    entries = [entry.tree() for entry in features.penalised] if features else []
+    if run.config.ppo.penalty.kind == "density":
+        return [entry | {"tau": 0.0} for entry in entries]
+    return entries
 
 
-def monitor_latents(run: RunDir, features: dict[str, Any] | None) -> list[dict[str, Any]]:
+def monitor_latents(features: Features | None) -> list[dict[str, Any]]:
     """The monitors with the thresholds above which they count as firing."""
-    return [
-        {"latent": entry["latent"], "tau": entry.get("tau", 0.0)}
-        for entry in (features or {}).get("monitor_features", [])
-    ]
+    monitors = features.monitor_features if features else []
+    return [{"latent": monitor.latent, "tau": monitor.tau} for monitor in monitors]
 
 
 def usable_monitors(
     generations: pd.DataFrame, monitors: Sequence[dict[str, Any]], rates: tuple[float, float]
 ) -> list[dict[str, Any]]:
-    """The monitors whose rate on the base policy's responses to unsafe prompts lies between `rates`:
-    one that fires on nothing, or on everything, can show no fall.
+    """The monitors whose rate on the base policy's responses to unsafe prompts lies between
+    `rates`: one that fires on nothing, or on everything, can show no fall.
     """
     at = (generations["arm"] == "base") & (generations.get("kind") == "unsafe")
     base = generations[at]

@@ -206,8 +206,8 @@ def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         )
     made.update_layout(coloraxis={"colorscale": "Cividis", "colorbar": {"title": "reward"}})
     told = (
-        "Exploratory. Each policy's penalised rate against its KL, coloured by reward; filled points"
-        " are on the front, which nothing beats in all three."
+        "Exploratory. Each policy's penalised rate against its KL, coloured by reward; filled"
+        " points are on the front, which nothing beats in all three."
     )
     return [Plot("sweep", "Penalised rate, KL and reward", told, made)]
 

@@ -12,17 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from reports.blocks import Block, Items, Prose, Table
-from reports.numbers import (
-    MEASURES,
-    arm_name,
-    digits,
-    duration,
-    fixed,
-    general,
-    interval,
-    plain,
-    relative,
-)
+from reports.numbers import MEASURES, arm_name, digits, duration, fixed, general, interval, plain
 from reports.reference import direction, moves
 
 NOT_AVAILABLE = [Prose("not available")]
@@ -187,8 +177,8 @@ def detector_sentence(figures: dict[str, Any]) -> str:
     return (
         f"Refusal detector: {found['name']}, sensitivity {fixed(found['sensitivity'], 3)} on"
         f" {found['refusals']} refusals, false positives {fixed(found['false_positives'], 3)} on"
-        f" {found['answers']} answers of {found['data']}. Changes of refusal rates are corrected for"
-        " these errors (Rogan-Gladen) where verdict.correct_refusals is set."
+        f" {found['answers']} answers of {found['data']}. Changes of refusal rates are corrected"
+        " for these errors (Rogan-Gladen) where verdict.correct_refusals is set."
     )
 
 
@@ -425,7 +415,7 @@ def trust(figures: dict[str, Any]) -> list[Block]:
     does not replicate is named.
     """
     found = figures["features"]
-    if found is None or "validity" not in found:
+    if found is None or not found["validity"]:
         return list(NOT_AVAILABLE)
     v = found["validity"]
     return [

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sarm.config import PHASES, ROOT, Config, Phase, UserError
 from sarm.ppo.learner.memory_plan import Sarm, Shape, find_shape
+from sarm.records import Models
 from sarm.run import RunDir
 from slurm.plan import Batch
 from slurm.profile import Profile, gpu_hours
@@ -91,13 +92,11 @@ def count_texts(run: RunDir) -> int | None:
     """Texts that encode takes, as fetch counted the pairs; None before that."""
     manifest = run.manifest("fetch")
     try:
-        path = (
-            run.folder("fetch") / manifest["outputs"]["models.json"]["file"] if manifest else None
-        )
-        pairs = json.loads(path.read_text())["data"]["pairs"] if path else None
-    except (OSError, ValueError, KeyError):
-        return None
-    if pairs is None:
+        if manifest is None:
+            return None
+        file = manifest["outputs"]["models.json"]["file"]
+        pairs = Models.read(run.folder("fetch") / file).data.pairs
+    except (OSError, KeyError):
         return None
     return 2 * sum(
         n

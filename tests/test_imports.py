@@ -12,6 +12,7 @@ from sarm.config import ROOT
 LIGHT = (
     "sarm.cli",
     "sarm.config",
+    "sarm.records",
     "sarm.run",
     "sarm.data.datasets",
     "sarm.evaluation.verdict",

@@ -8,7 +8,7 @@ Steering the reward model is in `sarm/evaluation/reward_steering.py`, the verdic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from sarm.evaluation.refusals import PHRASES_ON_XSTEST, measured, read_labelled,
 from sarm.hub import local_model
 from sarm.llama.generate import generate, prompt_ids, response_logprobs, response_text, stop_ids
 from sarm.ppo.reward import CompoundReward, conversation
+from sarm.records import Features
 from sarm.reward_model.model import load_sarm
 
 Progress = Callable[[int, int, str], None]
@@ -72,7 +73,7 @@ def policy_rows(
     config: Config,
     policy: Path,
     prompts: Sequence[Prompt],
-    features: Mapping[str, Any],
+    features: Features,
     *,
     trained: bool,
     progress: Progress,
@@ -204,7 +205,7 @@ def generate_responses(
 
 
 def score_responses(
-    config: Config, features: Mapping[str, Any], prompts: Sequence[Prompt], texts: Sequence[str]
+    config: Config, features: Features, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> tuple[pd.DataFrame, int]:
     """(reward, penalty, z and the value just below TopK's cutoff of the penalised, monitor and
     candidate latents, a row a text; parameters), by one forward a text, no clamping.
@@ -212,18 +213,16 @@ def score_responses(
     Parameters are those that the reward depends on: not the SAE's decoder.
     """
     model, tokenizer = load_sarm(config.sarm)
-    penalised = [p["latent"] for p in features["penalised"]]
+    penalised = [p.latent for p in features.penalised]
     others = list(
-        dict.fromkeys(
-            [*features["monitors"], *(c["latent"] for c in features["random_candidates"])]
-        )
+        dict.fromkeys([*features.monitors, *(c.latent for c in features.random_candidates)])
     )
     others = [latent for latent in others if latent not in penalised]
     unclamped = config.ppo.penalty.model_copy(update={"clamp": None})
     reward = CompoundReward.from_features(
         model,
         tokenizer,
-        {**features, "monitors": others},
+        features.model_copy(update={"monitors": others}),
         unclamped,
         config.sarm,
         extra_ranks=config.encode.extra_ranks,

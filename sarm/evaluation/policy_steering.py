@@ -12,7 +12,7 @@ refusals counts only beside what random directions of the same length do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from sarm.evaluation.refusals import refused
 from sarm.llama.decoders import CacheDecoder
 from sarm.llama.generate import generate, prompt_ids, response_text, stop_ids
 from sarm.ppo.reward import CompoundReward, conversation
+from sarm.records import Features
 from sarm.reward_model.model import load_sae, load_sarm
 
 
@@ -48,7 +49,7 @@ class Push(NamedTuple):
 
 
 def pushes(
-    config: SteerPolicyConfig, features: Mapping[str, Any], directions: Any, d_in: int, seed: int
+    config: SteerPolicyConfig, features: Features, directions: Any, d_in: int, seed: int
 ) -> list[Push]:
     """No push, then every strength of the first harming and promoting latents and of random
     directions of the same length.
@@ -56,9 +57,9 @@ def pushes(
     `directions` takes latents to their unit decoder directions, (n, d_in).
     """
     listed = [
-        (int(f["latent"]), role)
+        (f.latent, role)
         for role in ("harming", "promoting")
-        for f in features[role][: config.latents]
+        for f in getattr(features, role)[: config.latents]
     ]
     found = [
         ("latent", latent, role, d)
@@ -98,11 +99,7 @@ def pushed(layer: nn.Module, push: Push) -> Iterator[None]:
 
 @torch.no_grad()
 def steered_rows(
-    config: Config,
-    policy: Path,
-    prompts: Sequence[Prompt],
-    features: Mapping[str, Any],
-    progress: Progress,
+    config: Config, policy: Path, prompts: Sequence[Prompt], features: Features, progress: Progress
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """(a row a condition and prompt, the settings behind them); a prompt has the same sampling
     noise in every condition.

@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sarm.config import PenaltyConfig, SarmConfig, UserError
 from sarm.ppo.objective import AllReduce, sum_over_ranks
+from sarm.records import Features
 from sarm.reward_model.interventions import Clamp, Ranks, latent_values, reward_changes
 from sarm.reward_model.model import SarmModel
 from sarm.reward_model.scoring import Encoded, encode_texts
@@ -118,7 +119,7 @@ class CompoundReward:
         cls,
         model: SarmModel,
         tokenizer: PreTrainedTokenizerBase,
-        features: Mapping[str, Any],
+        features: Features,
         penalty: PenaltyConfig,
         sarm: SarmConfig,
         **more: Any,
@@ -129,15 +130,12 @@ class CompoundReward:
         return cls(
             model,
             tokenizer,
-            [
-                Penalised(int(p["latent"]), float(p["tau"]), float(p["alpha"]))
-                for p in features["penalised"]
-            ],
+            [Penalised(p.latent, p.tau, p.alpha) for p in features.penalised],
             kind=penalty.kind,
             clamp=penalty.clamp,
-            monitors=[int(latent) for latent in features["monitors"]],
+            monitors=features.monitors,
             reference_rates={
-                int(latent): float(rate) for latent, rate in features["reference_rates"].items()
+                int(latent): rate for latent, rate in features.reference_rates.items()
             },
             tokens_per_batch=sarm.tokens_per_batch,
             max_length=sarm.max_length,

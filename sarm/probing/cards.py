@@ -21,8 +21,8 @@ from sarm.config import CardsConfig
 from sarm.data.datasets import Text
 from sarm.probing.edits import ENOUGH, Edit, edit_effects, minimal_edits
 from sarm.probing.effects import Encoded
+from sarm.records import Features
 
-SCHEMA = 1
 BINS = 20
 
 
@@ -45,14 +45,14 @@ class Listed(NamedTuple):
     figures: dict[str, Any]
 
 
-def selected_latents(features: Mapping[str, Any]) -> list[Listed]:
+def selected_latents(features: Features) -> list[Listed]:
     """Every listed, penalised and monitor latent of features.json, once, in that order."""
     figures: dict[int, dict[str, Any]] = {}
     lists: dict[int, list[str]] = {}
     for name in ("harming", "promoting", "misleading", "penalised", "monitor_features"):
-        for entry in features[name]:
-            latent = int(entry["latent"])
-            figures[latent] = {**entry, **figures.get(latent, {})}
+        for entry in getattr(features, name):
+            latent = entry.latent
+            figures[latent] = {**entry.tree(), **figures.get(latent, {})}
             lists.setdefault(latent, []).append("monitor" if name == "monitor_features" else name)
     return [Listed(latent, tuple(lists[latent]), figures[latent]) for latent in figures]
 
@@ -73,7 +73,7 @@ def activity(encoded: Encoded, latents: Sequence[int]) -> dict[int, Activity]:
 
 def latent_cards(
     encoded: Encoded,
-    features: Mapping[str, Any],
+    features: Features,
     table: pd.DataFrame,
     texts: Sequence[Text],
     config: CardsConfig,
@@ -102,7 +102,6 @@ def latent_cards(
         | _edited(cards)
     )
     return {
-        "schema": SCHEMA,
         "n_texts": len(texts),
         "n_prompts": len({text.prompt_id for text in texts}),
         "minimal_edits": {"n": len(edits), "enough": len(edits) >= ENOUGH, "needed": ENOUGH},

@@ -22,13 +22,8 @@ from safetensors.numpy import load_file
 from sarm.config import Config, UserError
 from sarm.data.datasets import Data, Pair, pairs_in, text_id
 from sarm.probing.direction import Moved
-from sarm.probing.stats import (
-    Contrast,
-    bootstrap_intervals,
-    permutation_p,
-    permutations_needed,
-    prompt_effects,
-)
+from sarm.probing.permutation import Contrast, permutation_p, permutations_needed
+from sarm.probing.stats import bootstrap_intervals, prompt_effects
 from sarm.reward_model.interventions import Ranks, contributions, latent_values
 from sarm.run import Published
 

@@ -19,12 +19,16 @@ from numpy.typing import NDArray
 
 from sarm.config import Config, PenaltyConfig, SelectConfig, UserError
 from sarm.probing.effects import Encoded, values_on
-from sarm.probing.stats import benjamini_hochberg, holm, matched_at_random, permutations_needed
+from sarm.probing.permutation import permutations_needed
+from sarm.probing.stats import benjamini_hochberg, holm, matched_at_random
+from sarm.probing.taus import suggested_taus
 from sarm.reward_model.interventions import Scale, steering_file
 
-SCHEMA = 1
 CONFIRMED_P = 0.05
 """Family-wise error rate of confirmation on validation."""
+
+MONITOR_QUANTILE = 0.5
+"""Of a monitor's values over rejected texts, its threshold where the penalty names no quantile."""
 
 Directions = Callable[[Sequence[int]], NDArray[np.float32]]
 """Latents to their decoder directions, or encoder directions where there is no decoder, (latents,
@@ -58,6 +62,9 @@ def select_features(
             f"{len(monitors)} of {config.select.monitors} monitors found: no further harming latent"
             f" has |cos| < {limit:g} with the penalised"
         )
+    quantile = config.ppo.penalty.tau_quantile or MONITOR_QUANTILE
+    suggested = suggested_taus(encoded, monitors, [quantile])
+    taus = {s["latent"]: s["tau"] for s in suggested if s["quantile"] == quantile}
     random = random_candidates(table, penalised, monitors, encoded, config)
     listed = {
         role: listed_features(table, role, config.select)
@@ -69,7 +76,6 @@ def select_features(
         for part in ("discovery", "validation", "test")
     }
     return {
-        "schema": SCHEMA,
         "d_sae": encoded.ranks.d_sae,
         "k": encoded.ranks.k,
         **listed,
@@ -77,7 +83,8 @@ def select_features(
         "clamp": config.ppo.penalty.clamp,
         "monitors": monitors,
         "monitor_features": [
-            feature(row, config.select) | {"max_cosine": cosines[row["latent"]]}
+            feature(row, config.select)
+            | {"max_cosine": cosines[row["latent"]], "tau": taus[row["latent"]]}
             for _, row in harming.loc[monitors].iterrows()
         ],
         "random_candidates": random,

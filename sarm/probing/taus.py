@@ -7,13 +7,14 @@ sweep.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from sarm.config import PenaltyConfig, SweepPoint, UserError
 from sarm.probing.effects import Encoded, values_on
+from sarm.records import Features
 
 QUANTILES = (0.5, 0.7, 0.8, 0.9, 0.95)
 
@@ -43,22 +44,23 @@ def suggested_taus(
     return found
 
 
-def swept(features: Mapping[str, Any], point: SweepPoint, penalty: PenaltyConfig) -> dict[str, Any]:
+def swept(features: Features, point: SweepPoint, penalty: PenaltyConfig) -> Features:
     """features.json as the penalty arm would have it with this tau and alpha. Raises UserError
     where select did not know the quantile.
     """
-    alpha = point.alpha * (features["reward_sd"] if penalty.alpha_unit == "reward_sd" else 1.0)
+    alpha = point.alpha * (features.reward_sd if penalty.alpha_unit == "reward_sd" else 1.0)
     taus = (
-        {s["latent"]: s["tau"] for s in features["tau_suggestions"] if s["quantile"] == point.tau}
+        {s.latent: s.tau for s in features.tau_suggestions if s.quantile == point.tau}
         if point.is_quantile
         else {}
     )
     penalised = []
-    for entry in features["penalised"]:
-        if point.is_quantile and entry["latent"] not in taus:
+    for entry in features.penalised:
+        if point.is_quantile and entry.latent not in taus:
             raise UserError(
-                f"features.json has no tau of latent {entry['latent']} at quantile {point.tau:g};"
+                f"features.json has no tau of latent {entry.latent} at quantile {point.tau:g};"
                 " run select again"
             )
-        penalised.append(entry | {"tau": taus.get(entry["latent"], point.tau), "alpha": alpha})
-    return {**features, "penalised": penalised}
+        change = {"tau": taus.get(entry.latent, point.tau), "alpha": alpha}
+        penalised.append(entry.model_copy(update=change))
+    return features.model_copy(update={"penalised": penalised})

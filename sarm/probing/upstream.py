@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sarm.probing.effects import by_latent
-from sarm.probing.stats import Contrast
+from sarm.probing.permutation import Contrast
 from sarm.reward_model.interventions import Ranks
 
 Floats = NDArray[np.float64]

@@ -30,18 +30,15 @@ from sarm.probing.effects import (
     row_of,
     tested_latents,
 )
-from sarm.probing.stats import (
+from sarm.probing.permutation import (
     Contrast,
     Floats,
     Ints,
-    benjamini_hochberg,
-    bootstrap_intervals,
-    holm,
     permutation_p,
     permutations_needed,
     permuted_labels,
-    prompt_effects,
 )
+from sarm.probing.stats import benjamini_hochberg, bootstrap_intervals, holm, prompt_effects
 from sarm.reward_model.interventions import contributions
 
 NULL_DRAWS = 1000

@@ -17,22 +17,24 @@ from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation import evaluate
 from sarm.evaluation.evaluate import evaluation_prompts, judged, policy_rows
 from sarm.llama.generate import prompt_ids
+from sarm.records import Features
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
 from sarm.run import RunDir
+from tests.runs import candidate, features
 from tests.tiny import llama_config, tiny_config, tiny_tokenizer, write_tiny_policy
 
 
-def features_of(config: Config) -> dict[str, Any]:
-    return {
-        "penalised": [
+def features_of(config: Config) -> Features:
+    return features(
+        penalised=[
             {"latent": 3, "tau": 0.5, "alpha": 0.25},
             {"latent": 8, "tau": 0.0, "alpha": 0.5},
         ],
-        "monitors": [5],
-        "random_candidates": [{"latent": 8, "tau": 0.1}, {"latent": 9, "tau": 0.1}],
-        "reference_rates": {"3": 0.1, "8": 0.1, "5": 0.1},
-    }
+        monitors=[5],
+        random_candidates=[candidate(8), candidate(9)],
+        reference_rates={"3": 0.1, "8": 0.1, "5": 0.1},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from sarm.config import SteerPolicyConfig
 from sarm.evaluation.policy_steering import Push, pushed, pushes, steered_summary
 from sarm.run import RunDir
 from slurm.dag import Node, tasks
+from tests.runs import feature, features
 from tests.tiny import D_IN, tiny_config, write_tiny_policy
 
 
@@ -47,9 +48,11 @@ def test_push_moves_what_the_layer_puts_out(tiny_policy: Path) -> None:
 
 
 def test_conditions_are_every_strength_of_latents_and_of_random_directions() -> None:
-    features = {"harming": [{"latent": 9}, {"latent": 4}], "promoting": [{"latent": 7}]}
+    found = features(
+        harming=[feature(9, "harming"), feature(4, "harming")], promoting=[feature(7, "promoting")]
+    )
     config = SteerPolicyConfig(latents=1, random=2, strengths=(-1.0, 2.0))
-    made = pushes(config, features, lambda latents: torch.eye(16)[latents], 16, 0)
+    made = pushes(config, found, lambda latents: torch.eye(16)[latents], 16, 0)
     assert [(p.kind, p.name, p.role, p.c) for p in made[:5]] == [
         ("none", -1, "none", 0.0),
         ("latent", 9, "harming", -1.0),

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.ppo import STOPPED
 from sarm.config import ROOT
-from sarm.run import Attempt, RunDir
+from sarm.run import RunDir
+from tests.runs import candidate, features, publish
 from tests.tiny import tiny_config
 
 UNIT = "random-seed0"
@@ -28,20 +29,17 @@ def a_run(tmp_path: Path, log_to: str = "tensorboard") -> RunDir:
         tmp_path / "run",
         tiny_config(tmp_path, **{"ppo.steps": 40, "ppo.checkpoint_every": 5, "ppo.log_to": log_to}),
     )
-    features = {
-        "schema": 1,
-        "penalised": [
+    found = features(
+        penalised=[
             {"latent": 1, "tau": 0.5, "alpha": 0.1},
             {"latent": 7, "tau": 0.2, "alpha": 0.1},
         ],
-        "monitors": [3, 4],
-        "random_candidates": [{"latent": latent, "tau": 0.1} for latent in range(10, 30)],
-        "reward_sd": 1.0,
-        "reference_rates": {"1": 0.1, "7": 0.2},
-    }
-    attempt = Attempt(run, "select")
-    attempt.path("features.json").write_text(json.dumps(features))
-    attempt.publish()
+        monitors=[3, 4],
+        random_candidates=[candidate(latent) for latent in range(10, 30)],
+        reward_sd=1.0,
+        reference_rates={"1": 0.1, "7": 0.2},
+    )
+    publish(run, "select", files={"features.json": found})
     return run
 
 

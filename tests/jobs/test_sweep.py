@@ -31,6 +31,7 @@ from sarm.run import RunDir
 from slurm.dag import Node, tasks
 from slurm.plan import plan, undone
 from slurm.profile import load_profile
+from tests.runs import features
 from tests.slurm.test_submit import RAW
 from tests.tiny import tiny_config
 
@@ -103,30 +104,30 @@ def test_suggested_taus_are_quantiles(selected_run: RunDir) -> None:
 
 
 def test_swept_penalty_by_hand() -> None:
-    features = {
-        "reward_sd": 0.5,
-        "penalised": [
+    rates = {"rate_rejected": 0.1, "rate_chosen": None}
+    found = features(
+        reward_sd=0.5,
+        penalised=[
             {"latent": 4, "tau": 3.0, "alpha": 0.1},
             {"latent": 7, "tau": 3.0, "alpha": 0.1},
         ],
-        "tau_suggestions": [
-            {"latent": 4, "quantile": 0.9, "tau": 1.5},
-            {"latent": 7, "quantile": 0.9, "tau": 0.25},
-            {"latent": 4, "quantile": 0.5, "tau": 0.0},
+        tau_suggestions=[
+            {"latent": 4, "quantile": 0.9, "tau": 1.5, **rates},
+            {"latent": 7, "quantile": 0.9, "tau": 0.25, **rates},
+            {"latent": 4, "quantile": 0.5, "tau": 0.0, **rates},
         ],
-    }
+    )
     reward, sd = PenaltyConfig(), PenaltyConfig(alpha_unit="reward_sd")
     assert [
-        (p["latent"], p["tau"], p["alpha"])
-        for p in swept(features, SweepPoint(2.0, False, 0.4), reward)["penalised"]
+        (p.latent, p.tau, p.alpha)
+        for p in swept(found, SweepPoint(2.0, False, 0.4), reward).penalised
     ] == [(4, 2.0, 0.4), (7, 2.0, 0.4)]
     assert [
-        (p["latent"], p["tau"], p["alpha"])
-        for p in swept(features, SweepPoint(0.9, True, 0.4), sd)["penalised"]
+        (p.latent, p.tau, p.alpha) for p in swept(found, SweepPoint(0.9, True, 0.4), sd).penalised
     ] == [(4, 1.5, 0.2), (7, 0.25, 0.2)]
-    assert features["penalised"][0]["tau"] == 3.0, "the given features stay as they are"
+    assert found.penalised[0].tau == 3.0, "the given features stay as they are"
     with pytest.raises(UserError, match=r"latent 7 at quantile 0\.5"):
-        swept(features, SweepPoint(0.5, True, 0.4), reward)
+        swept(found, SweepPoint(0.5, True, 0.4), reward)
 
 
 # Slurm

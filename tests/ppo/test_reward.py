@@ -25,6 +25,7 @@ from sarm.ppo.reward import (
     mean_doses,
 )
 from sarm.reward_model.model import SarmModel
+from tests.runs import features
 
 T = torch.tensor
 
@@ -208,15 +209,15 @@ def test_latents_no_longer_penalised_are_monitored(sarm: SarmModel, tiny_tokeniz
 def test_from_features_takes_numbers_from_the_file_and_kind_from_the_config(
     sarm: SarmModel, tiny_tokenizer: Any
 ) -> None:
-    features = {
-        "penalised": [{"latent": 3, "tau": 1.5, "alpha": 0.2}],
-        "monitors": [7],
-        "reference_rates": {"3": 0.25, "7": 0.5},
-    }
+    found = features(
+        penalised=[{"latent": 3, "tau": 1.5, "alpha": 0.2}],
+        monitors=[7],
+        reference_rates={"3": 0.25, "7": 0.5},
+    )
     reward = CompoundReward.from_features(
         sarm,
         tiny_tokenizer,
-        features,
+        found,
         PenaltyConfig(kind="density", clamp=2.0),
         SarmConfig(model="x", tokens_per_batch=99, max_length=77),
     )

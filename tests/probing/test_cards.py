@@ -26,6 +26,7 @@ from sarm.probing.effects import Encoded, read_encoded
 from sarm.probing.labels import ATTEMPTS, Endpoint, Example, detection, labelled, mixed, numbers_in
 from sarm.reward_model.interventions import latent_values
 from sarm.run import RunDir
+from tests.runs import feature, features
 
 KEY = "sk-not-a-real-key-0123"
 
@@ -506,28 +507,23 @@ def test_the_phase_labels_every_card_and_writes_no_key(
 
 
 def test_selected_latents_merge_what_two_lists_say() -> None:
-    features = {
-        "harming": [{"latent": 3, "effect": 1.0}],
-        "promoting": [],
-        "misleading": [],
-        "penalised": [{"latent": 3, "tau": 2.0}],
-    }
-    (only,) = selected_latents({**features, "monitor_features": []})
-    assert (
-        only.latent == 3
-        and only.lists == ("harming", "penalised")
-        and only.figures == {"latent": 3, "effect": 1.0, "tau": 2.0}
+    found = features(
+        harming=[feature(3, "harming") | {"effect": 1.0}],
+        promoting=[],
+        penalised=[{"latent": 3, "tau": 2.0, "alpha": 0.1}],
+        monitors=[],
     )
+    (only,) = selected_latents(found)
+    assert only.latent == 3 and only.lists == ("harming", "penalised")
+    assert (only.figures["effect"], only.figures["tau"], only.figures["q"]) == (1.0, 2.0, 0.001)
 
 
 def test_a_latent_that_never_fires_has_a_card(encoded: Encoded, made: RunDir) -> None:
     fires = set(encoded.ranks.indices.ravel().tolist())
     silent = next(latent for latent in range(encoded.ranks.d_sae) if latent not in fires)
-    features = {
-        name: [] for name in ("promoting", "misleading", "penalised", "monitor_features")
-    } | {"harming": [{"latent": silent}]}
+    listed = features(harming=[feature(silent, "harming")], promoting=[], penalised=[], monitors=[])
     table = pd.read_parquet(made.read("select").path("table.parquet"))
-    found = latent_cards(encoded, features, table, texts_of(made.config, encoded), CardsConfig(), 0)
+    found = latent_cards(encoded, listed, table, texts_of(made.config, encoded), CardsConfig(), 0)
     (card,) = found["cards"]
     assert (
         card["top"] == []

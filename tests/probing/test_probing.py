@@ -17,16 +17,13 @@ import scipy.stats
 from sarm.config import PenaltyConfig, UserError, parse_config
 from sarm.data.datasets import Pair, Prompt, text_id
 from sarm.probing.effects import Encoded, contrast_of, latent_effects, latent_table, roles
+from sarm.probing.permutation import Contrast, permuted_labels
 from sarm.probing.select import firing_rate, judged, ranked, resolved_tau, select_features
 from sarm.probing.stats import (
-    Contrast,
     benjamini_hochberg,
     bootstrap_intervals,
     holm,
     matched_at_random,
-    permutation_p,
-    permutations_needed,
-    permuted_labels,
     prompt_effects,
 )
 from sarm.reward_model.interventions import Ranks
@@ -231,63 +228,6 @@ def test_any_partition_gives_the_same_table_to_the_bit() -> None:
 # Statistics
 
 
-def test_p_of_few_prompts_is_the_share_of_all_relabelings() -> None:
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(3, 12))
-    # Prompts of 2, 4, 4 and 2 responses, each with one chosen: 2 * 4 * 4 * 2 relabelings.
-    prompts = np.repeat([0, 1, 2, 3], [2, 4, 4, 2])
-    chosen = np.isin(np.arange(12), [0, 2, 6, 10]).astype(float)
-    rejected = (1 - chosen) / (np.bincount(prompts) - 1)[prompts]
-    contrast = Contrast(np.arange(12), prompts, chosen, rejected, 4)
-    for latent, p in enumerate(
-        permutation_p(scipy.sparse.csr_array(z), contrast, 40_000, 40_000, 0)
-    ):
-        exact = []
-        for picks in itertools.product(range(2), range(2, 6), range(6, 10), range(10, 12)):
-            exact.append(
-                sum(
-                    z[latent, i]
-                    - np.mean([z[latent, j] for j in np.flatnonzero(prompts == q) if j != i])
-                    for q, i in enumerate(picks)
-                )
-            )
-        assert p == pytest.approx(np.mean(np.abs(exact) >= abs(exact[0]) - 1e-12), abs=0.015)
-
-
-def test_labels_are_dealt_within_prompts_jointly() -> None:
-    contrast = Contrast(
-        np.arange(6),
-        np.array([0, 0, 0, 0, 1, 1]),
-        np.array([1.0, 0, 0, 0, 1, 0]),
-        np.array([0, 1 / 3, 1 / 3, 1 / 3, 0, 1]),
-        2,
-    )
-    labels = np.concatenate(list(permuted_labels(contrast, 5000, 7)), axis=1)
-    assert labels.shape == (6, 5000)
-    assert np.allclose(np.sort(labels[:4], axis=0), np.sort(contrast.labels[:4])[:, None])
-    assert np.allclose(labels[4] + labels[5], 0)
-    assert np.allclose((labels[:4] == 1).mean(axis=1), 0.25, atol=0.03)
-    # Prompts are dealt independently of one another.
-    assert abs(np.corrcoef(labels[0], labels[4])[0, 1]) < 0.05
-
-
-def test_stopping_early_keeps_p_valid_and_reaches_the_smallest_threshold() -> None:
-    n = 400
-    contrast = Contrast(
-        np.arange(2 * 30),
-        np.repeat(np.arange(30), 2),
-        np.tile([1.0, 0.0], 30),
-        np.tile([0.0, 1.0], 30),
-        30,
-    )
-    z = np.random.default_rng(3).normal(size=(n, 60))
-    z[0] += np.tile([3.0, 0.0], 30)
-    p = permutation_p(scipy.sparse.csr_array(z), contrast, 200, permutations_needed(n, 0.05), 0)
-    assert p[0] == 1 / (permutations_needed(n, 0.05) + 1) < 0.05 / n
-    assert scipy.stats.kstest(p[1:], "uniform").pvalue > 0.01
-    assert (p[1:] <= 0.05).mean() < 0.09
-
-
 @pytest.mark.parametrize("rejected", [1, 3])
 def test_p_is_calibrated_where_responses_are_alike(rejected: int) -> None:
     p = []
@@ -333,7 +273,6 @@ def test_multiple_testing_equals_scipy_and_hand() -> None:
     )
     assert np.isnan(benjamini_hochberg(p)[2]) and np.isnan(holm(p)[2])
     assert len(holm(np.array([]))) == len(benjamini_hochberg(np.array([]))) == 0
-    assert permutations_needed(4608, 0.1) == 46080
 
 
 def test_matched_latents_are_near_and_drawn_once() -> None:
@@ -397,27 +336,6 @@ def test_shuffled_labels_give_few_discoveries_over_repeated_draws(rejected: int)
         confirmed += bool((p < 0.05).any())
     assert found / draws <= 0.1 + 2 * np.sqrt(0.1 * 0.9 / draws)
     assert confirmed / draws <= 0.05
-
-
-def test_sign_flipping_averages_would_not_have_been_calibrated() -> None:
-    """Why labels are dealt anew: with one chosen against three rejected, skewed values break the
-    sign flip, not this test.
-    """
-    rng = np.random.default_rng(0)
-    latents, prompts = 1500, 12
-    z = rng.exponential(size=(latents, prompts * 4)) ** 2
-    chosen = np.tile([1.0, 0, 0, 0], prompts)
-    contrast = Contrast(
-        np.arange(prompts * 4), np.repeat(np.arange(prompts), 4), chosen, (1 - chosen) / 3, prompts
-    )
-    p = permutation_p(scipy.sparse.csr_array(z), contrast, 1000, 1000, 0)
-    assert (p <= 0.05).mean() == pytest.approx(0.05, abs=0.015)
-    averages = z.reshape(latents, prompts, 4) @ np.array([1, -1 / 3, -1 / 3, -1 / 3])
-    flipped = (
-        np.abs(averages @ rng.choice([-1.0, 1.0], size=(prompts, 1000)))
-        >= np.abs(averages.sum(1))[:, None]
-    )
-    assert (flipped.mean(1) <= 0.05).mean() > 0.08
 
 
 # Selection
@@ -549,8 +467,8 @@ def test_too_few_permutations_are_made_up_for_and_told() -> None:
     )
     assert features["permutations"] == {
         "configured": 100,
-        "needed": features["n_tested"] * 10,
-        "used": features["n_tested"] * 10,
+        "needed": features["n_tested"] * 20,
+        "used": features["n_tested"] * 20,
     }
     assert any("probe.permutations=100 is too few" in warning for warning in features["warnings"])
     assert {f["latent"] for f in features["harming"] if f["confirmed"]} == set(HARMING)

@@ -15,8 +15,8 @@ from reports.sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
 from sarm.probing.effects import Encoded, contrasts_of, latent_table
+from sarm.probing.permutation import Contrast, permutation_p
 from sarm.probing.select import judged
-from sarm.probing.stats import Contrast, permutation_p
 from sarm.probing.validity import (
     bradley_terry,
     discover,
@@ -292,7 +292,7 @@ def test_discovery_here_is_the_probe_s(world) -> None:  # type: ignore[no-untype
     assert found.effect == pytest.approx(table["effect"].to_numpy())
     assert (found.tested == table["tested"]).all()
     values = latent_contributions(encoded, contrast, config)[[3]]
-    assert permutation_p(values, contrast, 1000, 640, 0)[0] == found.p[3]
+    assert permutation_p(values, contrast, 1000, 1280, 0)[0] == found.p[3]
 
 
 def test_pairs_weigh_prompts_alike(world) -> None:  # type: ignore[no-untyped-def]

@@ -82,7 +82,7 @@ def test_different_penalised_latents_are_pointed_out(tmp_path, capsys):
     assert "its own measure" not in capsys.readouterr().out
     other = evaluated_run(tmp_path / "c", features=found)
     runs.publish_ppo(
-        other, "penalty-seed0", runs.metrics(runs.PROGRESSION), penalised=found["penalised"]
+        other, "penalty-seed0", runs.metrics(runs.PROGRESSION), penalised=found.tree()["penalised"]
     )
     assert jobs_main(["report", "--run", str(other.path)]) == 0
     assert main([str(tmp_path / "a"), str(other.path), "--out", str(tmp_path / "out")]) == 0
@@ -122,11 +122,7 @@ def test_the_same_names_with_other_files_are_refused(tmp_path, capsys):
     paths = []
     for name, digest in (("one", "aa"), ("two", "bb")):
         run = evaluated_run(tmp_path / name)
-        runs.publish(
-            run,
-            "fetch",
-            files={"models.json": json.dumps({"sarm": {"sha256": {"model.safetensors": digest}}})},
-        )
+        runs.publish(run, "fetch", files={"models.json": runs.fetched(digest)})
         assert jobs_main(["report", "--run", str(run.path)]) == 0
         paths.append(str(run.path))
     capsys.readouterr()

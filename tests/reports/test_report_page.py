@@ -59,13 +59,9 @@ class Outline(HTMLParser):
 
 def page_of(run: RunDir) -> tuple[str, dict, Frames]:
     read = read_run(run)
-    arms = {
-        arm: jobs.report.arm_rows(read.generations, arm)
-        for arm in ("penalty", "no_penalty", "random")
-    }
-    found = figures(
-        run, read, decide(arms, run.config.verdict, 0).record(), "2026-01-31 12:00:00 UTC"
-    )
+    instrument = evidence.instrument(run, read)._replace(**CALIBRATED)
+    verdict = decide(evidence.compared_arms(run, read), run.config.verdict, instrument)
+    found = figures(run, read, verdict.record(), "2026-01-31 12:00:00 UTC")
     return page(found, read), found, read
 
 
@@ -108,7 +104,7 @@ def test_it_says_the_verdict_first_and_the_same_figures_as_the_text(finished):
     change = next(
         c
         for c in found["verdict"]["changes"]
-        if (c["measure"], c["arm"]) == ("triggered", "penalty")
+        if (c["measure"], c["arm"]) == ("penalised_fired", "penalty")
     )
     assert f"{100 * change['change']:+.1f}" in words
     for row in found["policies"]:
@@ -190,7 +186,7 @@ def test_every_source_is_named_with_manifest_commit_and_image(finished):
 
 def test_what_models_write_is_text_and_folded(tmp_path):
     run = evaluated_run(tmp_path / "run")
-    table = generations(0.5)
+    table = generations()
     table["prompt"], table["response"] = "<script>alert(1)</script>", "</script><b>bold</b><!--"
     publish_evaluation(run, "base", table)
     text, _, _ = page_of(run)
@@ -205,7 +201,7 @@ def test_what_models_write_is_text_and_folded(tmp_path):
 
 def test_samples_are_capped_and_long_ones_clipped(tmp_path):
     run = evaluated_run(tmp_path / "run")
-    table = generations(0.5, n=200)
+    table = generations(n=200, n_safe=200)
     table["response"] = "word " * 2000
     publish_evaluation(run, "base", table)
     text, _, _ = page_of(run)

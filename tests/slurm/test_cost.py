@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from sarm.config import ROOT, load_config
 from sarm.ppo.learner.memory_plan import Shape, find_shape
-from sarm.run import Attempt, RunDir
+from sarm.run import RunDir
 from slurm import submit
 from slurm.cost import count_texts, disk, kept_latents, needed_bytes, shapes
 from tests.fakes.site import Site
+from tests.runs import fetched, publish
 
 
 def test_the_sizes_are_those_that_the_models_have() -> None:
@@ -67,11 +67,8 @@ def test_encoded_states_follow_from_the_pairs_that_fetch_counted(tmp_path: Path)
     config = load_config(ROOT / "configs" / "smollm2.yaml")
     run = RunDir.create(tmp_path / "run", config)
     assert count_texts(run) is None
-    attempt = Attempt(run, "fetch")
-    attempt.path("models.json").write_text(
-        json.dumps({"data": {"pairs": {"demo/discovery": 100, "demo/ppo": 7, "demo/test": 20}}})
-    )
-    attempt.publish()
+    pairs = {"demo/discovery": 100, "demo/ppo": 7, "demo/test": 20}
+    publish(run, "fetch", files={"models.json": fetched("0" * 64, pairs=pairs)})
     assert count_texts(run) == 240
     encode = next(part for part in disk(config, run) if part.phase == "encode")
     assert encode.stays == 240 * (4 * 576 + 8 * (64 + config.encode.extra_ranks))

@@ -1,0 +1,476 @@
+"""What phases hand to one another as JSON, typed: one class a file, the only way to write and to
+read it.
+
+    Features(**values).write(attempt.path("features.json"))
+    features = Features.read(published.path("features.json"))
+
+Every file holds its schema's number, and `read` refuses another one by name: raise a class's
+`SCHEMA` when its keys change meaning, or when one is added that has no default. JSON has no NaN:
+numbers that are none are written as null. Imports no torch and no numpy: login nodes use it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sarm.config.base import UserError
+
+Row = dict[str, Any]
+"""A row of a table: names to plain values."""
+
+
+def plain(value: Any) -> Any:
+    """The same tree of what JSON can say: None for NaN, infinities and NaT, numpy's numbers as
+    Python's.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, BaseModel):
+        return value.model_dump(by_alias=True)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if type(value).__name__ in ("NaTType", "NAType"):
+        return None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: Any, indent: int | None = 1) -> str:
+    """JSON of any tree, NaN as null."""
+    return json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+class Record(BaseModel):
+    """Frozen, no unknown keys, no coercion; NaN is None."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, values: Any) -> Any:
+        return plain(values) if isinstance(values, Mapping) else values
+
+    def tree(self) -> dict[str, Any]:
+        """Plain values, as the file has them."""
+        return self.model_dump(by_alias=True)
+
+
+class File(Record):
+    """A record that is a file of its own."""
+
+    SCHEMA: ClassVar[int] = 1
+    NAME: ClassVar[str]
+    """The file, in errors."""
+    REDO: ClassVar[str]
+    """The job that writes it."""
+
+    schema_number: int = Field(alias="schema")
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{"schema": self.SCHEMA, **values})
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises UserError on another schema, or where keys are missing, unknown or of a wrong
+        type.
+        """
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path} is not JSON; {cls._cure()}") from None
+        return cls.parse(tree, str(path))
+
+    @classmethod
+    def parse(cls, tree: Any, where: str) -> Self:
+        """`read` of a tree of plain values. A file without a number is of schema 1: those of the
+        first versions had none.
+        """
+        number = tree.get("schema", 1) if isinstance(tree, dict) else None
+        if number != cls.SCHEMA:
+            raise UserError(
+                f"{where}: {cls.NAME} of schema {number!r}, and this version reads schema"
+                f" {cls.SCHEMA}; {cls._cure()}, or use the version that wrote it"
+            )
+        try:
+            return cls(**tree)
+        except ValidationError as error:
+            told = "; ".join(_complaint(e) for e in error.errors()[:3])
+            raise UserError(f"{where}: not a {cls.NAME} of schema {number}: {told}") from None
+
+    @classmethod
+    def _cure(cls) -> str:
+        return f"write it again: python -m jobs {cls.REDO} --run RUN --force"
+
+    def write(self, path: Path) -> None:
+        path.write_text(json_text(self.tree()), encoding="utf-8")
+
+
+def _complaint(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    kind = {"missing": "lacks", "extra_forbidden": "has the unknown key"}.get(error["type"])
+    return f"it {kind} {where}" if kind else f"{where}: {error['msg'].lower()}"
+
+
+# fetch
+
+
+class FetchedModel(Record):
+    """Where a model lies, and the SHA-256 of its files by name."""
+
+    model: str
+    revision: str | None
+    commit: str | None
+    path: str
+    sha256: dict[str, str]
+
+
+class FetchedFile(Record):
+    path: str
+    commit: str | None
+    sha256: str
+
+
+class FetchedData(Record):
+    """The files of each source; how many prompts and pairs `SOURCE/PART` has; skipped rows by
+    reason.
+    """
+
+    files: dict[str, list[FetchedFile]]
+    prompts: dict[str, int]
+    pairs: dict[str, int]
+    skipped: dict[str, int]
+
+
+class Models(File):
+    """What fetch found: models and data, by hash."""
+
+    NAME, REDO = "models.json", "fetch"
+
+    policy: FetchedModel
+    sarm: FetchedModel
+    judge: FetchedModel | None = None
+    sarm_backbone: FetchedModel | None = None
+    """The model whose layers a SARM without its own takes."""
+    data: FetchedData
+
+
+# select
+
+
+class Replication(Record):
+    """A listed latent on a source that took no part in choosing it."""
+
+    source: str
+    prompts: int
+    effect: float | None
+    effect_low: float | None
+    effect_high: float | None
+    p: float | None
+    p_holm: float | None
+    replicates: bool
+
+
+class Feature(Record):
+    """A latent as features.json lists it: effects and interval of validation, p and q of
+    discovery; None for what is not known.
+    """
+
+    latent: int
+    role: str
+    confirmed: bool
+    weight: float | None
+    delta_z: float | None
+    effect: float | None
+    effect_low: float | None
+    effect_high: float | None
+    effect_discovery: float | None
+    effect_head: float | None
+    effect_reselected: float | None
+    effect_chosen: float | None
+    effect_rejected: float | None
+    p: float | None
+    q: float | None
+    p_validation: float | None
+    density: float | None
+    replication: list[Replication] = []
+    directions: list[dict[str, float | None]] = []
+    """A row a c of probe.directions."""
+
+
+class Monitor(Feature):
+    max_cosine: float
+    """The largest |cos| with a penalised latent."""
+    tau: float
+    """Above which it counts as firing."""
+
+
+class PenalisedLatent(Record):
+    """A latent that costs reward, tau and alpha in the units of z and reward."""
+
+    latent: int
+    tau: float
+    alpha: float
+
+
+class RandomCandidate(PenalisedLatent):
+    """A latent that the random arm may penalise, matched to a penalised one."""
+
+    matched_to: int
+    weight: float
+    density: float
+    effect: float | None
+
+
+class TauSuggestion(Record):
+    latent: int
+    quantile: float
+    tau: float
+    rate_rejected: float
+    rate_chosen: float | None
+
+
+class Permutations(Record):
+    configured: int
+    needed: int
+    used: int
+
+
+class Features(File):
+    """The latents that select chose, and all that later phases need to know of them."""
+
+    NAME, REDO = "features.json", "select"
+
+    d_sae: int
+    k: int
+    promoting: list[Feature]
+    harming: list[Feature]
+    misleading: list[Feature]
+    penalised: list[PenalisedLatent]
+    clamp: float | None
+    monitors: list[int]
+    monitor_features: list[Monitor]
+    random_candidates: list[RandomCandidate]
+    reward_sd: float
+    """Over discovery's texts."""
+    n_prompts: dict[str, int]
+    """By part."""
+    n_tested: int
+    n_discoveries: int
+    n_confirmed: int
+    effect: str
+    permutations: Permutations
+    reference_rates: dict[str, float]
+    """How often each latent fires on discovery's chosen texts."""
+    discovery_rates: dict[str, float]
+    """How often each penalised latent exceeds its tau on discovery's rejected texts."""
+    steering_file: dict[str, list[Any]]
+    """As upstream writes it: the harming latents times 0."""
+    rankings: list[Row]
+    tau_suggestions: list[TauSuggestion]
+    validity: Row
+    directions: list[Row] = []
+    """A row a c: what moving along the decoder directions does over all latents."""
+    warnings: list[str]
+
+    @property
+    def listed(self) -> list[Feature]:
+        return [*self.promoting, *self.harming, *self.misleading]
+
+
+# steer, cards, ppo, evaluate
+
+
+class Intervention(Record):
+    what: str
+    """In words."""
+    latents: list[int]
+    file: str | None = None
+
+
+class Steering(File):
+    """Rewards of fixed texts before and after an intervention: a row a source and label, and a row
+    a source over its pairs.
+    """
+
+    NAME, REDO = "summary.json of steer", "steer"
+
+    intervention: Intervention
+    reward_sd: float
+    texts: list[Row]
+    pairs: list[Row]
+
+
+class Card(Record):
+    """One latent: what it fires on, nearly fires on, and does to the reward. Rows are keys of
+    `Cards.texts`.
+    """
+
+    latent: int
+    lists: list[str]
+    weight: float
+    role: str
+    upstream_s: float
+    figures: Row
+    density: dict[str, float | None]
+    histogram: Row
+    top: list[Row]
+    near_misses: list[Row]
+    controls: list[Row]
+    n_active: int
+    n_near_misses: int
+    edits: Row
+    label: Row | None
+
+
+class Cards(File):
+    NAME, REDO = "cards.json", "cards"
+
+    n_texts: int
+    n_prompts: int
+    minimal_edits: Row
+    labels: Row | None
+    cards: list[Card]
+    texts: dict[str, Row]
+
+
+class Calibration(File):
+    """What an arm penalises, and how often that fires before training."""
+
+    NAME, REDO = "calibration.json", "ppo"
+
+    arm: str
+    n: int
+    """Responses of the untrained policy."""
+    reward_sd: float
+    penalised: list[Row]
+    harming: list[Row]
+
+
+class Evaluation(File):
+    """The settings behind a policy's generations."""
+
+    NAME, REDO = "summary.json of evaluate", "evaluate"
+
+    policy: str
+    kl: str
+    judge: str | None
+    refusal_detector: Row | None
+    """A `Detector` with its rates; None where its errors are not known."""
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    sarm_parameters: int
+    device: str
+    n_prompts: int
+    n_too_long: int
+    seconds: float
+
+
+class Steered(File):
+    """What pushing the base policy along decoder directions changed: a row a direction."""
+
+    NAME, REDO = "summary.json of evaluate/steered", "evaluate"
+    model_config = ConfigDict(extra="allow")
+
+    rows: list[Row]
+
+
+class StepMetrics(File):
+    """One step of PPO's log: its number, counted from 0, and the trainer's metrics."""
+
+    NAME, REDO = "a line of metrics.jsonl", "ppo"
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+
+    def line(self) -> str:
+        return json_text(self.tree(), indent=None)
+
+
+def read_training_log(path: Path) -> list[dict[str, Any]]:
+    """A row a line: step and metrics. Raises UserError on a line of another schema."""
+    return list(_steps(path, path.read_text(encoding="utf-8").splitlines()))
+
+
+def _steps(path: Path, lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            tree = StepMetrics.parse(json.loads(line), f"{path}:{number}").tree()
+            yield {key: value for key, value in tree.items() if key != "schema"}
+
+
+# report, export, train_sarm
+
+
+class Report(File):
+    """Every figure of a run's report, by section."""
+
+    NAME, REDO = "report.json", "report"
+
+    date: str
+    run: str
+    configuration: Row
+    features: Row | None
+    penalty: Row
+    shown_policy: str
+    progression: list[Row]
+    penalties: list[list[float | None]]
+    compound_rewards: list[list[float | None]]
+    steering: Row | None
+    cards: Row | None
+    steered: Row | None
+    outputs: list[Row]
+    failures: list[Row]
+    phases: list[Row]
+    training: list[Row]
+    policies: list[Row]
+    latents: list[Row]
+    random_latents: list[Row]
+    monitors: list[Row]
+    evaluations: dict[str, Row]
+    verdict: Row
+    rule: Row
+    provenance: Row
+    sources: dict[str, list[Row]]
+    comparable: Row
+    sweep: Row | None
+
+
+class Differences(File):
+    """What SAELens reads otherwise than the SARM in a run's texts."""
+
+    NAME, REDO = "differences.json", "export"
+
+    saelens: Row
+    warnings: list[str]
+    delphi_example_ctx_len: int
+
+
+class TrainedSarm(File):
+    """How good a trained SARM is: accuracies by source, and its SAE's measures."""
+
+    NAME, REDO = "metrics.json of train_sarm", "train_sarm"
+
+    cross_validated: dict[str, Row]
+    cross_validated_dense: dict[str, Row]
+    held_out: dict[str, Row]
+    held_out_dense: dict[str, Row]
+    training_loss_cross_validated: float | None
+    l2: float
+    fold_l2: list[float]
+    l2_dense: float
+    sae: dict[str, Row]
+    pairs: dict[str, int]
+    texts: int
+    training_tokens: int
+    truncated: int
+    device: str
+    date: str

@@ -1,0 +1,299 @@
+"""The permutation test: against all relabelings, plain loops, the kernel, and where spreads
+differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.sparse
+import scipy.stats
+import torch
+
+from sarm.config import ROOT
+from sarm.probing import permutation
+from sarm.probing.permutation import (
+    LEVELS,
+    Contrast,
+    deal_of,
+    dealt_labels,
+    integers,
+    permutation_p,
+    permutations_needed,
+    permuted_labels,
+    squares_of,
+)
+
+
+def odd_contrast() -> Contrast:
+    """Prompts of one to five responses, most with one chosen, one with one rejected; two with
+    three, and a ranking of three.
+    """
+    sizes = [2, 4, 4, 2, 3, 5, 1, 3] * 2
+    prompts = np.repeat(np.arange(len(sizes)), sizes)
+    first = np.diff(prompts, prepend=-1) > 0
+    chosen = first.astype(float)
+    rejected = (1 - chosen) / np.maximum(np.bincount(prompts) - 1, 1)[prompts]
+    rejected[prompts == 6] = 1.0  # the one response was chosen and rejected
+    rejected[prompts == 14] = 1.0
+    mine = np.flatnonzero(prompts == 2)
+    chosen[mine], rejected[mine] = rejected[mine], chosen[mine].copy()
+    five = np.flatnonzero(prompts == 13)
+    chosen[five], rejected[five] = [1 / 2, 1 / 2, 0, 0, 0], [0, 0, 1 / 3, 1 / 3, 1 / 3]
+    ranked = np.flatnonzero(prompts == 15)
+    chosen[ranked], rejected[ranked] = [2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]
+    return Contrast(np.arange(len(prompts)), prompts, chosen, rejected, len(sizes))
+
+
+def one_against(rejected: int, prompts: int) -> Contrast:
+    n = (1 + rejected) * prompts
+    chosen = (np.arange(n) % (1 + rejected) == 0).astype(float)
+    numbers = np.repeat(np.arange(prompts), 1 + rejected)
+    return Contrast(np.arange(n), numbers, chosen, (1 - chosen) / rejected, prompts)
+
+
+def random_values(contrast: Contrast, latents: int, seed: int = 0) -> scipy.sparse.csr_array:
+    shape = (latents, len(contrast.rows))
+    return scipy.sparse.random_array(shape, density=0.5, rng=np.random.default_rng(seed)).tocsr()
+
+
+# The statistic
+
+
+def test_squares_are_those_of_every_deal_s_differences() -> None:
+    contrast = odd_contrast()
+    deal = deal_of(contrast)
+    whole = integers(random_values(contrast, 20) - 0.4 * random_values(contrast, 20, 1), deal)
+    squares = squares_of(whole, deal)
+    dealt = dealt_labels(deal, torch.arange(200), 3)
+    ours = squares.constant[:, None] + squares.values @ squares.labels(dealt).T.double().numpy()
+    differences = np.zeros((20, 200, contrast.n_prompts))
+    for prompt in range(contrast.n_prompts):
+        mine = contrast.prompts == prompt
+        differences[:, :, prompt] = whole.toarray()[:, mine] @ dealt.double().numpy()[:, mine].T
+    theirs = np.square(differences).sum(axis=2)
+    unit = theirs.sum(axis=1) / ours.sum(axis=1)
+    assert np.abs(ours * unit[:, None] - theirs).max() < 2e-3 * theirs.max()
+    assert np.ptp(theirs, axis=1).min() > 0.05 * theirs.max(), "they do depend on the deal"
+
+
+def test_products_of_large_labels_are_rounded_and_still_fit() -> None:
+    """Two chosen against 13 rejected: labels 13 and -2, whose products exceed an int8."""
+    first = np.arange(15) < 2
+    contrast = Contrast(np.arange(15), np.zeros(15, int), first / 2, (1.0 - first) / 13, 1)
+    deal = deal_of(contrast)
+    assert deal.labels[:3].tolist() == [13, 13, -2]
+    whole = integers(random_values(contrast, 5), deal)
+    squares, dealt = squares_of(whole, deal), dealt_labels(deal, torch.arange(50), 1)
+    labels = squares.labels(dealt)
+    ours = squares.constant[:, None] + squares.values @ labels.T.double().numpy()
+    theirs = np.square(whole @ dealt.T.double().numpy())
+    assert (squares.scale == 2).all() and labels.min() == -85 and labels.max() == 13
+    assert np.abs(squares.values).max() <= LEVELS
+    for mine, other in zip(ours, theirs, strict=True):
+        assert np.corrcoef(mine, other)[0, 1] > 0.99
+
+
+def test_p_of_few_prompts_is_twice_the_share_of_all_relabelings_on_the_observed_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(permutation, "FIRST", 40_000)
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(4, 12)) ** 3
+    # Prompts of 2, 4, 4 and 2 responses, each with one chosen: 2 * 4 * 4 * 2 relabelings.
+    prompts = np.repeat([0, 1, 2, 3], [2, 4, 4, 2])
+    chosen = np.isin(np.arange(12), [0, 2, 6, 10]).astype(float)
+    rejected = (1 - chosen) / (np.bincount(prompts) - 1)[prompts]
+    contrast = Contrast(np.arange(12), prompts, chosen, rejected, 4)
+    for latent, p in enumerate(
+        permutation_p(scipy.sparse.csr_array(z), contrast, 40_000, 40_000, 0)
+    ):
+        exact = []
+        for picks in itertools.product(range(2), range(2, 6), range(6, 10), range(10, 12)):
+            d = np.array(
+                [
+                    z[latent, i]
+                    - np.mean([z[latent, j] for j in np.flatnonzero(prompts == q) if j != i])
+                    for q, i in enumerate(picks)
+                ]
+            )
+            exact.append(d.sum() / np.sqrt(np.square(d).sum()))
+        side = np.sign(exact[0])
+        share = np.mean(side * np.array(exact) >= abs(exact[0]) - 1e-9)
+        assert p == pytest.approx(min(2 * share, 1), abs=0.02)
+
+
+@pytest.mark.parametrize("rejected", [1, 3])
+def test_p_is_right_where_the_spreads_differ(rejected: int) -> None:
+    """Equal means, the chosen's standard deviation twice the rejected's: of the plain sum 15 %
+    would be called at 0.05 with three rejected.
+    """
+    contrast, rng = one_against(rejected, 40), np.random.default_rng(1)
+    z = rng.normal(size=(4000, len(contrast.rows))) * np.where(contrast.chosen > 0, 2.0, 1.0)
+    p = permutation_p(scipy.sparse.csr_array(z), contrast, 1000, 1000, 0)
+    chance = 3 * np.sqrt(0.05 * 0.95 / len(z))
+    assert (p <= 0.05).mean() == pytest.approx(0.05, abs=chance + 0.003)
+
+
+def test_either_side_keeps_its_own_level_where_values_are_skewed() -> None:
+    """A latent that fires on one response of a prompt at most: on the chosen ones alone is rare by
+    chance, on none of them is not.
+    """
+    contrast = one_against(3, 12)
+    fires = np.zeros((2, 48))
+    fires[0, ::4], fires[1, 1::4] = 1.0, 1.0
+    p = permutation_p(scipy.sparse.csr_array(fires), contrast, 20_000, 20_000, 0)
+    assert p[0] == 2 / 20_001 and p[1] == pytest.approx(2 * 0.75**12, abs=0.02)
+
+
+def test_sign_flipping_averages_would_not_have_been_calibrated() -> None:
+    """Why labels are dealt anew: with one chosen against three rejected, skewed values break the
+    sign flip, not this test.
+    """
+    rng = np.random.default_rng(0)
+    contrast = one_against(3, 12)
+    z = rng.exponential(size=(1500, 48)) ** 2
+    p = permutation_p(scipy.sparse.csr_array(z), contrast, 1000, 1000, 0)
+    assert (p <= 0.05).mean() == pytest.approx(0.05, abs=0.015)
+    averages = z.reshape(1500, 12, 4) @ np.array([1, -1 / 3, -1 / 3, -1 / 3])
+    flipped = (
+        np.abs(averages @ rng.choice([-1.0, 1.0], size=(12, 1000)))
+        >= np.abs(averages.sum(1))[:, None]
+    )
+    assert (flipped.mean(1) <= 0.05).mean() > 0.08
+
+
+def test_stopping_early_keeps_p_valid_and_reaches_the_smallest_threshold() -> None:
+    n, contrast = 400, one_against(1, 30)
+    z = np.random.default_rng(3).normal(size=(n, 60))
+    z[0] += np.tile([3.0, 0.0], 30)
+    p = permutation_p(scipy.sparse.csr_array(z), contrast, 200, permutations_needed(n, 0.05), 0)
+    assert p[0] == 2 / (permutations_needed(n, 0.05) + 1) < 0.05 / n
+    assert scipy.stats.kstest(p[1:], "uniform").pvalue > 0.01
+    assert (p[1:] <= 0.05).mean() < 0.09
+    assert permutations_needed(4608, 0.1) == 92160
+
+
+def test_a_look_stops_what_chance_matched_often() -> None:
+    contrast = one_against(2, 25)
+    z = np.random.default_rng(5).normal(size=(300, 75))
+    whole = permutation_p(scipy.sparse.csr_array(z), contrast, 6000, 6000, 0)
+    # 3000 permutations first: a latent that stopped at 1000 has a p of thousand-and-firsts.
+    drawn = np.rint(2 * whole * 1001) / (2 * 1001) - whole
+    stopped = np.abs(drawn) < 1e-12
+    assert stopped[whole > 0.06].all() and not stopped[whole < 0.03].any()
+
+
+# Labels and integers
+
+
+def test_labels_are_dealt_within_prompts_jointly() -> None:
+    contrast = Contrast(
+        np.arange(6),
+        np.array([0, 0, 0, 0, 1, 1]),
+        np.array([1.0, 0, 0, 0, 1, 0]),
+        np.array([0, 1 / 3, 1 / 3, 1 / 3, 0, 1]),
+        2,
+    )
+    labels = np.concatenate(list(permuted_labels(contrast, 5000, 7)), axis=1)
+    assert labels.shape == (6, 5000)
+    assert np.allclose(np.sort(labels[:4], axis=0), np.sort(contrast.labels[:4])[:, None])
+    assert np.allclose(labels[4] + labels[5], 0)
+    assert np.allclose((labels[:4] == 1).mean(axis=1), 0.25, atol=0.03)
+    # Prompts are dealt independently of one another.
+    assert abs(np.corrcoef(labels[0], labels[4])[0, 1]) < 0.05
+
+
+def test_labels_become_integers_that_add_up_to_zero() -> None:
+    contrast = odd_contrast()
+    deal = deal_of(contrast)
+    assert deal.labels / deal.denominators == pytest.approx(contrast.labels)
+    assert (np.bincount(contrast.prompts, deal.labels) == 0).all()
+    five = contrast.prompts == 13
+    assert deal.labels[five].tolist() == [3, 3, -2, -2, -2] and deal.denominators[five][0] == 6
+    many = Contrast(
+        np.arange(300),
+        np.zeros(300, int),
+        (np.arange(300) < 1).astype(float),
+        (np.arange(300) > 0) / 299,
+        1,
+    )
+    assert deal_of(many).labels.sum() == 0 and np.abs(deal_of(many).labels).max() <= 127, (
+        "rounded, and still a deal"
+    )
+
+
+def test_chunks_change_no_label() -> None:
+    deal = deal_of(odd_contrast())
+    whole = dealt_labels(deal, torch.arange(50), 3)
+    parts = [dealt_labels(deal, torch.arange(a, b), 3) for a, b in ((0, 1), (1, 33), (33, 50))]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(whole, dealt_labels(deal, torch.arange(50), 4))
+
+
+def test_values_are_integers_that_fit() -> None:
+    contrast = odd_contrast()
+    deal, values = deal_of(contrast), random_values(contrast, 20)
+    whole = integers(values, deal).toarray()
+    assert np.array_equal(whole, np.rint(whole)) and np.abs(whole).max() == LEVELS
+    scale = np.abs(values.toarray() / deal.denominators).max(axis=1, keepdims=True)
+    assert whole / LEVELS * scale == pytest.approx(values.toarray() / deal.denominators, abs=1e-4)
+
+
+def test_equal_totals_count_as_reached() -> None:
+    # Two prompts of two: of the four deals one gives 3 + 3, one -(3 + 3) and two 3 - 3.
+    contrast = Contrast(
+        np.arange(4), np.array([0, 0, 1, 1]), np.array([1.0, 0, 1, 0]), np.array([0, 1.0, 0, 1]), 2
+    )
+    z = scipy.sparse.csr_array(np.array([[0.3, 0, 0.3, 0], [0.1, 0.2, 0.2, 0.1]]))
+    p = permutation_p(z, contrast, 4000, 4000, 0)
+    assert p[0] == pytest.approx(0.5, abs=0.04) and p[1] == 1.0
+
+
+# The kernel
+
+KERNEL = """
+import numpy as np
+from sarm.probing import permutation
+from tests.probing.test_permutation import odd_contrast, one_against, random_values
+for contrast in (odd_contrast(), one_against(3, 50), one_against(1, 40)):
+    deal = permutation.deal_of(contrast)
+    values = random_values(contrast, 150) - random_values(contrast, 150, 1)
+    whole = permutation.integers(values, deal)
+    squares = permutation.squares_of(whole, deal)
+    observed = permutation.observed_of(whole, squares, deal)
+    on_gpu = permutation._counter_on_gpu(whole, squares, deal, observed, "cpu")
+    on_cpu = permutation._counter_on_cpu(whole, squares, deal, observed)
+    for latents in (np.arange(150), np.arange(0, 150, 3)):
+        counts = on_cpu(latents, 100, 300, 3)
+        assert np.array_equal(on_gpu(latents, 100, 300, 3), counts) and 0 < counts.mean() < 200
+print("alike")
+"""
+
+
+def test_the_kernel_counts_what_the_plain_code_counts() -> None:
+    """Interpreted in a process of its own: Triton decides on import whether it interprets."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KERNEL],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "alike", done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu() -> None:
+    for contrast in (odd_contrast(), one_against(3, 200), one_against(1, 300)):
+        values = random_values(contrast, 200)
+        on_gpu = permutation_p(values, contrast, 2000, 9000, 1, "cuda")
+        assert np.array_equal(on_gpu, permutation_p(values, contrast, 2000, 9000, 1))
