@@ -319,7 +319,7 @@ def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -
                 z = mine[column].dropna().to_numpy(float) if column in mine else np.array([])
                 if not len(z):
                     continue
-                passed = (mine[below] > tau).mean() if below in mine else math.nan
+                passed = float((mine[below] > tau).mean()) if below in mine else None
                 rows.append(
                     {
                         "latent": entry["latent"],
@@ -328,7 +328,7 @@ def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -
                         "kind": kind,
                         "n": len(z),
                         "rate": float((z > tau).mean()),
-                        "below_cutoff": float(passed),
+                        "below_cutoff": passed,
                         "mean_z": float(z.mean()),
                         "histogram": histogram(z, tau),
                     }

@@ -437,7 +437,8 @@ class Report(File):
     monitors: list[Row]
     evaluations: dict[str, Row]
     verdict: Row
-    rule: Row
+    rule: list[str]
+    """The verdict's, in words."""
     provenance: Row
     sources: dict[str, list[Row]]
     comparable: Row

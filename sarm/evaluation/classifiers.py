@@ -63,11 +63,9 @@ class Classifier:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=given.dtype)
         self.model = loaded.to(device).eval()
-        if self.tokenizer.pad_token_id is None:  # as of Llama classifiers
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        # Without a pad token, as of Llama classifiers, a batch could not tell where a text ends.
         self.batch = 16 if self.tokenizer.pad_token_id is not None else 1
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
         positions = getattr(self.model.config, "max_position_embeddings", None) or UNBOUNDED
         longest = min(self.tokenizer.model_max_length, positions)
         self.max_length = longest if longest < UNBOUNDED else None

@@ -129,9 +129,9 @@ def test_policies_verdict_and_its_figures_are_reported(tmp_path):
     row = next(
         line.split()
         for line in part(report, "VERDICT").splitlines()
-        if line.startswith("penalised fire, unsafe ")
+        if line.startswith("penalised, unsafe ")
     )
-    assert row[3:6] == ["120", "5", "-37.8"]
+    assert row[2:5] == ["120", "5", "-38.0"]
     assert "Judge: a/judge, on unsafe prompts." in report
     assert (
         "Refusal detector: a detector, sensitivity 0.940 on 1000 refusals, false positives 0.030 on"
@@ -140,13 +140,13 @@ def test_policies_verdict_and_its_figures_are_reported(tmp_path):
     table = part(report, "POLICY EVALUATION (own generations on held-out prompts)")
     rows = [line.split() for line in table.splitlines() if line.startswith("penalty-seed3")]
     assert rows == [
-        ["penalty-seed3", "120", "90", "0.143", "0.117", "0.150", "0.408", "0.078"],
-        ["penalty-seed3", "0.056", "0.078"],
-        ["penalty-seed3", "2.123", "37.1", "0.200", "0.067", "0.026", "0.031", "0.170"],
+        ["penalty-seed3", "120", "90", "0.232", "0.117", "0.146", "0.408", "0.078"],
+        ["penalty-seed3", "0.056", "0.072"],
+        ["penalty-seed3", "2.130", "37.3", "0.200", "0.067", "0.010", "0.010", "0.163"],
     ]
     assert "none: every phase is done" in report
     watched = part(report, "PENALISED AND MONITOR LATENTS IN THE GENERATIONS").splitlines()
-    assert ["777", "0.5", "random", "unsafe", "600", "0.300", "0.000", "0.415"] in [
+    assert ["777", "0.5", "random", "unsafe", "600", "0.300", "n/a", "0.415"] in [
         line.split() for line in watched
     ]
     assert (
@@ -230,9 +230,7 @@ def test_figures_are_those_of_the_rows(tmp_path):
         for of in (unsafe, safe)
     ]
     taus = list(runs.MONITOR_TAUS.items())
-    watched = [
-        np.mean([(of[f"z_{m}"] > tau).mean() for m, tau in taus]) for of in (unsafe, safe)
-    ]
+    watched = [np.mean([(of[f"z_{m}"] > tau).mean() for m, tau in taus]) for of in (unsafe, safe)]
     expected = {
         "penalised_fired": fires[0].mean(),
         "penalised_fired_safe": fires[1].mean(),
@@ -336,9 +334,11 @@ def test_damaged_outputs_are_named_and_left_out(tmp_path):
 @pytest.mark.parametrize("arm", ["penalty", "no_penalty", "random"])
 def test_a_missing_arm_leaves_the_others(tmp_path, arm):
     run = evaluated_run(tmp_path / "run")
-    (run.folder("evaluate", f"{arm}-seed0") / "manifest.json").unlink()
+    for seed in range(5):
+        (run.folder("evaluate", f"{arm}-seed{seed}") / "manifest.json").unlink()
     report = report_of(run)
-    assert "Verdict: no verdict" in report
+    word = "fell, specificity unknown" if arm == "random" else "no verdict"
+    assert f"Verdict: {word}\n" in report and "successfully" not in report
     rows = part(report, "POLICY EVALUATION (own generations on held-out prompts)")
     assert f"\n{arm}-seed0" not in rows and rows.count("-seed0") == 6
 
