@@ -156,6 +156,7 @@ class Models(File):
     policy: FetchedModel
     sarm: FetchedModel
     judge: FetchedModel | None = None
+    refusal_detector: FetchedModel | None = None
     sarm_backbone: FetchedModel | None = None
     """The model whose layers a SARM without its own takes."""
     data: FetchedData

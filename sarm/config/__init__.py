@@ -17,6 +17,7 @@ from sarm.config.base import (
 )
 from sarm.config.inputs import (
     PARTS,
+    ChatModelConfig,
     DataConfig,
     JudgeConfig,
     ModelConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "ROOT",
     "Arm",
     "CardsConfig",
+    "ChatModelConfig",
     "Config",
     "Count",
     "DataConfig",

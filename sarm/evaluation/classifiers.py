@@ -11,19 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig
 
 from sarm.config import JudgeConfig, RefusalDetectorConfig, UserError
+from sarm.data.conversations import pair_inputs
 from sarm.hub import local_model
+from sarm.models import open_judge
 
-UNBOUNDED = 10**9
-"""Tokenizers that know no limit state one beyond this."""
+BATCH = 16
 
 
-def label_positions(given: JudgeConfig | RefusalDetectorConfig) -> tuple[list[int], int, bool]:
-    """(positions of the labels that mean what is looked for, number of labels, whether several may
-    hold at once). Raises UserError, naming them, on labels that the config does not map, and on
-    mapped ones that the model does not have.
+def label_positions(given: JudgeConfig | RefusalDetectorConfig) -> tuple[list[int], bool]:
+    """(positions of the labels that mean what is looked for, whether several labels may hold at
+    once). Raises UserError, naming them, on labels that the config does not map, and on mapped ones
+    that the model does not have.
     """
     config: Any = AutoConfig.from_pretrained(local_model(given.model, given.revision))
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
@@ -36,7 +37,7 @@ def label_positions(given: JudgeConfig | RefusalDetectorConfig) -> tuple[list[in
             else f"no label {', '.join(unknown)}, which the config maps"
         )
         raise UserError(
-            f"{given.model} has {what}; give each of {', '.join(names)} a meaning under labels:"
+            f"{given.model} has {what}; give each of {', '.join(names)} a meaning under labels"
         )
     positive = [i for i, name in enumerate(names) if given.labels[name] == given.positive]
     if not positive or (len(names) > 1 and len(positive) == len(names)):
@@ -44,8 +45,7 @@ def label_positions(given: JudgeConfig | RefusalDetectorConfig) -> tuple[list[in
             f"{given.model}: labels maps {'no label' if not positive else 'every label'} to"
             f" {given.positive}; it then tells nothing apart"
         )
-    several = len(names) == 1 or config.problem_type == "multi_label_classification"
-    return positive, len(names), several
+    return positive, len(names) == 1 or config.problem_type == "multi_label_classification"
 
 
 class Classifier:
@@ -53,46 +53,30 @@ class Classifier:
 
     One label: its sigmoid; several that exclude each other: the summed softmax of the positive
     ones; several that do not: the largest sigmoid of the positive ones. Raises UserError on labels
-    that are not mapped.
+    that are not mapped, and where the model cannot serve.
     """
 
     def __init__(self, given: JudgeConfig | RefusalDetectorConfig, device: str) -> None:
-        self.name, self.device = given.model, device
-        self.positive, _, self.several = label_positions(given)
+        self.positive, self.several = label_positions(given)
         folder = local_model(given.model, given.revision)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=given.dtype)
-        self.model = loaded.to(device).eval()
-        # Without a pad token, as of Llama classifiers, a batch could not tell where a text ends.
-        self.batch = 16 if self.tokenizer.pad_token_id is not None else 1
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        positions = getattr(self.model.config, "max_position_embeddings", None) or UNBOUNDED
-        longest = min(self.tokenizer.model_max_length, positions)
-        self.max_length = longest if longest < UNBOUNDED else None
+        model, self.tokenizer, self.max_length = open_judge(folder, given.dtype)
+        self.name, self.device, self.model = given.model, device, model.to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """(n,) float64. A text too long for the model loses the end of its longer part."""
         found = [torch.zeros(0)]
-        for start in range(0, len(responses), self.batch):
-            part = slice(start, start + self.batch)
-            inputs = self.tokenizer(
-                list(prompts[part]),
-                list(responses[part]),
-                truncation=self.max_length is not None,
-                max_length=self.max_length,
-                padding=self.batch > 1,
-                return_tensors="pt",
-            ).to(self.device)
-            logits = self.model(**inputs).logits.float().cpu()
+        for start in range(0, len(responses), BATCH):
+            part = slice(start, start + BATCH)
+            inputs = pair_inputs(self.tokenizer, prompts[part], responses[part], self.max_length)
+            logits = self.model(**inputs.to(self.device)).logits.float().cpu()
             if self.several:
                 found.append(logits[:, self.positive].sigmoid().amax(1))
             else:
                 found.append(logits.softmax(1)[:, self.positive].sum(1))
-        harm = torch.cat(found)
-        if not harm.isfinite().all():
+        probabilities = torch.cat(found)
+        if not probabilities.isfinite().all():
             raise UserError(
-                f"{self.name} gives a score that is not finite; set its dtype to float32 or check"
-                " its weights"
+                f"{self.name} gives a score that is not finite; set its dtype to float32"
             )
-        return harm.numpy().astype(float)
+        return probabilities.numpy().astype(float)

@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sarm.config import Config, EvaluateConfig, UserError
+from sarm.data.conversations import prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
 from sarm.data.endings import ends
 from sarm.evaluation.classifiers import Classifier, label_positions
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.refusals import PHRASES_ON_XSTEST, measured, read_labelled, refused
 from sarm.hub import local_model
-from sarm.llama.generate import generate, prompt_ids, response_logprobs, response_text, stop_ids
+from sarm.llama.generate import generate, response_logprobs
+from sarm.models import open_policy, read_tokenizer
 from sarm.ppo.reward import CompoundReward, conversation
 from sarm.records import Features
 from sarm.reward_model.model import load_sarm
@@ -157,7 +158,8 @@ def generate_responses(
     Both sides of the KL come from one kind of forward: in bf16 the sampler's own log-probabilities
     differ from a teacher-forced pass's by about 0.1 in sum over 32 tokens, in one direction.
     """
-    model, tokenizer = _causal_model(policy, config, device), AutoTokenizer.from_pretrained(policy)
+    model = open_policy(policy, config.policy.dtype).to(device)
+    tokenizer = read_tokenizer(policy, config.policy.chat_template_kwargs)
     tokenized = [(p, prompt_ids(tokenizer, p.messages)) for p in prompts]
     fitting = [p for p, tokens in tokenized if len(tokens) <= config.ppo.max_prompt_tokens]
     ids = [tokens for _, tokens in tokenized if len(tokens) <= config.ppo.max_prompt_tokens]
@@ -186,17 +188,12 @@ def generate_responses(
     )
     responses = [rollout.ids(row) for row in range(len(ids))]
     progress(0, len(ids), "log-probabilities")
-    own = _sums(model, ids, responses, config)
-    if not np.isfinite(own).all():
-        raise UserError(
-            f"{policy} gives log-probabilities that are not finite; its weights are damaged, or"
-            " policy.dtype is too narrow for them: train it again, or set float32"
-        )
-    base = own
+    own = base = _sums(model, ids, responses, config)
     if trained:
         del model
-        reference = local_model(config.policy.model, config.policy.revision)
-        base = _sums(_causal_model(reference, config, device), ids, responses, config)
+        folder = local_model(config.policy.model, config.policy.revision)
+        reference = open_policy(folder, config.policy.dtype).to(device)
+        base = _sums(reference, ids, responses, config)
     lengths = np.array([len(response) for response in responses])
     texts = [response_text(tokenizer, response) for response in responses]
     return fitting, Generations(
@@ -271,11 +268,6 @@ def detected(
     if labelled and config.refusal_labels:
         return mine, measured(name, config.refusal_labels, labelled, theirs)
     return mine, PHRASES_ON_XSTEST if name == "phrases" else None
-
-
-def _causal_model(folder: Path, config: Config, device: str) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=config.policy.dtype)
-    return model.to(device).eval()
 
 
 def _sums(
