@@ -164,15 +164,19 @@ def beside() -> list[Cell]:
     return found
 
 
+SIZES, SEEDS = (100, 250, 500, 1000), (3, 5, 8)
+TRUE = {
+    "control": (SAFER, ("control",)),
+    "evasion": (BASE._replace(penalised=0.42 * 0.4), ("evasion", "evasion in part")),
+    "no effect": (BASE, ("no effect",)),
+    "rose": (BASE._replace(penalised=0.42 * 1.3), ("rose",)),
+    "suppression": (BASE._replace(over_refusal=0.20), ("suppression",)),
+}
+"""By claim, a policy of which it is true, and the words that say so."""
+
+
 def sizes() -> list[Cell]:
     """Each claim where it is true, by prompts of either kind and seeds."""
-    claims_true = {
-        "control": (SAFER, ("control",)),
-        "evasion": (BASE._replace(penalised=0.42 * 0.4), ("evasion", "evasion in part")),
-        "no effect": (BASE, ("no effect",)),
-        "rose": (BASE._replace(penalised=0.42 * 1.3), ("rose",)),
-        "suppression": (BASE._replace(over_refusal=0.20), ("suppression",)),
-    }
     return [
         Cell(
             f"{name}: {prompts} + {prompts}, {seeds} seeds",
@@ -183,10 +187,21 @@ def sizes() -> list[Cell]:
             safe=prompts,
             seeds=seeds,
         )
-        for name, (truth, words) in claims_true.items()
-        for prompts in (100, 250, 500, 1000)
-        for seeds in (3, 5, 8)
+        for name, (truth, words) in TRUE.items()
+        for prompts in SIZES
+        for seeds in SEEDS
     ]
+
+
+def print_sizes(draws: int, seed: int) -> None:
+    """A row a claim; in each cell the shares of runs that make it with 3, 5 and 8 seeds."""
+    told = " / ".join(map(str, SEEDS))
+    print(f"| claim, {told} seeds |" + "".join(f" {n} + {n} |" for n in SIZES))
+    print("|---|" + "---|" * len(SIZES))
+    shares = (rate(cell, draws, seed)[0] for cell in sizes())
+    for name in TRUE:
+        row = [" / ".join(f"{next(shares):.2f}" for _ in SEEDS) for _ in SIZES]
+        print(f"| {name} | {' | '.join(row)} |", flush=True)
 
 
 def drawn(
@@ -271,9 +286,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sizes", action="store_true", help="only how many prompts and seeds")
     args = parser.parse_args(argv)
+    if args.sizes:
+        print_sizes(args.draws, args.seed)
+        return 0
     missed = []
     print("| cell | share | target | words |\n|---|---|---|---|")
-    for cell in sizes() if args.sizes else [*cells(), *beside()]:
+    for cell in [*cells(), *beside()]:
         share, words = rate(cell, args.draws, args.seed)
         told = ", ".join(f"{w} {n / args.draws:.3f}" for w, n in words.most_common(3))
         print(f"| {cell.name} | {share:.3f} | {cell.target} | {told} |", flush=True)
