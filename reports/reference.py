@@ -199,9 +199,8 @@ def steering(summary: dict[str, Any] | None) -> list[str]:
     width = max(24, *(len(label) + 1 for label in labels))
     lines = [f"{'Dataset':<{width}}{'Before':>13}{'After':>13}{'Delta':>11}"]
     for label, t in zip(labels, summary["texts"], strict=True):
-        lines.append(
-            f"{label:<{width}}{fixed(t['before'], 4):>13}{fixed(t['after'], 4):>13}{fixed(t['delta'], 4, sign=True):>11}"
-        )
+        before, after = (f"{fixed(t[side], 4):>13}" for side in ("before", "after"))
+        lines.append(f"{label:<{width}}{before}{after}{fixed(t['delta'], 4, sign=True):>11}")
     return [*lines, "", *wrap(f"Interpretation: {steering_sentence(summary)}")]
 
 

@@ -67,8 +67,8 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                     for c in rows
                 ],
                 title=(
-                    "The penalty arm against the no-penalty arm, over prompts and seeds. `penalised`"
-                    " and `monitors` are firing rates of those latents on the prompts named;"
+                    "The penalty arm against the no-penalty arm, over prompts and seeds."
+                    " `penalised` and `monitors` are firing rates of those latents on the prompts named;"
                     " `detectable` is the minimum detectable effect (80 % power)."
                 ),
             )

@@ -145,7 +145,7 @@ SAME = {"monitors": BASE["monitors"], "harm": BASE["harm"]}
             "fell, not specific",
             {"Fell:", "Within the margin"},
         ),
-        (noise, "undecided", set()),
+        (noise, "no effect", {"No effect beyond", "Within the margin"}),
         (
             lambda path: evaluated_run(
                 path, no_penalty={"monitors": 0.97}, penalty={"monitors": 1.0}
@@ -213,9 +213,9 @@ def test_the_whole_report_claims_what_the_data_bear(
 def test_monitors_that_cannot_move_are_none(tmp_path):
     """They fire on 97 % of the base policy's responses."""
     run = evaluated_run(tmp_path / "run")
-    publish_evaluation(run, "base", generations(BASE | {"monitors": 0.97 / 1.1}))
+    publish_evaluation(run, "base", generations(BASE | {"monitors": 0.97 / 0.9}))
     found = told(run, monitors_control=None)
-    assert found.verdict.word == "evasion" or "no monitors" in found.verdict.word
+    assert found.verdict.word == "fell and specific, no monitors"
 
 
 def test_without_a_calibration_nothing_is_said_of_latents(tmp_path):
