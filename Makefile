@@ -21,6 +21,9 @@ RUNS ?=
 OUT ?= outputs/compare
 
 PY := $(VENV)/bin/python
+# A run that is there already has a config of its own, and is taken under that where no CONFIG is given.
+OWN := $(if $(filter file default,$(origin CONFIG)),$(wildcard $(RUN)/config.yaml))
+CONFIG_ARG = $(if $(OWN),,--config $(CONFIG))
 PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
@@ -51,26 +54,26 @@ demo: setup  ## the whole pipeline on SmolLM2-135M on this machine's CPU
 	@$(PY) -m slurm.local --config configs/smollm2.yaml --run outputs/smollm2
 
 run: setup  ## the whole pipeline on this machine: CONFIG=... RUN=...
-	@$(PY) -m slurm.local --config $(CONFIG) --run $(RUN)
+	@$(PY) -m slurm.local $(CONFIG_ARG) --run $(RUN)
 
 $(filter-out fetch,$(PHASES)): setup
-	@$(PY) -m jobs $@ --config $(CONFIG) --run $(RUN)
+	@$(PY) -m jobs $@ $(CONFIG_ARG) --run $(RUN)
 
 # Any environment will do: the full one where there is one.
 login:
 	@test -x $(PY) || $(MAKE) --no-print-directory setup-light
 
 fetch: login  ## models and data, as the cluster's profile says (HF_TOKEN for a gated model): CLUSTER=... CONFIG=... RUN=...
-	@$(PY) -m slurm.fetch --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
+	@$(PY) -m slurm.fetch --cluster $(CLUSTER) $(CONFIG_ARG) --run $(RUN)
 
 doctor: login  ## look over cluster and run before submitting: CLUSTER=... CONFIG=... RUN=...
-	@$(PY) -m slurm.doctor --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
+	@$(PY) -m slurm.doctor --cluster $(CLUSTER) $(CONFIG_ARG) --run $(RUN)
 
 submit-all: login  ## the whole run as dependent Slurm jobs: CLUSTER=... CONFIG=... RUN=..., DRY_RUN=1 to look first
-	@$(PY) -m slurm.submit --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN) $(if $(DRY_RUN),--dry-run)
+	@$(PY) -m slurm.submit --cluster $(CLUSTER) $(CONFIG_ARG) --run $(RUN) $(if $(DRY_RUN),--dry-run)
 
 $(SUBMIT): submit-%: login
-	@$(PY) -m slurm.submit --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN) --phase $* $(if $(DRY_RUN),--dry-run)
+	@$(PY) -m slurm.submit --cluster $(CLUSTER) $(CONFIG_ARG) --run $(RUN) --phase $* $(if $(DRY_RUN),--dry-run)
 
 sbatch: login  ## write slurm/*.sbatch as a cluster's profile has it: CLUSTER=...
 	@$(PY) -m slurm.sbatch --cluster $(CLUSTER)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
+from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation.verdict import rule_sha256
 from sarm.records import Calibration as CalibrationFile
@@ -45,6 +46,8 @@ def train_and_publish(
     from sarm.ppo.learner.distributed import start_world
     from sarm.ppo.learner.export import policy_weights, save_policy
     from sarm.ppo.trainer import train
+    from sarm.probing.monitors import drawn_for
+    from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
@@ -53,16 +56,19 @@ def train_and_publish(
     world = start_world()
     selected = attempt.read("select")
     features = Features.read(selected.path("features.json"))
+    if config.ppo.arms != ("no_penalty",) or config.sweep_points():
+        refuse_unconfirmed(features, config.select)
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    made_with = f"{config.sha256}/{selected.manifest['outputs']['features.json']['sha256']}"
+    features_sha256 = selected.manifest.outputs["features.json"].sha256
+    made_with = f"{values_sha256('ppo', config)}/{features_sha256}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
-        candidates = [c.latent for c in features.random_candidates] if arm == "random" else []
+        candidates = drawn_for(features.random_candidates, seed) if arm == "random" else []
         calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]
@@ -88,7 +94,7 @@ def train_and_publish(
             checkpoints,
             step,
             state,
-            trainer.pieces(),
+            trainer.learner.pieces(),
             world=world,
             made_with=made_with,
             attempt=attempt.id,
@@ -99,11 +105,11 @@ def train_and_publish(
         trainer,
         save=save,
         log=log.write if log else lambda line: None,
-        stop_requested=stop_requested,
+        stop_requested=lambda: world.any(stop_requested()),
     )
     if not finished:
         raise SystemExit(STOPPED)
-    weights = policy_weights(trainer.actor, world)
+    weights = policy_weights(trainer.learner.actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:
         log.close()
@@ -269,7 +275,7 @@ def _start_wandb(config: Config, unit: str) -> Any:
     return wandb.init(
         project="sarm",
         name=f"{config.name}/{unit}",
-        id=f"{config.sha256[:16]}-{unit}",
+        id=f"{values_sha256('ppo', config)[:16]}-{unit}",
         resume="allow",
         config=config.model_dump(mode="json"),
     )

@@ -111,7 +111,7 @@ def rule_problem(run: RunDir, frames: Frames) -> str:
     """Why the rule cannot be said to be the one that stood before training; empty where it can."""
     arms = {run.config.verdict.arm, "no_penalty", "random"}
     recorded = {
-        unit: manifest.get("rule_sha256")
+        unit: manifest.more.get("rule_sha256")
         for (phase, unit), manifest in frames.manifests.items()
         if phase == "ppo" and arm_and_seed(unit)[0] in arms
     }

@@ -21,6 +21,7 @@ from sarm.records import (
     Cards,
     Evaluation,
     Features,
+    Manifest,
     Models,
     Steered,
     Steering,
@@ -43,7 +44,7 @@ class Frames(NamedTuple):
 
     phases: pd.DataFrame
     """A row a unit: phase, unit, status, cause, log, and what its manifest says."""
-    manifests: dict[tuple[str, str], dict[str, Any]]
+    manifests: dict[tuple[str, str], Manifest]
     features: Features | None
     calibrations: dict[str, dict[str, Any]]
     """By trained policy: the latents its reward penalised, with tau and alpha in the reward's
@@ -110,11 +111,11 @@ def _read_outputs(
     for (phase, unit), unit_files in published.items():
         try:
             if phase == "fetch":
-                if "models.json" in unit_files.manifest["outputs"]:
+                if "models.json" in unit_files.manifest.outputs:
                     models = Models.read(unit_files.path("models.json")).tree()
             elif phase == "select":
                 features = Features.read(unit_files.path("features.json"))
-                if "table.parquet" in unit_files.manifest["outputs"]:
+                if "table.parquet" in unit_files.manifest.outputs:
                     probe = pd.read_parquet(unit_files.path("table.parquet"))
             elif phase == "steer":
                 steering = Steering.read(unit_files.path("summary.json")).tree()
@@ -185,7 +186,7 @@ def _phase_row(
             "" if problem == "no manifest" else problem,
         ]
         row["cause"] = "; ".join(filter(None, causes)) or "it never started"
-    manifest = found.manifest if found is not None and problem is None else {}
+    manifest = found.manifest if found is not None and problem is None else None
     for name in (
         "attempt",
         "git_commit",
@@ -198,10 +199,10 @@ def _phase_row(
         "started",
         "ended",
     ):
-        row[name] = manifest.get(name)
+        row[name] = getattr(manifest, name, None)
     row["seconds"] = (
         (
-            datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])
+            datetime.fromisoformat(manifest.ended) - datetime.fromisoformat(manifest.started)
         ).total_seconds()
         if manifest
         else None
@@ -209,7 +210,7 @@ def _phase_row(
     row["needs"] = sorted(
         {
             "/".join(key.split("/")[:2])
-            for key, sha256 in manifest.get("inputs", {}).items()
+            for key, sha256 in (manifest.inputs if manifest else {}).items()
             if sha256 and not key.startswith("/")
         }
     )
@@ -284,8 +285,10 @@ def penalised_latents(run: RunDir, features: Features | None) -> list[dict[str, 
 
 def monitor_latents(features: Features | None) -> list[dict[str, Any]]:
     """The monitors with the thresholds above which they count as firing."""
-    monitors = features.monitor_features if features else []
-    return [{"latent": monitor.latent, "tau": monitor.tau} for monitor in monitors]
+    if features is None:
+        return []
+    taus = {candidate.latent: candidate.tau for candidate in features.monitor_features}
+    return [{"latent": latent, "tau": taus[latent]} for latent in features.monitors]
 
 
 def usable_monitors(

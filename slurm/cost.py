@@ -94,7 +94,7 @@ def count_texts(run: RunDir) -> int | None:
     try:
         if manifest is None:
             return None
-        file = manifest["outputs"]["models.json"]["file"]
+        file = manifest.outputs["models.json"].file
         pairs = Models.read(run.folder("fetch") / file).data.pairs
     except (OSError, KeyError):
         return None

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.text import Text
 
 from sarm.cli import ended
-from sarm.config import PHASES, ROOT, Config, UserError, load_config
-from sarm.run import RunDir
+from sarm.config import PHASES, ROOT, Config, UserError
+from sarm.run import RunDir, config_of
 from slurm import queue
 from slurm.cost import gigabytes, needed_bytes
 from slurm.dag import tasks
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """0 where nothing is wrong, else 2."""
-    profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
+    profile, config = load_profile(args.cluster), config_of(args.run, args.config, args.overrides)
     console, wrong = Console(), 0
     for finding in findings(profile, config, args.run):
         wrong += finding.state == "wrong"

@@ -17,8 +17,8 @@ import sys
 from importlib.util import find_spec
 
 from sarm.cli import ended
-from sarm.config import ROOT, Config, UserError, load_config
-from sarm.run import RunDir
+from sarm.config import ROOT, Config, UserError
+from sarm.run import RunDir, config_of
 from slurm import submit
 from slurm.images import binds, caches, image_of, image_target, make_caches
 from slurm.plan import python_command
@@ -32,14 +32,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def fetch(args: argparse.Namespace) -> int:
     """The exit code of the fetch, or of its submission."""
-    profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
+    profile, config = load_profile(args.cluster), config_of(args.run, args.config, args.overrides)
     if profile.fetch == "job":
         return submit.main(
             [
                 "--cluster",
                 args.cluster,
-                "--config",
-                args.config,
+                *(["--config", args.config] if args.config else []),
                 "--run",
                 args.run,
                 "--phase",

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sarm.cli import ended
-from sarm.config import UserError
+from sarm.config import NON_PHASE_JOBS, UserError
 from sarm.run import RunDir, slurm_complaint, write_atomic
 from slurm import queue
 from slurm.dag import Node, tasks
@@ -78,7 +78,8 @@ def status(args: argparse.Namespace) -> int:
     slurm, local = ask_slurm(run), local_states(run)
     if not slurm.heard:
         print("warning: the queue gave no answer; showing manifests alone", file=sys.stderr)
-    rows = [row(run, task.node, slurm, local, hashes=args.hashes) for task in tasks(run.config)]
+    nodes = [*(task.node for task in tasks(run.config)), *beside(run)]
+    rows = [row(run, node, slurm, local, hashes=args.hashes) for node in nodes]
     console = Console()
     if not console.is_terminal:  # a file or a pipe: no lines broken at a width that nobody has
         console = Console(width=1000)
@@ -115,6 +116,12 @@ def status(args: argparse.Namespace) -> int:
             " make submit-all or make run goes on from what is done"
         )
     return 0 if all(line.unit.state == "done" for line in rows) else 1
+
+
+def beside(run: RunDir) -> list[Node]:
+    """Jobs that are no phase and were published in this run: exports and trained SARMs."""
+    published = run.published()
+    return [Node(phase, "all") for phase in NON_PHASE_JOBS if (phase, "all") in published]  # type: ignore[arg-type]
 
 
 def say_causes(run: RunDir, units: Iterable[Unit], slurm: Slurm, console: Console) -> None:
@@ -188,8 +195,8 @@ def unit_state(
         return Unit(node, "done", duration(run, node))
     if node in local:
         return Unit(node, local[node])
-    task = next(task for task in tasks(run.config) if task.node == node)
-    needs = [need for need in task.needs if not run.done(*need, hashes=False)]
+    task = next((task for task in tasks(run.config) if task.node == node), None)
+    needs = [need for need in (task.needs if task else ()) if not run.done(*need, hashes=False)]
     counts = Counter(need.phase for need in needs)
     lacks = ", ".join(
         dict.fromkeys(
@@ -210,7 +217,7 @@ def unit_state(
             "not run",
             (
                 f"needs {lacks}"
-                if needs and task.when == "afterok"
+                if needs and task and task.when == "afterok"
                 else "its job was cancelled before it began"
             ),
         )
@@ -271,7 +278,7 @@ def ask_slurm(run: RunDir) -> Slurm:
 def published_by(run: RunDir, node: Node) -> str:
     """The job that the standing manifest names; empty where there is none."""
     manifest = run.manifest(*node)
-    return (manifest["job_id"] or "") if manifest else ""
+    return (manifest.job_id or "") if manifest else ""
 
 
 def cancel(run: RunDir) -> str:
@@ -297,7 +304,7 @@ def duration(run: RunDir, node: Node) -> str:
     if manifest is None:
         return ""
     seconds = (
-        datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])
+        datetime.fromisoformat(manifest.ended) - datetime.fromisoformat(manifest.started)
     ).total_seconds()
     return span(seconds)
 

@@ -29,8 +29,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm import slurm as submitit_slurm
 
 from sarm.cli import ended
-from sarm.config import PHASES, ROOT, Config, Phase, UserError, load_config
-from sarm.run import RunDir, git_commit, now, write_atomic
+from sarm.config import PHASES, ROOT, Config, Phase, UserError
+from sarm.run import RunDir, config_of, git_commit, now, write_atomic
 from slurm import queue
 from slurm.cost import table as cost_table
 from slurm.dag import Node
@@ -80,7 +80,7 @@ def arguments(module: str, doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cluster", default="generic", help="a profile in slurm/clusters/, or a path"
     )
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", help="YAML; where left out, the run's own")
     parser.add_argument("--run", required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
@@ -89,11 +89,12 @@ def arguments(module: str, doc: str | None) -> argparse.ArgumentParser:
 def submit_or_show(args: argparse.Namespace) -> int:
     """All checks first, the run directory only then: what is refused leaves nothing behind."""
     queue.forget_overrides()
-    profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
+    profile, config = load_profile(args.cluster), config_of(args.run, args.config, args.overrides)
     run = own_run(args.run, config)
     if args.dry_run:
         dry_run(run, profile, args.phase)
         return 0
+    refuse_live_change(run)
     warnings = check_images(profile)
     todo = undone(config, lambda node: run.done(*node, hashes=False))
     batches = chosen(config, profile, todo, args.phase)
@@ -109,6 +110,18 @@ def submit_or_show(args: argparse.Namespace) -> int:
         journal = submit(run, profile, args.phase)
     show(run, profile, journal, args.phase)
     return 0
+
+
+def refuse_live_change(run: RunDir) -> None:
+    """Raises UserError where jobs of the run would go on with a config that changes under them."""
+    journal = last_journal(run)
+    if journal is None or not run.change():
+        return
+    if queue.live_jobs(journal["jobs"].values()):
+        raise UserError(
+            f"submission {journal['id']} still runs with another config; make cancel first, or use"
+            " another RUN"
+        )
 
 
 def submit(run: RunDir, profile: Profile, phase: str | None = None) -> dict[str, Any]:
@@ -372,7 +385,7 @@ def own_run(path: str, config: Config) -> RunDir:
                 f"{run.path} is writable by everybody, who could then run code as you; chmod o-w it"
             )
     if (run.path / "config.yaml").exists():
-        RunDir.create(path, config)  # compares
+        run.change()  # refuses a config of another name
     return run
 
 

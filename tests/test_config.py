@@ -250,11 +250,7 @@ def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_the_hash_depends_on_values_alone() -> None:
-    assert (
-        config("ppo.learning_rate=1e-6").sha256
-        == config("ppo.learning_rate=0.000001").sha256
-        == config().sha256
-    )
+    assert config("ppo.kl_coef=5e-2").sha256 == config("ppo.kl_coef=0.05").sha256 == config().sha256
     assert config("ppo.gamma=1").sha256 == config().sha256
     seen = {
         config(o).sha256

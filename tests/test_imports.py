@@ -14,6 +14,7 @@ LIGHT = (
     "sarm.config",
     "sarm.records",
     "sarm.run",
+    "sarm.threads",
     "sarm.data.datasets",
     "sarm.evaluation.verdict",
     "slurm.cost",

@@ -37,6 +37,10 @@ PHASES: tuple[Phase, ...] = (
 )
 
 
+NON_PHASE_JOBS = ("train_sarm", "export")
+"""Jobs that are no phase of a run: started by hand."""
+
+
 class Config(Strict):
     """One run. `Config.sha256` names it in every manifest."""
 
@@ -104,6 +108,32 @@ class Config(Strict):
             )
             for seed, tau, alpha in grid
         }
+
+    @property
+    def conjunction(self) -> tuple[str, ...]:
+        """The two sources in both of which a latent must have its effect; none where one alone
+        gives pairs to discovery.
+        """
+        if self.select.sources:
+            return self.select.sources
+        return mine if len(mine := self._in_discovery()) == 2 else ()
+
+    def _in_discovery(self) -> tuple[str, ...]:
+        sources = self.data.sources.items()
+        return tuple(name for name, source in sources if source.split.get("discovery"))
+
+    @model_validator(mode="after")
+    def _two_sources(self) -> Config:
+        known, named = self._in_discovery(), self.select.sources
+        if (named and (len(set(named)) != 2 or not set(named) <= set(known))) or (
+            not named and len(known) > 2
+        ):
+            raise ValueError(
+                f"select.sources: name two of the sources that have a discovery share"
+                f" ({', '.join(known) or 'none has'}), in both of which a latent must have its"
+                " effect"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sweepable(self) -> Config:

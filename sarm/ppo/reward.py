@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sarm.config import PenaltyConfig, SarmConfig, UserError
-from sarm.ppo.objective import AllReduce, sum_over_ranks
+from sarm.ppo.learner.distributed import sum_over_ranks
 from sarm.records import Features
 from sarm.reward_model.interventions import Clamp, Ranks, latent_values, reward_changes
 from sarm.reward_model.model import SarmModel
@@ -42,6 +42,8 @@ from sarm.reward_model.scoring import Encoded, encode_texts
 
 Kind = Literal["threshold", "hinge", "density"]
 Message = dict[str, str]
+AllReduce = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all ranks."""
 
 
 class Penalised(NamedTuple):

@@ -129,7 +129,7 @@ class ClusterRun:
         """Which attempt each unit's manifest names; `undone` where it has none."""
         found = {task.node: self.dir.manifest(*task.node) for task in tasks(self.dir.config)}
         return {
-            str(node): manifest["attempt"] if manifest else "undone"
+            str(node): manifest.attempt if manifest else "undone"
             for node, manifest in found.items()
         }
 

@@ -27,9 +27,9 @@ def test_the_tiny_run_ends_with_a_whole_report(undisturbed: ClusterRun) -> None:
         report["failures"] == [] and len(report["progression"]) == undisturbed.dir.config.ppo.steps
     )
     manifest = undisturbed.dir.manifest("ppo", PPO)
-    assert manifest is not None and manifest["ranks"] == 4
+    assert manifest is not None and manifest.more["ranks"] == 4
     images = {
-        str(task.node): (undisturbed.dir.manifest(*task.node) or {})["image_sha256"]
+        str(task.node): undisturbed.dir.read(*task.node).manifest.image_sha256
         for task in tasks(undisturbed.dir.config)
     }
     assert (

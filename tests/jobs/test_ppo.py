@@ -82,7 +82,7 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path: Path) -> None:
         "z/3",
         "time/rollout",
         "time/score",
-        "time/judge",
+        "time/forward",
         "time/update",
         "tokens_per_s",
         "val/explained_variance",
@@ -95,7 +95,7 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path: Path) -> None:
         10 <= p["latent"] < 30 and 0 <= p["base_rate"] <= 1 for p in calibration["penalised"]
     )
     assert [h["latent"] for h in calibration["harming"]] == [1, 7]
-    manifest = published.manifest
+    manifest = published.manifest.more
     assert (
         manifest["steps"] == 40
         and manifest["ranks"] == 1

@@ -373,8 +373,20 @@ def test_a_world_writable_run_is_refused(site: Site, capsys: pytest.CaptureFixtu
 
 
 def test_another_config_is_refused(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert site.submit("name=other") == 2
+    assert "a run of the config 'dag'" in capsys.readouterr().err and not site.jobs
+    assert site.submit("encode.shards=3", "--dry-run") == 0
+    assert site.run.config.encode.shards == 2, "a look changes nothing"
+
+
+def test_a_config_does_not_change_under_jobs_that_go_on_with_it(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert site.submit() == 0
+    sent = len(site.jobs)
     assert site.submit("encode.shards=3") == 2
-    assert "encode.shards" in capsys.readouterr().err and not site.jobs
+    assert "still runs with another config; make cancel" in capsys.readouterr().err
+    assert site.run.config.encode.shards == 2 and len(site.jobs) == sent
 
 
 def test_a_submit_limit_is_kept(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,19 @@ def place(env: Mapping[str, str]) -> Place:
     return Place(rank, size, local, address, port)
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all ranks, a new tensor where `tensor` was; without
+    torch.distributed, its copy.
+    """
+    total = tensor.detach().clone()
+    if not (dist.is_available() and dist.is_initialized()):
+        return total
+    if dist.get_backend() == "nccl":  # which knows no CPU tensors
+        total = total.cuda()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
 class World:
     """All ranks, and the device of this one. Each method is a collective: every rank must call
     it.
