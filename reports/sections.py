@@ -128,7 +128,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
     rates = ("reward", "penalised_fired", "monitors_fired", "refused", "over_refused")
     safe = ("penalised_fired_safe", "monitors_fired_safe")
     rated = [
-        [r["policy"], r["n_unsafe"], r["n_safe"], *(fixed(r[m], 3) for m in rates)] for r in rows
+        [r["policy"], r["n_unsafe"], r["n_safe"], *(rate(r[m]) for m in rates)] for r in rows
     ]
     summaries = figures["evaluations"].values()
     judge = next((e["judge"] for e in summaries if e.get("judge")), None)
@@ -143,7 +143,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         ),
         Table(
             ["Policy", "penalised", "monitors"],
-            [[r["policy"], *(fixed(r[m], 3) for m in safe)] for r in rows],
+            [[r["policy"], *(rate(r[m]) for m in safe)] for r in rows],
             title="On safe prompts, firing rates of the same latents:",
         ),
         Table(
@@ -165,6 +165,11 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         Prose(f"KL: {next(iter(summaries))['kl']}."),
         Prose(detector_sentence(figures)),
     ]
+
+
+def rate(share: float) -> str:
+    """A share; n/a where nothing was measured, as of monitors where none qualifies."""
+    return "n/a" if math.isnan(share) else fixed(share, 3)
 
 
 def detector_sentence(figures: dict[str, Any]) -> str:

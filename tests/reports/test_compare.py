@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_reports(tmp_path, capsys, monkeypatch):
         if (c["measure"], c["arm"]) == ("monitors_fired", "penalty")
     )
     shown = re.escape(f"{100 * change['change']:+.1f}")
-    assert re.search(rf"^two +120 +44\.8 +44\.8 +{shown} ", text, re.MULTILINE)
+    assert re.search(rf"^two +120 +45\.1 +45\.1 +{shown} ", text, re.MULTILINE)
     page = (tmp_path / "out" / "compare.html").read_text()
     assert Outline(page).open == [] and "evasion" in visible(page)
 
