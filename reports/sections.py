@@ -127,9 +127,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
     } | ({"harm": "harm"} if judged else {})
     rates = ("reward", "penalised_fired", "monitors_fired", "refused", "over_refused")
     safe = ("penalised_fired_safe", "monitors_fired_safe")
-    rated = [
-        [r["policy"], r["n_unsafe"], r["n_safe"], *(rate(r[m]) for m in rates)] for r in rows
-    ]
+    rated = [[r["policy"], r["n_unsafe"], r["n_safe"], *(rate(r[m]) for m in rates)] for r in rows]
     summaries = figures["evaluations"].values()
     judge = next((e["judge"] for e in summaries if e.get("judge")), None)
     return [
@@ -901,11 +899,11 @@ SECTIONS = (
     Section("training", "Training, all arms", training),
     Section("sweep", "Penalty sweep", sweep),
     Section("features", "Features: effects on held-out prompts", features),
-    Section("trust", "Validity checks", trust),
+    Section("trust", "How far the selection can be trusted", trust),
     Section("rankings", "Features: rankings compared", rankings),
     Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
     Section("steered", "Steering the policy", steered, "approximate"),
-    Section("phases", "Pipeline status", phases),
+    Section("phases", "The run's parts", phases),
     Section("provenance", "Provenance", provenance),
 )
