@@ -20,6 +20,7 @@ from typing import Any
 from sarm.config import Config, UserError, arm_and_seed
 from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
+from sarm.evaluation.verdict import rule_sha256
 from sarm.records import Calibration, Features, Instrument, RatedLatent, StepMetrics, plain
 from sarm.run import Attempt, RunDir
 
@@ -110,6 +111,7 @@ def train_and_publish(
             steps=progress.step,
             device_names=names,
             ranks=world.size,
+            rule_sha256=rule_sha256(config),
         )
         shutil.rmtree(checkpoints, ignore_errors=True)
     world.barrier()

@@ -22,6 +22,9 @@ from sarm.config.schema import Config
 RENAMED = {
     "select.redraws": "select.stability_repeats",
     "ppo.calibration_prompts": "calibrate.prompts",
+    "verdict.bootstrap": "steer.bootstrap",
+    "verdict.evasion_share": "verdict.monitor_share",
+    "verdict.null_bound": "verdict.delta",
 }
 """Keys by an earlier name, which an error points out, and which the config of a stored run may
 have; so too the values below.

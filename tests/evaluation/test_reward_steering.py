@@ -156,7 +156,11 @@ def test_steering_summary_by_hand():
         "n_prompts": 2,
         "before": 0.75,
         "after": 0.75,
-    } | {name: 0.0 for name in ("delta", "delta_low", "delta_high", "delta_reselected")}
+        "delta": 0.0,
+        "delta_low": None,  # two prompts that agree bound nothing
+        "delta_high": None,
+        "delta_reselected": 0.0,
+    }
     assert (rejected["before"], rejected["after"], rejected["delta"]) == pytest.approx(
         (0.35, 0.85, 0.5)
     )
