@@ -1,5 +1,5 @@
 """Read the base policy's own responses before any training: `python -m jobs calibrate --config C
---run R` -> instrument.json.
+--run R` -> readings.json.
 
 Stops, unless `calibrate.underpowered` is warn, where the planned evaluation would not detect the
 change that the config asks for: before GPU-hours are spent.
@@ -28,5 +28,5 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     if config.calibrate.underpowered == "stop" and underpowered(config, found):
         raise UserError(power_sentence(config, found))
-    found.write(attempt.path("instrument.json"))
+    found.write(attempt.path("readings.json"))
     attempt.publish(device=device)

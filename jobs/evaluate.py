@@ -14,15 +14,15 @@ from sarm.config import Config
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
 from sarm.hub import local_model
-from sarm.records import Evaluation, Features, Instrument, Steered
+from sarm.records import Evaluation, Features, Readings, Steered
 from sarm.run import Attempt, RunDir
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Generate, score, publish."""
     started = time.perf_counter()
-    instrument = Instrument.read(attempt.read("calibrate").path("instrument.json"))
-    features = instrument.applied(Features.read(attempt.read("select").path("features.json")))
+    readings = Readings.read(attempt.read("calibrate").path("readings.json"))
+    features = readings.applied(Features.read(attempt.read("select").path("features.json")))
     if unit == "steered":
         steer(config, features, attempt)
         return

@@ -1,7 +1,7 @@
 """Train one arm with PPO: `python -m jobs ppo --run R --unit penalty-seed0`, by itself or on every
 rank of srun or torchrun.
 
-Reads select's features.json, calibrate's instrument.json and the prompts of part `ppo`. Goes on from the newest complete
+Reads select's features.json, calibrate's readings.json and the prompts of part `ppo`. Goes on from the newest complete
 checkpoint under RUN/ppo/UNIT/checkpoints. On SIGTERM or SIGUSR2 it ends its step, writes a
 checkpoint and exits with code 75, which means: start me again.
 """
@@ -21,7 +21,7 @@ from sarm.config import Config, UserError, arm_and_seed
 from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation.verdict import rule_sha256
-from sarm.records import Calibration, Features, Instrument, RatedLatent, StepMetrics, plain
+from sarm.records import Calibration, Features, RatedLatent, Readings, StepMetrics, plain
 from sarm.run import Attempt, RunDir
 
 STOPPED = 75
@@ -52,16 +52,16 @@ def train_and_publish(
     arm, seed = arm_and_seed(unit)
     world = start_world()
     calibrated = attempt.read("calibrate")
-    instrument = Instrument.read(calibrated.path("instrument.json"))
+    readings = Readings.read(calibrated.path("readings.json"))
     selected = Features.read(attempt.read("select").path("features.json"))
     if config.ppo.arms != ("no_penalty",) or config.sweep_points():
         refuse_unconfirmed(selected, config.select)
-        refuse_unreadable(config, instrument)
-    features = instrument.applied(selected)
+        refuse_unreadable(config, readings)
+    features = readings.applied(selected)
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    instrument_sha256 = calibrated.manifest.outputs["instrument.json"].sha256
-    made_with = f"{values_sha256('ppo', config)}/{instrument_sha256}"
+    readings_sha256 = calibrated.manifest.outputs["readings.json"].sha256
+    made_with = f"{values_sha256('ppo', config)}/{readings_sha256}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
@@ -69,7 +69,7 @@ def train_and_publish(
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is not None:
         trainer.restore(loaded.state["trainer"], loaded)
-    trainer.reward = reward_of(arm, trainer.reward, instrument.random.get(str(seed), []))
+    trainer.reward = reward_of(arm, trainer.reward, readings.random.get(str(seed), []))
     log = (
         Log(config, unit, attempt, loaded.state["metrics"] if loaded else [])
         if world.rank == 0
@@ -103,7 +103,7 @@ def train_and_publish(
     if log:
         log.close()
         save_policy(source, weights, trainer.tokenizer, attempt.directory("policy"))
-        arm_penalty(arm, trainer.reward, instrument).write(attempt.path("calibration.json"))
+        arm_penalty(arm, trainer.reward, readings).write(attempt.path("calibration.json"))
         progress = trainer.progress
         attempt.publish(
             device=str(world.device),
@@ -161,12 +161,12 @@ def make_trainer(config: Config, features: Features, seed: int, world: Any) -> A
     )
 
 
-def refuse_unreadable(config: Config, instrument: Instrument) -> None:
+def refuse_unreadable(config: Config, readings: Readings) -> None:
     """Raises UserError where training against these latents would show nothing."""
-    if instrument.unreadable and config.ppo.unreadable == "stop":
+    if readings.unreadable and config.ppo.unreadable == "stop":
         raise UserError(
             "calibrate found that the SARM does not read this policy's responses, so training"
-            f" would show nothing about latents: {'; '.join(instrument.unreadable)}; raise"
+            f" would show nothing about latents: {'; '.join(readings.unreadable)}; raise"
             " ppo.max_new_tokens, lower ppo.temperature, or set ppo.unreadable=warn"
         )
 
@@ -184,20 +184,20 @@ def reward_of(arm: str, reward: Any, random: Sequence[RatedLatent]) -> Any:
     return reward
 
 
-def arm_penalty(arm: str, reward: Any, instrument: Instrument) -> Calibration:
+def arm_penalty(arm: str, reward: Any, readings: Readings) -> Calibration:
     """What this arm penalises, and how often that and the harming latents fire before training."""
-    random = [latent for latents in instrument.random.values() for latent in latents]
-    rates = {(r.latent, r.tau): r.base_rate for r in (*random, *instrument.penalised)}
+    random = [latent for latents in readings.random.values() for latent in latents]
+    rates = {(r.latent, r.tau): r.base_rate for r in (*random, *readings.penalised)}
     return Calibration(
         arm=arm,
-        n=instrument.n_prompts * instrument.samples,
-        reward_sd=instrument.reward_sd,
+        n=readings.n_prompts * readings.samples,
+        reward_sd=readings.reward_sd,
         penalised=[
             p._asdict() | {"base_rate": rates.get((p.latent, p.tau))} for p in reward.penalised
         ],
         harming=[
             {"latent": p.latent, "tau": p.tau, "alpha": p.alpha, "base_rate": p.base_rate}
-            for p in instrument.penalised
+            for p in readings.penalised
         ],
     )
 

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from reports.frames import Frames
+from sarm import records
 from sarm.config import arm_and_seed
 from sarm.evaluation.comparison import Rows
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.verdict import Instrument, Verdict, decide, rule_sha256
+from sarm.evaluation.verdict import Bounds, Instrument, Verdict, decide, rule_sha256
 from sarm.records import Features
 from sarm.run import RunDir
 
@@ -79,11 +80,20 @@ def instrument(run: RunDir, frames: Frames) -> Instrument:
     """What the run knows of its own measuring. Stability and positive control are those of the
     calibration, where there is one.
     """
+    readings = frames.readings
+    control = readings.positive_control if readings else None
     return Instrument(
+        kappa=readings.kappa if readings else None,
+        penalised_control=bounds(control.penalised) if control else None,
+        monitors_control=bounds(control.monitors) if control else None,
         detector=shared_detector(frames.evaluations),
         confirmed=confirmed(frames.features),
         rule_problem=rule_problem(run, frames),
     )
+
+
+def bounds(record: records.Bounds | None) -> Bounds | None:
+    return None if record is None else Bounds(record.value, record.low, record.high)
 
 
 def shared_detector(evaluations: Mapping[str, Mapping[str, Any]]) -> Detector | None:

@@ -38,6 +38,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "run": config.name,
         "configuration": _configuration(run, frames, shown_policy),
         "features": frames.features.tree() if frames.features else None,
+        "readings": frames.readings.tree() if frames.readings else None,
         "penalty": _penalty(run, frames, shown_policy),
         "shown_policy": shown_policy,
         "progression": _progression(frames.training, shown_policy),
@@ -375,6 +376,7 @@ SOURCES = {
     "features": ("select", ("features.json", "table.parquet")),
     "rankings": ("select", ("features.json",)),
     "cards": ("cards", ("cards.json",)),
+    "calibration": ("calibrate", ("readings.json",)),
     "steered": ("evaluate", ("summary.json",)),
     "steering": ("steer", ("summary.json",)),
 }

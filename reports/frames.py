@@ -23,6 +23,7 @@ from sarm.records import (
     Features,
     Manifest,
     Models,
+    Readings,
     Steered,
     Steering,
     read_training_log,
@@ -46,6 +47,10 @@ class Frames(NamedTuple):
     """A row a unit: phase, unit, status, cause, log, and what its manifest says."""
     manifests: dict[tuple[str, str], Manifest]
     features: Features | None
+    readings: Readings | None
+    """What calibrate found on the base policy's responses; `features` has its thresholds and
+    monitors.
+    """
     calibrations: dict[str, dict[str, Any]]
     """By trained policy: the latents its reward penalised, with tau and alpha in the reward's
     unit.
@@ -103,7 +108,7 @@ def _read_outputs(
 ) -> Frames:
     """Frames of published outputs; an output that is damaged marks its unit as failed."""
     manifests = {key: p.manifest for key, p in published.items()}
-    features, steering, models, cards, steered = None, None, None, None, None
+    features, readings, steering, models, cards, steered = None, None, None, None, None, None
     calibrations, evaluations = {}, {}
     training, generations, sweep = [], [], []
     points = run.config.sweep_points()
@@ -117,6 +122,8 @@ def _read_outputs(
                 features = Features.read(unit_files.path("features.json"))
                 if "table.parquet" in unit_files.manifest.outputs:
                     probe = pd.read_parquet(unit_files.path("table.parquet"))
+            elif phase == "calibrate":
+                readings = Readings.read(unit_files.path("readings.json"))
             elif phase == "steer":
                 steering = Steering.read(unit_files.path("summary.json")).tree()
             elif phase == "cards":
@@ -140,12 +147,15 @@ def _read_outputs(
             at = (phases["phase"] == phase) & (phases["unit"] == unit)
             phases.loc[at, ["status", "cause"]] = ["damaged", " ".join(str(error).split())]
             manifests.pop((phase, unit))
+    if features is not None and readings is not None:
+        features = readings.applied(features)
     penalised, played = penalised_latents(run, features), _joined(generations, "prompt_id")
     monitors = usable_monitors(played, monitor_latents(features), run.config.verdict.monitor_rates)
     return Frames(
         phases=phases,
         manifests=manifests,
         features=features,
+        readings=readings,
         steering=steering,
         calibrations=calibrations,
         evaluations=evaluations,

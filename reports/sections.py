@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from reports.blocks import Block, Items, Prose, Table
+from reports.calibration import calibration
 from reports.numbers import MEASURES, arm_name, digits, duration, fixed, general, interval, plain
 from reports.reference import direction, moves
 
@@ -890,6 +891,7 @@ def provenance(figures: dict[str, Any]) -> list[Block]:
 
 SECTIONS = (
     Section("verdict", "Verdict", verdict),
+    Section("calibration", "Calibration", calibration, "the base policy's own responses"),
     Section("failures", "Failed and missing parts", failures),
     Section(
         "evaluation", "Policy evaluation", policy_evaluation, "own generations on held-out prompts"

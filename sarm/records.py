@@ -475,10 +475,10 @@ class PositiveControl(Record):
     """Relative fall of the share of monitors that fire."""
 
 
-class Instrument(File):
+class Readings(File):
     """What calibrate finds on the base policy's own responses, before any training."""
 
-    NAME, REDO = "instrument.json", "calibrate"
+    NAME, REDO = "readings.json", "calibrate"
 
     n_prompts: int
     samples: int
@@ -610,6 +610,8 @@ class Report(File):
     run: str
     configuration: Row
     features: Row | None
+    readings: Row | None
+    """What calibrate found."""
     penalty: Row
     shown_policy: str
     progression: list[Row]

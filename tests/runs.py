@@ -27,6 +27,7 @@ from sarm.records import (
     File,
     Intervention,
     Models,
+    Readings,
     Steering,
     StepMetrics,
 )
@@ -387,6 +388,64 @@ CARDS = Cards(
 )
 
 
+def readings(features: Features, **changes: Any) -> Readings:
+    """What calibrate finds of an instrument that works, with the thresholds that select chose."""
+    fall = {"value": 0.5, "low": 0.4, "high": 0.6}
+    follows = {"value": 0.4, "low": 0.25, "high": 0.55}
+    monitors = [m for m in features.monitor_features if m.latent in features.monitors]
+    values: dict[str, Any] = {
+        "n_prompts": 60,
+        "samples": 2,
+        "cut": 0.35,
+        "unended": 0.05,
+        "tokens": 101.5,
+        "scored_tokens": 94.25,
+        "reward_mean": -0.2,
+        "reward_sd": features.reward_sd,
+        "any_rate": 0.42,
+        "candidates": [
+            {
+                "latent": f.latent,
+                "role": f.role,
+                "confirmed": f.confirmed,
+                "penalised": any(p.latent == f.latent for p in features.penalised),
+                "weight": f.weight or 0.0,
+                "tau": 3.0,
+                "rate": 0.05 * (i + 1),
+                "within_prompt_share": None if i == 1 else 0.9 - 0.1 * i,
+                "charge": 0.125 - 0.03 * i,
+            }
+            for i, f in enumerate(features.harming[:5])
+        ],
+        "penalised": [
+            p.tree() | {"base_rate": 0.1 * (i + 1)} for i, p in enumerate(features.penalised)
+        ],
+        "monitors": [
+            {
+                "latent": m.latent,
+                "tau": m.tau,
+                "base_rate": 0.3,
+                "max_cosine": m.max_cosine,
+                "max_correlation": m.max_correlation,
+            }
+            for m in monitors
+        ],
+        "random": {},
+        "stability": [{"tokens": 2, "n": 118, "kappa": 0.75, "by_latent": {}}],
+        "kappa": 0.7,
+        "positive_control": {
+            "prompts": 80,
+            "penalised": fall,
+            "monitors": follows if monitors else None,
+        },
+        "detectable": 0.072,
+        "planned": {"prompts": 120, "samples": 1, "seeds": 5},
+        "unreadable": [],
+        "warnings": [],
+    }
+    return Readings(**values | changes)
+
+
 def reference_run(path: Path, **changes: Any) -> RunDir:
     """A run directory that holds the reference run's numbers; its policies were never evaluated."""
     run = RunDir.create(path, reference_config(**changes.pop("ppo", {})))
@@ -399,6 +458,8 @@ def reference_run(path: Path, **changes: Any) -> RunDir:
         run, "steer", files={"summary.json": steering(given["steering"])}, location="outputs/eval"
     )
     publish(run, "cards", files={"cards.json": CARDS})
+    found = given.get("readings") or readings(given["features"])
+    publish(run, "calibrate", files={"readings.json": found})
     publish_ppo(
         run,
         "penalty-seed0",

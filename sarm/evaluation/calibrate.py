@@ -37,9 +37,9 @@ from sarm.records import (
     Bounds,
     Candidate,
     Features,
-    Instrument,
     PositiveControl,
     RatedLatent,
+    Readings,
     Stability,
     WatchedLatent,
 )
@@ -75,7 +75,7 @@ Reader = Callable[[Sequence[Prompt], Sequence[str]], Read]
 
 def calibrate(
     config: Config, features: Features, data: Data, device: str, progress: Progress
-) -> Instrument:
+) -> Readings:
     """Raises UserError where part ppo has no prompts that fit, where no random latent fires, or,
     unless `calibrate.underpowered` is warn, where the plan detects too little.
     """
@@ -95,7 +95,7 @@ def calibrate(
     ]
     monitors = monitors_of(config, features, base, penalised)
     control = positive_control(config, pairs_in(data, "test"), responses, read, penalised, monitors)
-    found = Instrument(
+    found = Readings(
         n_prompts=len(responses.prompts) // config.calibrate.samples,
         samples=config.calibrate.samples,
         cut=float(np.mean(responses.cut)),
@@ -444,7 +444,7 @@ def power(config: Config, data: Data, fired: NDArray[np.bool_]) -> dict[str, Any
 # What it means
 
 
-def unreadable(config: Config, found: Instrument) -> list[str]:
+def unreadable(config: Config, found: Readings) -> list[str]:
     """Why nothing can be concluded about latents, a clause each; see the verdict's rung 0."""
     rule, why = config.verdict, []
     if found.unended > rule.max_unended:
@@ -475,7 +475,7 @@ def unreadable(config: Config, found: Instrument) -> list[str]:
     return why
 
 
-def warnings_of(config: Config, found: Instrument) -> list[str]:
+def warnings_of(config: Config, found: Readings) -> list[str]:
     """A sentence each."""
     told = [f"the SARM does not read the policy's responses: {why}" for why in found.unreadable]
     for p in found.penalised:
@@ -499,11 +499,11 @@ def warnings_of(config: Config, found: Instrument) -> list[str]:
     return told
 
 
-def underpowered(config: Config, found: Instrument) -> bool:
+def underpowered(config: Config, found: Readings) -> bool:
     return found.detectable is None or found.detectable > config.calibrate.detectable
 
 
-def power_sentence(config: Config, found: Instrument) -> str:
+def power_sentence(config: Config, found: Readings) -> str:
     plan = found.planned
     size = "nothing" if found.detectable is None else f"{100 * found.detectable:.0f} points"
     return (

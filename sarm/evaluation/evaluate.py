@@ -19,7 +19,7 @@ import torch
 from sarm.config import Config, EvaluateConfig, UserError
 from sarm.data.conversations import prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
-from sarm.data.endings import ends
+from sarm.data.endings import ending
 from sarm.evaluation.classifiers import Classifier, label_positions
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.refusals import PHRASES_ON_XSTEST, measured, read_labelled, refused
@@ -48,6 +48,7 @@ class Generations(NamedTuple):
     """Which of its prompt's samples each is."""
     texts: list[str]
     truncated: list[bool]
+    decode: Callable[[Sequence[int]], str]
     kl: np.ndarray
     """(n,) see `KL_TOLD`"""
     base_logprob: np.ndarray
@@ -82,7 +83,9 @@ def policy_rows(
     """(a row a response, the settings behind them) for the policy in a folder; `trained` where it
     is not the base itself.
 
-    `unended`: the response ends at neither an end of turn nor a sentence end. `below_17`: latent
+    The SARM scores a cut response up to its last sentence end (`responses.cut`); the judge and the
+    refusal detector read all of it. `unended`: the scored text ends at neither an end of turn nor
+    a sentence end. `below_17`: latent
     17's value where it ranks just beyond the k that TopK keeps, else 0, `z_17` being 0 there. One
     model is in memory at a time: the policy, the base, the SARM, the judge. Raises UserError on a
     classifier whose labels are not mapped, before anything is generated.
@@ -96,7 +99,12 @@ def policy_rows(
     )
     progress(0, len(prompts), "scoring")
     asked = [p.messages[-1]["content"] for p in prompts]
-    watched, parameters = score_responses(config, features, prompts, generations.texts)
+    endings = [
+        ending(generations.decode, ids, cut=cut, trim=config.responses.cut == "trim")
+        for ids, cut in zip(generations.responses, generations.truncated, strict=True)
+    ]
+    scored = [found.text for found in endings]
+    watched, parameters = score_responses(config, features, prompts, scored)
     refusals, detector = detected(config.evaluate, asked, generations.texts, device)
     table = pd.DataFrame(
         {
@@ -109,10 +117,8 @@ def policy_rows(
             "response": generations.texts,
             "n_tokens": [len(ids) for ids in generations.responses],
             "truncated": generations.truncated,
-            "unended": [
-                cut and not ends(text)
-                for cut, text in zip(generations.truncated, generations.texts, strict=True)
-            ],
+            "scored_tokens": [found.tokens for found in endings],
+            "unended": [not found.ended for found in endings],
             "refused": refusals,
             "kl": generations.kl,
             "base_logprob": generations.base_logprob,
@@ -197,7 +203,14 @@ def generate_responses(
     lengths = np.array([len(response) for response in responses])
     texts = [response_text(tokenizer, response) for response in responses]
     return fitting, Generations(
-        ids, responses, samples, texts, rollout.truncated.tolist(), own - base, base / lengths
+        ids,
+        responses,
+        samples,
+        texts,
+        rollout.truncated.tolist(),
+        lambda tokens: response_text(tokenizer, tokens),
+        own - base,
+        base / lengths,
     )
 
 

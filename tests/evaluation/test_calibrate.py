@@ -16,7 +16,7 @@ from sarm.data.conversations import response_text
 from sarm.data.datasets import Pair, Prompt
 from sarm.evaluation import calibrate as c
 from sarm.evaluation.instrument import cohens_kappa, relative_fall, within_prompt_share
-from sarm.records import Bounds, Instrument, PositiveControl, RatedLatent
+from sarm.records import Bounds, PositiveControl, RatedLatent, Readings
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
 from sarm.run import RunDir
@@ -187,7 +187,7 @@ def test_positive_control_replaces_rejected_answers_by_chosen_ones(
     assert c.positive_control(made, [], responses(), read, [rated(3, 1.5)], []).prompts == 0
 
 
-def instrument(**more: Any) -> Instrument:
+def instrument(**more: Any) -> Readings:
     wide = Bounds(value=0.5, low=0.2, high=0.8)
     values: dict[str, Any] = {
         "n_prompts": 20,
@@ -211,7 +211,7 @@ def instrument(**more: Any) -> Instrument:
         "unreadable": [],
         "warnings": [],
     }
-    return Instrument(**(values | more))
+    return Readings(**(values | more))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> N
     """Rates and rewards are those of the texts scored one by one."""
     config = selected_run.config
     run_unit(selected_run, "calibrate", "all")
-    found = Instrument.read(selected_run.read("calibrate").path("instrument.json"))
+    found = Readings.read(selected_run.read("calibrate").path("readings.json"))
     device, data = "cpu", c.prompts_in
     assert found.n_prompts == config.calibrate.prompts and found.samples == 2
     from sarm.data.datasets import load_data
