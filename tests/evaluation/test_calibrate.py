@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs import calibrate as job
 from jobs.__main__ import run_unit
 from sarm.config import Config, UserError
 from sarm.data.conversations import response_text
-from sarm.data.datasets import Pair, Prompt
+from sarm.data.datasets import Pair, Prompt, load_data, prompts_in
+from sarm.data.endings import trim_to_last_sentence
 from sarm.evaluation import calibrate as c
 from sarm.evaluation.instrument import cohens_kappa, relative_fall, within_prompt_share
 from sarm.records import Bounds, PositiveControl, RatedLatent, Readings
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
-from sarm.run import RunDir
-from tests.runs import candidate, features
+from sarm.run import Attempt, RunDir
+from tests.runs import candidate, feature, features
 from tests.tiny import tiny_config
 
 LETTERS = {3: "e", 8: "a", 5: "o", 6: "t", 9: "n", 11: "s", 12: "i"}
@@ -73,6 +75,8 @@ def chosen() -> Any:
             {"latent": 3, "tau": 2.5, "alpha": 9.0},
             {"latent": 8, "tau": 1.5, "alpha": 9.0},
         ],
+        harming=[feature(3, "harming"), feature(6, "harming", False) | {"weight": -0.25}],
+        misleading=[feature(8, "misleading") | {"weight": 0.5}],
         random_candidates=[candidate(9), candidate(11), candidate(12), candidate(6)],
     )
 
@@ -110,7 +114,6 @@ def test_agreement_with_the_same_responses_cut_earlier() -> None:
     assert row.kappa == 1.0
     row, first, second = c.agreement(responses(), base, penalised, 9, True, read)
     earlier = [c.trim_text(text[:-9]) if hasattr(c, "trim_text") else text[:-9] for text in TEXTS]
-    from sarm.data.endings import trim_to_last_sentence
 
     earlier = [trim_to_last_sentence(text[:-9]) for text in TEXTS]
     assert second.tolist() == [t.count("e") > 1.5 or t.count("a") > 1.5 for t in earlier]
@@ -266,11 +269,9 @@ def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> N
     config = selected_run.config
     run_unit(selected_run, "calibrate", "all")
     found = Readings.read(selected_run.read("calibrate").path("readings.json"))
-    device, data = "cpu", c.prompts_in
     assert found.n_prompts == config.calibrate.prompts and found.samples == 2
-    from sarm.data.datasets import load_data
-
-    sampled = c.base_responses(config, data(load_data(config.data), "ppo"), device, lambda *_: None)
+    prompts = prompts_in(load_data(config.data), "ppo")
+    sampled = c.base_responses(config, prompts, "cpu", lambda *_: None)
     model, tokenizer = load_sarm(config.sarm)
     texts = [
         c.ending(lambda ids: response_text(tokenizer, ids), ids, cut=cut).text
@@ -295,20 +296,12 @@ def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> N
     assert found.cut == np.mean(sampled.cut)
 
 
-def test_an_evaluation_that_is_too_small_stops_before_training(
-    selected_run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_that_is_too_small_stops_before_training(selected_run: RunDir) -> None:
     strict = selected_run.config.model_copy(
         update={
             "calibrate": selected_run.config.calibrate.model_copy(update={"underpowered": "stop"})
         }
     )
-    from jobs import calibrate as job
-
-    attempt = selected_run.attempt if hasattr(selected_run, "attempt") else None
-    if attempt is None:
-        from sarm.run import Attempt
-
-        attempt = Attempt(selected_run, "calibrate", "all")
+    attempt = Attempt(selected_run, "calibrate", "all")
     with pytest.raises(UserError, match="detects a change of the penalised rate of"):
         job.run(strict, selected_run, "all", attempt)
