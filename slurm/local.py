@@ -27,7 +27,7 @@ from sarm.threads import given_cpus
 from slurm.dag import Node, Task, tasks
 from slurm.entry import GRACE_S, run_spec
 from slurm.lock import held
-from slurm.status import tell_local_states
+from slurm.state import write_local_states
 from slurm.view import Unit, View, last_lines, span
 
 POLL_S = 0.2
@@ -125,7 +125,7 @@ def run_all(run: RunDir, *, workers: int) -> State:
                         threads = max(1, given_cpus(os.environ) // workers)
                         jobs[task.node] = _submit(run, task, folder, threads)
                         state.word[task.node], state.began[task.node] = "running", time.monotonic()
-                tell_local_states(run, state.word)
+                write_local_states(run, state.word)
                 view.update(units_of(run, state))
                 if jobs:
                     time.sleep(POLL_S)
