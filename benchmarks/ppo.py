@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 from sarm.config import PpoConfig, set_key  # noqa: E402
 from sarm.data.datasets import Prompt  # noqa: E402
-from sarm.llama.decoders import base_model  # noqa: E402
+from sarm.llama.weights import base_model  # noqa: E402
 from sarm.ppo.learner.distributed import start_world  # noqa: E402
 from sarm.ppo.reward import CompoundReward, Penalised  # noqa: E402
 from sarm.ppo.trainer import Trainer  # noqa: E402

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
+from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
 from sarm.records import Calibration as CalibrationFile
 from sarm.records import Features, StepMetrics, plain
@@ -45,6 +46,8 @@ def train_and_publish(
     from sarm.ppo.learner.distributed import start_world
     from sarm.ppo.learner.export import exported, rounding_warning, save_adapter, save_policy
     from sarm.ppo.trainer import train
+    from sarm.probing.monitors import drawn_for
+    from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
@@ -53,16 +56,19 @@ def train_and_publish(
     world = start_world()
     selected = attempt.read("select")
     features = Features.read(selected.path("features.json"))
+    if config.ppo.arms != ("no_penalty",) or config.sweep_points():
+        refuse_unconfirmed(features, config.select)
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    made_with = f"{config.sha256}/{selected.manifest['outputs']['features.json']['sha256']}"
+    features_sha256 = selected.manifest.outputs["features.json"].sha256
+    made_with = f"{values_sha256('ppo', config)}/{features_sha256}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
-        candidates = [c.latent for c in features.random_candidates] if arm == "random" else []
+        candidates = drawn_for(features.random_candidates, seed) if arm == "random" else []
         calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]
@@ -274,7 +280,7 @@ def _start_wandb(config: Config, unit: str) -> Any:
     return wandb.init(
         project="sarm",
         name=f"{config.name}/{unit}",
-        id=f"{config.sha256[:16]}-{unit}",
+        id=f"{values_sha256('ppo', config)[:16]}-{unit}",
         resume="allow",
         config=config.model_dump(mode="json"),
     )

@@ -7,6 +7,7 @@ Publishes the folder `sarm` (what `sarm.model` in a config may name) and `metric
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import platform
 import shutil
@@ -25,12 +26,12 @@ from sarm.config import ROOT, Config, UserError
 from sarm.data.datasets import Pair, load_data
 from sarm.hub import local_model
 from sarm.models import read_tokenizer
-from sarm.records import TrainedSarm
+from sarm.records import TrainedSarm, json_text
 from sarm.reward_model.model import SarmModel
 from sarm.reward_model.sae import TopKSae
 from sarm.reward_model.scoring import encode_texts
 from sarm.reward_model.weights import read_config
-from sarm.run import Attempt, RunDir
+from sarm.run import Attempt, RunDir, file_sha256
 from sarm.training.train import (
     Floats,
     Ints,
@@ -51,12 +52,16 @@ from sarm.training.train import (
     train_sae,
 )
 
+WRITTEN = "train_sarm.json"
+"""In an output folder: the SHA-256 of the files that were written there."""
 JUDGED_TEXTS = 512
 """Conversations whose every token measures the SAE."""
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Collect activations, train the SAE, train the heads, judge them, save."""
+    if config.train_sarm.output is not None:
+        refuse_foreign(ROOT / config.train_sarm.output)
     settings, device = config.train_sarm, "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     data = load_data(config.data)
@@ -247,11 +252,32 @@ def save_sarm(model: SarmModel, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=halved)
 
 
+def refuse_foreign(target: Path) -> None:
+    """Raises UserError where there is something at `target` but a SARM as `train_sarm` left it."""
+    if not target.exists() and not target.is_symlink():
+        return
+    try:
+        written = json.loads((target / WRITTEN).read_text(encoding="utf-8"))
+        found = {p.name: file_sha256(p) for p in target.iterdir() if p.name != WRITTEN}
+    except (OSError, ValueError):
+        written = found = None
+    if target.is_symlink() or written is None or written != found:
+        raise UserError(
+            f"train_sarm.output={target} is there already and is not as train_sarm left it, so it"
+            " is not replaced; name a new folder, or move that one away"
+        )
+
+
 def replace_folder(source: Path, target: Path) -> None:
-    """Copy a folder to where a config can name it, in place of what was there."""
+    """Copy a folder to where a config can name it, in place of an earlier SARM of `train_sarm`.
+    Raises UserError where something else is there.
+    """
+    refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
     shutil.copytree(source, scratch)
+    hashes = {path.name: file_sha256(path) for path in sorted(scratch.iterdir())}
+    (scratch / WRITTEN).write_text(json_text(hashes), encoding="utf-8")
     if target.exists():
         old = target.with_name(f"{scratch.name}.old")
         target.rename(old)

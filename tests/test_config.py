@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from sarm.config import (
+    NON_PHASE_JOBS,
     PHASES,
     ROOT,
     Config,
@@ -23,6 +24,7 @@ from sarm.config import (
     shard_names,
     shard_range,
 )
+from sarm.config.reads import READS, is_read
 
 BASE = """
 name: base
@@ -360,3 +362,35 @@ def test_a_stored_config_without_a_critic_is_read_again(tmp_path: Path) -> None:
     stored = config("ppo.advantage=rloo", "ppo.samples_per_prompt=4")
     (tmp_path / "c.yaml").write_text(config_yaml(stored), encoding="utf-8")
     assert load_config(tmp_path / "c.yaml").ppo == stored.ppo
+
+
+# What phases read
+
+
+def leaves(tree: Any, where: str = "") -> list[str]:
+    if not isinstance(tree, dict) or not tree:
+        return [where]
+    return [
+        leaf
+        for key, value in tree.items()
+        for leaf in leaves(value, f"{where}.{key}" if where else key)
+    ]
+
+
+def test_every_key_is_read_by_a_phase_or_says_which_units_there_are() -> None:
+    assert set(READS) == {*PHASES, *NON_PHASE_JOBS}
+    for name in ("llama31-8b.yaml", "smollm2.yaml"):
+        for key in leaves(load_config(ROOT / "configs" / name).model_dump(mode="json")):
+            readers = [phase for phase in READS if phase != "report" and is_read(phase, key)]
+            shown = ("hardware", "verdict.", "ppo.seeds", "sweep.")
+            assert readers or key.startswith(shown), f"{key}: name its phases in READS"
+
+
+def test_entries_of_reads_are_keys() -> None:
+    keys = leaves(load_config(ROOT / "configs" / "tiny.yaml").model_dump(mode="json"))
+    for phase, entries in READS.items():
+        for entry in entries:
+            section = entry.removeprefix("!")
+            assert section == "" or any(
+                key == section or key.startswith(section + ".") for key in keys
+            ), (phase, entry)

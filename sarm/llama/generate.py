@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sarm.llama.decoders import Decoder, Sampling, base_model, decoder_for
+from sarm.llama.decoders import Decoder, Sampling, decoder_for
 from sarm.llama.logprobs import logprobs_from_hidden
 from sarm.llama.sampling import row_keys
+from sarm.llama.weights import base_model
 
 
 class Rollout(NamedTuple):

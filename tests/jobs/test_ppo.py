@@ -114,7 +114,7 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path: Path) -> None:
         10 <= p["latent"] < 30 and 0 <= p["base_rate"] <= 1 for p in calibration["penalised"]
     )
     assert [h["latent"] for h in calibration["harming"]] == [1, 7]
-    manifest = published.manifest
+    manifest = published.manifest.more
     assert (
         manifest["steps"] == 40
         and manifest["ranks"] == 1

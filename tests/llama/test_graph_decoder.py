@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sarm.data.conversations import prompt_ids
 from sarm.llama import decode_kernels, graph_decoder
-from sarm.llama.decoders import CacheDecoder, LlamaDecoder, rotated
+from sarm.llama.decoders import CacheDecoder, LlamaDecoder
 from sarm.llama.generate import generate
 from sarm.llama.graph_decoder import GraphDecoder
-from sarm.llama.packed import side_by_side
 from sarm.llama.sampling import row_keys, sample
+from sarm.llama.weights import side_by_side
 from sarm.philox import uniforms
 from tests.tiny import llama_config
 
@@ -42,6 +42,11 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if not CUDA:
         for kernel in (plain_attend, plain_draw, plain_advance, plain_uniforms):
             monkeypatch.setattr(graph_decoder, kernel.__name__.removeprefix("plain_"), kernel)
+
+
+def rotated(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 def plain_attend(qkv, keys, values, cos, sin, positions, scale):

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sarm.config import UserError
-from sarm.llama.decoders import gathered
+from sarm.llama.weights import gathered
 from sarm.ppo.learner import checkpoint
 from sarm.ppo.learner.checkpoint import Piece
 from sarm.ppo.learner.distributed import World

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from sarm.config import ROOT
-from sarm.llama.decoders import LlamaWeights
 from sarm.llama.generate import forced
+from sarm.llama.weights import LlamaWeights
 from sarm.ppo.learner import layers
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.reference import Reference

@@ -175,7 +175,7 @@ def goes_on(tmp_path: Path, run: RunDir, argv: list[str], ranks: int) -> None:
         for line in run.read("ppo", UNIT).path("metrics.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines] == list(range(40))
-    assert run.read("ppo", UNIT).manifest["ranks"] == ranks
+    assert run.read("ppo", UNIT).manifest.more["ranks"] == ranks
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sarm.config import PpoConfig
-from sarm.llama.decoders import LlamaWeights, base_model
 from sarm.llama.logprobs import logprobs_from_hidden
+from sarm.llama.weights import LlamaWeights, base_model
 from sarm.ppo.learner import layers
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sarm.config import PpoConfig, UserError
-from sarm.llama.decoders import base_model
+from sarm.llama.weights import base_model
 from sarm.ppo.learner.actor import Actor
 from sarm.ppo.learner.distributed import World
 from sarm.ppo.learner.optimizer import CompactAdamW

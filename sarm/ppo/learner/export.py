@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from sarm.llama.decoders import base_model, gathered, merged_weight
+from sarm.llama.weights import base_model, gathered, merged_weight
 from sarm.ppo.learner.actor import Actor
 from sarm.ppo.learner.distributed import World
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sarm.llama import elementwise
-from sarm.llama.decoders import LlamaWeights, base_model
-from sarm.llama.packed import join_projections, side_by_side
+from sarm.llama.weights import LlamaWeights, base_model, join_projections, side_by_side
 
 
 def lay_side_by_side(policy: Any) -> None:

@@ -27,8 +27,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sarm.config import PpoConfig, UserError
-from sarm.llama.decoders import CacheDecoder, Decoder, LlamaWeights, decoder_for
+from sarm.llama.decoders import CacheDecoder, Decoder, decoder_for
 from sarm.llama.generate import EXACT, Rollout, Steps, forced, generate
+from sarm.llama.weights import LlamaWeights
 from sarm.ppo.learner import layers
 from sarm.ppo.learner.actor import Forward, make_actor
 from sarm.ppo.learner.checkpoint import Loaded, Piece

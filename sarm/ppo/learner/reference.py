@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarm.llama.decoders import LlamaWeights
 from sarm.llama.logprobs import logprobs_from_hidden
+from sarm.llama.weights import LlamaWeights
 from sarm.ppo.learner import layers
 
 
