@@ -278,7 +278,7 @@ def penalised_latents(run: RunDir, features: Features | None) -> list[dict[str, 
     0.
     """
     entries = [entry.tree() for entry in features.penalised] if features else []
-    if run.config.ppo.penalty.kind == "density":
+    if not run.config.ppo.penalty.has_tau:
         return [entry | {"tau": 0.0} for entry in entries]
     return entries
 
