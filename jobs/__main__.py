@@ -13,20 +13,19 @@ from jobs.fetched import refuse_changed
 from sarm.cli import ended
 from sarm.config import NON_PHASE_JOBS, PHASES, UserError
 from sarm.run import Attempt, RunDir, config_of
+from sarm.threads import bound_threads
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 where the unit is done, 2 where the user can mend it (one sentence), 1 on a defect
     (traceback).
     """
+    bound_threads(os.environ)
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
     parser.add_argument("phase", choices=(*PHASES, *NON_PHASE_JOBS))
     parser.add_argument("--config", help="YAML; where left out, the run's own")
     parser.add_argument("--run", required=True, help="run directory")
-    parser.add_argument(
-        "--unit",
-        help="shard, policy or index; default: SLURM_ARRAY_TASK_ID, or every unit of the phase",
-    )
+    parser.add_argument("--unit", help="shard, policy or index; default: every unit of the phase")
     parser.add_argument("--force", action="store_true", help="do it again though it is done")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)  # overrides may come last, as the usage says
@@ -53,7 +52,6 @@ def run_units(args: argparse.Namespace) -> int:
 def chosen_units(run: RunDir, phase: str, wanted: str | None) -> tuple[str, ...]:
     """The units named, or all of them. Raises UserError on an unknown one."""
     units = ("all",) if phase in NON_PHASE_JOBS else run.config.units(phase)  # type: ignore[arg-type]
-    wanted = wanted if wanted is not None else os.environ.get("SLURM_ARRAY_TASK_ID")
     if wanted is None:
         return units
     if wanted.isdecimal() and int(wanted) < len(units):
@@ -70,7 +68,7 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
         return
     if not force and (run.folder(phase, unit) / "manifest.json").exists():
         manifest = run.manifest(phase, unit)  # refuses one of another version
-        why = run.undone_because(phase, unit)
+        why = run.why_not_done(phase, unit)
         if manifest and why:
             print(f"{phase}/{unit}: done again, as it is not: {why}", flush=True)
     if phase not in ("fetch", "report"):

@@ -20,14 +20,14 @@ from reports.text import final_report
 from sarm.config import PHASES, Config, UserError
 from sarm.evaluation.verdict import Rows, decide
 from sarm.records import Report
-from sarm.run import Attempt, Published, RunDir, listed, patience_s, slurm_complaint, write_atomic
+from sarm.run import Attempt, Published, RunDir, listed, patience_s, write_atomic
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Failed and missing phases are named in the report; nothing but an unwritable disk keeps it
     from being written.
     """
-    frames = read_run(run, patience_s=patience_s(), failed=failed_units(run))
+    frames = read_run(run, patience_s=patience_s(), failed=failed_units())
     lost = lost_units(run, frames)
     for phase, name in zip(frames.phases["phase"], frames.phases["unit"], strict=True):
         if (phase, name) in frames.manifests:
@@ -86,26 +86,13 @@ def keep_beside(run: RunDir, attempt: Attempt, names: list[str], lost: list[str]
     )
 
 
-def failed_units(run: RunDir) -> dict[tuple[str, str], str]:
-    """How each unit ended whose job Slurm said, when this job began, had ended without success,
-    `TIMEOUT` say and what Slurm wrote of it; empty where it never began. Any other may have ended
-    well, its manifest not seen here yet.
+def failed_units() -> dict[tuple[str, str], str]:
+    """How each unit ended of which the launcher says, in SARM_FAILED_UNITS, that its job ended
+    without success, `TIMEOUT: ...` say; empty where it never began. Any other may have ended well,
+    its manifest not seen here yet.
     """
-    states = dict(
-        line.split()
-        for line in os.environ.get("SARM_FAILED_JOBS", "").splitlines()
-        if line.count(" ") == 1
-    )
-    jobs: dict[str, str] = json.loads(os.environ.get("SARM_JOBS", "{}"))
-    found = {}
-    for key, id_ in jobs.items():
-        if id_ in states:
-            phase, _, unit = key.partition("/")
-            logs = run.slurm_logs(id_)
-            found[phase, unit] = (
-                ": ".join(filter(None, (states[id_], slurm_complaint(logs)))) if logs else ""
-            )
-    return found
+    said: dict[str, str] = json.loads(os.environ.get("SARM_FAILED_UNITS", "{}"))
+    return {(key.partition("/")[0], key.partition("/")[2]): why for key, why in said.items()}
 
 
 def arm_rows(generations: pd.DataFrame, arm: str) -> Rows | None:

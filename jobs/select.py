@@ -35,7 +35,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     encoded = read_encoded(attempt.read_shards("encode"))
     shards = attempt.read_shards("probe")
     for name in config.units("probe"):
-        stale = run.undone_because("probe", name, hashes=False)
+        stale = run.why_not_done("probe", name, hashes=False)
         if stale:
             raise UserError(f"probe/{name} cannot be merged: {stale}; run it again")
     table = pd.concat(

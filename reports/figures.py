@@ -132,6 +132,8 @@ def _penalty(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
     listed = [f.latent for f in features.harming] if features else []
     return {
         "kind": config.kind,
+        "has_tau": config.has_tau,
+        "words": config.words,
         "latents": latents,
         "taus": [entry["tau"] for entry in entries],
         "alphas": [entry["alpha"] for entry in entries],

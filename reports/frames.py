@@ -89,9 +89,9 @@ def read_run(
             try:
                 left_s = 0.0 if (phase, unit) in failed else max(0.0, deadline - time.monotonic())
                 found = run.read(phase, unit, patience_s=left_s)
-                problem = run.undone_because(phase, unit, hashes=False)
+                problem = run.why_not_done(phase, unit, hashes=False)
             except UserError:
-                found, problem = None, run.undone_because(phase, unit, hashes=False)
+                found, problem = None, run.why_not_done(phase, unit, hashes=False)
             if found is not None and problem is None:
                 published[phase, unit] = found
             rows.append(_phase_row(run, phase, unit, found, problem, failed.get((phase, unit))))
@@ -284,7 +284,7 @@ def penalised_latents(run: RunDir, features: Features | None) -> list[dict[str, 
     0.
     """
     entries = [entry.tree() for entry in features.penalised] if features else []
-    if run.config.ppo.penalty.kind == "density":
+    if not run.config.ppo.penalty.has_tau:
         return [entry | {"tau": 0.0} for entry in entries]
     return entries
 

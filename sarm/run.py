@@ -12,13 +12,12 @@ import functools
 import hashlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,18 +27,13 @@ from sarm.config.reading import stored_tree
 from sarm.config.reads import READS, changed, values, values_sha256
 from sarm.records import Manifest, Output, json_text
 
-NFS_PATIENCE_S = 70.0
-"""How long a reader looks for a manifest whose job ended well: NFS attribute caches last up to a
-minute.
+JOB, ATTEMPT, PATIENCE = "SARM_JOB", "SARM_ATTEMPT", "SARM_PATIENCE_S"
+"""Variables by which a launcher says which job this is (`12`, or `12_3` of an array's element),
+how the names of its files begin (job, try and rank), and how long a finished unit's manifest may
+lag behind on a network file system.
 """
 BEGAN = "=== job "
 """How the line begins with which a submitted job opens its part of a unit's log."""
-SLURM_COMPLAINT = re.compile(
-    r"(?i)exceeded.*limit \(|oom.?kill|task \d+: out of memory|due to (time limit|node"
-    r" fail|preempt)|^FATAL|No such file or directory$"
-)
-"""Lines of a job's own output that say why it was ended; srun's other lines only count exit codes.
-"""
 
 
 class Published(NamedTuple):
@@ -101,7 +95,8 @@ class RunDir:
         run = RunDir(path, config)
         stored = run.path / "config.yaml"
         if not stored.is_file():
-            run.path.mkdir(parents=True, exist_ok=True)
+            # jobs unpickle what lies in it: its owner's alone, whatever the umask
+            run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomic(stored, config_yaml(config).encode())
         elif told := run.change():
             earlier = stored.read_bytes()
@@ -154,12 +149,6 @@ class RunDir:
         """The append-mode log of a unit."""
         return self.path / "logs" / f"{phase}.{unit}.log"
 
-    def slurm_logs(self, job: str) -> list[Path]:
-        """What Slurm wrote of a job, `12`, or `12_3` for an element of an array; empty where it
-        never began.
-        """
-        return sorted(self.path.glob(f"submissions/*/{job}_*_log.out"))
-
     def progress_file(self, phase: Phase | str, unit: str = "all") -> Path:
         return self.path / "progress" / f"{phase}.{unit}.json"
 
@@ -175,7 +164,7 @@ class RunDir:
             return None
         return Manifest.parse(tree, str(file)) if isinstance(tree, dict) else None
 
-    def undone_because(
+    def why_not_done(
         self, phase: Phase | str, unit: str = "all", *, hashes: bool = True
     ) -> str | None:
         """None where the unit is done; otherwise why not, in a few words.
@@ -216,7 +205,7 @@ class RunDir:
         return None
 
     def done(self, phase: Phase | str, unit: str = "all", *, hashes: bool = True) -> bool:
-        return self.undone_because(phase, unit, hashes=hashes) is None
+        return self.why_not_done(phase, unit, hashes=hashes) is None
 
     def read(self, phase: Phase | str, unit: str = "all", *, patience_s: float = 0.0) -> Published:
         """A unit's published outputs. Raises UserError where it is not done.
@@ -408,7 +397,7 @@ class Attempt:
             git_commit=git_commit(),
             image_sha256=os.environ.get("SARM_IMAGE_SHA256"),
             image_commit=os.environ.get("SARM_IMAGE_COMMIT"),
-            job_id=job_id(os.environ),
+            job_id=os.environ.get(JOB),
             seed=self.seed,
             host=socket.gethostname(),
             device=device,
@@ -553,45 +542,16 @@ def latest(lines: list[str]) -> list[str]:
     return lines[began + 1 :]
 
 
-def slurm_complaint(logs: Iterable[Path]) -> str:
-    """Why Slurm ended a job, or its container did not start, by the last line of theirs that says
-    so; else empty.
-    """
-    said = ""
-    for log in logs:
-        try:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            continue
-        said = next((line for line in reversed(lines) if SLURM_COMPLAINT.search(line)), said)
-    return " ".join(
-        re.sub(r"^(slurmstepd[^:]*|srun): error: ", "", said).replace("*", " ").split()
-    )[:300]
-
-
 def attempt_id() -> str:
-    """Names this attempt's files: job id, restart count and rank under Slurm, always with a random
-    part.
+    """Names this attempt's files: job, try and rank as the launcher gives them, always with a
+    random part.
     """
-    env = os.environ
-    job = env.get("SLURM_JOB_ID", "local")
-    return f"{job}-{env.get('SLURM_RESTART_COUNT', '0')}-{env.get('SLURM_PROCID', '0')}-{uuid.uuid4().hex[:8]}"
-
-
-def job_id(env: Mapping[str, str]) -> str | None:
-    """This job's id as squeue shows it: `12`, or `12_3` of an array's element; None outside
-    Slurm.
-    """
-    if "SLURM_ARRAY_JOB_ID" in env:
-        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    return env.get("SLURM_JOB_ID")
+    return f"{os.environ.get(ATTEMPT, 'local-0-0')}-{uuid.uuid4().hex[:8]}"
 
 
 def patience_s() -> float:
-    """Only under Slurm does a finished upstream job's manifest lag behind a network file system's
-    cache.
-    """
-    return NFS_PATIENCE_S if "SLURM_JOB_ID" in os.environ else 0.0
+    """How long to look for a manifest whose job has ended well."""
+    return float(os.environ.get(PATIENCE, "0"))
 
 
 def now() -> str:

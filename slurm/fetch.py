@@ -20,9 +20,12 @@ from sarm.cli import ended
 from sarm.config import ROOT, Config, UserError
 from sarm.run import RunDir, config_of
 from slurm import submit
+from slurm.checks import own_run
+from slurm.environment import isolated
 from slurm.images import binds, caches, image_of, image_target, make_caches
-from slurm.plan import python_command
-from slurm.profile import Profile, load_profile
+from slurm.profile import Profile
+from slurm.profile_file import load_profile
+from slurm.script import python_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,13 +49,13 @@ def fetch(args: argparse.Namespace) -> int:
                 *args.overrides,
             ]
         )
-    run = submit.own_run(args.run, config)
+    run = own_run(args.run, config)
     make_caches()
     python = python_here(profile, run)
     RunDir.create(args.run, config)
     by_hand = profile.fetch == "by-hand"
     env = {
-        **os.environ,
+        **isolated(os.environ),
         **{name: str(path) for name, path in caches("fetch").items()},
         **({"HF_HUB_OFFLINE": "1"} if by_hand else {}),
     }

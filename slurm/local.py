@@ -23,10 +23,11 @@ import submitit
 from sarm.cli import ended
 from sarm.config import ROOT
 from sarm.run import RunDir, config_of, write_atomic
+from sarm.threads import given_cpus
 from slurm.dag import Node, Task, tasks
 from slurm.entry import GRACE_S, run_spec
 from slurm.lock import held
-from slurm.status import tell_local_states
+from slurm.state import write_local_states
 from slurm.view import Unit, View, last_lines, span
 
 POLL_S = 0.2
@@ -121,10 +122,10 @@ def run_all(run: RunDir, *, workers: int) -> State:
                     elif len(jobs) < workers:
                         # Threads of two jobs on one core wait for each other in spins: each job
                         # gets cores of its own.
-                        threads = max(1, (os.cpu_count() or 1) // workers)
+                        threads = max(1, given_cpus(os.environ) // workers)
                         jobs[task.node] = _submit(run, task, folder, threads)
                         state.word[task.node], state.began[task.node] = "running", time.monotonic()
-                tell_local_states(run, state.word)
+                write_local_states(run, state.word)
                 view.update(units_of(run, state))
                 if jobs:
                     time.sleep(POLL_S)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from sarm.config import (
+    NON_PHASE_JOBS,
     PHASES,
     ROOT,
     Config,
@@ -23,6 +24,7 @@ from sarm.config import (
     shard_names,
     shard_range,
 )
+from sarm.config.reads import READS, is_read
 
 BASE = """
 name: base
@@ -317,3 +319,35 @@ def test_a_stored_run_may_have_keys_by_an_earlier_name(tmp_path: Path) -> None:
     config = load_config(tmp_path / "config.yaml", stored=True)
     assert config.select.stability_repeats == 2
     assert config.ppo.penalty.kind == "threshold"
+
+
+# What phases read
+
+
+def leaves(tree: Any, where: str = "") -> list[str]:
+    if not isinstance(tree, dict) or not tree:
+        return [where]
+    return [
+        leaf
+        for key, value in tree.items()
+        for leaf in leaves(value, f"{where}.{key}" if where else key)
+    ]
+
+
+def test_every_key_is_read_by_a_phase_or_says_which_units_there_are() -> None:
+    assert set(READS) == {*PHASES, *NON_PHASE_JOBS}
+    for name in ("llama31-8b.yaml", "smollm2.yaml"):
+        for key in leaves(load_config(ROOT / "configs" / name).model_dump(mode="json")):
+            readers = [phase for phase in READS if phase != "report" and is_read(phase, key)]
+            shown = ("hardware", "verdict.", "ppo.seeds", "sweep.")
+            assert readers or key.startswith(shown), f"{key}: name its phases in READS"
+
+
+def test_entries_of_reads_are_keys() -> None:
+    keys = leaves(load_config(ROOT / "configs" / "tiny.yaml").model_dump(mode="json"))
+    for phase, entries in READS.items():
+        for entry in entries:
+            section = entry.removeprefix("!")
+            assert section == "" or any(
+                key == section or key.startswith(section + ".") for key in keys
+            ), (phase, entry)

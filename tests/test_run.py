@@ -96,7 +96,7 @@ def publish(
 
 
 def test_a_published_unit_is_done_and_reads_back(run: RunDir) -> None:
-    assert run.undone_because("select") == "no manifest"
+    assert run.why_not_done("select") == "no manifest"
     publish(run, text='{"a": 1}')
     assert run.done("select")
     found = run.read("select")
@@ -148,10 +148,10 @@ def test_damage_is_found_and_named(
 ) -> None:
     published = publish(run)
     harm(published.path(name))
-    assert run.undone_because("select") == f"{name} {words}" or words in str(
-        run.undone_because("select")
+    assert run.why_not_done("select") == f"{name} {words}" or words in str(
+        run.why_not_done("select")
     )
-    assert str(run.undone_because("select")).startswith(name)
+    assert str(run.why_not_done("select")).startswith(name)
     with pytest.raises(UserError, match=words):
         run.read("select").path(name) if "/" not in name else run.read("select").directory("policy")
     publish(run)
@@ -169,7 +169,7 @@ def test_sizes_alone_do_not_see_a_flipped_bit(run: RunDir) -> None:
 def test_a_manifest_that_is_none_means_not_done(run: RunDir, content: bytes) -> None:
     folder = publish(run).folder
     (folder / "manifest.json").write_bytes(content)
-    assert run.undone_because("select") == "no manifest"
+    assert run.why_not_done("select") == "no manifest"
     with pytest.raises(UserError, match="select/all is not done"):
         run.read("select")
 
@@ -182,10 +182,10 @@ def test_a_changed_input_undoes_what_was_made_from_it_and_no_more(run: RunDir) -
     publish(run, "select", text="1")
     assert run.done("steer"), "the same content again is no change"
     publish(run, "select", text="2")
-    assert run.undone_because("steer") == "its input select/all/features.json has changed"
+    assert run.why_not_done("steer") == "its input select/all/features.json has changed"
     assert run.done("fetch") and run.done("select")
     (run.folder("select") / "manifest.json").unlink()
-    assert run.undone_because("steer") == "its input select/all is not done"
+    assert run.why_not_done("steer") == "its input select/all is not done"
 
 
 def test_going_without_a_unit_is_noted(run: RunDir) -> None:
@@ -195,7 +195,7 @@ def test_going_without_a_unit_is_noted(run: RunDir) -> None:
     attempt.publish()
     assert run.done("report")
     publish(run, "ppo", "penalty-seed0")
-    assert "has been done since" in str(run.undone_because("report"))
+    assert "has been done since" in str(run.why_not_done("report"))
 
 
 def test_what_was_gone_without_counts_once_it_is_done_not_while_its_own_needs_are_missing(
@@ -209,9 +209,9 @@ def test_what_was_gone_without_counts_once_it_is_done_not_while_its_own_needs_ar
         attempt.note_missing(phase, "all")
     attempt.path("final_report.txt").write_text("partial")
     attempt.publish()
-    assert run.manifest("steer") and run.undone_because("report") is None
+    assert run.manifest("steer") and run.why_not_done("report") is None
     publish(run, "select")
-    assert "has been done since" in str(run.undone_because("report"))
+    assert "has been done since" in str(run.why_not_done("report"))
 
 
 def test_a_file_outside_the_run_is_noted_by_hash(run: RunDir, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_changed_value_undoes_the_phases_that_read_it_and_no_other(
     publish(run, "encode", "shard-0000-of-0003", range_=(0, 1), total=1)
     changed = RunDir.create(run.path, config("ppo.penalty.tau=2.0", "ppo.seeds=[0, 1]"))
     assert "ppo/penalty-seed0, select/all will be done again" in capfd.readouterr().err
-    assert changed.undone_because("select") == "made with another config (ppo.penalty.tau)"
+    assert changed.why_not_done("select") == "made with another config (ppo.penalty.tau)"
     with pytest.raises(UserError, match=r"select/all in .* is made with another config"):
         changed.read("select")
     assert not changed.done("ppo", "penalty-seed0")
@@ -319,9 +319,9 @@ def test_a_key_that_a_later_version_adds_redoes_nothing(run: RunDir, later: type
     opened = RunDir.open(run.path)
     assert opened.config.ppo.penalty.added == 0.5  # type: ignore[attr-defined]
     for phase, unit in (("select", "all"), ("ppo", "penalty-seed0"), ("report", "all")):
-        assert opened.done(phase, unit), opened.undone_because(phase, unit)
+        assert opened.done(phase, unit), opened.why_not_done(phase, unit)
     set_now = RunDir.create(run.path, config("ppo.penalty.added=0.75"))
-    assert set_now.undone_because("select") == "made with another config (ppo.penalty.added)"
+    assert set_now.why_not_done("select") == "made with another config (ppo.penalty.added)"
     assert values_sha256("ppo", opened.config) == values_sha256("ppo", run.config)
     assert values_sha256("ppo", set_now.config) != values_sha256("ppo", run.config)
 
@@ -333,10 +333,10 @@ def test_values_under_names_of_an_earlier_version_are_the_same_values(run: RunDi
     tree["config"]["ppo"]["penalty"]["kind"] = "count"
     tree["config"]["select"]["since_dropped"] = 3
     file.write_text(json.dumps(tree))
-    assert run.undone_because("select") is None
+    assert run.why_not_done("select") is None
     tree["config"]["select"]["redraws"] += 1
     file.write_text(json.dumps(tree))
-    assert run.undone_because("select") == ("made with another config (select.stability_repeats)")
+    assert run.why_not_done("select") == ("made with another config (select.stability_repeats)")
 
 
 def as_schema_1(run: RunDir, phase: str, config_sha256: str) -> None:
@@ -362,11 +362,11 @@ def test_a_run_of_the_first_versions_is_opened(run: RunDir) -> None:
     assert opened.done("select") and opened.done("cards")
     assert opened.read("select").json("features.json") == {}
     changed = RunDir.create(run.path, config("ppo.penalty.tau=2.0"))
-    assert changed.undone_because("select") == "made with another config (ppo.penalty.tau)"
+    assert changed.why_not_done("select") == "made with another config (ppo.penalty.tau)"
     assert changed.done("cards")
     as_schema_1(changed, "cards", "0" * 64)
     assert "an earlier version with a config that is no longer" in str(
-        changed.undone_because("cards")
+        changed.why_not_done("cards")
     )
 
 
@@ -376,8 +376,8 @@ def test_a_manifest_of_another_schema_is_named(run: RunDir, number: Any) -> None
     publish(run, "steer", after=("select",))
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": number}))
     told = f"manifest.json of schema {number!r}, and this version reads schema 2"
-    assert told in str(run.undone_because("select"))
-    assert told in str(run.undone_because("steer"))
+    assert told in str(run.why_not_done("select"))
+    assert told in str(run.why_not_done("steer"))
     with pytest.raises(UserError, match="and this version reads schema 2"):
         run.read("select")
     with pytest.raises(UserError, match="and this version reads schema 2"):
@@ -404,7 +404,7 @@ def test_a_file_outside_the_run_that_changed_undoes_what_read_it(
     attempt.publish()
     assert run.done("steer")
     (tmp_path / "steering.json").write_text('{"1": ["*", 0.0]}')
-    assert run.undone_because("steer") == f"its input {tmp_path / 'steering.json'} has changed"
+    assert run.why_not_done("steer") == f"its input {tmp_path / 'steering.json'} has changed"
     (tmp_path / "steering.json").unlink()
     assert run.done("steer"), "a file that is not on this machine tells nothing"
 
@@ -576,7 +576,7 @@ def test_a_writer_killed_at_any_step_leaves_a_unit_done_or_undone_and_never_in_b
         if run.done("select"):
             assert run.read("select").path("features.json").read_text() == "new"
         else:
-            assert run.undone_because("select") == "no manifest"
+            assert run.why_not_done("select") == "no manifest"
         outcomes.append(run.done("select"))
         publish(run, text="resumed")
         assert run.read("select").path("features.json").read_text() == "resumed"
@@ -643,7 +643,7 @@ def test_a_writer_killed_at_random_times_is_resumed_cleanly(tmp_path: Path) -> N
         writer.wait()
         writer.stdout.close()
         for i in range(5):
-            why = run.undone_because("probe", f"unit-{i}")
+            why = run.why_not_done("probe", f"unit-{i}")
             assert why in (None, "no manifest")
             finished += why is None
     assert finished
@@ -706,7 +706,7 @@ def test_a_device_that_is_full_publishes_nothing(run: RunDir) -> None:
     attempt.path("features.json").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         attempt.path("features.json").write_text("{}")
-    assert run.undone_because("select") == "no manifest"
+    assert run.why_not_done("select") == "no manifest"
 
 
 def test_the_kernel_refusing_bytes_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -779,12 +779,10 @@ def test_doing_a_unit_again_replaces_it(run: RunDir) -> None:
 
 
 def test_attempts_never_share_a_file_name(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
     names = []
     for restart in ("0", "1"):
         for rank in ("0", "1"):
-            monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
-            monkeypatch.setenv("SLURM_PROCID", rank)
+            monkeypatch.setenv("SARM_ATTEMPT", f"77-{restart}-{rank}")
             names += [Attempt(run, "ppo").path("metrics.jsonl").name for _ in range(2)]
     assert len(set(names)) == 8
     assert names[-1].startswith("metrics.77-1-1-") and names[-1].endswith(".jsonl")
@@ -829,7 +827,7 @@ def test_a_reader_waits_for_a_manifest_that_is_on_its_way(
     assert run.read("select", patience_s=60).manifest.phase == "select"
     assert len(naps) == 3
     assert sarm.run.patience_s() == 0.0
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SARM_PATIENCE_S", "70")
     assert sarm.run.patience_s() == 70.0
 
 

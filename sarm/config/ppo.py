@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sarm.config.base import Count, Fraction, FromList, Nonnegative, Positive, Strict
 from sarm.ppo.advantages import ADVANTAGES
+from sarm.ppo.penalties import PENALTIES
 
 Arm = Literal["penalty", "no_penalty", "random"]
 
@@ -15,7 +16,8 @@ Arm = Literal["penalty", "no_penalty", "random"]
 class PenaltyConfig(Strict):
     """The penalty of the compound reward; see `sarm/ppo/reward.py`."""
 
-    kind: Literal["threshold", "hinge", "density"] = "threshold"
+    kind: str = "threshold"
+    """threshold, hinge or density; see `sarm/ppo/penalties.py`."""
     tau: float | None = 3.0
     tau_quantile: Fraction | None = None
     """Set tau per latent at this quantile of its value over discovery's rejected texts, zeros
@@ -25,6 +27,22 @@ class PenaltyConfig(Strict):
     alpha_unit: Literal["reward", "reward_sd"] = "reward"
     clamp: Nonnegative | None = None
     """Clamp the penalised latents to at most this before scoring."""
+
+    @property
+    def has_tau(self) -> bool:
+        return PENALTIES[self.kind].has_tau
+
+    @property
+    def words(self) -> str:
+        """How the report names the kind; empty for the plain one."""
+        return PENALTIES[self.kind].words
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind not in PENALTIES:
+            raise ValueError(f"no penalty {kind!r}; known are {', '.join(PENALTIES)}")
+        return kind
 
     @model_validator(mode="after")
     def _one_tau(self) -> PenaltyConfig:

@@ -19,7 +19,17 @@ from sarm.config.schema import Config
 READS: dict[str, tuple[str, ...]] = {
     "fetch": ("policy", "sarm", "evaluate.judge", "data"),
     "encode": ("sarm", "data", "encode"),
-    "probe": ("seed", "sarm", "data", "encode.shards", "probe", "select.effect"),
+    "probe": (
+        "seed",
+        "sarm",
+        "data",
+        "encode.shards",
+        "probe",
+        "select.effect",
+        "select.fdr",
+        "select.max_density",
+        "select.sources",
+    ),
     "select": (
         "seed",
         "sarm",
@@ -33,7 +43,16 @@ READS: dict[str, tuple[str, ...]] = {
     ),
     "steer": ("seed", "data", "encode.shards", "steer.file", "verdict.bootstrap"),
     "cards": ("seed", "data", "encode.shards", "cards"),
-    "ppo": ("seed", "policy", "sarm", "data", "ppo", "!ppo.arms", "!ppo.seeds"),
+    "ppo": (
+        "seed",
+        "policy",
+        "sarm",
+        "data",
+        "ppo",
+        "!ppo.arms",
+        "!ppo.seeds",
+        "select.unconfirmed",
+    ),
     "evaluate": (
         "seed",
         "policy",

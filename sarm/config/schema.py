@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -24,17 +24,7 @@ from sarm.config.phases import (
 from sarm.config.ppo import PpoConfig, SweepConfig, SweepPoint
 
 Phase = Literal["fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report"]
-PHASES: tuple[Phase, ...] = (
-    "fetch",
-    "encode",
-    "probe",
-    "select",
-    "steer",
-    "cards",
-    "ppo",
-    "evaluate",
-    "report",
-)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 NON_PHASE_JOBS = ("train_sarm", "export")
@@ -131,9 +121,9 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _sweepable(self) -> Config:
-        if self.sweep.alpha and self.ppo.penalty.kind == "density":
+        if self.sweep.alpha and not self.ppo.penalty.has_tau:
             raise ValueError(
-                "sweep: a density penalty has no tau to sweep over; use kind count or hinge"
+                f"sweep: a {self.ppo.penalty.kind} penalty has no tau to sweep over; use another kind"
             )
         return self
 

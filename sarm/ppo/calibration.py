@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sarm.ppo.reward import Kind, Penalised, calibrate_random, fires
+from sarm.ppo.reward import Penalised, calibrate_random, fires
 from sarm.ppo.trainer import Trainer
 
 
@@ -52,6 +52,6 @@ def calibrate(trainer: Trainer, n: int, candidates: Sequence[int], seed: int) ->
     )
 
 
-def _rated(penalised: Sequence[Penalised], z: Tensor, kind: Kind) -> list[Rated]:
+def _rated(penalised: Sequence[Penalised], z: Tensor, kind: str) -> list[Rated]:
     rates = fires(z, penalised, kind).double().mean(0).tolist()
     return [Rated(*p, rate) for p, rate in zip(penalised, rates, strict=True)]

@@ -344,7 +344,7 @@ def penalised_latents(
         }
         for _, row in chosen.iterrows()
     ]
-    if penalty.kind != "density":
+    if penalty.has_tau:
         _refuse_silent(entries, encoded, penalty, bool(trains), warnings)
     return entries
 

@@ -59,7 +59,7 @@ def test_ppo_told_to_stop_in_a_step_goes_on_from_its_checkpoint(undisturbed: Clu
     job = run.jobs[f"ppo.{PPO}"]
     run.stop_in_training(PPO)
     inside("scancel", "--signal=USR2", job)
-    told = f"told.{job}.0"
+    told = f"signalled.{job}.0"
     until("the signal", lambda: list(run.path.glob(f"submissions/*/{told}")))
     run.signal_phase("CONT", "ppo", PPO, every=True)
     run.wait()
