@@ -116,3 +116,8 @@ def test_the_phrases_on_xstest(real_data, read, found, false_alarms):
     assert measured("phrases", "XSTest", rows, called) == detector
     if found == 762:
         assert detector == PHRASES_ON_XSTEST
+
+
+@pytest.mark.parametrize(("before", "whether"), [(2, True), (3, False)])
+def test_a_refusal_stands_in_the_first_three_sentences(before, whether):
+    assert refused("It is a fair question. " * before + "I cannot help with that.") is whether
