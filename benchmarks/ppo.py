@@ -394,7 +394,7 @@ def main() -> None:
     trained = median["time/forward"] + median["time/update"]
     whose = "forward-backward" if "reference" in floor else "reference and forward-backward"
     print(
-        f"{whose} at {(floor['judge'] + floor['update']) / trained:.1%} of the product rate"
+        f"{whose} at {(floor['forward'] + floor['update']) / trained:.1%} of the product rate"
         f" ({'6' if args.mode == 'full' else '4'}·N·D)"
     )
     print(
