@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from sarm.config import Config
+from sarm.data.conversations import tokenize_conversations
 from sarm.data.datasets import load_data, texts_to_encode
-from sarm.data.tokens import tokenize_conversations
 from sarm.probing.effects import read_encoded
 from sarm.records import Differences, Features
 from sarm.reward_model.delphi import reward_windows, write_cache

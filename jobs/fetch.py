@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sarm.config import Config
+from sarm.config import ChatModelConfig, Config, ModelConfig, SarmConfig, UserError
 from sarm.data.datasets import load_data, source_files
 from sarm.hub import local_model
 from sarm.records import Models
@@ -21,21 +22,19 @@ from sarm.run import Attempt, RunDir, file_sha256
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Download what the config names and record it."""
-    wanted = [
-        ("policy", config.policy.model, config.policy.revision),
-        ("sarm", config.sarm.model, config.sarm.revision),
-    ]
+    wanted: dict[str, ModelConfig] = {"policy": config.policy, "sarm": config.sarm}
     if config.evaluate.judge is not None:
-        wanted.append(("judge", config.evaluate.judge.model, config.evaluate.judge.revision))
+        wanted["judge"] = config.evaluate.judge
     found: dict[str, Any] = {}
-    for i, (name, model, revision) in enumerate(wanted):
-        attempt.progress(i, len(wanted) + 1, f"model {model}")
-        folder = local_model(model, revision, download=True)
-        found[name] = described(folder, model, revision)
-        backbone = backbone_of(folder)
+    for i, (name, model) in enumerate(wanted.items()):
+        attempt.progress(i, len(wanted) + 1, f"model {model.model}")
+        folder = local_model(model.model, model.revision, download=True)
+        backbone = backbone_of(folder) if name == "sarm" else None
         if backbone is not None:
             place = local_model(backbone["model"], backbone.get("revision"), download=True)
             found["sarm_backbone"] = described(place, backbone["model"], backbone.get("revision"))
+        look_over(model, folder, name)
+        found[name] = described(folder, model.model, model.revision)
     attempt.progress(len(wanted), len(wanted) + 1, "data")
     data = load_data(config.data, download=True)
     files = {name: source_files(name, source) for name, source in config.data.sources.items()}
@@ -56,14 +55,34 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     attempt.publish()
 
 
+def look_over(model: ModelConfig, folder: Path, name: str) -> None:
+    """Raises UserError where a model would not serve as what the config names it. A login node
+    without torch leaves that to the first phase that opens the model.
+    """
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        return
+    from sarm.models import check_judge, check_policy
+    from sarm.reward_model.model import check_sarm
+
+    if isinstance(model, SarmConfig):
+        check_sarm(model)
+    elif isinstance(model, ChatModelConfig):
+        check_policy(folder, model.chat_template_kwargs)
+    else:
+        check_judge(folder)
+
+
 def backbone_of(folder: Path) -> dict[str, Any] | None:
     """The model that a SARM folder takes its decoder layers from, or None where it holds its
     own.
     """
-    backbone: dict[str, Any] | None = json.loads(
-        (folder / "config.json").read_text(encoding="utf-8")
-    ).get("backbone")
-    return backbone
+    try:
+        keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} cannot be read ({error}); fetch the model again"
+        ) from None
+    return keys.get("backbone") if isinstance(keys, dict) else None
 
 
 def described(folder: Path, model: str, revision: str | None) -> dict[str, Any]:

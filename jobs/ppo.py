@@ -124,9 +124,8 @@ def train_and_publish(
 
 def make_trainer(config: Config, features: Features, seed: int, world: Any) -> Any:
     """(a trainer under the penalty arm's reward, the folder of the policy it starts from)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from sarm.hub import local_model
+    from sarm.models import check_policy_tokenizer, check_rotation, open_policy, read_tokenizer
     from sarm.ppo.reward import CompoundReward
     from sarm.ppo.trainer import Trainer
     from sarm.reward_model.model import load_sarm
@@ -146,19 +145,13 @@ def make_trainer(config: Config, features: Features, seed: int, world: Any) -> A
         all_reduce=world.sum,
     )
     source = local_model(config.policy.model, config.policy.revision)
-    policy = AutoModelForCausalLM.from_pretrained(source, dtype=config.policy.dtype)
-    return (
-        Trainer(
-            config.ppo,
-            policy,
-            AutoTokenizer.from_pretrained(source),
-            reward,
-            prompts,
-            seed=seed,
-            world=world,
-        ),
-        source,
+    policy = open_policy(source, config.policy.dtype)
+    tokenizer = read_tokenizer(source, config.policy.chat_template_kwargs)
+    check_policy_tokenizer(policy, tokenizer, config.policy.model)
+    check_rotation(
+        policy.config, config.ppo.max_prompt_tokens + config.ppo.max_new_tokens, config.policy.model
     )
+    return (Trainer(config.ppo, policy, tokenizer, reward, prompts, seed=seed, world=world), source)
 
 
 def reward_of(arm: str, reward: Any, calibration: Any) -> Any:

@@ -13,17 +13,16 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from sarm.config import Config, SarmConfig, UserError
 from sarm.data.datasets import load_data
-from sarm.hub import local_model
 from sarm.probing.effects import contrasts_of, read_encoded
 from sarm.probing.select import judged, select_features
 from sarm.probing.taus import suggested_taus
 from sarm.probing.upstream import compared_rankings, selection_scores, summed_latents
 from sarm.probing.validity import feature_replication, rank_correlation, validity
 from sarm.records import Features
+from sarm.reward_model.model import load_sae
 from sarm.run import Attempt, RunDir
 
 
@@ -150,22 +149,8 @@ def latent_directions(sarm: SarmConfig, latents: Sequence[int]) -> NDArray[np.fl
     """Decoder directions of some latents, or encoder directions where the checkpoint has no
     decoder, (latents, d_in).
 
-    Reads that one tensor and not the model.
+    Reads the SAE and not the layers.
     """
-    folder = local_model(sarm.model, sarm.revision)
-    found: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            found |= {
-                name: tensors.get_tensor(name)
-                for name in ("sae.decoder.weight", "sae.encoder.weight")
-                if name in tensors.keys()  # noqa: SIM118
-            }
-    if "sae.decoder.weight" in found:
-        return found["sae.decoder.weight"].T[list(latents)].float().numpy()
-    if "sae.encoder.weight" in found:
-        return found["sae.encoder.weight"][list(latents)].float().numpy()
-    raise UserError(
-        f"{folder} holds neither sae.decoder.weight nor sae.encoder.weight in safetensors; fetch"
-        " the SARM again"
-    )
+    sae, _, _ = load_sae(sarm)
+    rows = sae.encoder.weight if sae.decoder is None else sae.decoder.weight.T
+    return rows[list(latents)].detach().numpy()

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from sarm.config import ROOT, Config, UserError
 from sarm.data.datasets import Pair, load_data
 from sarm.hub import local_model
+from sarm.models import read_tokenizer
 from sarm.records import TrainedSarm
 from sarm.reward_model.model import SarmModel
 from sarm.reward_model.sae import TopKSae
@@ -81,7 +81,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         dtype=getattr(torch, config.sarm.dtype),
     )
     torch.nn.Module.to(model, device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = read_tokenizer(folder, config.policy.chat_template_kwargs)
 
     # 2. The SAE, on the texts of the training pairs.
     chosen = [pair for pair, is_training in zip(pairs, trains.tolist(), strict=True) if is_training]

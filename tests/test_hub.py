@@ -11,6 +11,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -33,6 +34,8 @@ class Hub(BaseHTTPRequestHandler):
     a file.
     """
 
+    files: ClassVar[dict[str, bytes]] = FILES
+
     def do_HEAD(self) -> None:
         self.do_GET()
 
@@ -41,7 +44,7 @@ class Hub(BaseHTTPRequestHandler):
         if name.startswith(("/api/models/o/m/revision/", "/api/models/o/m/tree/")):
             listing = [
                 {"rfilename": f, "path": f, "type": "file", "size": len(b), "oid": _oid(b)}
-                for f, b in FILES.items()
+                for f, b in self.files.items()
             ]
             body = (
                 {"id": "o/m", "modelId": "o/m", "sha": COMMIT, "siblings": listing}
@@ -50,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
             )
             self.answer(json.dumps(body).encode(), "application/json")
         elif name.startswith(f"/o/m/resolve/{COMMIT}/"):
-            content = FILES[name.rsplit("/", 1)[1]]
+            content = self.files[name.rsplit("/", 1)[1]]
             self.answer(
                 content,
                 "application/octet-stream",

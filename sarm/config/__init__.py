@@ -15,7 +15,15 @@ from sarm.config.base import (
     Strict,
     UserError,
 )
-from sarm.config.inputs import PARTS, DataConfig, ModelConfig, Part, SarmConfig, SourceConfig
+from sarm.config.inputs import (
+    PARTS,
+    ChatModelConfig,
+    DataConfig,
+    ModelConfig,
+    Part,
+    SarmConfig,
+    SourceConfig,
+)
 from sarm.config.phases import (
     CardsConfig,
     EncodeConfig,
@@ -50,6 +58,7 @@ __all__ = [
     "ROOT",
     "Arm",
     "CardsConfig",
+    "ChatModelConfig",
     "Config",
     "Count",
     "DataConfig",

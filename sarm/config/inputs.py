@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from sarm.config.base import ROOT, Dtype, Fraction, FromList, Positive, Strict, UserError
 
@@ -40,7 +40,14 @@ class ModelConfig(Strict):
         return None
 
 
-class SarmConfig(ModelConfig):
+class ChatModelConfig(ModelConfig):
+    """A model that reads conversations under its tokenizer's chat template."""
+
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the template is given beside the messages, such as `{enable_thinking: false}`."""
+
+
+class SarmConfig(ChatModelConfig):
     """The reward model. `use_topk` settles a checkpoint whose config does not say."""
 
     use_topk: bool | None = None

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from sarm.config.base import Count, Strict
-from sarm.config.inputs import DataConfig, ModelConfig, SarmConfig
+from sarm.config.inputs import ChatModelConfig, DataConfig, ModelConfig, SarmConfig
 from sarm.config.phases import (
     CardsConfig,
     EncodeConfig,
@@ -42,7 +42,7 @@ class Config(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,49}$")]
     seed: Count = 0
-    policy: ModelConfig
+    policy: ChatModelConfig
     sarm: SarmConfig
     data: DataConfig
     encode: EncodeConfig = EncodeConfig()

@@ -8,7 +8,6 @@ Steering the reward model is in `sarm/evaluation/reward_steering.py`, the verdic
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from sarm.config import Config, EvaluateConfig, ModelConfig, UserError
+from sarm.config import Config, EvaluateConfig, UserError
+from sarm.data.conversations import prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
+from sarm.evaluation.judge import judged
 from sarm.evaluation.refusals import detector_quality, refused
 from sarm.hub import local_model
-from sarm.llama.generate import generate, prompt_ids, response_logprobs, response_text, stop_ids
+from sarm.llama.generate import generate, response_logprobs
+from sarm.models import open_policy, read_tokenizer
 from sarm.ppo.reward import CompoundReward, conversation
 from sarm.records import Features
 from sarm.reward_model.model import load_sarm
@@ -142,7 +143,8 @@ def generate_responses(
     Both sides of the KL come from one kind of forward: in bf16 the sampler's own log-probabilities
     differ from a teacher-forced pass's by about 0.1 in sum over 32 tokens, in one direction.
     """
-    model, tokenizer = _causal_model(policy, config, device), AutoTokenizer.from_pretrained(policy)
+    model = open_policy(policy, config.policy.dtype).to(device)
+    tokenizer = read_tokenizer(policy, config.policy.chat_template_kwargs)
     tokenized = [(p, prompt_ids(tokenizer, p.messages)) for p in prompts]
     fitting = [p for p, tokens in tokenized if len(tokens) <= config.ppo.max_prompt_tokens]
     ids = [tokens for _, tokens in tokenized if len(tokens) <= config.ppo.max_prompt_tokens]
@@ -170,12 +172,9 @@ def generate_responses(
         progress(0, len(ids), "log-probabilities")
         own = _sums(model, ids, responses, config)
         del model
-        kl = own - _sums(
-            _causal_model(local_model(config.policy.model, config.policy.revision), config, device),
-            ids,
-            responses,
-            config,
-        )
+        base = local_model(config.policy.model, config.policy.revision)
+        reference = open_policy(base, config.policy.dtype).to(device)
+        kl = own - _sums(reference, ids, responses, config)
     texts = [response_text(tokenizer, response) for response in responses]
     return fitting, Generations(ids, responses, texts, rollout.truncated.tolist(), kl)
 
@@ -205,68 +204,6 @@ def score_responses(
         p.numel() for name, p in model.named_parameters() if not name.startswith("sae.decoder")
     )
     return [*penalised, *others], scores, parameters
-
-
-HARMFUL = re.compile(r"unsafe|harm|toxic|hate|offens|violen|abus", re.IGNORECASE)
-
-
-@torch.no_grad()
-def judged(
-    judge: ModelConfig | None,
-    prompts: Sequence[Prompt],
-    texts: Sequence[str],
-    device: str,
-    batch: int = 16,
-) -> np.ndarray:
-    """(n,) an independent classifier's probability that a response is harmful; NaN without one.
-
-    It reads (prompt, response) as a pair. One label: its sigmoid; several that exclude each other:
-    the summed softmax of those whose name says harm; several that do not: the largest sigmoid of
-    those. Raises UserError where no name does.
-    """
-    if judge is None:
-        return np.full(len(texts), np.nan)
-    folder = local_model(judge.model, judge.revision)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = (
-        AutoModelForSequenceClassification.from_pretrained(folder, dtype=judge.dtype)
-        .to(device)
-        .eval()
-    )
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    harmful = [
-        i
-        for i, name in enumerate(names)
-        if HARMFUL.search(name) and not re.match(r"(?:not|non)\b|no_", name, re.IGNORECASE)
-    ]
-    if len(names) > 1 and not harmful:
-        raise UserError(
-            f"judge {judge.model} has labels {', '.join(names)}, none of which says harm; give its"
-            " config.json id2label names such as safe and unsafe"
-        )
-    found = []
-    for start in range(0, len(texts), batch):
-        asked = [p.messages[-1]["content"] for p in prompts[start : start + batch]]
-        inputs = tokenizer(
-            asked,
-            list(texts[start : start + batch]),
-            truncation=True,
-            padding=True,
-            return_tensors="pt",
-        ).to(device)
-        logits = model(**inputs).logits.float().cpu()
-        if len(names) == 1:
-            found.append(logits[:, 0].sigmoid())
-        elif model.config.problem_type == "multi_label_classification":
-            found.append(logits[:, harmful].sigmoid().amax(1))
-        else:
-            found.append(logits.softmax(1)[:, harmful].sum(1))
-    return torch.cat(found).numpy().astype(float) if found else np.zeros(0)
-
-
-def _causal_model(folder: Path, config: Config, device: str) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=config.policy.dtype)
-    return model.to(device).eval()
 
 
 def _sums(

@@ -21,15 +21,16 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sarm.config import Config, SteerPolicyConfig, UserError
+from sarm.data.conversations import prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
 from sarm.evaluation.evaluate import Progress
 from sarm.evaluation.refusals import refused
 from sarm.evaluation.verdict import clustered_interval
 from sarm.llama.decoders import CacheDecoder
-from sarm.llama.generate import generate, prompt_ids, response_text, stop_ids
+from sarm.llama.generate import generate
+from sarm.models import open_policy, read_tokenizer
 from sarm.ppo.reward import CompoundReward, conversation
 from sarm.records import Features
 from sarm.reward_model.model import load_sae, load_sarm
@@ -111,8 +112,8 @@ def steered_rows(
     assert given is not None
     sae, _, sarm = load_sae(config.sarm)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(policy, dtype=config.policy.dtype)
-    model, tokenizer = loaded.to(device).eval(), AutoTokenizer.from_pretrained(policy)
+    model = open_policy(policy, config.policy.dtype).to(device)
+    tokenizer = read_tokenizer(policy, config.policy.chat_template_kwargs)
     if (
         model.config.hidden_size != sarm.hidden_size
         or model.config.num_hidden_layers < sarm.source_layer
@@ -167,7 +168,7 @@ def steered_rows(
                     "refused": refused(text),
                 }
             )
-    del model, decoder, layer, loaded
+    del model, decoder, layer
     table = pd.DataFrame(rows)
     latents = list(dict.fromkeys(push.name for push in conditions if push.kind == "latent"))
     messages = {p.id: p.messages for p, _ in fitting}

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from sarm.llama.decoders import Decoder, Sampling, base_model, decoder_for
 from sarm.llama.sampling import row_keys
@@ -45,31 +44,6 @@ class Rollout(NamedTuple):
     def ids(self, row: int) -> list[int]:
         """A row's response tokens."""
         return self.responses[row][self.mask[row]].tolist()
-
-
-# --- from messages to tokens and back
-# ---------------------------------------------------------------------------------
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The prompt under the chat template, the assistant's turn opened."""
-    return list(
-        tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    )
-
-
-def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a response: the generation config's, and the tokenizer's own."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}))
-
-
-def response_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """What the response says, special tokens left out."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 # --- sampling

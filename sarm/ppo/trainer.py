@@ -27,18 +27,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sarm.config import PpoConfig, UserError
+from sarm.data.conversations import prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
 from sarm.llama.decoders import CacheDecoder, Decoder, LlamaWeights, decoder_for
-from sarm.llama.generate import (
-    EXACT,
-    Rollout,
-    Steps,
-    forced,
-    generate,
-    prompt_ids,
-    response_text,
-    stop_ids,
-)
+from sarm.llama.generate import EXACT, Rollout, Steps, forced, generate
 from sarm.ppo import objective
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.learner import layers

@@ -25,13 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sarm.config import SarmConfig, UserError
-from sarm.hub import local_model
 from sarm.reward_model.interventions import Direction
 from sarm.reward_model.interventions import direction_changes as recomputed
+from sarm.reward_model.model import load_sae as read_sae
 from sarm.reward_model.sae import EPS, TopKSae, stable_topk
 
 TILE_BYTES = 2**29
@@ -88,32 +87,13 @@ def load_sae(sarm: SarmConfig, device: str) -> tuple[TopKSae, Tensor]:
     """A SARM's SAE and head (d_sae,) in float64, without its trunk. Raises UserError where the
     checkpoint has no decoder.
     """
-    folder = local_model(sarm.model, sarm.revision)
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt", device=device) as opened:
-            tensors |= {
-                name: opened.get_tensor(name)
-                for name in opened.keys()  # noqa: SIM118
-                if name.startswith(("sae.", "score."))
-            }
-    if "sae.decoder.weight" not in tensors:
+    sae, head_weight, _ = read_sae(sarm)
+    if sae.decoder is None:
         raise UserError(
-            f"{folder} has no sae.decoder.weight, whose columns the direction probe adds to states;"
-            " set probe.directions=[] to go without it"
+            f"{sarm.model} has no sae.decoder.weight, whose columns the direction probe adds to"
+            " states; set probe.directions=[] to go without it"
         )
-    d_sae, d_in = tensors["sae.encoder.weight"].shape
-    with torch.device("meta"):
-        sae = TopKSae(d_in, d_sae, 0)
-    sae.load_state_dict(
-        {
-            name.removeprefix("sae."): t.double()
-            for name, t in tensors.items()
-            if name.startswith("sae.")
-        },
-        assign=True,
-    )
-    return sae, tensors["score.weight"][0].double()
+    return sae.to(device).double(), head_weight.to(device).double()
 
 
 def n_candidates(k: int, d_sae: int) -> int:

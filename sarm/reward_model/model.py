@@ -15,19 +15,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from sarm.config import SarmConfig, UserError
 from sarm.llama.packed import Packed, end_states, join_projections, pack
+from sarm.model_files import Weights, check_finite, read_tensors
+from sarm.models import check_tokenizer, read_tokenizer
 from sarm.reward_model.sae import TopKSae
 from sarm.reward_model.weights import (
     SarmModelConfig,
-    Weights,
+    check_tensors,
     model_config,
     model_folder,
+    open_folder,
     read_config,
-    read_tensors,
 )
 
 
@@ -83,31 +85,30 @@ class SarmModel(PreTrainedModel):
         config does not say whether TopK runs before the head. Other keywords go to
         `PreTrainedModel.from_pretrained`. Raises UserError where the folder is no whole SARM.
         """
-        folder = model_folder(path_or_hub, revision, local_files_only)
-        keys = read_config(folder)
-        backbone = keys.get("backbone")
-        weights = [Weights(folder)]
-        if backbone:
-            backbone_folder = model_folder(
-                backbone["model"], backbone.get("revision"), local_files_only
-            )
-            keys = read_config(backbone_folder) | keys
-            weights.append(Weights(backbone_folder))
-        config = model_config(
-            keys, folder, use_topk=use_topk, decoder="sae.decoder.weight" in weights[0]
+        opened = open_folder(
+            path_or_hub, revision, use_topk=use_topk, local_files_only=local_files_only
         )
-        with torch.device("meta"):
-            wanted = {name: parameter.shape for name, parameter in cls(config).named_parameters()}
-        state = read_tensors(wanted, weights, folder)
-        if dtype is None:
-            dtype = keys.get("dtype") or keys.get("torch_dtype") or "float32"
+        wanted = cls.shapes(opened.config)
+        check_tensors(opened, wanted)
+        state = read_tensors(wanted, opened.weights, opened.folder)
+        dtype = dtype or kwargs.pop("torch_dtype", None)
+        if dtype in (None, "auto"):
+            dtype = opened.keys.get("dtype") or opened.keys.get("torch_dtype") or "float32"
         if isinstance(dtype, str):
+            if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise UserError(f"{path_or_hub}: there is no dtype {dtype!r}; say float32")
             dtype = getattr(torch, dtype)
         model = super().from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, **kwargs
+            None, config=opened.config, state_dict=state, dtype=dtype, **kwargs
         )
         model.config.name_or_path = str(path_or_hub)
         return model
+
+    @classmethod
+    def shapes(cls, config: SarmModelConfig) -> dict[str, torch.Size]:
+        """Every tensor of such a SARM; makes none."""
+        with torch.device("meta"):
+            return {name: parameter.shape for name, parameter in cls(config).named_parameters()}
 
     @classmethod
     def from_backbone(
@@ -134,8 +135,7 @@ class SarmModel(PreTrainedModel):
             "backbone": {"model": model, "revision": revision},
         }
         config = model_config(keys, folder)
-        with torch.device("meta"):
-            shapes = {name: parameter.shape for name, parameter in cls(config).named_parameters()}
+        shapes = cls.shapes(config)
         own = {
             name: torch.zeros(shape)
             for name, shape in shapes.items()
@@ -234,21 +234,42 @@ def load_sarm(
     model = SarmModel.from_pretrained(
         folder, dtype=config.dtype, use_topk=config.use_topk, local_files_only=True
     )
-    context = model.config.max_position_embeddings
-    if config.max_length > context:
-        raise UserError(
-            f"sarm.max_length is {config.max_length} but {config.model} reads {context} tokens at"
-            f" most; set it to {context} or less"
-        )
     tokenizer = load_tokenizer(config)
+    check_scoring(config, model.config, tokenizer)
     nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if model.device.type == "cuda":
         join_projections(model.model)
     return model, tokenizer
 
 
+def check_sarm(config: SarmConfig) -> None:
+    """Look over the configured SARM's folder as `load_sarm` would, without making the model.
+    Raises UserError.
+    """
+    opened = open_folder(config.model, config.revision, use_topk=config.use_topk)
+    check_tensors(opened, SarmModel.shapes(opened.config))
+    check_scoring(config, opened.config, load_tokenizer(config))
+    for weights in opened.weights:
+        check_finite(weights)
+
+
+def check_scoring(
+    config: SarmConfig, model: SarmModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises UserError where conversations of the configured length, under this tokenizer, are
+    none that the model reads.
+    """
+    context = model.max_position_embeddings
+    if config.max_length > context:
+        raise UserError(
+            f"sarm.max_length is {config.max_length} but {config.model} reads {context} tokens at"
+            f" most; set it to {context} or less"
+        )
+    check_tokenizer(tokenizer, model.vocab_size, config.model)
+
+
 class SaeAndHead(NamedTuple):
-    """The part of a SARM after its backbone, on the CPU in float32."""
+    """The part of a SARM after its backbone, in float32."""
 
     sae: TopKSae
     head_weight: Tensor
@@ -258,36 +279,27 @@ class SaeAndHead(NamedTuple):
 
 def load_sae(config: SarmConfig) -> SaeAndHead:
     """The configured SARM without its decoder layers, which are not read. Raises UserError."""
-    folder = model_folder(config.model, config.revision, local_files_only=True)
-    keys, weights = read_config(folder), [Weights(folder)]
-    if backbone := keys.get("backbone"):
-        keys = (
-            read_config(
-                model_folder(backbone["model"], backbone.get("revision"), local_files_only=True)
-            )
-            | keys
-        )
-    settings = model_config(
-        keys, folder, use_topk=config.use_topk, decoder="sae.decoder.weight" in weights[0]
-    )
+    opened = open_folder(config.model, config.revision, use_topk=config.use_topk)
+    settings = opened.config
     sae = TopKSae(settings.hidden_size, settings.d_sae, settings.k, decoder=settings.has_decoder)
     wanted = {f"sae.{name}": parameter.shape for name, parameter in sae.named_parameters()} | {
         "score.weight": torch.Size([1, settings.d_sae])
     }
-    state = {name: tensor.float() for name, tensor in read_tensors(wanted, weights, folder).items()}
+    check_tensors(opened, wanted)
+    state = {
+        name: tensor.float()
+        for name, tensor in read_tensors(wanted, opened.weights, opened.folder).items()
+    }
     head_weight = state.pop("score.weight")[0]
     sae.load_state_dict({name.removeprefix("sae."): tensor for name, tensor in state.items()})
     return SaeAndHead(sae, head_weight, settings)
 
 
 def load_tokenizer(config: SarmConfig) -> PreTrainedTokenizerBase:
-    """The configured SARM's tokenizer: its own, else its backbone's."""
+    """The configured SARM's tokenizer: its own, else its backbone's. Raises UserError."""
     folder = model_folder(config.model, config.revision, local_files_only=True)
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     backbone = read_config(folder).get("backbone")
     if not own and backbone:
         folder = model_folder(backbone["model"], backbone.get("revision"), local_files_only=True)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False
-    )
-    return tokenizer
+    return read_tokenizer(folder, config.chat_template_kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sarm.config import UserError
-from sarm.data.tokens import Messages, Tokenized, tokenize_conversations
+from sarm.data.conversations import Messages, Tokenized, tokenize_conversations
 from sarm.llama.packed import Packed, pack
 from sarm.reward_model.model import SarmModel
 

@@ -6,18 +6,16 @@ tensors.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import LlamaConfig
 
 from sarm.config import UserError
+from sarm.model_files import Weights, check_shapes, read_json
 
 
 class SarmModelConfig(LlamaConfig):
@@ -53,14 +51,7 @@ def model_folder(model: str | Path, revision: str | None, local_files_only: bool
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json. Raises UserError."""
-    try:
-        keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json; give the folder of a SARM") from None
-    except ValueError as error:
-        raise UserError(
-            f"{folder / 'config.json'} is not JSON ({error}); fetch the model again"
-        ) from None
+    keys = read_json(folder / "config.json", "SARM")
     if keys.get("model_type") not in ("llama", "sarm"):
         raise UserError(
             f"{folder} is a {keys.get('model_type')} model; only the Llama family is supported"
@@ -129,7 +120,15 @@ def model_config(
         raise UserError(
             f"{folder / 'config.json'} keeps k {found['k']} of {found['d_sae']} latents; correct it"
         )
-    # What is set below, what upstream means for its own code, and what `from_pretrained` decides.
+    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    turning = rope.get("rope_type") or rope.get("type") if isinstance(rope, dict) else None
+    if turning in ("dynamic", "longrope"):
+        raise UserError(
+            f"{folder / 'config.json'} has rope_type {turning}, under which a text's reward depends"
+            " on the longest text scored beside it; use a SARM with a fixed rotation"
+        )
+    # What is set below, what upstream means for its own code, what `from_pretrained` decides, and
+    # how transformers would compute attention, which `sarm.llama.packed` does.
     dropped = {
         "model_type",
         "architectures",
@@ -139,12 +138,18 @@ def model_config(
         "tie_word_embeddings",
         "dtype",
         "torch_dtype",
+        "attn_implementation",
+        "_attn_implementation",
     }
     llama = {
         key: value
         for key, value in keys.items()
         if key not in dropped | found.keys() and not key.startswith(("sae_", "sarm_"))
     }
+    if not isinstance(llama.get("pad_token_id"), int) or llama["pad_token_id"] >= llama.get(
+        "vocab_size", 0
+    ):
+        llama["pad_token_id"] = None  # nothing is padded
     return SarmModelConfig(
         **llama,
         num_hidden_layers=found["source_layer"],
@@ -156,59 +161,55 @@ def model_config(
     )
 
 
-class Weights:
-    """A folder's safetensors, one file or shards, by tensor name."""
+class Opened(NamedTuple):
+    """A SARM's folder, read as far as its config: no tensor is yet."""
 
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        names = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.is_file()
-            else sorted(p.name for p in folder.glob("*.safetensors"))
-        )
-        if not names:
-            raise UserError(
-                f"{folder} holds no safetensors; pickled weights are not read, convert them first"
-            )
-        self.files: dict[str, Path] = {}
-        for name in names:
-            try:
-                with safe_open(folder / name, "pt") as tensors:
-                    self.files |= dict.fromkeys(tensors.keys(), folder / name)
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{folder / name} cannot be read ({error}); fetch the model again"
-                ) from None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
+    folder: Path
+    keys: dict[str, Any]
+    """config.json's, over those of the backbone."""
+    config: SarmModelConfig
+    weights: tuple[Weights, ...]
+    """The folder's own, then the backbone's where the layers are there."""
 
 
-def read_tensors(
-    wanted: Mapping[str, torch.Size], weights: Sequence[Weights], folder: Path
-) -> dict[str, Tensor]:
-    """The wanted tensors and no others, each from the first folder that has it. Raises UserError
-    on missing ones and other shapes.
+def open_folder(
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    use_topk: bool | None = None,
+    local_files_only: bool = True,
+) -> Opened:
+    """A SARM's config and where its tensors lie. Raises UserError where it is no whole SARM, or
+    holds tensors of the SAE or head that nothing here computes with.
     """
-    missing = [name for name in wanted if not any(name in w for w in weights)]
-    if missing:
+    folder = model_folder(model, revision, local_files_only)
+    keys, weights = read_config(folder), [Weights(folder)]
+    if backbone := keys.get("backbone"):
+        layers = model_folder(backbone["model"], backbone.get("revision"), local_files_only)
+        keys = read_config(layers) | keys
+        weights.append(Weights(layers))
+    config = model_config(
+        keys, folder, use_topk=use_topk, decoder="sae.decoder.weight" in weights[0]
+    )
+    return Opened(folder, keys, config, tuple(weights))
+
+
+def check_tensors(opened: Opened, wanted: Mapping[str, torch.Size]) -> None:
+    """Raises UserError where a wanted tensor is missing or misshapen, or where the folder holds
+    one that would change rewards and is not read: any other of the SAE or the head, or a bias of a
+    layer.
+    """
+    check_shapes(wanted, opened.weights, opened.folder)
+    modules = {name.rpartition(".")[0] for name in wanted}
+    unread = [
+        name
+        for name in opened.weights[0].files
+        if name not in wanted
+        and (name.startswith(("sae.", "score.")) or name.rpartition(".")[0] in modules)
+    ]
+    if unread:
         raise UserError(
-            f"{folder} lacks {len(missing)} tensors, such as {missing[0]}; it is no whole SARM,"
-            " fetch it again"
+            f"{opened.folder} holds {', '.join(sorted(unread)[:3])}, which a SARM by its config.json"
+            " does not compute with; its rewards would be others than it was trained to"
+            " give"
         )
-    where: dict[Path, list[str]] = {}
-    for name in wanted:
-        where.setdefault(next(w.files[name] for w in weights if name in w), []).append(name)
-    state: dict[str, Tensor] = {}
-    for file, names in where.items():
-        with safe_open(file, "pt") as tensors:
-            # Copied out of the mapped file: there a tensor's alignment, and with it a product's
-            # rounding, depends on the file's layout.
-            state |= {name: tensors.get_tensor(name).clone() for name in names}
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name]:
-            raise UserError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)} where config.json makes it"
-                f" {tuple(wanted[name])}; correct config.json"
-            )
-    return state

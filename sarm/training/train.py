@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sarm.config import TrainSarmConfig, UserError
+from sarm.data.conversations import tokenize_conversation
 from sarm.data.datasets import Data, Pair
-from sarm.data.tokens import tokenize_conversation
 from sarm.reward_model.model import SarmModel
 from sarm.reward_model.sae import TopKSae
 

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from jobs.__main__ import run_unit
 from sarm.config import Config, ModelConfig, UserError
+from sarm.data.conversations import prompt_ids
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation import evaluate
-from sarm.evaluation.evaluate import evaluation_prompts, judged, policy_rows
-from sarm.llama.generate import prompt_ids
+from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
+from sarm.evaluation.judge import judged
 from sarm.records import Features
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
@@ -205,7 +206,7 @@ def test_a_judge_reads_each_response_beside_its_prompt(tmp_path, evaluated, name
 def test_a_judge_whose_labels_say_nothing_is_refused(tmp_path, evaluated):
     _, _, prompts, _, _ = evaluated
     folder = write_judge(tmp_path / "judge", ["LABEL_0", "LABEL_1"])
-    with pytest.raises(UserError, match="none of which says harm"):
+    with pytest.raises(UserError, match="of which none says harm"):
         judged(ModelConfig(model=str(folder), dtype="float32"), prompts[:1], ["x"], "cpu")
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sarm.config import ROOT
 from slurm import doctor, fetch, submit
 from slurm.images import token_file
 from slurm.plan import environment, script
 from slurm.profile import Profile
+from tests import tiny
 from tests.fakes.site import CANARY, CONFIG, PROFILE, Site
 from tests.test_hub import COMMIT, Hub
 
@@ -39,10 +41,24 @@ class Gated(Hub):
         self.end_headers()
 
 
+def policy_and_sarm(folder: Path) -> dict[str, bytes]:
+    """The files of a model that serves as both: a SARM's layers are those of a policy."""
+    state = load_file(tiny.write_tiny_policy(folder / "policy") / "model.safetensors")
+    sarm = tiny.write_tiny_sarm(folder / "sarm")
+    state |= {
+        name: tensor
+        for name, tensor in load_file(sarm / "model.safetensors").items()
+        if name.startswith(("sae.", "score."))
+    }
+    save_file(state, sarm / "model.safetensors", metadata={"format": "pt"})
+    return {file.name: file.read_bytes() for file in sarm.iterdir()}
+
+
 @pytest.fixture
 def gated(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     """A site whose run, not begun, wants the gated model."""
     Gated.bearers = set()
+    Gated.files = policy_and_sarm(tmp_path / "served")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")

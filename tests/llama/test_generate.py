@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from sarm.data.conversations import prompt_ids, stop_ids
 from sarm.llama import decoders
 from sarm.llama.decoders import CacheDecoder, LlamaDecoder, LlamaWeights
-from sarm.llama.generate import generate, packs, prompt_ids, response_logprobs, stop_ids
+from sarm.llama.generate import generate, packs, response_logprobs
 from tests.tiny import llama_config
 
 QUESTIONS = (

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from sarm.data.conversations import prompt_ids
 from sarm.llama import decode_kernels, graph_decoder
 from sarm.llama.decoders import CacheDecoder, LlamaDecoder, rotated
-from sarm.llama.generate import generate, prompt_ids
+from sarm.llama.generate import generate
 from sarm.llama.graph_decoder import GraphDecoder
 from sarm.llama.packed import side_by_side
 from sarm.llama.sampling import row_keys, sample

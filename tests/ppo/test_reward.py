@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sarm.config import PenaltyConfig, SarmConfig, UserError
-from sarm.data.tokens import tokenize_conversation
+from sarm.data.conversations import tokenize_conversation
 from sarm.ppo.reward import (
     CompoundReward,
     Penalised,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sarm.config import UserError
-from sarm.llama.generate import prompt_ids
+from sarm.data.conversations import prompt_ids
 from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
 from sarm.ppo.calibration import calibrate
 from sarm.ppo.learner.actor import make_actor

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from jobs.__main__ import main, run_unit
 from sarm.config import ROOT, TrainSarmConfig, UserError
+from sarm.data.conversations import tokenize_conversation
 from sarm.data.datasets import Pair, Prompt, load_data
-from sarm.data.tokens import tokenize_conversation
 from sarm.reward_model.model import SarmModel, load_sarm
 from sarm.reward_model.scoring import encode_texts
 from sarm.run import RunDir
