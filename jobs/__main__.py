@@ -13,7 +13,7 @@ from sarm.cli import ended
 from sarm.config import PHASES, UserError, load_config
 from sarm.run import Attempt, RunDir
 
-BESIDE = ("train_sarm", "export")
+BESIDE = ("train_sarm", "train_refusals", "export")
 """Jobs that are no phase of a run: started by hand."""
 
 

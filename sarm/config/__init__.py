@@ -34,6 +34,7 @@ from sarm.config.phases import (
     SelectConfig,
     SteerConfig,
     SteerPolicyConfig,
+    TrainRefusalsConfig,
     TrainSarmConfig,
     VerdictConfig,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "Strict",
     "SweepConfig",
     "SweepPoint",
+    "TrainRefusalsConfig",
     "TrainSarmConfig",
     "UserError",
     "VerdictConfig",

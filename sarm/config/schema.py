@@ -18,6 +18,7 @@ from sarm.config.phases import (
     ProbeConfig,
     SelectConfig,
     SteerConfig,
+    TrainRefusalsConfig,
     TrainSarmConfig,
     VerdictConfig,
 )
@@ -55,6 +56,7 @@ class Config(Strict):
     evaluate: EvaluateConfig = EvaluateConfig()
     verdict: VerdictConfig = VerdictConfig()
     train_sarm: TrainSarmConfig = TrainSarmConfig()
+    train_refusals: TrainRefusalsConfig = TrainRefusalsConfig()
     hardware: str = ""
     """Shown in the report; where empty, what the PPO job found."""
 
