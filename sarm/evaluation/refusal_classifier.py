@@ -60,7 +60,7 @@ def features(texts: Sequence[str]) -> csr_array:
     """
     rows = [sorted({zlib.crc32(f.encode()) % 2**BITS for f in named(text)}) for text in texts]
     ends = np.cumsum([0, *map(len, rows)])
-    values = np.concatenate([np.full(len(row), len(row) ** -0.5) for row in rows] or [[]])
+    values = np.array([len(row) ** -0.5 for row in rows for _ in row], dtype=np.float64)
     columns = np.array([column for row in rows for column in row], dtype=np.int64)
     return csr_array((values, columns, ends), shape=(len(texts), 2**BITS))
 

@@ -97,9 +97,11 @@ def fit_layers_and_sae(
         progress=lambda i, n: progress(i, n, "SAE"),
     )
     # Saved in float16; the head is trained on what the saved SAE gives.
-    for weight in (sae.encoder.weight, sae.decoder.weight):
-        weight.data = weight.data.half().float()
-    model.sae.load_state_dict(sae.state_dict())
+    halved = {
+        name: tensor.half().float() if name.endswith(".weight") else tensor
+        for name, tensor in sae.state_dict().items()
+    }
+    model.sae.load_state_dict(halved)
 
 
 def features(

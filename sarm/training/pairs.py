@@ -89,13 +89,11 @@ def refusal_pairs(
     found = []
     for pair, chosen_refuses, rejected_refuses in zip(pairs, *answers, strict=True):
         refusal = refusals[int(_unit(f"refusal:{pair.id}") * len(refusals))]
+        made = pair._replace(id=f"{pair.id}-refusal")
         if pair.prompt.kind == "safe" and not chosen_refuses:
-            made = {"source": ANSWERED, "rejected": refusal}
+            found.append(made._replace(source=ANSWERED, rejected=refusal))
         elif pair.prompt.kind == "unsafe" and chosen_refuses and not rejected_refuses:
-            made = {"source": REFUSED, "chosen": refusal}
-        else:
-            continue
-        found.append(pair._replace(id=f"{pair.id}-refusal", **made))
+            found.append(made._replace(source=REFUSED, chosen=refusal))
     return found
 
 
