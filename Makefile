@@ -6,7 +6,8 @@ SHELL := /bin/bash
 PYTHON  ?= python3.11
 VENV    ?= .venv
 CONFIG  ?= configs/llama31-8b.yaml
-RUN     ?= outputs/$(basename $(notdir $(CONFIG)))
+# Where unset, outputs/ and the config's name.
+RUN     ?=
 PYTEST_ARGS ?=
 # An index of CPU builds of torch, such as PyTorch's own; without it pip takes torch from its default index,
 # where Linux builds bring several gigabytes of CUDA with them.
@@ -14,6 +15,8 @@ TORCH_INDEX ?=
 # A profile in slurm/clusters/, or a path.
 CLUSTER ?= generic
 DRY_RUN ?=
+# One unit, such as penalty-seed0 or a shard's name: of make PHASE, submit-all, submit-PHASE and cancel.
+UNIT    ?=
 # How many, and how much memory each has in GiB: for `make plan`.
 GPUS    ?= 4x80
 # What make compare reads and where it writes.
@@ -21,6 +24,29 @@ RUNS ?=
 OUT ?= outputs/compare
 
 PY := $(VENV)/bin/python
+
+# A caller's value as one word of the shell's, whatever it holds: quotes, spaces, `;` and `$`. Only what make itself
+# sets is expanded.
+given = $(if $(filter command environment,$(firstword $(origin $1))),$(value $1),$($1))
+quoted = '$(subst ','\'',$1)'
+arg = $(call quoted,$(call given,$1))
+# Variables on the command line that are no variable of this file are overrides of the config, `ppo.steps=2`.
+KNOWN := PYTHON VENV CONFIG RUN UNIT CLUSTER DRY_RUN GPUS RUNS OUT DATA PYTEST_ARGS TORCH_INDEX KIND BASE SARM_IMAGES \
+  ACCOUNTING SHELL MAKEFLAGS HF_TOKEN DEBIAN_MIRROR SARM_CLUSTER SARM_CLUSTER_PORT SARM_CLUSTER_BINDS SLURM_CONF_EXTRA
+OVERRIDES := $(filter-out $(KNOWN),$(foreach pair,$(MAKEOVERRIDES),$(if $(findstring =,$(pair)),$(if \
+  $(filter command,$(firstword $(origin $(firstword $(subst =, ,$(pair)))))),$(firstword $(subst =, ,$(pair)))))))
+# make hands variables of its command line on to what it runs, and expands them for that.
+unexport CONFIG RUN UNIT CLUSTER RUNS OUT DATA GPUS DRY_RUN $(OVERRIDES)
+
+# A run that is there already has a config of its own, and is taken under that where no CONFIG is given.
+OWN := $(if $(filter file default,$(origin CONFIG)),$(if $(call given,RUN),$(shell test ! -e $(call arg,RUN)/config.yaml || echo 1)))
+config = $(if $(OWN),,--config $(call arg,CONFIG))
+# the stem of CONFIG, cut off by the shell, which unlike make knows names with spaces
+run = --run $(if $(call given,RUN),$(call arg,RUN),"outputs/$$(basename -- $(call arg,CONFIG) | sed 's/\.[^.]*$$//')")
+unit = $(if $(call given,UNIT),--unit $(call arg,UNIT))
+overrides = $(foreach name,$(OVERRIDES),$(call quoted,$(name)=$(value $(name))))
+dry = $(if $(filter-out 0 no false,$(call given,DRY_RUN)),--dry-run)
+cluster = --cluster $(call arg,CLUSTER)
 PHASES := fetch encode probe select steer cards ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
@@ -31,7 +57,8 @@ help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
 	@echo "  make PHASE            one phase by itself: $(PHASES)"
 	@echo "  make submit-PHASE     one phase by itself as Slurm jobs"
-	@echo "variables: CONFIG=$(CONFIG) RUN=$(RUN) CLUSTER=$(CLUSTER) VENV=$(VENV) DRY_RUN="
+	@echo variables: CONFIG=$(call arg,CONFIG) RUN=$(call arg,RUN) CLUSTER=$(call arg,CLUSTER) UNIT= DRY_RUN= VENV=$(call arg,VENV)
+	@echo "  and overrides of the config, such as ppo.steps=2"
 
 setup: $(VENV)/.installed  ## make the virtual environment with everything pinned (CPU)
 
@@ -51,44 +78,44 @@ demo: setup  ## the whole pipeline on SmolLM2-135M on this machine's CPU
 	@$(PY) -m slurm.local --config configs/smollm2.yaml --run outputs/smollm2
 
 run: setup  ## the whole pipeline on this machine: CONFIG=... RUN=...
-	@$(PY) -m slurm.local --config $(CONFIG) --run $(RUN)
+	@$(PY) -m slurm.local $(config) $(run) $(overrides)
 
 $(filter-out fetch,$(PHASES)): setup
-	@$(PY) -m jobs $@ --config $(CONFIG) --run $(RUN)
+	@$(PY) -m jobs $@ $(config) $(run) $(unit) $(overrides)
 
 # Any environment will do: the full one where there is one.
 login:
 	@test -x $(PY) || $(MAKE) --no-print-directory setup-light
 
 fetch: login  ## models and data, as the cluster's profile says (HF_TOKEN for a gated model): CLUSTER=... CONFIG=... RUN=...
-	@$(PY) -m slurm.fetch --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
+	@$(PY) -m slurm.fetch $(cluster) $(config) $(run) $(overrides)
 
 doctor: login  ## look over cluster and run before submitting: CLUSTER=... CONFIG=... RUN=...
-	@$(PY) -m slurm.doctor --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN)
+	@$(PY) -m slurm.doctor $(cluster) $(config) $(run) $(overrides)
 
 submit-all: login  ## the whole run as dependent Slurm jobs: CLUSTER=... CONFIG=... RUN=..., DRY_RUN=1 to look first
-	@$(PY) -m slurm.submit --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN) $(if $(DRY_RUN),--dry-run)
+	@$(PY) -m slurm.submit $(cluster) $(config) $(run) $(unit) $(dry) $(overrides)
 
 $(SUBMIT): submit-%: login
-	@$(PY) -m slurm.submit --cluster $(CLUSTER) --config $(CONFIG) --run $(RUN) --phase $* $(if $(DRY_RUN),--dry-run)
+	@$(PY) -m slurm.submit $(cluster) $(config) $(run) --phase $* $(unit) $(dry) $(overrides)
 
-sbatch: login  ## write slurm/*.sbatch as a cluster's profile has it: CLUSTER=...
-	@$(PY) -m slurm.sbatch --cluster $(CLUSTER)
+sbatch: login  ## write stand-alone scripts as a cluster's profile has them into outputs/sbatch/: CLUSTER=...
+	@$(PY) -m slurm.sbatch $(cluster)
 
 status: login  ## what is done, what runs, and why the rest is not: RUN=...
-	@$(PY) -m slurm.status --run $(RUN) || test $$? -eq 1
+	@$(PY) -m slurm.status $(run) || test $$? -eq 1
 
 watch: login  ## the run as it goes, in this terminal, local or on Slurm: RUN=...
-	@$(PY) -m slurm.watch --run $(RUN)
+	@$(PY) -m slurm.watch $(run) || test $$? -eq 1
 
 verify: login  ## hash every published file of a run: RUN=...
-	@$(PY) -m slurm.status --run $(RUN) --hashes
+	@$(PY) -m slurm.status $(run) --hashes
 
-cancel: login  ## cancel a run's Slurm jobs: RUN=...
-	@$(PY) -m slurm.status --run $(RUN) --cancel
+cancel: login  ## cancel a run's Slurm jobs, or one unit's: RUN=... UNIT=...
+	@$(PY) -m slurm.status $(run) --cancel $(unit)
 
 unlock: login  ## remove a run's locks that an owner on another host left behind: RUN=...
-	@$(PY) -m slurm.lock --run $(RUN)
+	@$(PY) -m slurm.lock $(run)
 
 # Every phase up to select, and the report; what is done already is skipped.
 probe-study: CONFIG := configs/probe-study.yaml
@@ -96,20 +123,20 @@ probe-study: RUN := outputs/probe-study
 probe-study: setup  ## the causal probe on the shipped SARM and real data, replicated across data sets: DATA=folder (docs/probing.md)
 	@test -n "$(DATA)" || { echo "error: give the folder of rewardbench2_safety/ and rmb_harmlessness/ as DATA=...; docs/probing.md says what they hold" >&2; exit 2; }
 	@for phase in fetch encode probe select report; do \
-	  $(PY) -m jobs $$phase --config $(CONFIG) --run $(RUN) data.sources.rb2.path=$(abspath $(DATA))/rewardbench2_safety data.sources.rmb.path=$(abspath $(DATA))/rmb_harmlessness || exit $$?; \
+	  $(PY) -m jobs $$phase $(config) $(run) data.sources.rb2.path=$(abspath $(DATA))/rewardbench2_safety data.sources.rmb.path=$(abspath $(DATA))/rmb_harmlessness || exit $$?; \
 	done
 
 plan: login  ## memory, disk and GPU-hours of PPO, and how it would be cut: CONFIG=... GPUS=4x80
-	@$(PY) -m sarm.ppo.learner.memory_plan --config $(CONFIG) --gpus $(GPUS)
+	@$(PY) -m sarm.ppo.learner.memory_plan $(config) --gpus $(call arg,GPUS)
 
 compare: setup  ## runs side by side, text and HTML: RUNS="outputs/a outputs/b" OUT=outputs/compare
 	@$(PY) -m reports.compare $(RUNS) --out $(OUT)
 
 train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=outputs/train
-	@$(PY) -m jobs train_sarm --config $(CONFIG) --run $(RUN)
+	@$(PY) -m jobs train_sarm $(config) $(run) $(overrides)
 
 export: setup  ## a run's SAE and latents for SAELens, delphi and upstream's scripts: RUN=...
-	@$(PY) -m jobs export --run $(RUN)
+	@$(PY) -m jobs export $(run)
 
 test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
 	$(PY) -m pytest $(PYTEST_ARGS)

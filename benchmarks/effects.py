@@ -22,8 +22,8 @@ import pandas as pd
 import torch
 
 from sarm.config import SarmConfig, parse_config
+from sarm.probing.contrast import Contrast
 from sarm.probing.effects import Encoded, latent_effects, latent_table
-from sarm.probing.permutation import Contrast
 from sarm.reward_model.interventions import Ranks
 from sarm.reward_model.model import SarmModel, load_sarm
 from sarm.reward_model.scoring import encode_texts

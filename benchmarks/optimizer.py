@@ -66,8 +66,8 @@ class Shadow:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.optimizer: CompactAdamW = trainer.engine.optimizer
-        self.weights = trainer.actor.trainable()
+        self.optimizer: CompactAdamW = trainer.learner.engine.optimizer
+        self.weights = trainer.learner.actor.trainable()
         self.starts = [w.detach().clone() for w in self.weights]
         self.copies = [torch.nn.Parameter(w.detach().float()) for w in self.weights]
         self.masters = torch.optim.AdamW(self.copies, weight_decay=0.0)

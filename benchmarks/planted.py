@@ -34,8 +34,9 @@ import scipy.stats
 import torch
 
 from sarm.config import parse_config
+from sarm.probing.contrast import Contrast
 from sarm.probing.effects import Encoded, by_latent, latent_table
-from sarm.probing.permutation import Contrast, permutation_p
+from sarm.probing.permutation import permutation_p
 from sarm.probing.select import judged
 from sarm.probing.stats import prompt_effects
 from sarm.probing.upstream import selection_scores, summed_latents

@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 from sarm.config import PpoConfig, set_key  # noqa: E402
 from sarm.data.datasets import Prompt  # noqa: E402
-from sarm.llama.decoders import base_model  # noqa: E402
+from sarm.llama.weights import base_model  # noqa: E402
 from sarm.ppo.learner.distributed import start_world  # noqa: E402
 from sarm.ppo.reward import CompoundReward, Penalised  # noqa: E402
 from sarm.ppo.trainer import Trainer  # noqa: E402
@@ -102,8 +102,8 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Ways of training that `--scaling` compares: mode and settings."""
 KINDS = {
-    "decoding": ("rollout", "refresh"),
-    "scoring": ("reference", "judge", "score", "credit"),
+    "decoding": ("rollout", "sync"),
+    "scoring": ("reference", "forward", "score", "advantages"),
     "updating": ("update", "optimizer"),
 }
 """Phases of a step by what they are for."""
@@ -197,7 +197,7 @@ def make_trainer(args: argparse.Namespace, world: Any) -> Trainer:
         seed=0,
         world=world,
     )
-    trainer.stops = (-1,)  # no token ends a response
+    trainer.learner.stops = (-1,)  # no token ends a response
     return trainer
 
 
@@ -249,9 +249,9 @@ def floors(
     trainer: Trainer, args: argparse.Namespace, bandwidth: float, rate: float
 ) -> dict[str, float]:
     """Seconds a phase cannot go below."""
-    layers, head = matmul_parameters(trainer.actor.policy)
-    element = 2 if trainer.world.device.type == "cuda" else 4
-    rows = args.batch / trainer.world.size
+    layers, head = matmul_parameters(trainer.learner.actor.policy)
+    element = 2 if trainer.learner.world.device.type == "cuda" else 4
+    rows = args.batch / trainer.learner.world.size
     tokens, responses = rows * (args.prompt + args.new), rows * args.new
     forward = 2 * (layers * tokens + head * responses) / rate
     sarm = sum(p.numel() for p in trainer.reward.model.model.layers.parameters())
@@ -260,7 +260,7 @@ def floors(
         "rollout": (layers + head) * element * args.new / bandwidth,
         "score": 2 * sarm * tokens / rate,
         "reference": forward,
-        "judge": forward,
+        "forward": forward,
         "update": forward * (2 if full else 1),
         "optimizer": (layers + head) * 12 / bandwidth if full else 0.0,
     }
@@ -358,10 +358,10 @@ def main() -> None:
     started = time.perf_counter()
     bandwidth, rate = ceilings(world.device)
     trainer = make_trainer(args, world)
-    plan = trainer.plan
+    plan = trainer.learner.plan
     cut = (
-        f"{plan.recompute_layers} layers computed again, {plan.visiting_layers} of the reference's"
-        " on the host"
+        f"{plan.checkpointed_layers} layers checkpointed, {plan.offloaded_layers} of the reference's"
+        " offloaded"
     )
     print(f"planned: weights {plan.weights}, {cut}, {'' if plan.recorded else 'not '}recorded")
     print(
@@ -375,7 +375,7 @@ def main() -> None:
     lines = [trainer.run_step() for _ in range(args.steps)]
     floor = floors(trainer, args, bandwidth, rate)
     if "time/reference" not in lines[0]:  # of a recorded pass it is not told apart
-        floor["judge"] += floor.pop("reference")
+        floor["forward"] += floor.pop("reference")
     median = {key: statistics.median(line[key] for line in lines) for key in lines[0]}
     together = sum(line["time/step"] for line in lines)
     print(
@@ -391,7 +391,7 @@ def main() -> None:
                 f"{phase:12} {seconds:8.4f} {least:8.4f}"
                 f" {seconds / least if least else float('nan'):6.2f}"
             )
-    trained = median["time/judge"] + median["time/update"]
+    trained = median["time/forward"] + median["time/update"]
     whose = "forward-backward" if "reference" in floor else "reference and forward-backward"
     print(
         f"{whose} at {(floor['judge'] + floor['update']) / trained:.1%} of the product rate"
@@ -422,7 +422,7 @@ def main() -> None:
 
 def record(trainer: Trainer, median: dict[str, float]) -> dict[str, float]:
     """What a row of the table says of this run; a collective."""
-    world, cuda = trainer.world, trainer.world.device.type == "cuda"
+    world, cuda = trainer.learner.world, trainer.learner.world.device.type == "cuda"
     peaks = world.gather_texts(str(median.get("gpu/reserved_peak_gib", float("nan"))))
     shares = {
         kind: sum(median.get(f"time/{phase}", 0.0) for phase in phases) / median["time/step"]

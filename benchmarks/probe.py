@@ -24,7 +24,8 @@ import scipy.sparse
 import torch
 
 from sarm.probing import direction, permutation
-from sarm.probing.permutation import Contrast, permutation_p
+from sarm.probing.contrast import Contrast
+from sarm.probing.permutation import permutation_p
 from sarm.reward_model.sae import TopKSae
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 from sarm.config import DataConfig, SourceConfig  # noqa: E402
 from sarm.data.conversations import tokenize_conversations  # noqa: E402
 from sarm.data.datasets import load_data, texts_to_encode  # noqa: E402
-from sarm.llama.packed import join_projections  # noqa: E402
+from sarm.llama.weights import join_projections  # noqa: E402
 from sarm.reward_model.model import SarmModel  # noqa: E402
 from sarm.reward_model.sae import TopKSae  # noqa: E402
 from sarm.reward_model.scoring import encode_texts  # noqa: E402

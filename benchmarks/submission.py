@@ -23,16 +23,20 @@ import uuid
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import submitit
+from submitit.core.utils import DelayedSubmission
 
 from sarm.config import ROOT, Phase, load_config
 from sarm.run import RunDir
 from slurm import queue, submit
+from slurm.checks import check_batches, header
+from slurm.display import show_sent
 from slurm.entry import run_spec
-from slurm.images import binds, image_of, make_caches
-from slurm.plan import Batch, plan, python_command, undone
-from slurm.profile import Profile, load_profile
-from slurm.submit import header, last_journal
+from slurm.images import check_images, image_of, make_caches
+from slurm.journal import journals
+from slurm.plan import Batch, plan, undone
+from slurm.profile import Profile
+from slurm.profile_file import load_profile
+from slurm.sending import text
 
 
 def main() -> int:
@@ -86,13 +90,13 @@ def submit_all(run: RunDir, profile: Profile) -> float:
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import slurm.submit"], cwd=ROOT, check=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        todo = undone(run.config, lambda node: run.done(*node, hashes=False))
-        submit.check_images(profile)
-        submit.check_batches(profile, submit.chosen(run.config, profile, todo, None))
-        journal = submit.submit(run, profile)
-        submit.show(run, profile, journal)
+        check_images(profile)
+        check_batches(profile, submit.decide(run, profile, submit.Asked()).batches)
+        _, journal = submit.submit(run, profile)
+        assert journal is not None
+        show_sent(run, profile, journal)
     took = time.perf_counter() - began
-    queue.cancel((last_journal(run) or journal)["jobs"].values())
+    submit.cancel_submission(run, journals(run)[-1])
     return took
 
 
@@ -106,7 +110,7 @@ def submit_bare(folder: Path, profile: Profile, calls: int) -> float:
         for _ in range(calls)
     ]
     took = time.perf_counter() - began
-    queue.cancel(ids)
+    queue.call(["scancel", *ids])
     return took
 
 
@@ -127,18 +131,18 @@ def start_up(folder: Path, profile: Profile, run: RunDir, phase: Phase) -> float
         )
     )
     batch = Batch(f"bench-{phase}", phase, (("all",),), (), "afterok")
-    given = submit.parameters(run, profile, batch, {}, "bench", run.path)
-    given["setup"] = [f"date +%s.%N >{out}.began", *given["setup"]]
-    executor = submitit.SlurmExecutor(
-        run.path,
-        python=python_command(
-            profile, phase, image_of(profile, phase), binds(run, phase), sys.executable
-        ),
-    )
-    executor.update_parameters(**given)
-    job = executor.submit(run_spec, str(spec))
-    queue.release([job.job_id])
-    while queue.live_jobs([job.job_id]):
+    name, folder = uuid.uuid4().hex[:6], run.path / "submissions"
+    (folder / name).mkdir(parents=True)
+    call = DelayedSubmission(run_spec, str(spec))
+    call.set_timeout(10, 0)
+    script = folder / name / "start.sh"
+    lines = text(run, profile, batch, {}, name, last=False).splitlines()
+    at = lines.index("# setup") + 1
+    script.write_text("\n".join([*lines[:at], f"date +%s.%N >{out}.began", *lines[at:]]) + "\n")
+    job = queue.submitted_id(queue.call(["sbatch", str(script)]))
+    call.dump(folder / name / f"{job}_submitted.pkl")
+    queue.release([job])
+    while any(found.id == job and found.live for found in queue.known_jobs()):
         time.sleep(0.5)
     return float(Path(f"{out}.entered").read_text()) - float(Path(f"{out}.began").read_text())
 

@@ -9,26 +9,23 @@ import importlib
 import os
 import sys
 
+from jobs.fetched import refuse_changed
 from sarm.cli import ended
-from sarm.config import PHASES, UserError, load_config
-from sarm.run import Attempt, RunDir
-
-BESIDE = ("train_sarm", "train_refusals", "export")
-"""Jobs that are no phase of a run: started by hand."""
+from sarm.config import NON_PHASE_JOBS, PHASES, UserError
+from sarm.run import Attempt, RunDir, config_of
+from sarm.threads import bound_threads
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 where the unit is done, 2 where the user can mend it (one sentence), 1 on a defect
     (traceback).
     """
+    bound_threads(os.environ)
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
-    parser.add_argument("phase", choices=(*PHASES, *BESIDE))
+    parser.add_argument("phase", choices=(*PHASES, *NON_PHASE_JOBS))
     parser.add_argument("--config", help="YAML; where left out, the run's own")
     parser.add_argument("--run", required=True, help="run directory")
-    parser.add_argument(
-        "--unit",
-        help="shard, policy or index; default: SLURM_ARRAY_TASK_ID, or every unit of the phase",
-    )
+    parser.add_argument("--unit", help="shard, policy or index; default: every unit of the phase")
     parser.add_argument("--force", action="store_true", help="do it again though it is done")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)  # overrides may come last, as the usage says
@@ -36,11 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_units(args: argparse.Namespace) -> int:
-    run = (
-        RunDir.create(args.run, load_config(args.config, args.overrides))
-        if args.config
-        else RunDir.open(args.run)
-    )
+    run = RunDir.create(args.run, config_of(args.run, args.config, args.overrides))
     for unit in chosen_units(run, args.phase, args.unit):
         try:
             run_unit(run, args.phase, unit, force=args.force)
@@ -58,8 +51,7 @@ def run_units(args: argparse.Namespace) -> int:
 
 def chosen_units(run: RunDir, phase: str, wanted: str | None) -> tuple[str, ...]:
     """The units named, or all of them. Raises UserError on an unknown one."""
-    units = ("all",) if phase in BESIDE else run.config.units(phase)  # type: ignore[arg-type]
-    wanted = wanted if wanted is not None else os.environ.get("SLURM_ARRAY_TASK_ID")
+    units = ("all",) if phase in NON_PHASE_JOBS else run.config.units(phase)  # type: ignore[arg-type]
     if wanted is None:
         return units
     if wanted.isdecimal() and int(wanted) < len(units):
@@ -74,8 +66,15 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
     if not force and run.done(phase, unit):
         print(f"{phase}/{unit}: already done, skipped", flush=True)
         return
+    if not force and (run.folder(phase, unit) / "manifest.json").exists():
+        manifest = run.manifest(phase, unit)  # refuses one of another version
+        why = run.why_not_done(phase, unit)
+        if manifest and why:
+            print(f"{phase}/{unit}: done again, as it is not: {why}", flush=True)
     if phase not in ("fetch", "report"):
         check_gpu()
+    if phase not in ("fetch", "report", "train_sarm"):
+        refuse_changed(run, phase)
     module = importlib.import_module(f"jobs.{phase}")
     module.run(run.config, run, unit, Attempt(run, phase, unit))
     print(f"{phase}/{unit}: done", flush=True)

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import torch
 
-from sarm.config import Config
+from sarm.config import Config, UserError
 from sarm.data.conversations import tokenize_conversations
 from sarm.data.datasets import load_data, texts_to_encode
 from sarm.probing.effects import read_encoded
@@ -55,6 +55,12 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     warnings = difference_warnings(difference, backbone, own_layers=settings.backbone is None)
     tokenizer = load_tokenizer(config.sarm)
     texts = {text.id: text for text in texts_to_encode(load_data(config.data))}
+    gone = [id_ for id_ in encoded.texts["text_id"] if id_ not in texts]
+    if gone:
+        raise UserError(
+            f"{len(gone)} encoded texts, such as {gone[0]}, are no longer in the data; bring the"
+            " data back as they were, or run encode again in a new run"
+        )
     tokenized = tokenize_conversations(
         tokenizer, [texts[id_].messages for id_ in encoded.texts["text_id"]], config.sarm.max_length
     )

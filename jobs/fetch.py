@@ -19,6 +19,9 @@ from sarm.hub import local_model
 from sarm.records import Models
 from sarm.run import Attempt, RunDir, file_sha256
 
+SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
+INDEX = "model.safetensors.index.json"
+
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Download what the config names and record it."""
@@ -86,16 +89,30 @@ def backbone_of(folder: Path) -> dict[str, Any] | None:
 
 
 def described(folder: Path, model: str, revision: str | None) -> dict[str, Any]:
-    """A model's place and the hashes of its config and weights."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    sha256 = {file.name: file_sha256(file) for file in files}
+    """A model's place and the hashes of its files."""
     return {
         "model": model,
         "revision": revision,
         "commit": commit_of(folder),
         "path": str(folder),
-        "sha256": sha256,
+        "sha256": model_hashes(folder),
     }
+
+
+def model_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of the files that a model is opened from: config, tokenizer, weights. Raises
+    UserError where one cannot be read.
+    """
+    names = {file.name for pattern in SMALL for file in folder.glob(pattern)}
+    whole = folder / "model.safetensors"
+    if whole.exists() or whole.is_symlink():
+        names = (names | {whole.name}) - {INDEX}
+    elif (folder / INDEX).exists():
+        names |= set(_shards(folder / INDEX))
+    try:
+        return {name: file_sha256(folder / name) for name in sorted(names)}
+    except OSError as error:
+        raise UserError(f"{folder}: {error}; fetch the model again") from None
 
 
 def commit_of(path: Path) -> str | None:
@@ -104,3 +121,10 @@ def commit_of(path: Path) -> str | None:
     """
     _, snapshots, after = path.as_posix().rpartition("/snapshots/")
     return after.partition("/")[0] if snapshots else None
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} has no weight_map ({error}); fetch the model again") from None

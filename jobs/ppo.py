@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
+from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
 from sarm.records import Calibration as CalibrationFile
 from sarm.records import Features, StepMetrics, plain
@@ -42,8 +44,10 @@ def train_and_publish(
     from sarm.ppo.calibration import Calibration, Rated, calibrate
     from sarm.ppo.learner import checkpoint
     from sarm.ppo.learner.distributed import start_world
-    from sarm.ppo.learner.export import policy_weights, save_policy
+    from sarm.ppo.learner.export import exported, rounding_warning, save_adapter, save_policy
     from sarm.ppo.trainer import train
+    from sarm.probing.monitors import drawn_for
+    from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
@@ -52,16 +56,19 @@ def train_and_publish(
     world = start_world()
     selected = attempt.read("select")
     features = Features.read(selected.path("features.json"))
+    if config.ppo.arms != ("no_penalty",) or config.sweep_points():
+        refuse_unconfirmed(features, config.select)
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    made_with = f"{config.sha256}/{selected.manifest['outputs']['features.json']['sha256']}"
+    features_sha256 = selected.manifest.outputs["features.json"].sha256
+    made_with = f"{values_sha256('ppo', config)}/{features_sha256}"
     trainer, source = make_trainer(config, features, seed, world)
     checkpoints = attempt.folder / "checkpoints"
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
     if loaded is None:
-        candidates = [c.latent for c in features.random_candidates] if arm == "random" else []
+        candidates = drawn_for(features.random_candidates, seed) if arm == "random" else []
         calibration = calibrate(trainer, config.ppo.calibration_prompts, candidates, config.seed)
     else:
         kept = loaded.state["calibration"]
@@ -87,7 +94,7 @@ def train_and_publish(
             checkpoints,
             step,
             state,
-            trainer.pieces(),
+            trainer.learner.pieces(),
             world=world,
             made_with=made_with,
             attempt=attempt.id,
@@ -98,15 +105,20 @@ def train_and_publish(
         trainer,
         save=save,
         log=log.write if log else lambda line: None,
-        stop_requested=stop_requested,
+        stop_requested=lambda: world.any(stop_requested()),
     )
     if not finished:
         raise SystemExit(STOPPED)
-    weights = policy_weights(trainer.actor, world)
+    actor = trainer.learner.actor
+    weights, adapter, rounding = exported(actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:
         log.close()
         save_policy(source, weights, trainer.tokenizer, attempt.directory("policy"))
+        if adapter:
+            save_adapter(actor, adapter, config.policy.model, attempt.directory("adapter"))
+        if told := rounding_warning(rounding, config.ppo.peak_learning_rate):
+            print(f"warning: {told}", file=sys.stderr, flush=True)
         calibrated(arm, trainer.reward, calibration, features).write(
             attempt.path("calibration.json")
         )
@@ -117,6 +129,7 @@ def train_and_publish(
             steps=progress.step,
             device_names=names,
             ranks=world.size,
+            bf16_rounding=None if rounding is None else rounding.told(),
         )
         shutil.rmtree(checkpoints, ignore_errors=True)
     world.barrier()
@@ -267,7 +280,7 @@ def _start_wandb(config: Config, unit: str) -> Any:
     return wandb.init(
         project="sarm",
         name=f"{config.name}/{unit}",
-        id=f"{config.sha256[:16]}-{unit}",
+        id=f"{values_sha256('ppo', config)[:16]}-{unit}",
         resume="allow",
         config=config.model_dump(mode="json"),
     )

@@ -12,9 +12,16 @@ import torch
 
 from sarm.config import Config, UserError, shard_range
 from sarm.data.datasets import load_data
+from sarm.probing.contrast import Contrast
 from sarm.probing.direction import Moved, baseline, check, direction_changes, load_sae
-from sarm.probing.effects import Encoded, contrasts_of, direction_table, latent_table, read_encoded
-from sarm.probing.permutation import Contrast
+from sarm.probing.effects import (
+    Encoded,
+    contrasts_of,
+    direction_table,
+    discovery_contrasts,
+    latent_table,
+    read_encoded,
+)
 from sarm.run import Attempt, RunDir
 
 CHECKED = 16
@@ -24,11 +31,15 @@ CHECKED = 16
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """One row a latent of this shard's range, from what encode left."""
     encoded = read_encoded(attempt.read_shards("encode"))
-    contrasts = contrasts_of(load_data(config.data), encoded)
-    if contrasts["discovery"].n_prompts == 0:
-        raise UserError(
-            "discovery has no pairs to find latents on; give it a share in data.sources.NAME.split"
-        )
+    contrasts = contrasts_of(load_data(config.data), encoded, config.conjunction)
+    for name, contrast in zip(
+        config.conjunction or ("",), discovery_contrasts(contrasts), strict=True
+    ):
+        if contrast.n_prompts == 0:
+            raise UserError(
+                f"discovery has no pairs {f'of source {name} ' if name else ''}to find latents on;"
+                " give it a share in data.sources.NAME.split"
+            )
     start, stop = shard_range(unit, encoded.ranks.d_sae)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attempt.progress(0, stop - start, "latents")

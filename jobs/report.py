@@ -13,21 +13,22 @@ import pandas as pd
 
 from reports.cards import cards_page
 from reports.figures import figures
-from reports.frames import read_run
+from reports.frames import Frames, read_run
 from reports.page import page
 from reports.pareto import sweep_figures
 from reports.text import final_report
-from sarm.config import Config
+from sarm.config import PHASES, Config, UserError
 from sarm.evaluation.verdict import Rows, decide
 from sarm.records import Report
-from sarm.run import Attempt, Published, RunDir, patience_s, slurm_complaint, write_atomic
+from sarm.run import Attempt, Published, RunDir, listed, patience_s, write_atomic
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Failed and missing phases are named in the report; nothing but an unwritable disk keeps it
     from being written.
     """
-    frames = read_run(run, patience_s=patience_s(), failed=failed_units(run))
+    frames = read_run(run, patience_s=patience_s(), failed=failed_units())
+    lost = lost_units(run, frames)
     for phase, name in zip(frames.phases["phase"], frames.phases["unit"], strict=True):
         if (phase, name) in frames.manifests:
             attempt.note(Published(run.folder(phase, name), frames.manifests[phase, name]))
@@ -46,31 +47,52 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
             cards_page(frames.cards, config.name), encoding="utf-8"
         )
         names.append("cards.html")
+    if lost:
+        keep_beside(run, attempt, names, lost)
+        return
     published = attempt.publish(verdict=record["word"], failures=len(found["failures"]))
     for name in names:  # copies that keep their names, for people
         write_atomic(run.path / name, published.path(name).read_bytes())
 
 
-def failed_units(run: RunDir) -> dict[tuple[str, str], str]:
-    """How each unit ended whose job Slurm said, when this job began, had ended without success,
-    `TIMEOUT` say and what Slurm wrote of it; empty where it never began. Any other may have ended
-    well, its manifest not seen here yet.
+def lost_units(run: RunDir, frames: Frames) -> list[str]:
+    """Units that the standing report was made with, and that this one would lack."""
+    try:
+        standing = run.manifest("report")
+    except UserError:
+        return []
+    if standing is None:
+        return []
+    had = {"/".join(key.split("/")[:2]) for key, sha256 in standing.inputs.items() if sha256}
+    asked = {f"{phase}/{unit}" for phase in PHASES for unit in run.config.units(phase)}
+    has = {f"{phase}/{unit}" for phase, unit in frames.manifests}
+    return sorted((had & asked) - has)
+
+
+def keep_beside(run: RunDir, attempt: Attempt, names: list[str], lost: list[str]) -> None:
+    """Leave a report that lacks what the standing one has beside that, under names of its own.
+
+    Raises UserError, as the report is then not done.
     """
-    states = dict(
-        line.split()
-        for line in os.environ.get("SARM_FAILED_JOBS", "").splitlines()
-        if line.count(" ") == 1
+    for name in names:
+        stem, _, suffix = name.partition(".")
+        copy = run.path / f"{stem}.incomplete.{suffix}"
+        write_atomic(copy, attempt.written(name).read_bytes())
+    raise UserError(
+        f"the report in {run.path} was made with {listed(lost)}, which"
+        f" {'is' if len(lost) == 1 else 'are'} not done now, so it is kept, and this one is"
+        " final_report.incomplete.txt; do those again (make status says why), or remove"
+        f" {run.folder('report')} to have it replaced"
     )
-    jobs: dict[str, str] = json.loads(os.environ.get("SARM_JOBS", "{}"))
-    found = {}
-    for key, id_ in jobs.items():
-        if id_ in states:
-            phase, _, unit = key.partition("/")
-            logs = run.slurm_logs(id_)
-            found[phase, unit] = (
-                ": ".join(filter(None, (states[id_], slurm_complaint(logs)))) if logs else ""
-            )
-    return found
+
+
+def failed_units() -> dict[tuple[str, str], str]:
+    """How each unit ended of which the launcher says, in SARM_FAILED_UNITS, that its job ended
+    without success, `TIMEOUT: ...` say; empty where it never began. Any other may have ended well,
+    its manifest not seen here yet.
+    """
+    said: dict[str, str] = json.loads(os.environ.get("SARM_FAILED_UNITS", "{}"))
+    return {(key.partition("/")[0], key.partition("/")[2]): why for key, why in said.items()}
 
 
 def arm_rows(generations: pd.DataFrame, arm: str) -> Rows | None:

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from sarm.config import Config, SarmConfig, UserError
 from sarm.data.datasets import load_data
 from sarm.probing.effects import contrasts_of, read_encoded
+from sarm.probing.rediscovery import rank_correlation
+from sarm.probing.replication import feature_replication
 from sarm.probing.select import judged, select_features
 from sarm.probing.taus import suggested_taus
 from sarm.probing.upstream import compared_rankings, selection_scores, summed_latents
-from sarm.probing.validity import feature_replication, rank_correlation, validity
+from sarm.probing.validity import validity
 from sarm.records import Features
 from sarm.reward_model.model import load_sae
 from sarm.run import Attempt, RunDir
@@ -33,16 +35,15 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     encoded = read_encoded(attempt.read_shards("encode"))
     shards = attempt.read_shards("probe")
     for name in config.units("probe"):
-        stale = run.undone_because("probe", name, hashes=False)
+        stale = run.why_not_done("probe", name, hashes=False)
         if stale:
             raise UserError(f"probe/{name} cannot be merged: {stale}; run it again")
     table = pd.concat(
         [pd.read_parquet(shard.path("table.parquet")) for shard in shards], ignore_index=True
     )
     data = load_data(config.data)
-    table["upstream_s"] = selection_scores(
-        *summed_latents(encoded.ranks, contrasts_of(data, encoded)["discovery"])
-    )
+    discovery = contrasts_of(data, encoded, config.conjunction)["discovery"]
+    table["upstream_s"] = selection_scores(*summed_latents(encoded.ranks, discovery))
     features = select_features(
         table, encoded, config, lambda latents: latent_directions(config.sarm, latents)
     )
@@ -68,7 +69,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         f["directions"] = [] if moves is None else moves_of(moves, f["latent"])
     if moves is not None:
         features["directions"] = directions_summary(
-            moves, table, [shard.manifest["directions"] for shard in shards]
+            moves, table, [shard.manifest.more["directions"] for shard in shards]
         )
         features["warnings"] += direction_warnings(features)
         moves.to_parquet(attempt.path("directions.parquet"), index=False)

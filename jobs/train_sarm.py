@@ -41,7 +41,7 @@ from sarm.training.pairs import (
     read_refusals,
     refusal_pairs,
 )
-from sarm.training.publish import replace_folder
+from sarm.training.publish import refuse_foreign, replace_folder
 from sarm.training.sae import sae_quality, token_states
 
 JUDGED_TEXTS = 512
@@ -63,6 +63,8 @@ class Material(NamedTuple):
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Make the pairs, fit a SARM to all that train and one to all but each fold's, judge, save."""
+    if config.train_sarm.output is not None:
+        refuse_foreign(ROOT / config.train_sarm.output)
     torch.manual_seed(config.seed)
     material = prepare(config)
     model = fresh_model(config)

@@ -78,7 +78,7 @@ def opened(paths: Sequence[str]) -> list[Compared]:
     found = []
     for folder in folders:
         run = RunDir.open(folder)
-        why = run.undone_because("report")
+        why = run.why_not_done("report")
         if why is not None:
             raise UserError(
                 f"{folder} has no report that stands ({why}); write it: make report RUN={folder}"

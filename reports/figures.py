@@ -93,18 +93,21 @@ def _cards(cards: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _configuration(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
-    manifest = frames.manifests.get(("ppo", policy), {})
-    parameters = [m["sarm_parameters"] for m in frames.manifests.values() if "sarm_parameters" in m]
+    manifest = frames.manifests.get(("ppo", policy))
+    more = manifest.more if manifest else {}
+    parameters = [
+        m.more["sarm_parameters"] for m in frames.manifests.values() if "sarm_parameters" in m.more
+    ]
     return {
         "policy": run.config.policy.model,
         "reward_model": run.config.sarm.model,
         "reward_parameters": parameters[0] if parameters else None,
         "hardware": (
             run.config.hardware
-            or hardware(manifest.get("device_names", []), str(manifest.get("device")))
+            or hardware(more.get("device_names", []), manifest.device if manifest else "None")
         ),
-        "training_s": manifest.get("training_s"),
-        "steps": manifest.get("steps"),
+        "training_s": more.get("training_s"),
+        "steps": more.get("steps"),
     }
 
 
@@ -129,6 +132,8 @@ def _penalty(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
     listed = [f.latent for f in features.harming] if features else []
     return {
         "kind": config.kind,
+        "has_tau": config.has_tau,
+        "words": config.words,
         "latents": latents,
         "taus": [entry["tau"] for entry in entries],
         "alphas": [entry["alpha"] for entry in entries],
@@ -186,15 +191,15 @@ def _outputs(run: RunDir, frames: Frames, policy: str) -> list[dict[str, Any]]:
     ppo = frames.manifests.get(("ppo", policy))
     if ppo is not None:
         weights = {
-            name: entry for name, entry in ppo["outputs"].items() if name.startswith("policy/")
+            name: output for name, output in ppo.outputs.items() if name.startswith("policy/")
         }
         folder = shown(run.folder("ppo", policy)) + "".join(
-            f"/{Path(entry['file']).parts[0]}" for entry in list(weights.values())[:1]
+            f"/{Path(output.file).parts[0]}" for output in list(weights.values())[:1]
         )
-        n_bytes = sum(entry["bytes"] for entry in weights.values())
+        n_bytes = sum(output.bytes for output in weights.values())
         found.append(
             {
-                "path": ppo.get("location", folder) + "/",
+                "path": ppo.more.get("location", folder) + "/",
                 "what": "PPO-trained policy model",
                 "bytes": n_bytes,
             }
@@ -206,11 +211,11 @@ def _outputs(run: RunDir, frames: Frames, policy: str) -> list[dict[str, Any]]:
         units = [manifest for (name, _), manifest in frames.manifests.items() if name == phase]
         if units:
             found.append(
-                {"path": units[0].get("location", shown(run.path / phase)) + "/", "what": what}
+                {"path": units[0].more.get("location", shown(run.path / phase)) + "/", "what": what}
             )
     log = run.log("ppo", policy)
-    if ppo is not None and "training_log" in ppo:
-        found.append({"path": ppo["training_log"], "what": "Full training log"})
+    if ppo is not None and "training_log" in ppo.more:
+        found.append({"path": ppo.more["training_log"], "what": "Full training log"})
     elif log.is_file():
         found.append({"path": shown(log), "what": "Full training log"})
     return found
@@ -240,7 +245,8 @@ def _training(frames: Frames) -> list[dict[str, Any]]:
     }
     rows = []
     for policy, table in frames.training.groupby("policy", sort=False):
-        training_s = frames.manifests.get(("ppo", str(policy)), {}).get("training_s")
+        trained = frames.manifests.get(("ppo", str(policy)))
+        training_s = trained.more.get("training_s") if trained else None
         end = table.tail(max(1, len(table) // 10))
         means = {short: _mean(end[name]) if name in end else None for short, name in names.items()}
         rows.append(
@@ -386,16 +392,16 @@ def _sources(run: RunDir, frames: Frames) -> dict[str, list[dict[str, Any]]]:
     for section, (phase, names) in SOURCES.items():
         found[section] = [
             {
-                "file": f"{phase}/{unit}/{manifest['outputs'][name]['file']}",
-                "sha256": manifest["outputs"][name]["sha256"],
+                "file": f"{phase}/{unit}/{manifest.outputs[name].file}",
+                "sha256": manifest.outputs[name].sha256,
                 "manifest_sha256": units.at[(phase, unit), "manifest_sha256"],
-                "git_commit": manifest["git_commit"],
-                "image_sha256": manifest["image_sha256"],
+                "git_commit": manifest.git_commit,
+                "image_sha256": manifest.image_sha256,
             }
             for (its_phase, unit), manifest in frames.manifests.items()
             if its_phase == phase
             for name in names
-            if name in manifest["outputs"]
+            if name in manifest.outputs
         ]
     return found
 

@@ -21,6 +21,7 @@ from sarm.records import (
     Cards,
     Evaluation,
     Features,
+    Manifest,
     Models,
     Steered,
     Steering,
@@ -43,7 +44,7 @@ class Frames(NamedTuple):
 
     phases: pd.DataFrame
     """A row a unit: phase, unit, status, cause, log, and what its manifest says."""
-    manifests: dict[tuple[str, str], dict[str, Any]]
+    manifests: dict[tuple[str, str], Manifest]
     features: Features | None
     calibrations: dict[str, dict[str, Any]]
     """By trained policy: the latents its reward penalised, with tau and alpha in the reward's
@@ -88,9 +89,9 @@ def read_run(
             try:
                 left_s = 0.0 if (phase, unit) in failed else max(0.0, deadline - time.monotonic())
                 found = run.read(phase, unit, patience_s=left_s)
-                problem = run.undone_because(phase, unit, hashes=False)
+                problem = run.why_not_done(phase, unit, hashes=False)
             except UserError:
-                found, problem = None, run.undone_because(phase, unit, hashes=False)
+                found, problem = None, run.why_not_done(phase, unit, hashes=False)
             if found is not None and problem is None:
                 published[phase, unit] = found
             rows.append(_phase_row(run, phase, unit, found, problem, failed.get((phase, unit))))
@@ -110,11 +111,11 @@ def _read_outputs(
     for (phase, unit), unit_files in published.items():
         try:
             if phase == "fetch":
-                if "models.json" in unit_files.manifest["outputs"]:
+                if "models.json" in unit_files.manifest.outputs:
                     models = Models.read(unit_files.path("models.json")).tree()
             elif phase == "select":
                 features = Features.read(unit_files.path("features.json"))
-                if "table.parquet" in unit_files.manifest["outputs"]:
+                if "table.parquet" in unit_files.manifest.outputs:
                     probe = pd.read_parquet(unit_files.path("table.parquet"))
             elif phase == "steer":
                 steering = Steering.read(unit_files.path("summary.json")).tree()
@@ -191,7 +192,7 @@ def _phase_row(
             "" if problem == "no manifest" else problem,
         ]
         row["cause"] = "; ".join(filter(None, causes)) or "it never started"
-    manifest = found.manifest if found is not None and problem is None else {}
+    manifest = found.manifest if found is not None and problem is None else None
     for name in (
         "attempt",
         "git_commit",
@@ -204,10 +205,10 @@ def _phase_row(
         "started",
         "ended",
     ):
-        row[name] = manifest.get(name)
+        row[name] = getattr(manifest, name, None)
     row["seconds"] = (
         (
-            datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])
+            datetime.fromisoformat(manifest.ended) - datetime.fromisoformat(manifest.started)
         ).total_seconds()
         if manifest
         else None
@@ -215,7 +216,7 @@ def _phase_row(
     row["needs"] = sorted(
         {
             "/".join(key.split("/")[:2])
-            for key, sha256 in manifest.get("inputs", {}).items()
+            for key, sha256 in (manifest.inputs if manifest else {}).items()
             if sha256 and not key.startswith("/")
         }
     )
@@ -283,7 +284,7 @@ def penalised_latents(run: RunDir, features: Features | None) -> list[dict[str, 
     0.
     """
     entries = [entry.tree() for entry in features.penalised] if features else []
-    if run.config.ppo.penalty.kind == "density":
+    if not run.config.ppo.penalty.has_tau:
         return [entry | {"tau": 0.0} for entry in entries]
     return entries
 

@@ -60,9 +60,9 @@ def controls(figures: dict[str, Any]) -> list[str]:
     names = ", ".join(str(latent) for latent in penalty["latents"]) or "none"
     top = f" (top {len(penalty['latents'])} safety-harming)" if penalty["top_harming"] else ""
     lines = [f"Features Penalized: {names}{top}"]
-    if penalty["kind"] == "density":
+    if not penalty["has_tau"]:
         lines += [
-            "Penalty Threshold (tau): none (density-ratio penalty)",
+            f"Penalty Threshold (tau): none ({penalty['words']} penalty)",
             f"Penalty Weight (lambda): {each(penalty['alphas'])}",
         ]
     else:
@@ -76,10 +76,10 @@ def controls(figures: dict[str, Any]) -> list[str]:
             if penalty["alpha_in_reward_sd"] is not None
             else ""
         )
-        hinge = ", hinge" if penalty["kind"] == "hinge" else ""
+        words = f", {penalty['words']}" if penalty["words"] else ""
         lines += [
             f"Penalty Threshold (tau): {each(penalty['taus'])}{quantile}",
-            f"Penalty Weight (alpha): {each(penalty['alphas'])} per feature{unit}{hinge}",
+            f"Penalty Weight (alpha): {each(penalty['alphas'])} per feature{unit}{words}",
         ]
     if penalty["clamp"] is not None:
         lines.append(f"Latents clamped for scoring at: {plain(penalty['clamp'])}")

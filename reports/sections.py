@@ -452,12 +452,26 @@ def trust(figures: dict[str, Any]) -> list[Block]:
         return list(NOT_AVAILABLE)
     v = found["validity"]
     return [
+        Prose(conjunction_sentence(found["conjunction"])),
         *nulls(v),
         *replication(found),
         *dense_baselines(v["baselines"]),
+        *([Prose(v["words_alone"])] if v["words_alone"] else []),
         *sensitivity(v["sensitivity"]),
         *directions(found),
     ]
+
+
+def conjunction_sentence(sources: list[str]) -> str:
+    if not sources:
+        return (
+            "Discovery read one data set, fewer than two sources for a conjunction: what tells its"
+            " two sides apart may be its style."
+        )
+    return (
+        f"Discovered means: the same effect in {sources[0]} and in {sources[1]} (the larger of the"
+        " one-sided p, then Benjamini-Hochberg). Confirmed on validation, which neither has seen."
+    )
 
 
 def nulls(v: dict[str, Any]) -> list[Block]:
@@ -472,15 +486,19 @@ def nulls(v: dict[str, Any]) -> list[Block]:
             for n in v["matched_null"]
         ]
         title = (
-            "Mean effect of the confirmed latents on validation, and of random latents matched on"
-            " activity and |weight|:"
+            "Mean effect on the test part of the confirmed latents, and of others put through the"
+            " same selection but for its significance, matched on activity and |weight|:"
         )
         blocks.append(
             Table(["role", "latents", "effect", "random", "low", "high", "p"], rows, title=title)
         )
     else:
         blocks.append(
-            Prose("No latent was confirmed, so there is none to hold against matched random ones.")
+            Prose(
+                "No confirmed latents to hold against matched ones on a test part: none was"
+                " confirmed, too few like them passed the rest of the selection, or the test part"
+                " has fewer than 10 prompts."
+            )
         )
     if v["shuffled_labels"]:
         each = ", ".join(
@@ -525,6 +543,16 @@ def replication(found: dict[str, Any]) -> list[Block]:
                 f"{told}, {fixed(r['rank_correlation_discovered'], 2, sign=True)} over those found."
             )
         )
+    for r in found["validity"]["confirmed_replication"]:
+        told = (
+            f"{r['replicated']} of the {r['confirmed']} confirmed latents replicate on"
+            f" {r['prompts']} prompts of {r['source']}, which neither discovery nor validation read"
+            f" (95 % interval {r['low']:.0%} to {r['high']:.0%}); were effects as large there as on"
+            f" validation, {r['expected']:.1f} would be expected"
+        )
+        missing = r["not_replicated"][:12]
+        more = f"; these do not: {', '.join(map(str, missing))}" if missing else ""
+        blocks.append(Prose(f"{told}{more}."))
     listed = [
         f
         for role in ("promoting", "harming", "misleading")
@@ -547,8 +575,8 @@ def replication(found: dict[str, Any]) -> list[Block]:
 
 def dense_baselines(rows: list[dict[str, Any]]) -> list[Block]:
     title = (
-        "Pair accuracy beside the SAE; the two probes are fitted to the dense states of discovery's"
-        " pairs:"
+        "Pair accuracy beside the SAE; the two probes on dense states and the words' TF-IDF are"
+        " fitted to discovery's pairs:"
     )
     cells = [
         [

@@ -66,6 +66,8 @@ class File(Record):
     """A record that is a file of its own."""
 
     SCHEMA: ClassVar[int] = 1
+    OLDER: ClassVar[tuple[int, ...]] = ()
+    """Earlier schemas that can be read as well."""
     NAME: ClassVar[str]
     """The file, in errors."""
     REDO: ClassVar[str]
@@ -93,7 +95,7 @@ class File(Record):
         first versions had none.
         """
         number = tree.get("schema", 1) if isinstance(tree, dict) else None
-        if number != cls.SCHEMA:
+        if number not in (cls.SCHEMA, *cls.OLDER) or isinstance(number, bool):
             raise UserError(
                 f"{where}: {cls.NAME} of schema {number!r}, and this version reads schema"
                 f" {cls.SCHEMA}; {cls._cure()}, or use the version that wrote it"
@@ -116,6 +118,57 @@ def _complaint(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     kind = {"missing": "lacks", "extra_forbidden": "has the unknown key"}.get(error["type"])
     return f"it {kind} {where}" if kind else f"{where}: {error['msg'].lower()}"
+
+
+# Every phase
+
+
+class Output(Record):
+    """A published file, its name relative to the unit's folder."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(File):
+    """What a unit published, of what, with what, where and when. A phase adds figures of its own:
+    `more`.
+    """
+
+    SCHEMA, OLDER = 2, (1,)
+    NAME, REDO = "manifest.json", "PHASE"
+    model_config = ConfigDict(extra="allow")
+
+    phase: str
+    unit: str
+    attempt: str
+    config: dict[str, Any] | None = None
+    """The config values that the phase reads (`sarm.config.reads`); None in schema 1."""
+    config_sha256: str
+    """Their hash, defaults left out; in schema 1 that of the whole config."""
+    inputs: dict[str, str]
+    """SHA-256 by `PHASE/UNIT/NAME`, or by path of a file outside the run; empty of a unit that it
+    went without.
+    """
+    outputs: dict[str, Output]
+    range: list[int] | None
+    """Half-open, of a shard; `total` items in all."""
+    total: int | None
+    git_commit: str | None
+    image_sha256: str | None
+    image_commit: str | None
+    job_id: str | None
+    seed: int
+    host: str
+    device: str
+    started: str
+    ended: str
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """What the phase added."""
+        return self.model_extra or {}
 
 
 # fetch
@@ -205,8 +258,14 @@ class Feature(Record):
 
 
 class Monitor(Feature):
+    """A confirmed harming latent that is not penalised, and how like the penalised ones it is."""
+
+    tau: float
+    """Its own threshold: it fires on discovery's rejected texts as often as the penalised do."""
     max_cosine: float
-    """The largest |cos| with a penalised latent."""
+    """The largest |cos| of its direction with that of a penalised latent."""
+    max_correlation: float
+    """The largest |correlation| over texts of its activation with that of a penalised latent."""
 
 
 class PenalisedLatent(Record):
@@ -215,11 +274,16 @@ class PenalisedLatent(Record):
     latent: int
     tau: float
     alpha: float
+    role: str = "harming"
+    confirmed: bool = False
 
 
-class RandomCandidate(PenalisedLatent):
+class RandomCandidate(Record):
     """A latent that the random arm may penalise, matched to a penalised one."""
 
+    latent: int
+    tau: float
+    alpha: float
     matched_to: int
     weight: float
     density: float
@@ -243,7 +307,7 @@ class Permutations(Record):
 class Features(File):
     """The latents that select chose, and all that later phases need to know of them."""
 
-    NAME, REDO = "features.json", "select"
+    SCHEMA, NAME, REDO = 2, "features.json", "select"
 
     d_sae: int
     k: int
@@ -253,7 +317,11 @@ class Features(File):
     penalised: list[PenalisedLatent]
     clamp: float | None
     monitors: list[int]
+    """The first of `monitor_features` that keep their bounds; rates on a policy's own responses
+    can exclude more.
+    """
     monitor_features: list[Monitor]
+    """Every latent that could be a monitor."""
     random_candidates: list[RandomCandidate]
     reward_sd: float
     """Over discovery's texts."""
@@ -262,6 +330,10 @@ class Features(File):
     n_tested: int
     n_discoveries: int
     n_confirmed: int
+    conjunction: list[str] = []
+    """The labels of the two sources in both of which discovery asked for the effect; none where
+    there was one.
+    """
     effect: str
     permutations: Permutations
     reference_rates: dict[str, float]

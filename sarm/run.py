@@ -12,63 +12,60 @@ import functools
 import hashlib
 import json
 import os
-import re
 import socket
 import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.config import ROOT, Config, Phase, UserError, config_yaml, load_config
+from sarm.config.reading import stored_tree
+from sarm.config.reads import READS, changed, values, values_sha256
+from sarm.records import Manifest, Output, json_text
 
-SCHEMA = 1
-NFS_PATIENCE_S = 70.0
-"""How long a reader looks for a manifest whose job ended well: NFS attribute caches last up to a
-minute.
+JOB, ATTEMPT, PATIENCE = "SARM_JOB", "SARM_ATTEMPT", "SARM_PATIENCE_S"
+"""Variables by which a launcher says which job this is (`12`, or `12_3` of an array's element),
+how the names of its files begin (job, try and rank), and how long a finished unit's manifest may
+lag behind on a network file system.
 """
 BEGAN = "=== job "
 """How the line begins with which a submitted job opens its part of a unit's log."""
-SLURM_COMPLAINT = re.compile(
-    r"(?i)exceeded.*limit \(|oom.?kill|task \d+: out of memory|due to (time limit|node"
-    r" fail|preempt)|^FATAL|No such file or directory$"
-)
-"""Lines of a job's own output that say why it was ended; srun's other lines only count exit codes.
-"""
 
 
 class Published(NamedTuple):
     """A finished unit as its manifest tells it."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     def path(self, name: str) -> Path:
         """The verified file behind a logical output name. Raises UserError where missing or
         altered.
         """
-        entry = self.manifest["outputs"].get(name)
-        if entry is None:
+        output = self.manifest.outputs.get(name)
+        if output is None:
             raise UserError(
                 f"{self.folder} has no output {name!r}; it has"
-                f" {', '.join(sorted(self.manifest['outputs']))}"
+                f" {', '.join(sorted(self.manifest.outputs))}"
             )
-        path = self.folder / entry["file"]
-        problem = damage(path, entry)
+        path = self.folder / output.file
+        problem = damage(path, output.tree())
         if problem:
             raise UserError(f"{path} {problem}; run its phase again, it will be redone")
         return path
 
     def directory(self, name: str) -> Path:
         """The folder written by `Attempt.directory(name)`, every file of it verified."""
-        members = [n for n in self.manifest["outputs"] if n.startswith(name + "/")]
+        members = [n for n in self.manifest.outputs if n.startswith(name + "/")]
         if not members:
             raise UserError(f"{self.folder} has no output folder {name!r}")
         for member in members:
             self.path(member)
-        return self.folder / Path(self.manifest["outputs"][members[0]]["file"]).parts[0]
+        return self.folder / Path(self.manifest.outputs[members[0]].file).parts[0]
 
     def json(self, name: str) -> Any:
         """A JSON output, verified and parsed."""
@@ -85,36 +82,64 @@ class RunDir:
     @staticmethod
     def open(path: str | Path) -> RunDir:
         """Open a run that has a config. Raises UserError where there is none."""
-        stored = Path(path) / "config.yaml"
-        if not stored.is_file():
-            raise UserError(
-                f"{path} is not a run directory (no config.yaml); start one with make demo or make"
-                " submit-all"
-            )
-        return RunDir(path, load_config(stored, stored=True))
+        return RunDir(path, config_of(path))
 
     @staticmethod
     def create(path: str | Path, config: Config) -> RunDir:
-        """Create the run, or open it where its config is the same. Raises UserError where it
-        differs.
+        """Create the run, or open it. Where its config is another one, this one takes its place,
+        and what is done of phases that read what differs counts as undone; the earlier one is kept
+        under configs/.
+
+        Raises UserError where the run is of a config of another name, and something of it is done.
         """
         run = RunDir(path, config)
         stored = run.path / "config.yaml"
-        if stored.is_file():
-            found = load_config(stored, stored=True)
-            if found.sha256 != config.sha256:
-                keys = differences(found, config)
-                changed = ", ".join(keys[:6]) + (
-                    f" and {len(keys) - 6} more" if len(keys) > 6 else ""
-                )
-                raise UserError(
-                    f"the config differs from the one {run.path} was started with ({changed}); use"
-                    " another RUN or the stored config"
-                )
-            return run
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(stored, config_yaml(config).encode())
+        if not stored.is_file():
+            # jobs unpickle what lies in it: its owner's alone, whatever the umask
+            run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(stored, config_yaml(config).encode())
+        elif told := run.change():
+            earlier = stored.read_bytes()
+            kept = run.path / "configs" / f"{hashlib.sha256(earlier).hexdigest()[:12]}.yaml"
+            kept.parent.mkdir(exist_ok=True)
+            write_atomic(kept, earlier)
+            write_atomic(stored, config_yaml(config).encode())
+            print(told, file=sys.stderr, flush=True)
         return run
+
+    def change(self) -> str:
+        """What taking this config in place of the stored one means, in a sentence; empty where they
+        are the same or none is stored.
+
+        Raises UserError where the run is of a config of another name, and something of it is done.
+        """
+        stored = self.path / "config.yaml"
+        if not stored.is_file():
+            return ""
+        found = load_config(stored, stored=True)
+        if found == self.config:
+            return ""
+        told = listed(differences(found, self.config))
+        before = RunDir(self.path, found)
+        done = [unit for unit in before.published() if before.done(*unit, hashes=False)]
+        if done and found.name != self.config.name:
+            raise UserError(
+                f"{self.path} is a run of the config {found.name!r}, and this one is"
+                f" {self.config.name!r} ({told}); use another RUN or the stored config"
+            )
+        undone = [f"{phase}/{unit}" for phase, unit in done if self._foreign_now(phase, unit)]
+        again = f"{listed(undone)} will be done again" if undone else "nothing done reads that"
+        return f"note: the config of {self.path} changes ({told}): {again}"
+
+    def _foreign_now(self, phase: str, unit: str) -> str | None:
+        manifest = self.manifest(phase, unit)
+        return self._foreign(manifest, phase, unit) if manifest else None
+
+    def published(self) -> list[tuple[str, str]]:
+        """Every phase and unit that has a manifest, of this config or another."""
+        files = sorted(self.path.glob("*/*/manifest.json"))
+        found = [(file.parent.parent.name, file.parent.name) for file in files]
+        return [(phase, unit) for phase, unit in found if phase in READS]
 
     def folder(self, phase: Phase | str, unit: str = "all") -> Path:
         """Where a unit's files lie."""
@@ -124,28 +149,22 @@ class RunDir:
         """The append-mode log of a unit."""
         return self.path / "logs" / f"{phase}.{unit}.log"
 
-    def slurm_logs(self, job: str) -> list[Path]:
-        """What Slurm wrote of a job, `12`, or `12_3` for an element of an array; empty where it
-        never began.
-        """
-        return sorted(self.path.glob(f"submissions/*/{job}_*_log.out"))
-
     def progress_file(self, phase: Phase | str, unit: str = "all") -> Path:
         return self.path / "progress" / f"{phase}.{unit}.json"
 
-    def manifest(self, phase: Phase | str, unit: str = "all") -> dict[str, Any] | None:
-        """The manifest as it stands, unverified; None where there is none or it cannot be
-        parsed.
+    def manifest(self, phase: Phase | str, unit: str = "all") -> Manifest | None:
+        """The manifest as it stands, unverified; None where there is none or it is no JSON.
+
+        Raises UserError where it is of a schema that this version does not know.
         """
+        file = self.folder(phase, unit) / "manifest.json"
         try:
-            manifest = json.loads(
-                (self.folder(phase, unit) / "manifest.json").read_text(encoding="utf-8")
-            )
+            tree = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
-        return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else None
+        return Manifest.parse(tree, str(file)) if isinstance(tree, dict) else None
 
-    def undone_because(
+    def why_not_done(
         self, phase: Phase | str, unit: str = "all", *, hashes: bool = True
     ) -> str | None:
         """None where the unit is done; otherwise why not, in a few words.
@@ -153,32 +172,40 @@ class RunDir:
         Sizes are always checked; file hashes only with `hashes`. A unit whose recorded inputs are
         no longer what their producers publish is not done either.
         """
-        manifest = self.manifest(phase, unit)
+        try:
+            manifest = self.manifest(phase, unit)
+        except UserError as error:
+            return str(error)
         if manifest is None:
             return "no manifest"
         if problem := self._foreign(manifest, phase, unit):
             return problem
-        for name, entry in manifest["outputs"].items():
-            problem = damage(self.folder(phase, unit) / entry["file"], entry, hashes=hashes)
+        for name, output in manifest.outputs.items():
+            problem = damage(self.folder(phase, unit) / output.file, output.tree(), hashes=hashes)
             if problem:
                 return f"{name} {problem}"
-        for key, sha256 in manifest["inputs"].items():
+        for key, sha256 in manifest.inputs.items():
             parts = key.split("/", 2)
-            if len(parts) < 3 or parts[0] == "":
+            if parts[0] == "":
+                if hashes and Path(key[1:]).is_file() and file_sha256(Path(key[1:])) != sha256:
+                    return f"its input {key[1:]} has changed"
                 continue
-            upstream = self.manifest(parts[0], parts[1])
+            try:
+                upstream = self.manifest(parts[0], parts[1])
+            except UserError as error:
+                return str(error)
             if sha256 == "":
                 if self.done(parts[0], parts[1], hashes=False):
                     return f"{parts[0]}/{parts[1]}, which it went without, has been done since"
                 continue
             if upstream is None:
                 return f"its input {parts[0]}/{parts[1]} is not done"
-            if upstream["outputs"].get(parts[2], {}).get("sha256") != sha256:
+            if parts[2] not in upstream.outputs or upstream.outputs[parts[2]].sha256 != sha256:
                 return f"its input {key} has changed"
         return None
 
     def done(self, phase: Phase | str, unit: str = "all", *, hashes: bool = True) -> bool:
-        return self.undone_because(phase, unit, hashes=hashes) is None
+        return self.why_not_done(phase, unit, hashes=hashes) is None
 
     def read(self, phase: Phase | str, unit: str = "all", *, patience_s: float = 0.0) -> Published:
         """A unit's published outputs. Raises UserError where it is not done.
@@ -199,13 +226,30 @@ class RunDir:
             raise UserError(f"{phase}/{unit} in {self.path} is {problem}; run its phase again")
         return Published(self.folder(phase, unit), manifest)
 
-    def _foreign(self, manifest: dict[str, Any], phase: str, unit: str) -> str | None:
-        """Why a manifest is not one of this unit of this run, or None."""
-        if manifest["config_sha256"] != self.config.sha256:
-            return "made with another config"
-        if (manifest["phase"], manifest["unit"]) != (phase, unit):
-            return f"really {manifest['phase']}/{manifest['unit']}, moved or copied there"
-        return None
+    def _foreign(self, manifest: Manifest, phase: str, unit: str) -> str | None:
+        """Why a manifest is not one of this unit under this config, or None."""
+        if (manifest.phase, manifest.unit) != (phase, unit):
+            return f"really {manifest.phase}/{manifest.unit}, moved or copied there"
+        made_with = manifest.config
+        if made_with is None:
+            made_with = self.stored_configs().get(manifest.config_sha256)
+        if made_with is None:
+            return "made by an earlier version with a config that is no longer in this run"
+        keys = changed(phase, made_with, self.config)
+        return f"made with another config ({listed(keys, 3)})" if keys else None
+
+    def stored_configs(self) -> dict[str, dict[str, Any]]:
+        """The configs that this run has had, as stored, by the hash that manifests of schema 1 have
+        of them.
+        """
+        found = {}
+        for file in (self.path / "config.yaml", *sorted(self.path.glob("configs/*.yaml"))):
+            try:
+                tree = stored_tree(file)
+            except UserError:
+                continue
+            found[hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()] = tree
+        return found
 
     def read_shards(self, phase: Phase, *, patience_s: float = 0.0) -> list[Published]:
         """All shards of a sharded phase, in order of their ranges.
@@ -240,13 +284,20 @@ class Attempt:
         self._inputs: dict[str, str] = {}
         self._last_progress = 0.0
         self._first_progress: tuple[int, str, float] | None = None
-        before = run.manifest(phase, unit)
-        self._replaces = before["attempt"] if before else None
+        try:
+            before = run.manifest(phase, unit)
+        except UserError:  # of another version, and to be replaced
+            before = None
+        self._replaces = before.attempt if before else None
 
     def path(self, name: str) -> Path:
         """The file to write for the logical output `name`, such as `table.parquet`."""
         stem, dot, suffix = name.partition(".")
         self._files[name] = self.folder / f"{stem}.{self.id}{dot}{suffix}"
+        return self._files[name]
+
+    def written(self, name: str) -> Path:
+        """Where `path(name)` led."""
         return self._files[name]
 
     def directory(self, name: str) -> Path:
@@ -269,9 +320,9 @@ class Attempt:
         return shards
 
     def note(self, published: Published) -> None:
-        phase, unit = published.manifest["phase"], published.manifest["unit"]
-        for name, entry in published.manifest["outputs"].items():
-            self._inputs[f"{phase}/{unit}/{name}"] = entry["sha256"]
+        phase, unit = published.manifest.phase, published.manifest.unit
+        for name, output in published.manifest.outputs.items():
+            self._inputs[f"{phase}/{unit}/{name}"] = output.sha256
 
     def note_missing(self, phase: Phase | str, unit: str) -> None:
         """Note a unit that this attempt went without: once that is done, this one is not."""
@@ -325,67 +376,87 @@ class Attempt:
         returned: this is then the late writer, such as one on a node given up for lost, and others
         may have read what stands.
         """
-        outputs = {name: _entry(path, path.name) for name, path in self._files.items()}
+        outputs = {name: _output(path, path.name) for name, path in self._files.items()}
         for name, folder in self._folders.items():
             for file in sorted(p for p in folder.rglob("*") if p.is_file()):
                 relative = file.relative_to(folder).as_posix()
-                outputs[f"{name}/{relative}"] = _entry(file, f"{folder.name}/{relative}")
+                outputs[f"{name}/{relative}"] = _output(file, f"{folder.name}/{relative}")
             for inner in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
                 fsync_dir(inner)
         fsync_dir(self.folder)
-        manifest = {
-            "schema": SCHEMA,
-            "phase": self.phase,
-            "unit": self.unit,
-            "attempt": self.id,
-            "config_sha256": self.run.config.sha256,
-            "inputs": dict(sorted(self._inputs.items())),
-            "outputs": outputs,
-            "range": list(range_) if range_ else None,
-            "total": total,
-            "git_commit": git_commit(),
-            "image_sha256": os.environ.get("SARM_IMAGE_SHA256"),
-            "image_commit": os.environ.get("SARM_IMAGE_COMMIT"),
-            "job_id": job_id(os.environ),
-            "seed": self.seed,
-            "host": socket.gethostname(),
-            "device": device,
-            "started": self.started,
-            "ended": now(),
+        manifest = Manifest(
+            phase=self.phase,
+            unit=self.unit,
+            attempt=self.id,
+            config=values(self.phase, self.run.config),
+            config_sha256=values_sha256(self.phase, self.run.config),
+            inputs=dict(sorted(self._inputs.items())),
+            outputs=outputs,
+            range=list(range_) if range_ else None,
+            total=total,
+            git_commit=git_commit(),
+            image_sha256=os.environ.get("SARM_IMAGE_SHA256"),
+            image_commit=os.environ.get("SARM_IMAGE_COMMIT"),
+            job_id=os.environ.get(JOB),
+            seed=self.seed,
+            host=socket.gethostname(),
+            device=device,
+            started=self.started,
+            ended=now(),
             **more,
-        }
-        standing = self.run.manifest(self.phase, self.unit)
-        if (
-            standing
-            and standing["attempt"] not in (self._replaces, self.id)
-            and self.run.done(self.phase, self.unit, hashes=False)
-        ):
-            return Published(self.folder, standing)
-        write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        )
+        if self.run.done(self.phase, self.unit, hashes=False):
+            standing = self.run.manifest(self.phase, self.unit)
+            if standing and standing.attempt not in (self._replaces, self.id):
+                return Published(self.folder, standing)
+        write_atomic(self.folder / "manifest.json", json_text(manifest.tree()).encode())
         return Published(self.folder, manifest)
+
+
+def config_of(
+    run: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """The config given, or else the one that the run was started with, and overrides. Raises
+    UserError where there is neither.
+    """
+    if config is not None:
+        return load_config(config, overrides)
+    stored = Path(run) / "config.yaml"
+    if not stored.is_file():
+        raise UserError(
+            f"{run} is not a run directory (no config.yaml); start one with make demo or make"
+            " submit-all, or give a CONFIG"
+        )
+    return load_config(stored, overrides, stored=True)
+
+
+def listed(names: list[str], most: int = 6) -> str:
+    """`a, b and 4 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def exact_cover(shards: list[Published], phase: str) -> list[Published]:
     """The shards in order, if their ranges cover [0, total) once. Raises UserError naming the
     ranges that do not.
     """
-    totals = {s.manifest["total"] for s in shards}
+    totals = {s.manifest.total or 0 for s in shards}
     if len(totals) != 1:
         raise UserError(
             f"shards of {phase} disagree on how many items there are: {sorted(totals)}; run the odd"
             " ones again"
         )
     total = totals.pop()
-    ordered = sorted(shards, key=lambda s: s.manifest["range"])
+    ordered = sorted(shards, key=lambda s: s.manifest.range or [0, 0])
     problems, at = [], 0
     for shard in ordered:
-        start, end = shard.manifest["range"]
+        start, end = shard.manifest.range or (0, 0)
         if start > at:
             problems.append(f"gap [{at}, {start})")
         if start < at:
-            problems.append(f"overlap [{start}, {min(at, end)}) at {shard.manifest['unit']}")
+            problems.append(f"overlap [{start}, {min(at, end)}) at {shard.manifest.unit}")
         if end > total:
-            problems.append(f"past the end [{total}, {end}) at {shard.manifest['unit']}")
+            problems.append(f"past the end [{total}, {end}) at {shard.manifest.unit}")
         at = max(at, end)
     if at < total:
         problems.append(f"gap [{at}, {total})")
@@ -471,45 +542,16 @@ def latest(lines: list[str]) -> list[str]:
     return lines[began + 1 :]
 
 
-def slurm_complaint(logs: Iterable[Path]) -> str:
-    """Why Slurm ended a job, or its container did not start, by the last line of theirs that says
-    so; else empty.
-    """
-    said = ""
-    for log in logs:
-        try:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            continue
-        said = next((line for line in reversed(lines) if SLURM_COMPLAINT.search(line)), said)
-    return " ".join(
-        re.sub(r"^(slurmstepd[^:]*|srun): error: ", "", said).replace("*", " ").split()
-    )[:300]
-
-
 def attempt_id() -> str:
-    """Names this attempt's files: job id, restart count and rank under Slurm, always with a random
-    part.
+    """Names this attempt's files: job, try and rank as the launcher gives them, always with a
+    random part.
     """
-    env = os.environ
-    job = env.get("SLURM_JOB_ID", "local")
-    return f"{job}-{env.get('SLURM_RESTART_COUNT', '0')}-{env.get('SLURM_PROCID', '0')}-{uuid.uuid4().hex[:8]}"
-
-
-def job_id(env: Mapping[str, str]) -> str | None:
-    """This job's id as squeue shows it: `12`, or `12_3` of an array's element; None outside
-    Slurm.
-    """
-    if "SLURM_ARRAY_JOB_ID" in env:
-        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    return env.get("SLURM_JOB_ID")
+    return f"{os.environ.get(ATTEMPT, 'local-0-0')}-{uuid.uuid4().hex[:8]}"
 
 
 def patience_s() -> float:
-    """Only under Slurm does a finished upstream job's manifest lag behind a network file system's
-    cache.
-    """
-    return NFS_PATIENCE_S if "SLURM_JOB_ID" in os.environ else 0.0
+    """How long to look for a manifest whose job has ended well."""
+    return float(os.environ.get(PATIENCE, "0"))
 
 
 def now() -> str:
@@ -541,10 +583,10 @@ def git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
-def _entry(path: Path, file: str) -> dict[str, Any]:
+def _output(path: Path, file: str) -> Output:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return {"file": file, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return Output(file=file, bytes=path.stat().st_size, sha256=file_sha256(path))

@@ -94,7 +94,7 @@ def count_texts(run: RunDir) -> int | None:
     try:
         if manifest is None:
             return None
-        file = manifest["outputs"]["models.json"]["file"]
+        file = manifest.outputs["models.json"].file
         pairs = Models.read(run.folder("fetch") / file).data.pairs
     except (OSError, KeyError):
         return None
@@ -135,9 +135,8 @@ def table(config: Config, profile: Profile, run: RunDir, batches: list[Batch]) -
                 if part and part.passing
                 else ""
             )
-            lines.append(
-                f"### {phase:9}{jobs:4} jobs {hours:8.1f} GPU-hours at most  {stays}{passing}".rstrip()
-            )
+            gpu = f"{hours:8.1f} GPU-hours at most"
+            lines.append(f"### {phase:9}{jobs:4} jobs {gpu}  {stays}{passing}".rstrip())
     unknown = [
         model.model
         for model, shape in zip((config.policy, config.sarm), shapes(config), strict=True)

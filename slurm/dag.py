@@ -29,26 +29,29 @@ class Task(NamedTuple):
     when: Literal["afterok", "afterany"] = "afterok"
 
 
+NEEDS: dict[Phase, tuple[Phase, ...]] = {
+    "fetch": (),
+    "encode": ("fetch",),
+    "probe": ("encode",),
+    "select": ("probe",),
+    "steer": ("select",),
+    "cards": ("select",),
+    "ppo": ("select",),
+    "evaluate": ("select",),
+}
+"""The phases whose every unit each unit of a phase needs, all but the report's, in order. Of
+evaluate it holds for policies that nobody trains; a trained one needs its own training alone."""
+
+
 def tasks(config: Config) -> list[Task]:
     """Every task of a run, each after all that it needs."""
+    trained = set(config.units("ppo"))
 
-    def nodes(phase: Phase) -> tuple[Node, ...]:
-        return tuple(Node(phase, unit) for unit in config.units(phase))
+    def needs(node: Node) -> tuple[Node, ...]:
+        if node.phase == "evaluate" and node.unit in trained:
+            return (Node("ppo", node.unit),)
+        return tuple(Node(need, u) for need in NEEDS[node.phase] for u in config.units(need))
 
-    select = nodes("select")
-    waits: list[Task] = [Task(node, ()) for node in nodes("fetch")]
-    waits += [Task(node, nodes("fetch")) for node in nodes("encode")]
-    waits += [Task(node, nodes("encode")) for node in nodes("probe")]
-    waits += [Task(node, nodes("probe")) for node in select]
-    waits += [Task(node, select) for node in nodes("ppo")]
-    waits += [Task(node, select) for phase in ("steer", "cards") for node in nodes(phase)]
-    # Base needs only select, and so does steering it; a trained policy is evaluated when its own
-    # training has ended.
-    waits += [
-        Task(node, select if node.unit in ("base", "steered") else (Node("ppo", node.unit),))
-        for node in nodes("evaluate")
-    ]
-    return [
-        *waits,
-        *(Task(node, tuple(task.node for task in waits), "afterany") for node in nodes("report")),
-    ]
+    nodes = [Node(phase, unit) for phase in NEEDS for unit in config.units(phase)]
+    report = [Task(Node("report", u), tuple(nodes), "afterany") for u in config.units("report")]
+    return [*(Task(node, needs(node)) for node in nodes), *report]

@@ -2,7 +2,8 @@
 --config K --run R`.
 
 Every check is one sentence: `ok`, `unchecked` where it cannot be known from here, or `wrong` with
-what to do. Submits nothing, writes nothing. Exit code 2 where anything is wrong.
+what to do. Submits nothing but one question to a node that is free at once (srun), writes nothing.
+Exit code 2 where anything is wrong.
 """
 
 from __future__ import annotations
@@ -18,33 +19,34 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
 from sarm.cli import ended
-from sarm.config import PHASES, ROOT, Config, UserError, load_config
-from sarm.run import RunDir
-from slurm import queue
+from sarm.config import ROOT, Config, UserError
+from sarm.run import RunDir, config_of
+from slurm.checks import check_named, own_run
 from slurm.cost import gigabytes, needed_bytes
-from slurm.dag import tasks
 from slurm.images import check_images, images_of, token_file
-from slurm.plan import plan
-from slurm.profile import Profile, gpus_per_job, load_profile, resources
-from slurm.submit import arguments, check_named, own_run, refusals, unchecked
+from slurm.profile import Profile, resources
+from slurm.profile_file import load_profile
+from slurm.site_checks import (
+    Finding,
+    ask_node,
+    check_accounting,
+    check_gpus,
+    check_limits,
+    check_queue,
+    check_slurm,
+)
+from slurm.submit import arguments
 
 MIN_DRIVER = {"12": 525, "13": 580}
 """The oldest NVIDIA driver that each CUDA generation of torch's wheels runs on (NVIDIA's
 compatibility table).
 """
 NETWORK_S = 8.0
-
-
-class Finding(NamedTuple):
-    state: Literal["ok", "unchecked", "wrong"]
-    about: str
-    says: str
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """0 where nothing is wrong, else 2."""
-    profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
+    profile, config = load_profile(args.cluster), config_of(args.run, args.config, args.overrides)
     console, wrong = Console(), 0
     for finding in findings(profile, config, args.run):
         wrong += finding.state == "wrong"
@@ -65,7 +67,7 @@ def doctor(args: argparse.Namespace) -> int:
         )
     if wrong:
         print(
-            f"error: {wrong} thing{'s' if wrong > 1 else ''} to mend before make submit-all"
+            f"error: {wrong} problem{'s' if wrong > 1 else ''} to fix before make submit-all"
             f" CLUSTER={args.cluster}",
             file=sys.stderr,
         )
@@ -82,6 +84,10 @@ def findings(profile: Profile, config: Config, path: str) -> Iterator[Finding]:
         ("images", lambda: check_all_images(profile)),
         ("models and data", lambda: check_fetched(profile, config, run)),
         ("Slurm", lambda: check_slurm(profile, config)),
+        ("limits", lambda: check_limits(profile, config)),
+        ("accounting", lambda: check_accounting(profile)),
+        ("queue", lambda: check_queue(run)),
+        ("node", lambda: ask_node(profile)),
         ("GPUs", lambda: check_gpus(profile)),
         ("disk", lambda: check_disk(config, run)),
         ("driver", lambda: check_driver(profile)),
@@ -196,72 +202,6 @@ def gated(model: str) -> bool | None:
         return error.code in (401, 403)  # private to those with a token
     except (OSError, ValueError):
         return None
-
-
-def check_slurm(profile: Profile, config: Config) -> Iterator[Finding]:
-    """Whether Slurm would take each kind of job: partition, account, QOS, time, resources and
-    arrays.
-    """
-    batches = plan(
-        config,
-        profile,
-        {
-            task.node
-            for task in tasks(config)
-            if task.node.phase != "fetch" or profile.fetch == "job"
-        },
-    )
-    refused = refusals(profile, batches)
-    for reason, kinds in refused.items():
-        yield Finding("wrong", "Slurm", f"it would refuse {', '.join(kinds)} jobs: {reason}")
-    if not refused:
-        yield Finding(
-            "ok",
-            "Slurm",
-            f"it would take all {len({batch.phase for batch in batches})} kinds of jobs",
-        )
-    if unlooked := unchecked(profile, batches):
-        yield Finding("unchecked", "Slurm", unlooked)
-
-
-def check_gpus(profile: Profile) -> Iterator[Finding]:
-    """Whether each partition that GPU jobs go to has nodes with as many GPUs as one job wants."""
-    for phase in PHASES:
-        gpus, partition = gpus_per_job(profile, phase), resources(profile, phase).partition
-        if not gpus:
-            continue
-        try:
-            most = gpus_of_a_node(partition)
-        except UserError as error:
-            yield Finding("unchecked", "GPUs", f"sinfo does not say what nodes have ({error})")
-            return
-        where = f"partition {partition}" if partition else "the default partition"
-        if most < gpus:
-            has = f"no node there has more than {most}" if most else "no node there has any"
-            raise UserError(
-                f"{phase} wants {gpus} GPUs of {where}, and {has}; name a GPU partition for {phase}"
-                " under phases in the profile"
-            )
-    yield Finding("ok", "GPUs", "nodes have as many as jobs ask for")
-
-
-def gpus_of_a_node(partition: str | None) -> int:
-    """The most GPUs that a node of a partition has, of the default one where none is named."""
-    most = 0
-    for line in queue.call(
-        [
-            "sinfo",
-            "--noheader",
-            "--format=%R|%P|%G",
-            *([f"--partition={partition}"] if partition else []),
-        ]
-    ).splitlines():
-        _, name, gres = [*line.strip().split("|"), "", ""][:3]
-        if partition is None and not name.endswith("*"):
-            continue
-        counts = [int(n) for n in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres)]
-        most = max(most, sum(counts))
-    return most
 
 
 def check_disk(config: Config, run: RunDir) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,13 +24,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sarm.run import BEGAN, now
+from sarm.run import ATTEMPT, BEGAN, JOB, PATIENCE, now
+from slurm.joblogs import complaint, job_logs
 from slurm.ranks import Ranks
 
 GRACE_S = 60.0
 """How long a process asked to end by SIGTERM may take before it is killed."""
 LAST_WORDS_S = 5.0
 """The same where another rank has died, without which no step will end."""
+NFS_PATIENCE_S = 70
+"""How long a job looks for a manifest whose job ended well: NFS attribute caches last up to a
+minute.
+"""
 
 
 def run_spec(path: str) -> None:
@@ -93,18 +99,25 @@ def run_command(
                 f"{BEGAN}{os.environ.get('SLURM_JOB_ID', '')} on {socket.gethostname()} at {now()}"
                 " ===\n".encode()
             )
-        told = told_file(folder, os.environ) if ranks else None
-        if told is None:
+        signalled = signalled_file(folder, os.environ) if ranks else None
+        if signalled is None:
             # in the command too: Slurm may signal the whole process group
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         # In this process's own group: where Slurm tells a job's processes by that, another one
         # would outlive its job.
-        env = {**env, **(rank_environment(os.environ) if ranks else {})}
+        env = {
+            **env,
+            **job_environment(os.environ),
+            **failed_units(folder.parent, env),
+            **(rank_environment(os.environ) if ranks else {}),
+        }
         process = subprocess.Popen(
             [sys.executable, *argv], env=env, stdout=output, stderr=subprocess.STDOUT
         )
         siblings = Ranks(folder, os.environ) if ranks else None
-        code, asked = wait_forwarding(process, told, grace_s, siblings.deaths if siblings else list)
+        code, asked = wait_forwarding(
+            process, signalled, grace_s, siblings.look if siblings else list
+        )
         if process.returncode < 0:
             output.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())
             output.flush()
@@ -124,7 +137,7 @@ class End(NamedTuple):
 
 def wait_forwarding(
     process: subprocess.Popen[bytes],
-    told_path: Path | None,
+    signalled: Path | None,
     grace_s: float,
     lost: Callable[[], list[Any]],
 ) -> End:
@@ -132,7 +145,7 @@ def wait_forwarding(
     time once told.
 
     SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint:
-    it makes the file `told_path`, by which the batch script knows to requeue, and leaves `grace_s`
+    it makes the file `signalled`, by which the batch script knows to requeue, and leaves `grace_s`
     to end a step and write the checkpoint. Without that path SIGUSR2 is left alone. Once `lost`
     names a sibling that has died, only last words are waited for.
     """
@@ -142,14 +155,14 @@ def wait_forwarding(
     def forward(signum: int, frame: Any) -> None:
         nonlocal deadline, asked
         asked = True
-        if told_path is not None and signum == signal.SIGUSR2:
-            told_path.touch()
+        if signalled is not None and signum == signal.SIGUSR2:
+            signalled.touch()
         deadline = min(
             deadline, time.monotonic() + (grace_s if signum == signal.SIGUSR2 else GRACE_S)
         )
         process.send_signal(signum)
 
-    for signum in (signal.SIGTERM, *((signal.SIGUSR2,) if told_path is not None else ())):
+    for signum in (signal.SIGTERM, *((signal.SIGUSR2,) if signalled is not None else ())):
         signal.signal(signum, forward)
     while True:
         try:
@@ -163,11 +176,43 @@ def wait_forwarding(
                 process.kill()
 
 
-def told_file(folder: Path, env: Mapping[str, str]) -> Path:
-    """Says that this try of this job was told to checkpoint. `slurm.plan.teardown_lines` looks for
-    the same name.
+def signalled_file(folder: Path, env: Mapping[str, str]) -> Path:
+    """Says that this try of this job was signalled to checkpoint. `slurm.script.teardown_lines`
+    looks for the same name.
     """
-    return folder / f"told.{env.get('SLURM_JOB_ID', 'local')}.{env.get('SLURM_RESTART_COUNT', '0')}"
+    job, restarts = env.get("SLURM_JOB_ID", "local"), env.get("SLURM_RESTART_COUNT", "0")
+    return folder / f"signalled.{job}.{restarts}"
+
+
+def job_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """What `sarm.run` is to know of the job that this is; empty outside Slurm."""
+    if "SLURM_JOB_ID" not in env:
+        return {}
+    job = env["SLURM_JOB_ID"]
+    array = env.get("SLURM_ARRAY_JOB_ID")
+    return {
+        JOB: f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else job,
+        ATTEMPT: f"{job}-{env.get('SLURM_RESTART_COUNT', '0')}-{env.get('SLURM_PROCID', '0')}",
+        PATIENCE: str(NFS_PATIENCE_S),
+    }
+
+
+def failed_units(submissions: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """For the report: how each unit's job ended that ended without success, from the batch script's
+    question to Slurm, `id state name` a line (slurm.script.FAILED_JOBS), and the logs in
+    `submissions`.
+
+    A job is a unit's own only by its name: ids come again.
+    """
+    jobs: dict[str, tuple[str, str, str]] = json.loads(env.get("SARM_JOBS", "{}"))
+    words = [line.split(maxsplit=2) for line in env.get("SARM_FAILED_JOBS", "").splitlines()]
+    states = {(id_, name): state for id_, state, name in (w for w in words if len(w) == 3)}
+    found = {}
+    for unit, (id_, name, submission) in jobs.items():
+        if state := states.get((id_, name)):
+            logs = job_logs(submissions / submission, id_)
+            found[unit] = ": ".join(filter(None, (state, complaint(logs)))) if logs else ""
+    return {"SARM_FAILED_UNITS": json.dumps(found)} if found else {}
 
 
 def _sweep() -> None:
@@ -187,12 +232,8 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
     """
     if "SLURM_PROCID" not in env:
         return {}
-    if env.get("SLURM_NNODES", "1") == "1":
-        host = "127.0.0.1"
-    else:
-        import submitit
-
-        host = submitit.JobEnvironment().hostnames[0]
+    alone = env.get("SLURM_NNODES", "1") == "1"
+    host = "127.0.0.1" if alone else first_host(env["SLURM_JOB_NODELIST"])
     return {
         "RANK": env["SLURM_PROCID"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
@@ -205,6 +246,17 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
             + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", "0"))) % 12000
         ),
     }
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's node list: `g1` of `g[1-2,5]`, `rack-a1` of `rack-a1,rack-b1`. Rank 0
+    is there.
+    """
+    before, bracket, rest = nodes.partition("[")
+    if not bracket or "," in before:
+        return before.partition(",")[0]
+    inside, _, after = rest.partition("]")
+    return before + re.split("[,-]", inside)[0] + after.partition(",")[0].partition("[")[0]
 
 
 def device_environment(env: Mapping[str, str], tasks: int) -> dict[str, str]:

@@ -17,12 +17,15 @@ import sys
 from importlib.util import find_spec
 
 from sarm.cli import ended
-from sarm.config import ROOT, Config, UserError, load_config
-from sarm.run import RunDir
+from sarm.config import ROOT, Config, UserError
+from sarm.run import RunDir, config_of
 from slurm import submit
+from slurm.checks import own_run
+from slurm.environment import isolated
 from slurm.images import binds, caches, image_of, image_target, make_caches
-from slurm.plan import python_command
-from slurm.profile import Profile, load_profile
+from slurm.profile import Profile
+from slurm.profile_file import load_profile
+from slurm.script import python_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,14 +35,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def fetch(args: argparse.Namespace) -> int:
     """The exit code of the fetch, or of its submission."""
-    profile, config = load_profile(args.cluster), load_config(args.config, args.overrides)
+    profile, config = load_profile(args.cluster), config_of(args.run, args.config, args.overrides)
     if profile.fetch == "job":
         return submit.main(
             [
                 "--cluster",
                 args.cluster,
-                "--config",
-                args.config,
+                *(["--config", args.config] if args.config else []),
                 "--run",
                 args.run,
                 "--phase",
@@ -47,13 +49,13 @@ def fetch(args: argparse.Namespace) -> int:
                 *args.overrides,
             ]
         )
-    run = submit.own_run(args.run, config)
+    run = own_run(args.run, config)
     make_caches()
     python = python_here(profile, run)
     RunDir.create(args.run, config)
     by_hand = profile.fetch == "by-hand"
     env = {
-        **os.environ,
+        **isolated(os.environ),
         **{name: str(path) for name, path in caches("fetch").items()},
         **({"HF_HUB_OFFLINE": "1"} if by_hand else {}),
     }

@@ -21,12 +21,13 @@ from typing import Any
 import submitit
 
 from sarm.cli import ended
-from sarm.config import ROOT, load_config
-from sarm.run import RunDir, write_atomic
+from sarm.config import ROOT
+from sarm.run import RunDir, config_of, write_atomic
+from sarm.threads import given_cpus
 from slurm.dag import Node, Task, tasks
 from slurm.entry import GRACE_S, run_spec
 from slurm.lock import held
-from slurm.status import tell_local_states
+from slurm.state import write_local_states
 from slurm.view import Unit, View, last_lines, span
 
 POLL_S = 0.2
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_here(args: argparse.Namespace) -> int:
     """0 where all went well, 1 where a task failed, 130 where it was stopped."""
-    run = RunDir.create(args.run, load_config(args.config, args.overrides))
+    run = RunDir.create(args.run, config_of(args.run, args.config, args.overrides))
     try:
         with held(run.path / "run.lock", f"a run in {run.path}"):
             state = run_all(run, workers=args.workers)
@@ -121,10 +122,10 @@ def run_all(run: RunDir, *, workers: int) -> State:
                     elif len(jobs) < workers:
                         # Threads of two jobs on one core wait for each other in spins: each job
                         # gets cores of its own.
-                        threads = max(1, (os.cpu_count() or 1) // workers)
+                        threads = max(1, given_cpus(os.environ) // workers)
                         jobs[task.node] = _submit(run, task, folder, threads)
                         state.word[task.node], state.began[task.node] = "running", time.monotonic()
-                tell_local_states(run, state.word)
+                write_local_states(run, state.word)
                 view.update(units_of(run, state))
                 if jobs:
                     time.sleep(POLL_S)

@@ -7,18 +7,12 @@ line.
 
 from __future__ import annotations
 
-import difflib
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import pydantic
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from sarm.config import PHASES, ROOT, Count, Loader, Phase, Positive, Strict, UserError
-
-CLUSTERS = ROOT / "slurm" / "clusters"
+from sarm.config import PHASES, Count, Phase, Positive, Strict
 
 
 def _plain(value: str) -> str:
@@ -31,6 +25,19 @@ def _plain(value: str) -> str:
 
 
 Plain = Annotated[str, AfterValidator(_plain)]
+
+
+def _constraint(value: str) -> str:
+    """Features as sbatch takes them, `a100|h100`, `[a*2&b]`; always quoted in scripts."""
+    if not re.fullmatch(r"[A-Za-z0-9_.,:=+@%/~^|&*!()\[\]-]+", value):
+        raise ValueError(
+            "only features joined by | & * ! ( ) [ ] and letters, digits and _ . , : = + @ % / ~ ^"
+            " - are allowed here"
+        )
+    return value
+
+
+Constraint = Annotated[str, AfterValidator(_constraint)]
 Plains = Annotated[
     tuple[Plain, ...],
     BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
@@ -38,13 +45,25 @@ Plains = Annotated[
 
 MANAGED = frozenset(
     """
-    job-name array dependency hold export output error open-mode signal requeue no-requeue kill-on-invalid-dep time nodes ntasks
-    ntasks-per-node cpus-per-task mem mem-per-cpu mem-per-gpu gres gpus gpus-per-node gpus-per-task partition account qos constraint
-    reservation licenses exclude exclusive mail-user mail-type wckey comment parsable test-only wrap chdir quiet wait clusters export-file
+    job-name array dependency hold export output error open-mode signal requeue no-requeue
+    kill-on-invalid-dep ntasks ntasks-per-node gpus gpus-per-task comment parsable test-only wrap
+    chdir quiet wait export-file propagate
     """.split()
 )
-"""Flags that the launcher sets, from keys of their own or by itself, or that would keep it from
-reading sbatch's answer.
+"""Flags that the launcher sets by itself, or that would keep it from reading sbatch's answer."""
+
+KEYS = {
+    "time": "phases.PHASE.time_min",
+    "nodes": "phases.ppo.nodes",
+    "cpus-per-task": "phases.PHASE.cpus_per_task",
+    **dict.fromkeys(("mem", "mem-per-cpu", "mem-per-gpu"), "memory and phases.PHASE.mem_gb"),
+    **dict.fromkeys(("gres", "gpus-per-node"), "gpu_request, gpu_type and phases.PHASE.gpus"),
+    **{flag: flag for flag in "partition account qos constraint reservation licenses".split()},
+    **{flag: flag for flag in "exclude exclusive wckey clusters".split()},
+    "mail-user": "mail_user",
+    "mail-type": "mail_type",
+}
+"""Flags of sbatch that have a key of their own.
 
 `extra` may not override them, nor an abbreviation of one: sbatch takes `--part` for `--partition`.
 """
@@ -58,9 +77,17 @@ class Resources(Strict):
     mem_gb: Positive = 32
     """Of the whole node share; divided where the profile asks by CPU or GPU."""
     gpus: Count = 0
+    """A node."""
+    nodes: Positive = 1
+    """More than one for PPO alone."""
+    gpu_type: Plain | None = None
+    throttle: Positive | None = None
+    """Jobs at a time, of PPO's or evaluate's policies."""
+    retry_mem_gb: Positive | None = None
+    """Instead of mem_gb, once the same unit has run out of memory."""
     partition: Plain | None = None
     qos: Plain | None = None
-    constraint: Plain | None = None
+    constraint: Constraint | None = None
 
 
 class Override(Strict):
@@ -70,9 +97,13 @@ class Override(Strict):
     cpus_per_task: Positive | None = None
     mem_gb: Positive | None = None
     gpus: Count | None = None
+    nodes: Positive | None = None
+    gpu_type: Plain | None = None
+    throttle: Positive | None = None
+    retry_mem_gb: Positive | None = None
     partition: Plain | None = None
     qos: Plain | None = None
-    constraint: Plain | None = None
+    constraint: Constraint | None = None
 
 
 GENERIC: dict[Phase, Resources] = {
@@ -105,10 +136,12 @@ class Container(Strict):
 
 class Profile(Strict):
     description: str
+    clusters: Plain | None = None
+    """Another cluster than the login node's own, by name, where a site has several."""
     partition: Plain | None = None
     account: Plain | None = None
     qos: Plain | None = None
-    constraint: Plain | None = None
+    constraint: Constraint | None = None
     reservation: Plain | None = None
     licenses: Plain | None = None
     exclude: Plain | None = None
@@ -119,6 +152,8 @@ class Profile(Strict):
     nodes.
     """
     gpu_request: Literal["gres", "gpus-per-node"] = "gres"
+    gres: Plain = "gpu"
+    """The name of the generic resource, where it is not gpu."""
     gpu_type: Plain | None = None
     memory: Literal["mem", "mem-per-cpu", "mem-per-gpu", "none"] = "mem"
     phases: dict[Phase, Override] = Field(default_factory=dict)
@@ -130,12 +165,17 @@ class Profile(Strict):
     submitted.
     """
     mail_user: Plain | None = None
-    mail_type: Plain | None = None
+    """Gets one mail when a run has ended, by its last job."""
+    mail_type: Plain = "END,FAIL"
     wckey: Plain | None = None
     max_requeues: Count = 3
     signal_lead_s: Annotated[int, Field(ge=30)] = 120
     """How long before its time limit a job is told to checkpoint."""
     modules: Plains = ()
+    interface: Plain | None = None
+    """The network interface over which the ranks of several nodes talk, `ib0`."""
+    share: Literal["none", "group"] = "none"
+    """Whether the group of the run's folder may read its results; never what jobs unpickle."""
     scratch: Plain | None = None
     """A folder of every node in which a job makes one of its own for temporary files, removed at
     its end; $TMPDIR or /tmp where unset.
@@ -164,14 +204,44 @@ class Profile(Strict):
                     " it out"
                 )
         for flag in self.extra:
-            managed = sorted(name for name in MANAGED if name.startswith(flag.lstrip("-") or "-"))
-            if managed:
+            start = flag.lstrip("-") or "-"
+            # the flag itself before one that only begins so
+            close = sorted((n for n in MANAGED | KEYS.keys() if n.startswith(start)), key=len)
+            if close:
+                key = KEYS.get(close[0])
+                what = f"use {key}" if key else "no profile may change it"
                 raise ValueError(
-                    f"extra: {flag} is sbatch's --{managed[0]}, which the launcher manages; use its"
-                    " own key in the profile"
+                    f"extra: {flag} is sbatch's --{close[0]}, which the launcher manages; {what}"
                 )
             if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
                 raise ValueError(f"extra: {flag!r} is no long sbatch flag")
+        for name, kind in [
+            ("gpu_type", self.gpu_type),
+            *((f"phases.{p}.gpu_type", over.gpu_type) for p, over in self.phases.items()),
+        ]:
+            if kind and re.search(r":\d+$|^gpu:", kind):
+                raise ValueError(
+                    f"{name}: {kind} holds more than a type; write h100 or a100_3g.20gb, and how"
+                    " many as gpus of the phase"
+                )
+        if self.clusters and "," in self.clusters:
+            raise ValueError(
+                f"clusters: {self.clusters} names several, and jobs can wait for one another on one"
+                " cluster alone; name one"
+            )
+        for phase, over in self.phases.items():
+            if phase != "ppo" and (over.nodes or 1) > 1:
+                raise ValueError(f"phases.{phase}.nodes: only ppo works on several nodes")
+            if phase not in ("ppo", "evaluate") and over.throttle:
+                raise ValueError(
+                    f"phases.{phase}.throttle: for ppo and evaluate; shards have array_throttle"
+                )
+            want = resources(self, phase)
+            if want.retry_mem_gb and want.retry_mem_gb <= want.mem_gb:
+                raise ValueError(
+                    f"phases.{phase}.retry_mem_gb: {want.retry_mem_gb} is no more than mem_gb,"
+                    f" {want.mem_gb}"
+                )
         limit_s = 60 * resources(self, "ppo").time_min
         if self.signal_lead_s > limit_s // 2:
             raise ValueError(
@@ -181,87 +251,60 @@ class Profile(Strict):
         return self
 
 
-def load_profile(cluster: str) -> Profile:
-    """A profile by name in slurm/clusters/, or by path. Raises UserError naming every bad key."""
-    path = Path(cluster) if cluster.endswith((".yaml", ".yml")) else CLUSTERS / f"{cluster}.yaml"
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except FileNotFoundError:
-        known = ", ".join(sorted(p.stem for p in CLUSTERS.glob("*.yaml")))
-        raise UserError(
-            f"cluster profile {path} does not exist; there are {known}; copy"
-            " slurm/clusters/generic.yaml for your site"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cluster profile {path} is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
-    if not isinstance(tree, dict):
-        raise UserError(f"cluster profile {path} is empty or not a mapping of keys")
-    try:
-        return Profile.model_validate(tree)
-    except pydantic.ValidationError as error:
-        complaints = dict.fromkeys(
-            _complaint(e) for e in error.errors() if e["loc"][-1:] != ("bool",)
-        )
-        raise UserError(f"cluster profile {path}: {'; '.join(complaints)}") from None
-
-
-def _complaint(error: Any) -> str:
-    # Of a location, what pydantic adds to the keys themselves is left out.
-    where = [
-        str(part)
-        for part in error["loc"]
-        if part != "[key]" and not str(part).startswith("function-")
-    ]
-    said = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    if error["type"] == "extra_forbidden":
-        sections: dict[str, Any] = {"phases": Override, "container": Container}
-        known = sections.get(where[0] if len(where) > 1 else "", Profile).model_fields
-        close = difflib.get_close_matches(where[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
-        said = f"unknown key ({hint})"
-    elif error["type"] == "string_type":
-        said = "must be text; put what YAML takes for a number or a date in quotes"
-    elif error["type"] == "tuple_type":
-        said = "must be a list, such as [a, b]"
-    return f"{'.'.join(where)}: {said}" if where else said
-
-
 def resources(profile: Profile, phase: Phase) -> Resources:
     """The generic resources of a phase under the profile's overrides."""
     override = profile.phases.get(phase, Override()).model_dump(exclude_none=True)
     site = {
         key: getattr(profile, key)
-        for key in ("partition", "qos", "constraint")
+        for key in ("partition", "qos", "constraint", "gpu_type")
         if getattr(profile, key)
     }
     return Resources.model_validate({**GENERIC[phase].model_dump(), **site, **override})
 
 
-def tasks_per_job(profile: Profile, phase: Phase) -> int:
-    """One task a GPU for PPO, one a packed shard, otherwise one."""
-    if phase == "ppo":
-        return max(1, resources(profile, phase).gpus)
+def packed(profile: Profile, phase: Phase) -> int:
+    """Units side by side in one job."""
     return profile.pack if phase in ("encode", "probe") else 1
 
 
+def tasks_per_node(profile: Profile, phase: Phase) -> int:
+    """One task a GPU for PPO, one a packed shard, otherwise one."""
+    return max(1, resources(profile, phase).gpus) if phase == "ppo" else packed(profile, phase)
+
+
+def gpus_per_node(profile: Profile, phase: Phase) -> int:
+    """A node's ranks' together, or every packed shard's own."""
+    return resources(profile, phase).gpus * packed(profile, phase)
+
+
 def gpus_per_job(profile: Profile, phase: Phase) -> int:
-    """Those of one job or array element: all ranks' together, or every packed shard's own."""
-    gpus = resources(profile, phase).gpus
-    return gpus if phase == "ppo" else gpus * tasks_per_job(profile, phase)
+    """Those of one job or array element, on all its nodes."""
+    return gpus_per_node(profile, phase) * resources(profile, phase).nodes
 
 
-def flags(profile: Profile, phase: Phase) -> dict[str, str | bool]:
+def throttle(profile: Profile, phase: Phase) -> int | None:
+    """How many of PPO's or evaluate's jobs may run at a time; None where the profile says
+    nothing.
+    """
+    return resources(profile, phase).throttle
+
+
+def flags(
+    profile: Profile, phase: Phase, *, mail: bool = True, retry: bool = False
+) -> dict[str, str | bool]:
     """sbatch's long flags and their values for a phase; True for a flag without one. The same for
-    every launcher.
+    every launcher. `mail` says whether this job's end is mailed, `retry` that its unit ran out of
+    memory before.
     """
     want, tasks, gpus = (
         resources(profile, phase),
-        tasks_per_job(profile, phase),
-        gpus_per_job(profile, phase),
+        tasks_per_node(profile, phase),
+        gpus_per_node(profile, phase),
     )
-    memory_gb = want.mem_gb * (tasks if phase in ("encode", "probe") else 1)
+    memory_gb = (want.retry_mem_gb if retry and want.retry_mem_gb else want.mem_gb) * packed(
+        profile, phase
+    )
+    mailed = mail and profile.mail_user is not None
     found: dict[str, str | bool | None] = {
         "account": profile.account,
         "constraint": want.constraint,
@@ -271,9 +314,12 @@ def flags(profile: Profile, phase: Phase) -> dict[str, str | bool]:
         "export": "NONE",
         "kill-on-invalid-dep": "yes",
         "licenses": profile.licenses,
-        "mail-type": profile.mail_type,
-        "mail-user": profile.mail_user,
-        "nodes": "1",
+        "clusters": profile.clusters,
+        "mail-type": profile.mail_type if mailed else None,
+        "mail-user": profile.mail_user if mailed else None,
+        "nodes": str(want.nodes),
+        # the login node's limits (ulimit) are not a job's
+        "propagate": "NONE",
         "ntasks-per-node": str(tasks),
         "partition": want.partition,
         "qos": want.qos,
@@ -285,9 +331,9 @@ def flags(profile: Profile, phase: Phase) -> dict[str, str | bool]:
         "wckey": profile.wckey,
     }
     if gpus:
-        kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
+        kind = f"{want.gpu_type}:" if want.gpu_type else ""
         found[profile.gpu_request] = (
-            f"gpu:{kind}{gpus}" if profile.gpu_request == "gres" else f"{kind}{gpus}"
+            f"{profile.gres}:{kind}{gpus}" if profile.gpu_request == "gres" else f"{kind}{gpus}"
         )
     if profile.memory == "mem":
         found["mem"] = f"{memory_gb}G"

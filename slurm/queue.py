@@ -1,7 +1,7 @@
-"""Slurm's command line, read and driven: squeue, sacct, scancel, scontrol, sbatch --test-only.
+"""Slurm's command line, read and driven: squeue, sacct, scancel, scontrol, sbatch.
 
-Every call has a time limit and says which command failed and how. `live_jobs(ids)` and
-`history(ids)` feed status.
+Every call goes through `call`: with an environment that the caller's shell has no say in, a time
+limit, and an error that says which command failed and how. `retried` outlasts what passes.
 """
 
 from __future__ import annotations
@@ -10,15 +10,28 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from sarm.config import UserError
+from slurm.environment import client_environment
 
 TIMEOUT_S = 60.0
+TRIES = 5
+"""How often a command is given whose refusal may pass."""
+FIRST_WAIT_S = 1.0
+"""Before the second try; doubled each time."""
 SHORT_S = 10
 """Below it the CPU time of a job over its whole seconds is left out: it says more of the rounding.
 """
+PASSING = re.compile(
+    r"contact slurm controller|timed out|connection (refused|reset|failure)|temporarily un"
+    r"|try again|zero bytes were transmitted|transport endpoint|unable to connect",
+    re.IGNORECASE,
+)
+"""Refusals of a controller that is busy, restarting or not to be reached."""
 SIGNALS = (
     signal.SIGILL,
     signal.SIGABRT,
@@ -36,8 +49,12 @@ class Refused(UserError):
     """A Slurm command that said no, in its own words."""
 
 
+class Unreachable(UserError):
+    """A Slurm command that got no answer, or one that may be another in a while."""
+
+
 class QueuedJob(NamedTuple):
-    """One job or array element as squeue shows it."""
+    """One job or array element as squeue shows it, also of those that ended a while ago."""
 
     id: str
     """`123` or `123_4`."""
@@ -46,12 +63,30 @@ class QueuedJob(NamedTuple):
     elapsed_s: float
     """Of this try; 0 where it waits."""
     reason: str
+    cluster: str | None = None
+
+    @property
+    def base(self) -> str:
+        """The id of the whole array."""
+        return self.id.partition("_")[0]
+
+    @property
+    def live(self) -> bool:
+        """Whether it waits or runs. One that completes has ended, or is being cancelled."""
+        return self.state in LIVE
+
+
+LIVE = (
+    "PENDING RUNNING SUSPENDED CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED RESIZING SIGNALING"
+    " STAGE_OUT STOPPED SPECIAL_EXIT RESV_DEL_HOLD"
+).split()
 
 
 class PastJob(NamedTuple):
     """One job or array element as accounting has it."""
 
     id: str
+    name: str
     state: str
     exit_code: str
     elapsed_s: int
@@ -80,110 +115,110 @@ class PastJob(NamedTuple):
         return f"exit code {code}" if code not in ("", "0") else ""
 
 
-def forget_overrides() -> None:
-    """Drop from this process what would overrule the scripts' own flags: SBATCH_*
-    (SBATCH_EXPORT=ALL would hand every secret of this shell to the jobs), the filters of squeue and
-    sacct, and, inside a job, that job's SLURM_*.
-    """
-    for name in [
-        name
-        for name in os.environ
-        if name.startswith(("SBATCH_", "SLURM_", "SQUEUE_", "SACCT_", "SCANCEL_"))
-        and name != "SLURM_CONF"
-    ]:
-        del os.environ[name]
-
-
-def call(words: Sequence[str], *, stdin: str | None = None) -> str:
-    """Standard output of a Slurm command. Raises UserError where it is not there or does not
-    answer, Refused with its last error line.
+def call(words: Sequence[str], *, stdin: str | None = None, timeout_s: float = TIMEOUT_S) -> str:
+    """Standard output of a Slurm command. Raises UserError where it is not there, Unreachable
+    where it does not answer or may answer otherwise in a while, Refused with its last error line.
     """
     try:
-        done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(
+            words,
+            input=None if stdin is None else stdin.encode(),
+            capture_output=True,
+            timeout=timeout_s,
+            env=client_environment(os.environ),
+        )
     except FileNotFoundError:
         raise UserError(
             f"{words[0]} is not on PATH; run this on a login node of the cluster, or give DRY_RUN=1"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{words[0]} gave no answer in {TIMEOUT_S:.0f} s; the controller may be down, try again"
+        raise Unreachable(
+            f"{words[0]} gave no answer in {timeout_s:.0f} s; the controller may be down, try again"
             " later"
         ) from None
     if done.returncode:
         # After an unknown option sbatch ends by pointing to its help.
         lines = [
             line
-            for line in done.stderr.splitlines()
+            for line in done.stderr.decode(errors="replace").splitlines()
             if line.strip() and not line.startswith("Try ")
         ] or [f"exit code {done.returncode}"]
         reason = (
             f"{words[0]} failed:"
             f" {lines[-1].strip().removeprefix(f'{words[0]}: ').removeprefix('error: ')}"
         )
-        if re.search(
-            r"contact slurm controller|timed out|connection refused", reason, re.IGNORECASE
-        ):
-            raise UserError(f"{reason}; the controller may be down, try again later")
+        if PASSING.search(reason):
+            raise Unreachable(f"{reason}; the controller may be down, try again later")
         raise Refused(reason)
-    return done.stdout
+    # other users' and other programs' job names may be in any encoding
+    return done.stdout.decode(errors="replace")
 
 
-def live_jobs(ids: Iterable[str]) -> list[QueuedJob]:
-    """Those of the jobs that are still in the queue, array elements one by one. Purged ids are not
-    an error.
+def retried(words: Sequence[str], *, stdin: str | None = None, found: str | None = None) -> str:
+    """`call`, at most TRIES times with longer waits while the refusal may pass.
+
+    `found` is the name of a job that the command submits: where one of that name is in the queue
+    though the answer was lost, its id is the answer.
     """
-    wanted = set(ids)
-    if not wanted:
-        return []
-    # One user's whole queue and a filter here: squeue refuses a list that holds a purged id.
-    text = call(["squeue", "--me", "--noheader", "--array", "--format=%i|%j|%T|%M|%r"])
+    for attempt in range(TRIES):
+        try:
+            return call(words, stdin=stdin)
+        except Unreachable:
+            if attempt == TRIES - 1:
+                raise
+            time.sleep(FIRST_WAIT_S * 2**attempt)
+            cluster = next(
+                (w.partition("=")[2] for w in words if w.startswith("--clusters=")), None
+            )
+            try:
+                if found and (jobs := [j for j in known_jobs(cluster) if j.name == found]):
+                    return jobs[0].base
+            except Unreachable:
+                continue
+    raise AssertionError("unreachable")
+
+
+def of_cluster(cluster: str | None) -> list[str]:
+    """The words that send a command to another cluster than the login node's own."""
+    return [f"--clusters={cluster}"] if cluster else []
+
+
+def known_jobs(cluster: str | None = None, *, patient: bool = False) -> list[QueuedJob]:
+    """The user's jobs that the controller knows, array elements one by one: those in the queue and,
+    for MinJobAge, those that ended.
+
+    Raises Unreachable where it does not answer, after TRIES where `patient`.
+    """
+    words = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%M|%r|%j"]
+    text = (retried if patient else call)([*words, *of_cluster(cluster)])
     lines = [line.strip().split("|", 4) for line in text.splitlines() if line.count("|") >= 4]
-    jobs = [
-        QueuedJob(id_, name, state, _seconds(elapsed), reason)
-        for id_, name, state, elapsed, reason in lines
+    return [
+        QueuedJob(id_, name, state, _seconds(elapsed), reason, cluster)
+        for id_, state, elapsed, reason, name in lines
     ]
-    return [job for job in jobs if job.id.partition("_")[0] in wanted]
 
 
-def ids_by_name(names: Sequence[str]) -> list[str]:
-    """Ids of queued jobs with these very names: finds jobs whose sbatch answer was lost."""
-    if not names:
-        return []
-    # %F, not %A: of an array that has begun to run, %A gives each element's own.
-    text = call(["squeue", "--me", "--noheader", f"--name={','.join(names)}", "--format=%F"])
-    return sorted(set(text.split()))
-
-
-def history(ids: Iterable[str]) -> dict[str, PastJob]:
-    """What accounting knows of the jobs; empty where there is no accounting or it does not
-    answer.
+def history(ids: Iterable[str], cluster: str | None = None) -> list[PastJob]:
+    """What accounting knows of the jobs of these numbers, whosever they are; empty where there is
+    no accounting or it does not answer.
     """
-    wanted = ",".join(sorted(set(ids)))
+    wanted = ",".join(sorted({id_.partition("_")[0] for id_ in ids}))
     if not wanted:
-        return {}
-    fields = "JobID,State,ExitCode,ElapsedRaw,TotalCPU,NCPUS,ReqMem,MaxRSS,NTasks"
+        return []
+    fields = "JobID,State,ExitCode,ElapsedRaw,TotalCPU,NCPUS,ReqMem,MaxRSS,NTasks,JobName"
+    words = ["sacct", "--noheader", "--parsable2", "--duplicates", "--jobs", wanted]
     try:
-        text = call(
-            [
-                "sacct",
-                "--noheader",
-                "--parsable2",
-                "--duplicates",
-                "--jobs",
-                wanted,
-                f"--format={fields}",
-            ]
-        )
+        text = call([*words, *of_cluster(cluster), f"--format={fields}"])
     except UserError:
-        return {}
-    lines = [line.split("|") for line in text.splitlines() if line.count("|") == 8]
+        return []
+    lines = [line.split("|", 9) for line in text.splitlines() if line.count("|") >= 9]
     used: dict[str, float] = {}
-    for id_, *_, rss, tasks in lines:
+    for id_, *_, rss, tasks, _ in lines:
         job, dot, _ = id_.partition(".")
         if dot:
             used[job] = max(used.get(job, 0.0), _bytes(rss) * int(tasks or 1))
-    found: dict[str, PastJob] = {}
-    for id_, state, code, elapsed, cpu, cpus, asked, _, _ in lines:
+    found = []
+    for id_, state, code, elapsed, cpu, cpus, asked, _, _, name in lines:
         if "." in id_:
             continue
         took, memory = int(elapsed or 0), _bytes(asked)
@@ -191,67 +226,58 @@ def history(ids: Iterable[str]) -> dict[str, PastJob]:
             _seconds(cpu) / (took * int(cpus)) if took >= SHORT_S and int(cpus or 0) else None
         )
         share = used[id_] / memory if used.get(id_) and memory else None
-        found[id_] = PastJob(id_, state.split()[0], code, took, efficiency, share)
+        found.append(PastJob(id_, name, state.split()[0], code, took, efficiency, share))
     return found
 
 
-def cancel(ids: Iterable[str]) -> None:
-    """Cancel jobs; ids that are gone are passed over. Raises UserError where some are still there
+def sbatch(script: Path, name: str, cluster: str | None = None) -> str:
+    """Submit a script whose job bears this name, which no other has; returns its id, also where the
+    answer was lost. Raises Refused where the answer names no job.
+    """
+    return submitted_id(retried(["sbatch", *of_cluster(cluster), str(script)], found=name))
+
+
+def submitted_id(answer: str) -> str:
+    """The job's id in sbatch's answer, `Submitted batch job 12 on cluster a`, or `12;a` as
+    `--parsable` has it. A site's wrapper may say other things before, of other jobs too.
+    """
+    lines = [line.strip() for line in answer.splitlines() if line.strip()]
+    for line in reversed(lines):
+        if found := re.fullmatch(r"Submitted batch job (\d+)(?: on cluster \S+)?", line):
+            return found.group(1)
+    if lines and (found := re.fullmatch(r"(\d+)(?:;\S*)?", lines[-1])):
+        return found.group(1)
+    raise Refused(f"sbatch's answer names no job: {' '.join(answer.split())[:200] or 'nothing'}")
+
+
+def cancel(jobs: Iterable[QueuedJob], among: Iterable[QueuedJob] | None = None) -> None:
+    """Cancel jobs that are known to be this suite's, `among` all that it has: an array of which
+    every live element is to go is cancelled at once. Raises UserError where some are still there
     and Slurm does not cancel them.
     """
-    ids = list(ids)
-    if not ids:
-        return
-    try:
-        call(["scancel", "--quiet", *ids])
-    except UserError:
-        # Some versions take an id that is gone for a failure.
-        if live_jobs(id_.partition("_")[0] for id_ in ids):
-            raise
+    jobs = list(jobs)
+    kept = {job.base for job in among or () if job.live and job not in jobs}
+    for cluster in {job.cluster for job in jobs}:
+        mine = [job for job in jobs if job.cluster == cluster]
+        ids = list(dict.fromkeys(job.id if job.base in kept else job.base for job in mine))
+        try:
+            retried(["scancel", "--quiet", *of_cluster(cluster), *ids])
+        except Refused:
+            # Some versions take an id that is gone for a failure.
+            wanted = {(job.id, job.name) for job in jobs}
+            if any((j.id, j.name) in wanted and j.live for j in known_jobs(cluster, patient=True)):
+                raise
 
 
-def release(ids: Iterable[str]) -> None:
-    call(["scontrol", "release", ",".join(ids)])
+def release(ids: Iterable[str], cluster: str | None = None) -> None:
+    retried(["scontrol", *of_cluster(cluster), "release", ",".join(ids)])
 
 
-def test_only(text: str) -> None:
+def test_only(text: str, cluster: str | None = None) -> None:
     """Ask Slurm whether it would take this script, without submitting it. Raises UserError with
     its reason.
     """
-    call(["sbatch", "--test-only"], stdin=text)
-
-
-CURES = {
-    r"submit.?limit|MaxSubmit": (
-        "your site bounds how many jobs you may have queued: use fewer encode.shards or"
-        " probe.shards, or raise pack in the profile"
-    ),
-    r"array": "lower max_array_size in the profile",
-    r"account": (
-        "set account in the profile to one of yours (sacctmgr show assoc user=$USER format=account)"
-    ),
-    r"partition": "set partition in the profile to one that sinfo shows",
-    r"qos": "set qos in the profile to one that your account has",
-    r"time limit": "lower time_min of that phase in the profile",
-    r"reservation": (
-        "set reservation in the profile to one that scontrol show reservation lists for you"
-    ),
-    r"licen[sc]e": "set licenses in the profile to what scontrol show licenses lists",
-    r"feature": "set constraint in the profile to a feature that sinfo --format=%f shows",
-    r"node name": "correct exclude in the profile",
-    r"gres|gpu|node configuration|cpu count|memory": (
-        "ask for what a node of that partition has: gpus, gpu_type, cpus_per_task, mem_gb in the"
-        " profile"
-    ),
-}
-
-
-def cure(reason: str, unknown: str = "correct the cluster profile") -> str:
-    """What to change in the profile for a reason of Slurm's."""
-    return next(
-        (said for pattern, said in CURES.items() if re.search(pattern, reason, re.IGNORECASE)),
-        unknown,
-    )
+    retried(["sbatch", "--test-only", *of_cluster(cluster)], stdin=text)
 
 
 def accounting_enforced() -> bool:

@@ -1,5 +1,7 @@
 """Write one stand-alone sbatch file a phase for a cluster: `python -m slurm.sbatch --cluster C
-[--out slurm]`.
+[--out outputs/sbatch/C]`.
+
+The checked-in ones are the generic profile's: `--cluster generic --out slurm`.
 """
 
 from __future__ import annotations
@@ -10,16 +12,17 @@ from pathlib import Path
 
 from sarm.cli import ended
 from sarm.config import PHASES, ROOT
-from slurm.plan import script
-from slurm.profile import load_profile
+from slurm.profile_file import load_profile
+from slurm.script import script
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m slurm.sbatch", description=__doc__)
     parser.add_argument("--cluster", default="generic")
-    parser.add_argument("--out", type=Path, default=ROOT / "slurm")
+    parser.add_argument("--out", type=Path, help="default: outputs/sbatch/C, in no commit's way")
     args = parser.parse_args(argv)
-    return ended(lambda: write(args.cluster, args.out), args.out)
+    out = args.out or ROOT / "outputs" / "sbatch" / Path(args.cluster).stem
+    return ended(lambda: write(args.cluster, out), out)
 
 
 def write(cluster: str, out: Path) -> int:

@@ -1,20 +1,17 @@
 """What of a run is done, what runs, and why the rest is not: `python -m slurm.status --run R
-[--hashes]`.
+[--hashes] [--json]`.
 
 Manifests are the truth: a purged queue or a missing accounting takes nothing from it but colour.
-`--cancel` cancels the run's jobs.
+Ends with 0 where all is done, 1 where something runs, waits or has not been sent, 3 where something
+failed, 2 where this is no run. `--cancel` cancels the run's jobs, with `--unit` those of one unit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from datetime import datetime
-from types import MappingProxyType
 from typing import NamedTuple
 
 from rich.console import Console
@@ -22,18 +19,18 @@ from rich.table import Table
 from rich.text import Text
 
 from sarm.cli import ended
-from sarm.config import UserError
-from sarm.run import RunDir, slurm_complaint, write_atomic
+from sarm.config import NON_PHASE_JOBS, UserError
+from sarm.run import RunDir
 from slurm import queue
-from slurm.dag import Node, tasks
-from slurm.lock import at_work
-from slurm.submit import last_journal, unit_ids
+from slurm.dag import Node
+from slurm.journal import batches_of, clusters, journals, owned, record
+from slurm.lock import held
+from slurm.state import Look, Slurm, ask_slurm, duration, local_states, published_by, seconds, units
 from slurm.view import Unit, last_lines, read_progress, span
 
-GOOD_ENDS = ("COMPLETED", "PENDING", "RUNNING", "REQUEUED")
-LOCAL_STATES = "local.json"
 WIDE = 120
 """Columns from which on a table has room for the names of logs."""
+DONE, RUNNING, FAILED = 0, 1, 3
 
 
 class Row(NamedTuple):
@@ -47,25 +44,15 @@ class Row(NamedTuple):
     log: str
 
 
-class Slurm(NamedTuple):
-    """What the queue and the accounting say of a run's jobs, by unit; each may be empty."""
-
-    live: dict[Node, queue.QueuedJob]
-    past: dict[Node, queue.PastJob]
-    ids: Mapping[Node, str] = MappingProxyType({})
-    """The job that the last submission has for each unit."""
-    heard: bool = True
-    """False where the queue did not answer, so that an empty `live` means nothing."""
-
-
 def main(argv: list[str] | None = None) -> int:
-    """0 where everything is done, 1 where something is not, 2 where this is no run."""
     parser = argparse.ArgumentParser(prog="python -m slurm.status", description=__doc__)
     parser.add_argument("--run", required=True)
     parser.add_argument(
         "--hashes", action="store_true", help="hash every published file instead of comparing sizes"
     )
+    parser.add_argument("--json", action="store_true", help="for programs: one object")
     parser.add_argument("--cancel", action="store_true", help="cancel the run's jobs")
+    parser.add_argument("--unit", help="cancel this unit's job alone, such as penalty-seed0")
     args = parser.parse_args(argv)
     return ended(lambda: status(args), args.run)
 
@@ -73,27 +60,98 @@ def main(argv: list[str] | None = None) -> int:
 def status(args: argparse.Namespace) -> int:
     run = RunDir.open(args.run)
     if args.cancel:
-        print(cancel(run))
+        print(cancel(run, args.unit))
         return 0
-    slurm, local = ask_slurm(run), local_states(run)
+    look = Look(run, hashes=args.hashes)
+    slurm, local = ask_slurm(look), local_states(run)
     if not slurm.heard:
         print("warning: the queue gave no answer; showing manifests alone", file=sys.stderr)
-    rows = [row(run, task.node, slurm, local, hashes=args.hashes) for task in tasks(run.config)]
+    by_hand = [Unit(node, "done", duration(look, node)) for node in non_phase_units(look)]
+    rows = [row(look, unit, slurm) for unit in [*units(look, slurm, local), *by_hand]]
+    shown = [line.unit for line in rows]
+    code = exit_code(look, shown)
+    if args.json:
+        print(json.dumps(record_of(look, rows, slurm, code), indent=1))
+        return code
     console = Console()
     if not console.is_terminal:  # a file or a pipe: no lines broken at a width that nobody has
         console = Console(width=1000)
-    columns = [
-        "phase",
-        "job",
-        "state",
-        "progress",
-        "took",
-        "CPU, memory",
-        *(["log"] if console.width >= WIDE else []),
-    ]
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    console.print(table(rows, console.width >= WIDE))
+    say_causes(look, shown, slurm, console)
+    if hours := gpu_hours(look, slurm):
+        print(f"GPU-hours: {hours[0]:.1f} used of {hours[1]:.1f} planned")
+    print(help_line(look, shown, slurm, bool(local)))
+    return code
+
+
+def non_phase_units(look: Look) -> list[Node]:
+    """Jobs that are no phase and were published in this run: exports and trained SARMs."""
+    published = look.published()
+    found = (Node(phase, "all") for phase in NON_PHASE_JOBS if (phase, "all") in published)  # type: ignore[arg-type]
+    return [node for node in found if look.done(*node, hashes=look.hashes)]
+
+
+def exit_code(look: Look, shown: Iterable[Unit]) -> int:
+    """0 done, 3 where something failed or, all of a submission having ended, was not run; else
+    1.
+    """
+    kinds = {unit.kind for unit in shown}
+    if kinds <= {"done", "skipped"}:
+        return DONE
+    if "failed" in kinds:
+        return FAILED
+    ended_early = "not" in kinds and look.journals and not kinds & {"running", "pending"}
+    return FAILED if ended_early else RUNNING
+
+
+def help_line(look: Look, shown: list[Unit], slurm: Slurm, local: bool) -> str:
+    """What helps now, as a command."""
+    left = [unit for unit in shown if unit.kind not in ("done", "skipped")]
+    again = f"make submit-all RUN={look.path}, with the same CLUSTER and CONFIG"
+    if not left:
+        return f"done: less {look.path / 'final_report.txt'}"
+    if not slurm.heard:
+        return f"the queue gave no answer; make status RUN={look.path} asks again"
+    failed = [unit for unit in left if unit.kind == "failed"]
+    if slurm.live or local:
+        if failed and slurm.live:
+            return f"{len(failed)} failed while others go on; sent again by {again}"
+        return f"make watch RUN={look.path}"
+    return (
+        f"nothing of {look.path} is in the queue, {len(left)} of {len(shown)} are not done;"
+        f" {again}, or make run goes on from what is done"
+    )
+
+
+def record_of(look: Look, rows: list[Row], slurm: Slurm, code: int) -> dict[str, object]:
+    """Status for programs."""
+    hours = gpu_hours(look, slurm)
+    return {
+        "run": str(look.path),
+        "state": {DONE: "done", RUNNING: "running", FAILED: "failed"}[code],
+        "queue_answered": slurm.heard,
+        "gpu_hours": {"used": hours[0], "planned": hours[1]} if hours else None,
+        "units": [
+            {
+                "phase": line.unit.node.phase,
+                "unit": line.unit.node.unit,
+                "state": line.unit.state,
+                "kind": line.unit.kind,
+                "note": line.unit.note,
+                "job": line.job or None,
+                "progress": line.progress or None,
+                "log": line.log or None,
+            }
+            for line in rows
+        ],
+    }
+
+
+def table(rows: list[Row], logs: bool) -> Table:
+    columns = ["phase", "job", "state", "progress", "took", "CPU, memory", *(["log"] * logs)]
+    shown = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in ("phase", "job", "took"))
+        shown.add_column(column, overflow="fold", no_wrap=column in ("phase", "job", "took"))
     for line in rows:
         state = (
             f"{line.unit.state}: {line.unit.note}"
@@ -101,33 +159,18 @@ def status(args: argparse.Namespace) -> int:
             else line.unit.state
         )
         cells = (str(line.unit.node), line.job, state, *line[2:])
-        table.add_row(*map(Text, cells[: len(columns)]))
-    console.print(table)
-    say_causes(run, [line.unit for line in rows], slurm, console)
-    if (
-        slurm.heard
-        and not slurm.live
-        and not local
-        and (undone := [line.unit for line in rows if line.unit.kind != "done"])
-    ):
-        print(
-            f"nothing of {run.path} is in the queue, {len(undone)} of {len(rows)} are not done;"
-            " make submit-all or make run goes on from what is done"
-        )
-    return 0 if all(line.unit.state == "done" for line in rows) else 1
+        shown.add_row(*map(Text, cells[: len(columns)]))
+    return shown
 
 
-def say_causes(run: RunDir, units: Iterable[Unit], slurm: Slurm, console: Console) -> None:
+def say_causes(look: Look, shown: Iterable[Unit], slurm: Slurm, console: Console) -> None:
     """The ends of the logs of what failed: the unit's own, or its job's where it never came so far
     as to have one.
     """
-    for unit in units:
+    for unit in shown:
         if unit.kind != "failed":
             continue
-        logs = [
-            run.log(*unit.node),
-            *(run.slurm_logs(slurm.ids[unit.node]) if unit.node in slurm.ids else []),
-        ]
+        logs = [look.log(*unit.node), *look.job_logs(unit.node)]
         lines, log = next(
             ((lines, log) for log in logs if (lines := last_lines(log, 3))), ([], None)
         )
@@ -136,15 +179,12 @@ def say_causes(run: RunDir, units: Iterable[Unit], slurm: Slurm, console: Consol
             console.print(Text(f"  {line}", "dim"), soft_wrap=True)
 
 
-def row(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool) -> Row:
+def row(look: Look, unit: Unit, slurm: Slurm) -> Row:
     """A unit's line."""
-    unit, past, log = (
-        unit_state(run, node, slurm, local, hashes=hashes),
-        slurm.past.get(node),
-        run.log(*node),
-    )
+    node = unit.node
+    past, log = slurm.past.get(node), look.log(*node)
     shown = (
-        "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(run, node) or "")
+        "" if unit.kind in ("done", "pending", "waiting") else str(read_progress(look, node) or "")
     )
     shares = (
         (past.cpu_efficiency, past.memory_share)
@@ -158,148 +198,80 @@ def row(run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, has
     )
     running = slurm.live.get(node) if unit.kind == "running" else None
     took = (
-        duration(run, node)
-        if unit.kind == "done"
-        else f"{span(running.elapsed_s)} so far"
-        if running
-        else ""
+        unit.note if unit.kind == "done" else f"{span(running.elapsed_s)} so far" if running else ""
     )
-    job = slurm.ids.get(node) or (published_by(run, node) if unit.kind == "done" else "")
+    done_by = published_by(look, node) if unit.kind == "done" else ""
+    live = slurm.live.get(node)
+    job = done_by or (live.id if live else slurm.ids.get(node, ""))
     return Row(
-        unit, job, shown, took, efficiency, str(log.relative_to(run.path)) if log.exists() else ""
+        unit, job, shown, took, efficiency, str(log.relative_to(look.path)) if log.exists() else ""
     )
 
 
-def unit_state(
-    run: RunDir, node: Node, slurm: Slurm, local: Mapping[Node, str], *, hashes: bool
-) -> Unit:
-    """A unit as it stands: done by its manifest, else as the queue, a local launcher or the
-    accounting has it, else why it is not done.
+def gpu_hours(look: Look, slurm: Slurm) -> tuple[float, float] | None:
+    """(used so far, planned by the time limits) of all submissions together; None where nothing
+    asked for a GPU.
     """
-    why = run.undone_because(*node, hashes=hashes)
-    past = slurm.past.get(node)
-    # A report is made anew with every submission: one that stands may be an earlier one's.
-    if node in slurm.live and (why is not None or node.phase == "report"):
-        job = slurm.live[node]
-        if job.state == "PENDING":
-            return Unit(node, "pending", job.reason)
-        return Unit(node, "running", "" if job.state == "RUNNING" else job.state.lower())
-    if why is None:
-        return Unit(node, "done", duration(run, node))
-    if node in local:
-        return Unit(node, local[node])
-    task = next(task for task in tasks(run.config) if task.node == node)
-    needs = [need for need in task.needs if not run.done(*need, hashes=False)]
-    counts = Counter(need.phase for need in needs)
-    lacks = ", ".join(
-        dict.fromkeys(
-            str(need) if counts[need.phase] == 1 else f"{counts[need.phase]} of {need.phase}"
-            for need in needs
-        )
-    )
-    job_logs = run.slurm_logs(slurm.ids[node]) if node in slurm.ids else []
-    if past is not None and past.state not in GOOD_ENDS and (job_logs or past.state != "CANCELLED"):
-        return Unit(
-            node, past.state, "; ".join(filter(None, (past.exit, slurm_complaint(job_logs))))
-        )
-    if slurm.heard and node in slurm.ids and not job_logs:
-        # A report is written whatever became of the rest: nothing that it lacks keeps it from being
-        # run.
-        return Unit(
-            node,
-            "not run",
-            (
-                f"needs {lacks}"
-                if needs and task.when == "afterok"
-                else "its job was cancelled before it began"
-            ),
-        )
-    if not slurm.heard:
-        return Unit(node, "not done", why)
-    if job_logs or (run.log(*node).exists() and not needs):
-        return Unit(node, "failed", slurm_complaint(job_logs) or why)
-    return Unit(node, "waiting", f"for {lacks}" if needs else why)
+    used = planned = 0.0
+    for journal in look.journals:
+        for batch in batches_of(journal):
+            gpus = journal["gpus"][batch.name]
+            planned += gpus * len(batch.elements) * journal["time_min"][batch.name] / 60
+            for element in batch.elements:
+                nodes = [Node(batch.phase, unit) for unit in element]
+                mine = [n for n in nodes if look.jobs[n].submission == journal["id"]]
+                took = max((elapsed(look, n, slurm) for n in mine), default=0.0)
+                used += gpus * took / 3600
+    return (used, planned) if planned else None
 
 
-def tell_local_states(run: RunDir, words: Mapping[Node, str]) -> None:
-    """Leave a local launcher's word on every unit where `local_states` finds it."""
-    told = json.dumps({str(node): word for node, word in words.items()}).encode()
-    path = run.path / LOCAL_STATES
-    if not path.exists() or path.read_bytes() != told:
-        write_atomic(path, told, durable=False)
+def elapsed(look: Look, node: Node, slurm: Slurm) -> float:
+    """Seconds that a unit's job has taken: by accounting, the queue or its manifest."""
+    if node in slurm.live:
+        return slurm.live[node].elapsed_s
+    if node in slurm.past:
+        return float(slurm.past[node].elapsed_s)
+    published = published_by(look, node)
+    return (seconds(look, node) or 0.0) if published and published == slurm.ids.get(node) else 0.0
 
 
-def local_states(run: RunDir) -> dict[Node, str]:
-    """What a launcher at work in this run says of each unit; empty where none is at work."""
-    if not at_work(run.path / "run.lock"):
-        return {}
-    try:
-        words = json.loads((run.path / LOCAL_STATES).read_text())
-    except (OSError, ValueError):
-        return {}
-    return {
-        task.node: words[str(task.node)] for task in tasks(run.config) if str(task.node) in words
-    }
-
-
-def ask_slurm(run: RunDir) -> Slurm:
-    """The queue's and the accounting's word on the last submission's units, and on what was done
-    before; empty without Slurm.
+def cancel(run: RunDir, unit: str | None = None) -> str:
+    """Cancel the jobs of this run's submissions, those of one unit where it is named; says how many
+    were in the queue. Raises UserError where nothing was submitted, or no unit has that name.
     """
-    if shutil.which("squeue") is None:
-        return Slurm({}, {})
-    journal, heard = last_journal(run), True
-    try:
-        live = {job.id: job for job in queue.live_jobs(journal["jobs"].values())} if journal else {}
-    except UserError:
-        live, heard = {}, False
-    ids = unit_ids(journal) if journal else {}
-    known = {
-        task.node: id_
-        for task in tasks(run.config)
-        if (id_ := ids.get(task.node) or published_by(run, task.node))
-    }
-    past = queue.history(known.values())
-    return Slurm(
-        {n: live[i] for n, i in ids.items() if i in live},
-        {n: past[i] for n, i in known.items() if i in past},
-        ids,
-        heard,
-    )
-
-
-def published_by(run: RunDir, node: Node) -> str:
-    """The job that the standing manifest names; empty where there is none."""
-    manifest = run.manifest(*node)
-    return (manifest["job_id"] or "") if manifest else ""
-
-
-def cancel(run: RunDir) -> str:
-    """Cancel the last submission's jobs; says how many were in the queue. Raises UserError where
-    nothing was submitted.
-    """
-    journal = last_journal(run)
-    if journal is None:
+    known = journals(run)
+    if not known:
         raise UserError(f"nothing was submitted for {run.path}; a local run is stopped with Ctrl-C")
-    alive = [job for job in queue.live_jobs(journal["jobs"].values()) if job.state != "COMPLETING"]
+    with held(run.path / "submit.lock", f"a submission of {run.path}"):
+        queued = [job for name in clusters(known) for job in queue.known_jobs(name, patient=True)]
+        mine = owned(run, known, queued)
+        if unit is not None:
+            mine = [one for one in mine if any(unit in (n.unit, str(n)) for n in one.nodes)]
+        alive = [one for one in mine if one.job.live]
+        queue.cancel([one.job for one in alive], queued)
+        note_cancelled(run, known, {str(n) for one in alive for n in one.nodes}, unit)
+    of = f"{unit} of {run.path}" if unit else str(run.path)
     if not alive:
-        return f"nothing of submission {journal['id']} is in the queue any more"
-    queue.cancel(journal["jobs"].values())
+        return f"nothing of {of} is in the queue any more"
     return (
-        f"cancelled {len(alive)} job{'s' if len(alive) > 1 else ''} of submission {journal['id']};"
+        f"cancelled {len(alive)} job{'s' if len(alive) > 1 else ''} of {of};"
         " make submit-all goes on from what is done"
     )
 
 
-def duration(run: RunDir, node: Node) -> str:
-    """How long the published attempt took, or an empty string."""
-    manifest = run.manifest(*node)
-    if manifest is None:
-        return ""
-    seconds = (
-        datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])
-    ).total_seconds()
-    return span(seconds)
+def note_cancelled(
+    run: RunDir, known: Iterable[Mapping[str, object]], nodes: set[str], unit: str | None
+) -> None:
+    """Write down what was cancelled here, which Slurm forgets."""
+    for journal in known:
+        names = {str(n) for batch in batches_of(journal) for n in batch.nodes} & nodes
+        whole = unit is None and journal["state"] == "submitting"
+        if not names and not whole:
+            continue
+        before = journal.get("cancelled") or []
+        assert isinstance(before, list)
+        more = {"state": "cancelled"} if whole else {}
+        record(run, {**journal, **more, "cancelled": sorted({*before, *names})})
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def read_curves(run: RunDir, node: Node) -> dict[str, list[float]]:
     """Reward and penalty of every step so far of a training unit; empty where there are none."""
     told = read_progress(run, node)
     manifest = run.manifest(*node)
-    attempt = manifest["attempt"] if manifest else told.attempt if told else ""
+    attempt = manifest.attempt if manifest else told.attempt if told else ""
     curves: dict[str, list[float]] = {"reward": [], "penalty": []}
     try:
         lines = (

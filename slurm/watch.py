@@ -14,9 +14,9 @@ from rich.console import Console
 
 from sarm.cli import ended
 from sarm.run import RunDir
-from slurm.dag import tasks
 from slurm.lock import at_work
-from slurm.status import Slurm, ask_slurm, local_states, say_causes, unit_state
+from slurm.state import Look, Slurm, ask_slurm, local_states, units
+from slurm.status import exit_code, say_causes
 from slurm.view import Unit, View
 
 POLL_S = 2.0
@@ -32,49 +32,46 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def watch(run: RunDir, console: Console | None = None) -> int:
-    """Show the run until nothing of it runs or waits in a queue; 0 where all of it is done, else
-    1.
+    """Show the run until nothing of it runs or waits in a queue; 0 where all of it is done, 3
+    where something failed, 1 where the rest has not been sent.
     """
     slurm, asked = Slurm({}, {}), 0.0
     try:
         with View(run, console) as view:
             while True:
+                look = Look(run)
                 if not asked or time.monotonic() - asked > ASK_SLURM_EVERY_S:
-                    answer = ask_slurm(run)
+                    answer = ask_slurm(look)
                     # While the controller does not answer, what it said last holds.
                     slurm, asked = (
                         (answer if answer.heard else slurm._replace(past=answer.past)),
                         time.monotonic(),
                     )
                 working = at_work(run.path / "run.lock")
-                local = local_states(run)
-                units = [
-                    unit_state(run, task.node, slurm, local, hashes=False)
-                    for task in tasks(run.config)
-                ]
-                view.update(units)
-                if not working and not any(unit.kind in ("running", "pending") for unit in units):
+                shown = units(look, slurm, local_states(run))
+                view.update(shown)
+                if not working and not any(unit.kind in ("running", "pending") for unit in shown):
                     break
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
         print(f"\nthe run goes on; make watch RUN={run.path} looks again", file=sys.stderr)
         return 0
-    return tell_end(run, units, slurm, console or Console())
+    return tell_end(look, shown, slurm, console or Console())
 
 
-def tell_end(run: RunDir, units: list[Unit], slurm: Slurm, console: Console) -> int:
+def tell_end(look: Look, shown: list[Unit], slurm: Slurm, console: Console) -> int:
     """What came of it, once nothing runs."""
-    say_causes(run, units, slurm, console)
-    if all(unit.kind == "done" for unit in units):
-        print(run.path / "final_report.txt")
+    say_causes(look, shown, slurm, console)
+    if all(unit.kind == "done" for unit in shown):
+        print(look.path / "final_report.txt")
         return 0
-    undone = [str(unit.node) for unit in units if unit.kind != "done"]
-    shown = ", ".join(undone[:3]) + (f" and {len(undone) - 3} more" if len(undone) > 3 else "")
+    undone = [str(unit.node) for unit in shown if unit.kind != "done"]
+    named = ", ".join(undone[:3]) + (f" and {len(undone) - 3} more" if len(undone) > 3 else "")
     print(
-        f"nothing of {run.path} runs, and not done are {shown}; make submit-all or make run goes on"
-        " from what is done"
+        f"nothing of {look.path} runs, and not done are {named}; make submit-all or make run goes"
+        " on from what is done"
     )
-    return 1
+    return exit_code(look, shown)
 
 
 if __name__ == "__main__":

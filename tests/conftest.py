@@ -1,4 +1,7 @@
-"""Fixtures every test may use: the tiny models, written once a session."""
+"""Fixtures every test may use: the tiny models, written once a session.
+
+Imports no torch: a test file of light modules is collected in a second.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +16,31 @@ import pytest
 
 from sarm.config import ROOT, load_config
 from sarm.run import RunDir
-from tests import tiny
 from tests.fakes.site import Site
 
 
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny policy; read only."""
-    return tiny.write_tiny_policy(tmp_path_factory.mktemp("models") / "policy")
+    from tests.tiny import write_tiny_policy
+
+    return write_tiny_policy(tmp_path_factory.mktemp("models") / "policy")
 
 
 @pytest.fixture(scope="session")
 def tiny_sarm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny SARM in upstream's layout; read only."""
-    return tiny.write_tiny_sarm(tmp_path_factory.mktemp("models") / "sarm")
+    from tests.tiny import write_tiny_sarm
+
+    return write_tiny_sarm(tmp_path_factory.mktemp("models") / "sarm")
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():  # type: ignore[no-untyped-def]
     """The tokenizer of both tiny models."""
-    return tiny.tiny_tokenizer()
+    from tests.tiny import tiny_tokenizer
+
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +65,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 def selected_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A tiny run with encode, probe and select done; read only."""
     from jobs.__main__ import run_unit
+    from tests.tiny import tiny_config
 
     folder = tmp_path_factory.mktemp("selected")
-    run = RunDir.create(folder / "run", tiny.tiny_config(folder))
+    run = RunDir.create(folder / "run", tiny_config(folder))
     for phase in ("fetch", "encode", "probe", "select"):
         for unit in run.config.units(phase):  # type: ignore[arg-type]
             run_unit(run, phase, unit)

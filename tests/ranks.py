@@ -149,6 +149,6 @@ def gradients(trainer: Any) -> dict[str, Tensor]:
 
     return {
         name: safe_get_full_grad(p).detach().clone()
-        for name, p in trainer.actor.named_parameters()
+        for name, p in trainer.learner.actor.named_parameters()
         if p.requires_grad
     }

@@ -116,7 +116,9 @@ def features(**changes: Any) -> Features:
         "promoting": [feature(i, "promoting") for i in PROMOTING],
         "harming": [feature(i, "harming") for i in HARMING],
         "misleading": [],
-        "penalised": [{"latent": i, "tau": 3.0, "alpha": 0.1} for i in HARMING[:3]],
+        "penalised": [
+            {"latent": i, "tau": 3.0, "alpha": 0.1, "confirmed": True} for i in HARMING[:3]
+        ],
         "clamp": None,
         "monitors": HARMING[3:5],
         "random_candidates": [],
@@ -135,7 +137,8 @@ def features(**changes: Any) -> Features:
     latents = [entry["latent"] for entry in found["penalised"]]
     implied = {
         "monitor_features": [
-            feature(i, "harming") | {"max_cosine": 0.2} for i in found["monitors"]
+            feature(i, "harming") | {"tau": 2.0, "max_cosine": 0.2, "max_correlation": 0.1}
+            for i in found["monitors"]
         ],
         "reference_rates": {str(i): 0.2 for i in (*latents, *found["monitors"])},
         "discovery_rates": {str(i): 0.4 for i in latents},

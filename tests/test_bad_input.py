@@ -16,7 +16,7 @@ import pytest
 from sarm.config import ROOT
 from sarm.run import git_commit
 from slurm import images
-from tests.fakes.site import PROFILE, Site
+from tests.fakes.site import PROFILE, Site, batch_of
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_run_that_everybody_may_write(site: Site, refused) -> None:  # type: i
 
 
 def test_a_config_that_differs_from_the_runs(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
-    assert "probe.shards" in refused("probe.shards=3")
+    assert "a run of the config 'dag'" in refused("name=other")
 
 
 def test_a_file_where_a_folder_should_be(site: Site, refused) -> None:  # type: ignore[no-untyped-def]
@@ -156,7 +156,7 @@ def test_an_image_of_another_commit_is_warned_of_and_recorded(
     warned = capsys.readouterr().err
     assert first[:12] in warned and (git_commit() or "")[:12] in warned and says in warned
     assert images.built_from(image) == first
-    encode = next(job["text"] for job in site.jobs.values() if job["name"].endswith(".encode"))
+    encode = next(job["text"] for job in site.jobs.values() if batch_of(job) == "encode")
     assert f"export SARM_IMAGE_COMMIT={first}" in encode
     assert (
         "export SARM_IMAGE_SHA256="

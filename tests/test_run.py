@@ -5,6 +5,7 @@ merge refuses.
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -26,9 +27,20 @@ import yaml
 from safetensors import SafetensorError
 
 import sarm.run
+from jobs.__main__ import run_unit
 from sarm.cli import ended
-from sarm.config import ROOT, Config, UserError, parse_config, set_key
-from sarm.run import Attempt, Published, RunDir, differences, exact_cover, write_atomic
+from sarm.config import (
+    ROOT,
+    Config,
+    PenaltyConfig,
+    PpoConfig,
+    Strict,
+    UserError,
+    parse_config,
+    set_key,
+)
+from sarm.config.reads import values_sha256
+from sarm.run import Attempt, Published, RunDir, config_of, differences, exact_cover, write_atomic
 
 BASE = """
 name: base
@@ -84,13 +96,13 @@ def publish(
 
 
 def test_a_published_unit_is_done_and_reads_back(run: RunDir) -> None:
-    assert run.undone_because("select") == "no manifest"
+    assert run.why_not_done("select") == "no manifest"
     publish(run, text='{"a": 1}')
     assert run.done("select")
     found = run.read("select")
     assert found.json("features.json") == {"a": 1}
     assert (found.directory("policy") / "inner" / "notes.txt").read_text() == "notes"
-    assert sorted(found.manifest["outputs"]) == [
+    assert sorted(found.manifest.outputs) == [
         "features.json",
         "policy/inner/notes.txt",
         "policy/weights.safetensors",
@@ -106,7 +118,7 @@ def test_a_published_unit_is_done_and_reads_back(run: RunDir) -> None:
         "started",
         "ended",
         "job_id",
-    } <= set(found.manifest)
+    } <= set(found.manifest.tree())
     with pytest.raises(UserError, match=r"no output 'table.parquet'; it has features.json"):
         found.path("table.parquet")
     with pytest.raises(UserError, match="no output folder 'model'"):
@@ -136,10 +148,10 @@ def test_damage_is_found_and_named(
 ) -> None:
     published = publish(run)
     harm(published.path(name))
-    assert run.undone_because("select") == f"{name} {words}" or words in str(
-        run.undone_because("select")
+    assert run.why_not_done("select") == f"{name} {words}" or words in str(
+        run.why_not_done("select")
     )
-    assert str(run.undone_because("select")).startswith(name)
+    assert str(run.why_not_done("select")).startswith(name)
     with pytest.raises(UserError, match=words):
         run.read("select").path(name) if "/" not in name else run.read("select").directory("policy")
     publish(run)
@@ -153,13 +165,11 @@ def test_sizes_alone_do_not_see_a_flipped_bit(run: RunDir) -> None:
     assert not run.done("select")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'{"schema": 0}', b"\xff\xfe", b"x" * 100_000]
-)
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"x" * 100_000])
 def test_a_manifest_that_is_none_means_not_done(run: RunDir, content: bytes) -> None:
     folder = publish(run).folder
     (folder / "manifest.json").write_bytes(content)
-    assert run.undone_because("select") == "no manifest"
+    assert run.why_not_done("select") == "no manifest"
     with pytest.raises(UserError, match="select/all is not done"):
         run.read("select")
 
@@ -172,10 +182,10 @@ def test_a_changed_input_undoes_what_was_made_from_it_and_no_more(run: RunDir) -
     publish(run, "select", text="1")
     assert run.done("steer"), "the same content again is no change"
     publish(run, "select", text="2")
-    assert run.undone_because("steer") == "its input select/all/features.json has changed"
+    assert run.why_not_done("steer") == "its input select/all/features.json has changed"
     assert run.done("fetch") and run.done("select")
     (run.folder("select") / "manifest.json").unlink()
-    assert run.undone_because("steer") == "its input select/all is not done"
+    assert run.why_not_done("steer") == "its input select/all is not done"
 
 
 def test_going_without_a_unit_is_noted(run: RunDir) -> None:
@@ -185,7 +195,7 @@ def test_going_without_a_unit_is_noted(run: RunDir) -> None:
     attempt.publish()
     assert run.done("report")
     publish(run, "ppo", "penalty-seed0")
-    assert "has been done since" in str(run.undone_because("report"))
+    assert "has been done since" in str(run.why_not_done("report"))
 
 
 def test_what_was_gone_without_counts_once_it_is_done_not_while_its_own_needs_are_missing(
@@ -199,9 +209,9 @@ def test_what_was_gone_without_counts_once_it_is_done_not_while_its_own_needs_ar
         attempt.note_missing(phase, "all")
     attempt.path("final_report.txt").write_text("partial")
     attempt.publish()
-    assert run.manifest("steer") and run.undone_because("report") is None
+    assert run.manifest("steer") and run.why_not_done("report") is None
     publish(run, "select")
-    assert "has been done since" in str(run.undone_because("report"))
+    assert "has been done since" in str(run.why_not_done("report"))
 
 
 def test_a_file_outside_the_run_is_noted_by_hash(run: RunDir, tmp_path: Path) -> None:
@@ -209,7 +219,7 @@ def test_a_file_outside_the_run_is_noted_by_hash(run: RunDir, tmp_path: Path) ->
     attempt = Attempt(run, "encode", "shard-0000-of-0003")
     attempt.note_file(tmp_path / "data.jsonl")
     manifest = attempt.publish(range_=(0, 1), total=3).manifest
-    assert manifest["inputs"] == {
+    assert manifest.inputs == {
         f"/{tmp_path / 'data.jsonl'}": (
             "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
         )
@@ -220,13 +230,45 @@ def test_a_file_outside_the_run_is_noted_by_hash(run: RunDir, tmp_path: Path) ->
 # One run, one config
 
 
-def test_another_config_is_refused_by_the_keys_that_differ(run: RunDir) -> None:
+def test_another_config_takes_the_place_of_the_stored_one_which_is_kept(
+    run: RunDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stored = (run.path / "config.yaml").read_bytes()
     assert RunDir.create(run.path, config()).config == run.config
-    with pytest.raises(UserError, match=r"\(ppo\.lora\.alpha, ppo\.lora\.rank, ppo\.steps\)"):
-        RunDir.create(run.path, config("ppo.steps=7", "ppo.lora=null"))
-    assert RunDir.open(run.path).config == run.config
+    assert capfd.readouterr().err == "" and not (run.path / "configs").exists()
+    changed = RunDir.create(run.path, config("ppo.steps=7", "ppo.lora=null"))
+    told = capfd.readouterr().err
+    assert "(ppo.lora.alpha, ppo.lora.rank, ppo.steps): nothing done reads that" in told
+    assert RunDir.open(run.path).config == changed.config == config("ppo.steps=7", "ppo.lora=null")
+    assert [file.read_bytes() for file in (run.path / "configs").iterdir()] == [stored]
     assert differences(config(), config("data.sources.demo.limit=5")) == ["data.sources.demo.limit"]
     assert differences(config(), config()) == []
+
+
+def test_a_changed_value_undoes_the_phases_that_read_it_and_no_other(
+    run: RunDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for phase, unit in (("select", "all"), ("ppo", "penalty-seed0"), ("steer", "all")):
+        publish(run, phase, unit)
+    publish(run, "encode", "shard-0000-of-0003", range_=(0, 1), total=1)
+    changed = RunDir.create(run.path, config("ppo.penalty.tau=2.0", "ppo.seeds=[0, 1]"))
+    assert "ppo/penalty-seed0, select/all will be done again" in capfd.readouterr().err
+    assert changed.why_not_done("select") == "made with another config (ppo.penalty.tau)"
+    with pytest.raises(UserError, match=r"select/all in .* is made with another config"):
+        changed.read("select")
+    assert not changed.done("ppo", "penalty-seed0")
+    assert changed.done("steer") and changed.done("encode", "shard-0000-of-0003")
+    again = RunDir.create(run.path, config())
+    assert again.done("select") and again.done("ppo", "penalty-seed0")
+    assert len(list((run.path / "configs").iterdir())) == 2
+
+
+def test_a_path_can_be_corrected_while_nothing_is_done(run: RunDir) -> None:
+    assert RunDir.create(run.path, config("name=other", "sarm.model=outputs/right")).config.name
+    publish(RunDir.open(run.path))
+    with pytest.raises(UserError, match=r"a run of the config 'other', and this one is 'base'"):
+        RunDir.create(run.path, config())
+    assert RunDir.open(run.path).config.name == "other"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -234,12 +276,137 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         RunDir.open(tmp_path)
 
 
-def test_a_unit_of_another_config_is_neither_done_nor_read(run: RunDir) -> None:
+def test_the_runs_own_config_serves_where_none_is_given(run: RunDir, tmp_path: Path) -> None:
+    assert config_of(run.path) == run.config
+    assert config_of(run.path, None, ["ppo.steps=7"]) == config("ppo.steps=7")
+    (tmp_path / "other.yaml").write_text(BASE.replace("name: base", "name: other"))
+    assert config_of(run.path, tmp_path / "other.yaml").name == "other"
+    with pytest.raises(UserError, match="is not a run directory"):
+        config_of(tmp_path / "none", None, ["ppo.steps=7"])
+
+
+# Runs of other versions
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> type[Config]:
+    """The schema of a later version: sections have new keys with defaults, and there is a new
+    section.
+    """
+
+    class Penalty(PenaltyConfig):
+        added: float = 0.5
+
+    class Ppo(PpoConfig):
+        penalty: Penalty = Penalty()
+        also: str | None = None
+
+    class Calibrate(Strict):
+        samples: int = 4
+
+    class Later(Config):
+        ppo: Ppo = Ppo()
+        calibrate: Calibrate = Calibrate()
+
+    monkeypatch.setattr("sarm.config.reading.Config", Later)
+    return Later
+
+
+def test_a_key_that_a_later_version_adds_redoes_nothing(run: RunDir, later: type[Config]) -> None:
+    """The run was published by today's version; the stored config lacks the keys."""
+    for phase, unit in (("select", "all"), ("ppo", "penalty-seed0"), ("report", "all")):
+        publish(run, phase, unit)
+    opened = RunDir.open(run.path)
+    assert opened.config.ppo.penalty.added == 0.5  # type: ignore[attr-defined]
+    for phase, unit in (("select", "all"), ("ppo", "penalty-seed0"), ("report", "all")):
+        assert opened.done(phase, unit), opened.why_not_done(phase, unit)
+    set_now = RunDir.create(run.path, config("ppo.penalty.added=0.75"))
+    assert set_now.why_not_done("select") == "made with another config (ppo.penalty.added)"
+    assert values_sha256("ppo", opened.config) == values_sha256("ppo", run.config)
+    assert values_sha256("ppo", set_now.config) != values_sha256("ppo", run.config)
+
+
+def test_values_under_names_of_an_earlier_version_are_the_same_values(run: RunDir) -> None:
+    file = publish(run).folder / "manifest.json"
+    tree = json.loads(file.read_text())
+    tree["config"]["select"]["redraws"] = tree["config"]["select"].pop("stability_repeats")
+    tree["config"]["ppo"]["penalty"]["kind"] = "count"
+    tree["config"]["select"]["since_dropped"] = 3
+    file.write_text(json.dumps(tree))
+    assert run.why_not_done("select") is None
+    tree["config"]["select"]["redraws"] += 1
+    file.write_text(json.dumps(tree))
+    assert run.why_not_done("select") == ("made with another config (select.stability_repeats)")
+
+
+def as_schema_1(run: RunDir, phase: str, config_sha256: str) -> None:
+    """A manifest as the first versions wrote it: the hash of the whole config, as stored."""
+    file = run.folder(phase) / "manifest.json"
+    tree = json.loads(file.read_text())
+    tree.pop("config", None)
+    file.write_text(json.dumps(tree | {"schema": 1, "config_sha256": config_sha256}))
+
+
+def test_a_run_of_the_first_versions_is_opened(run: RunDir) -> None:
+    """Their stored config has keys under names of that time, and lacks those added since."""
+    tree = yaml.safe_load((run.path / "config.yaml").read_text())
+    tree["select"]["redraws"] = tree["select"].pop("stability_repeats")
+    tree["ppo"]["penalty"]["kind"] = "count"
+    del tree["cards"]["controls"]
+    (run.path / "config.yaml").write_text(yaml.safe_dump(tree))
+    told = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    opened = RunDir.open(run.path)
+    for phase in ("select", "cards"):
+        publish(opened, phase)
+        as_schema_1(opened, phase, told)
+    assert opened.done("select") and opened.done("cards")
+    assert opened.read("select").json("features.json") == {}
+    changed = RunDir.create(run.path, config("ppo.penalty.tau=2.0"))
+    assert changed.why_not_done("select") == "made with another config (ppo.penalty.tau)"
+    assert changed.done("cards")
+    as_schema_1(changed, "cards", "0" * 64)
+    assert "an earlier version with a config that is no longer" in str(
+        changed.why_not_done("cards")
+    )
+
+
+@pytest.mark.parametrize("number", [0, 3, None, "2"])
+def test_a_manifest_of_another_schema_is_named(run: RunDir, number: Any) -> None:
+    file = publish(run).folder / "manifest.json"
+    publish(run, "steer", after=("select",))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": number}))
+    told = f"manifest.json of schema {number!r}, and this version reads schema 2"
+    assert told in str(run.why_not_done("select"))
+    assert told in str(run.why_not_done("steer"))
+    with pytest.raises(UserError, match="and this version reads schema 2"):
+        run.read("select")
+    with pytest.raises(UserError, match="and this version reads schema 2"):
+        run_unit(run, "select", "all")
+
+
+def test_what_is_done_again_is_said_with_its_reason(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     publish(run)
-    other = RunDir(run.path, config("ppo.steps=7"))
-    assert other.undone_because("select") == "made with another config"
-    with pytest.raises(UserError, match=r"select/all in .* is made with another config"):
-        other.read("select")
+    changed = RunDir.create(run.path, config("select.listed=3"))
+    monkeypatch.setattr("jobs.select.run", lambda config, run, unit, attempt: attempt.publish())
+    run_unit(changed, "select", "all")
+    said = capsys.readouterr().out
+    assert "done again" in said and "made with another config (select.listed)" in said
+
+
+def test_a_file_outside_the_run_that_changed_undoes_what_read_it(
+    run: RunDir, tmp_path: Path
+) -> None:
+    (tmp_path / "steering.json").write_text("{}")
+    attempt = Attempt(run, "steer")
+    attempt.note_file(tmp_path / "steering.json")
+    attempt.publish()
+    assert run.done("steer")
+    (tmp_path / "steering.json").write_text('{"1": ["*", 0.0]}')
+    assert run.why_not_done("steer") == f"its input {tmp_path / 'steering.json'} has changed"
+    (tmp_path / "steering.json").unlink()
+    assert run.done("steer"), "a file that is not on this machine tells nothing"
 
 
 # The merge
@@ -260,7 +427,7 @@ def merge_error(run: RunDir) -> str:
 def test_shards_that_cover_once_are_read_in_order(run: RunDir) -> None:
     for index, (start, stop) in ((2, (0, 10)), (0, (10, 25)), (1, (25, 30))):
         shard(run, index, start, stop)
-    assert [s.manifest["range"] for s in run.read_shards("encode")] == [[0, 10], [10, 25], [25, 30]]
+    assert [s.manifest.range for s in run.read_shards("encode")] == [[0, 10], [10, 25], [25, 30]]
 
 
 def test_empty_shards_are_no_gap(run: RunDir) -> None:
@@ -298,7 +465,7 @@ def test_gaps_and_overlaps_are_named(
 
 
 def test_a_foreign_shard_is_named(run: RunDir) -> None:
-    other = RunDir(run.path, config("seed=1"))
+    other = RunDir(run.path, config("sarm.max_length=99"))
     shard(run, 0, 0, 10)
     shard(other, 1, 10, 20)
     shard(run, 2, 20, 30)
@@ -327,7 +494,7 @@ def test_shards_of_different_totals_are_refused(run: RunDir) -> None:
 
 
 def test_exact_cover_accepts_every_partition_and_refuses_every_subset_of_it(run: RunDir) -> None:
-    rng = random.Random(0)
+    rng, standing = random.Random(0), shard(run, 0, 0, 1)
     for _ in range(50):
         total = rng.randint(1, 40)
         cuts = (
@@ -338,12 +505,15 @@ def test_exact_cover_accepts_every_partition_and_refuses_every_subset_of_it(run:
         edges = [0, *cuts, total]
         shards = [
             Published(
-                run.path, {"phase": "probe", "unit": f"u{i}", "range": [a, b], "total": total}
+                run.path,
+                standing.manifest.model_copy(
+                    update={"unit": f"u{i}", "range": [a, b], "total": total}
+                ),
             )
             for i, (a, b) in enumerate(itertools.pairwise(edges))
         ]
         rng.shuffle(shards)
-        assert [s.manifest["range"][0] for s in exact_cover(shards, "probe")] == edges[:-1]
+        assert [s.manifest.range[0] for s in exact_cover(shards, "probe")] == edges[:-1]
         if len(shards) > 1:
             with pytest.raises(UserError, match="gap"):
                 exact_cover(shards[1:], "probe")
@@ -406,7 +576,7 @@ def test_a_writer_killed_at_any_step_leaves_a_unit_done_or_undone_and_never_in_b
         if run.done("select"):
             assert run.read("select").path("features.json").read_text() == "new"
         else:
-            assert run.undone_because("select") == "no manifest"
+            assert run.why_not_done("select") == "no manifest"
         outcomes.append(run.done("select"))
         publish(run, text="resumed")
         assert run.read("select").path("features.json").read_text() == "resumed"
@@ -473,7 +643,7 @@ def test_a_writer_killed_at_random_times_is_resumed_cleanly(tmp_path: Path) -> N
         writer.wait()
         writer.stdout.close()
         for i in range(5):
-            why = run.undone_because("probe", f"unit-{i}")
+            why = run.why_not_done("probe", f"unit-{i}")
             assert why in (None, "no manifest")
             finished += why is None
     assert finished
@@ -536,7 +706,7 @@ def test_a_device_that_is_full_publishes_nothing(run: RunDir) -> None:
     attempt.path("features.json").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         attempt.path("features.json").write_text("{}")
-    assert run.undone_because("select") == "no manifest"
+    assert run.why_not_done("select") == "no manifest"
 
 
 def test_the_kernel_refusing_bytes_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -589,7 +759,7 @@ def test_a_late_writer_of_a_lost_attempt_spoils_nothing(run: RunDir) -> None:
     late.path("features.json").write_text("late, whole")
     assert run.read("select").path("features.json").read_text() == "second"
     standing = late.publish()
-    assert standing.manifest["attempt"] != late.id
+    assert standing.manifest.attempt != late.id
     assert run.read("select").path("features.json").read_text() == "second"
     assert run.done("select") and run.done("steer")
 
@@ -609,12 +779,10 @@ def test_doing_a_unit_again_replaces_it(run: RunDir) -> None:
 
 
 def test_attempts_never_share_a_file_name(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
     names = []
     for restart in ("0", "1"):
         for rank in ("0", "1"):
-            monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
-            monkeypatch.setenv("SLURM_PROCID", rank)
+            monkeypatch.setenv("SARM_ATTEMPT", f"77-{restart}-{rank}")
             names += [Attempt(run, "ppo").path("metrics.jsonl").name for _ in range(2)]
     assert len(set(names)) == 8
     assert names[-1].startswith("metrics.77-1-1-") and names[-1].endswith(".jsonl")
@@ -656,10 +824,10 @@ def test_a_reader_waits_for_a_manifest_that_is_on_its_way(
             publish(run)
 
     monkeypatch.setattr(sarm.run.time, "sleep", nap)
-    assert run.read("select", patience_s=60).manifest["phase"] == "select"
+    assert run.read("select", patience_s=60).manifest.phase == "select"
     assert len(naps) == 3
     assert sarm.run.patience_s() == 0.0
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SARM_PATIENCE_S", "70")
     assert sarm.run.patience_s() == 70.0
 
 

@@ -49,9 +49,18 @@ from sarm.config.reading import (
     set_key,
     under_todays_names,
 )
-from sarm.config.schema import PHASES, Config, Phase, arm_and_seed, shard_names, shard_range
+from sarm.config.schema import (
+    NON_PHASE_JOBS,
+    PHASES,
+    Config,
+    Phase,
+    arm_and_seed,
+    shard_names,
+    shard_range,
+)
 
 __all__ = [
+    "NON_PHASE_JOBS",
     "PARTS",
     "PHASES",
     "RENAMED",

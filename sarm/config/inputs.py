@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from sarm.config.base import ROOT, Dtype, Fraction, FromList, Positive, Strict, UserError
 
@@ -63,9 +63,8 @@ class SourceConfig(Strict):
     `split` maps a part to the fraction of this source's prompts; what is left over is unused.
     """
 
-    format: Literal[
-        "jsonl", "prompts", "rewardbench2", "rewardbench2_sarm", "rmb_pairs", "rmb_bon", "hh_rlhf"
-    ]
+    format: str
+    """One of `sarm.data.formats.FORMATS`."""
     label: str
     """The name in report tables, such as `RB2 Safety`."""
     path: str | None = None
@@ -85,6 +84,15 @@ class SourceConfig(Strict):
     limit: Positive | None = None
     """Keep at most this many prompts, those with the smallest hash."""
 
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        from sarm.data.formats import FORMATS
+
+        if name not in FORMATS:
+            raise ValueError(f"there is no such format; known are {', '.join(sorted(FORMATS))}")
+        return name
+
     @model_validator(mode="after")
     def _one_place_and_a_split(self) -> SourceConfig:
         if (self.path is None) == (self.repo is None):
@@ -93,10 +101,14 @@ class SourceConfig(Strict):
             raise ValueError("a hub data set needs a pinned revision and its files")
         if self.path is not None and self.revision is not None:
             raise ValueError("revision goes with repo; a path has none")
-        if self.subset is not None and self.format != "rewardbench2":
-            raise ValueError(f"only format rewardbench2 has subsets, not {self.format}")
-        if self.format == "prompts" and not set(self.split) <= {"ppo", "policy_eval"}:
-            raise ValueError("prompts without answers can only go to ppo and policy_eval")
+        from sarm.data.formats import FORMATS
+
+        kind = FORMATS[self.format]
+        if self.subset is not None and not kind.subsets:
+            with_subsets = ", ".join(name for name, one in FORMATS.items() if one.subsets)
+            raise ValueError(f"only format {with_subsets} has subsets, not {self.format}")
+        if kind.parts is not None and not set(self.split) <= set(kind.parts):
+            raise ValueError(f"{self.format} can only go to {' and '.join(kind.parts)}")
         if sum(self.split.values()) > 1 + 1e-9:
             raise ValueError(f"split fractions add up to {sum(self.split.values()):g}, more than 1")
         return self

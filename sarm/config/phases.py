@@ -51,10 +51,27 @@ class SelectConfig(Strict):
     listed: Positive = 10
     """How many promoting and harming latents the report lists."""
     effect: Literal["reselected", "head"] = "reselected"
+    sources: Annotated[tuple[str, ...], FromList] = ()
+    """The two of `data.sources` in both of which a latent must have its effect, where more than two
+    give pairs to discovery; with two it is those, with one there is no conjunction.
+    """
     fdr: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    max_density: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Latents that fire on a larger share of discovery's texts are not tested: what is nearly
+    always there is no feature.
+    """
+    penalise: Literal["harming", "misleading", "both"] = "harming"
+    """Which role the penalised come from. Of the misleading ones only those that fire on unsafe
+    text are, which the reward pays for.
+    """
     penalised: Positive = 3
+    unconfirmed: Literal["stop", "allow"] = "stop"
+    """What PPO does where none of the latents to penalise is confirmed."""
     monitors: Count = 5
-    monitor_max_cosine: Fraction = 0.5
+    monitor_max_cosine: Fraction = 0.3
+    """Of a monitor's decoder direction with that of any penalised latent, in absolute value."""
+    monitor_max_correlation: Fraction = 0.5
+    """Of a monitor's activation with that of any penalised latent over texts, likewise."""
     stability_repeats: Count = 3
     """Repetitions of the selection with other seeds, splits, sizes and shuffled labels; 0 leaves
     them out.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sarm.config.base import Count, Fraction, FromList, Nonnegative, Positive, Strict
+from sarm.ppo.advantages import ADVANTAGES
+from sarm.ppo.penalties import PENALTIES
 
 Arm = Literal["penalty", "no_penalty", "random"]
 
@@ -14,7 +16,8 @@ Arm = Literal["penalty", "no_penalty", "random"]
 class PenaltyConfig(Strict):
     """The penalty of the compound reward; see `sarm/ppo/reward.py`."""
 
-    kind: Literal["threshold", "hinge", "density"] = "threshold"
+    kind: str = "threshold"
+    """threshold, hinge or density; see `sarm/ppo/penalties.py`."""
     tau: float | None = 3.0
     tau_quantile: Fraction | None = None
     """Set tau per latent at this quantile of its value over discovery's rejected texts, zeros
@@ -25,11 +28,44 @@ class PenaltyConfig(Strict):
     clamp: Nonnegative | None = None
     """Clamp the penalised latents to at most this before scoring."""
 
+    @property
+    def has_tau(self) -> bool:
+        return PENALTIES[self.kind].has_tau
+
+    @property
+    def words(self) -> str:
+        """How the report names the kind; empty for the plain one."""
+        return PENALTIES[self.kind].words
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind not in PENALTIES:
+            raise ValueError(f"no penalty {kind!r}; known are {', '.join(PENALTIES)}")
+        return kind
+
     @model_validator(mode="after")
     def _one_tau(self) -> PenaltyConfig:
         if (self.tau is None) == (self.tau_quantile is None):
             raise ValueError("give either tau or tau_quantile")
         return self
+
+
+LORA_LEARNING_RATE, FULL_LEARNING_RATE = 1e-4, 1e-6
+"""What `ppo.learning_rate` is where it is not set. An adapter starts at 0 and has a hundredth of
+the weights: at full fine-tuning's rate a hundred steps hardly move it, and the bf16 export of the
+merged weights rounds nearly all of that away.
+"""
+CRITIC_SETTINGS = (
+    "gamma",
+    "lam",
+    "cliprange_value",
+    "vf_coef",
+    "value_learning_rate",
+    "value_max_grad_norm",
+    "value_warmup_steps",
+)
+"""What only an advantage with a critic reads."""
 
 
 class LoraConfig(Strict):
@@ -44,6 +80,8 @@ class PpoConfig(Strict):
     seeds: Annotated[tuple[int, ...], FromList] = (0,)
     steps: Positive = 100
     batch_size: Positive = 32
+    samples_per_prompt: Positive = 1
+    """Responses to each prompt of a batch, whose `batch_size` counts them all."""
     num_mini_batches: Positive = 1
     num_ppo_epochs: Positive = 1
     micro_batch_tokens: Positive | None = None
@@ -66,11 +104,14 @@ class PpoConfig(Strict):
     """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 18 bytes a parameter,
     or 8; see `sarm/ppo/learner/optimizer.py`.
     """
-    learning_rate: Nonnegative = 1e-6
+    learning_rate: Nonnegative | None = None
+    """Of the policy; where unset, 1e-4 with LoRA and 1e-6 in full (`peak_learning_rate`)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 0
     weight_decay: Nonnegative = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    advantage: str = "gae"
+    """gae, rloo or grpo; see `sarm/ppo/advantages.py`."""
     gamma: Fraction = 1.0
     lam: Fraction = 0.95
     cliprange_low: Nonnegative = 0.2
@@ -79,8 +120,21 @@ class PpoConfig(Strict):
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
     log_ratio_max: Annotated[float, Field(gt=0)] = 20.0
     vf_coef: Nonnegative = 0.1
-    whiten_advantages: bool = True
-    kl_estimator: Literal["k1", "k3"] = "k1"
+    value_learning_rate: Nonnegative | None = None
+    """Of the value head; where unset, the policy's. So the next one."""
+    value_max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """The value head's gradient is then clipped by its own norm, apart from the policy's."""
+    value_warmup_steps: Count = 0
+    """First steps in which the value head alone learns; the policy's schedule begins after them."""
+    entropy_coef: Nonnegative = 0.0
+    """Of the policy's entropy at response tokens, which is added to what is maximised."""
+    whiten_advantages: bool | None = None
+    """Over the batch; where unset, as the advantage has it: gae yes, rloo and grpo no."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Whether `kl_coef` times the KL to the reference is taken off the reward at each token, or is
+    a term of the loss.
+    """
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     kl_coef: Nonnegative = 0.05
     kl_target: Annotated[float, Field(gt=0)] = 6.0
@@ -98,6 +152,76 @@ class PpoConfig(Strict):
     checkpoint_every: Positive = 10
     keep_last: Positive = 1
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
+
+    @property
+    def critic(self) -> bool:
+        """Whether the policy has a value head."""
+        return ADVANTAGES[self.advantage].critic
+
+    @property
+    def whiten(self) -> bool:
+        """`whiten_advantages`, resolved."""
+        of_advantage = ADVANTAGES[self.advantage].whiten
+        return of_advantage if self.whiten_advantages is None else self.whiten_advantages
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, resolved."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return FULL_LEARNING_RATE if self.lora is None else LORA_LEARNING_RATE
+
+    @field_validator("advantage")
+    @classmethod
+    def _known_advantage(cls, advantage: str) -> str:
+        if advantage not in ADVANTAGES:
+            raise ValueError(f"no advantage {advantage!r}; known are {', '.join(ADVANTAGES)}")
+        return advantage
+
+    @model_validator(mode="after")
+    def _advantage_and_batch(self) -> PpoConfig:
+        least = ADVANTAGES[self.advantage].min_samples
+        if self.samples_per_prompt < least:
+            raise ValueError(
+                f"advantage {self.advantage} compares the responses to one prompt; set"
+                f" samples_per_prompt to {least} or more"
+            )
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of samples_per_prompt"
+                f" {self.samples_per_prompt}"
+            )
+        if not self.critic:
+            for name in CRITIC_SETTINGS:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} is for a critic, which advantage {self.advantage} has not; leave"
+                        " it out or set advantage=gae"
+                    )
+        if self.value_warmup_steps >= self.steps:
+            raise ValueError(
+                f"value_warmup_steps {self.value_warmup_steps} leaves none of the {self.steps}"
+                " steps for the policy"
+            )
+        if self.value_max_grad_norm is not None and self.zero_stage:
+            raise ValueError(
+                "value_max_grad_norm needs zero_stage 0: ZeRO clips by the norm of all gradients"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_with_the_right_gradient(self) -> PpoConfig:
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator k1 as a loss has a gradient of mean 0; set kl_estimator to k2 or k3,"
+                " or kl_in=reward"
+            )
+        if self.kl_in == "reward" and self.kl_estimator == "k2":
+            raise ValueError(
+                "kl_estimator k2 in the reward is biased, and its gradient is not the KL's; set"
+                " kl_estimator to k1 or k3, or kl_in=loss"
+            )
+        return self
 
     @model_validator(mode="after")
     def _trainable(self) -> PpoConfig:

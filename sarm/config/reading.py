@@ -86,6 +86,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
 
     Raises UserError naming the file and every key that is unknown, of a wrong type or out of range.
     """
+    tree = stored_tree(path)
+    if stored:
+        tree = under_todays_names(tree)
+    for override in overrides:
+        set_key(tree, override)
+    return parse_config(tree, str(path))
+
+
+def stored_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML config as it stands, unchecked. Raises UserError where it is none."""
     path = Path(path)
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
@@ -97,11 +107,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"config {path} is empty or not a mapping of keys")
-    if stored:
-        tree = under_todays_names(tree)
-    for override in overrides:
-        set_key(tree, override)
-    return parse_config(tree, str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -25,17 +25,11 @@ from sarm.config.phases import (
 from sarm.config.ppo import PpoConfig, SweepConfig, SweepPoint
 
 Phase = Literal["fetch", "encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report"]
-PHASES: tuple[Phase, ...] = (
-    "fetch",
-    "encode",
-    "probe",
-    "select",
-    "steer",
-    "cards",
-    "ppo",
-    "evaluate",
-    "report",
-)
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+NON_PHASE_JOBS = ("train_sarm", "train_refusals", "export")
+"""Jobs that are no phase of a run: started by hand."""
 
 
 class Config(Strict):
@@ -101,11 +95,37 @@ class Config(Strict):
             for seed, tau, alpha in grid
         }
 
+    @property
+    def conjunction(self) -> tuple[str, ...]:
+        """The two sources in both of which a latent must have its effect; none where one alone
+        gives pairs to discovery.
+        """
+        if self.select.sources:
+            return self.select.sources
+        return mine if len(mine := self._in_discovery()) == 2 else ()
+
+    def _in_discovery(self) -> tuple[str, ...]:
+        sources = self.data.sources.items()
+        return tuple(name for name, source in sources if source.split.get("discovery"))
+
+    @model_validator(mode="after")
+    def _two_sources(self) -> Config:
+        known, named = self._in_discovery(), self.select.sources
+        if (named and (len(set(named)) != 2 or not set(named) <= set(known))) or (
+            not named and len(known) > 2
+        ):
+            raise ValueError(
+                f"select.sources: name two of the sources that have a discovery share"
+                f" ({', '.join(known) or 'none has'}), in both of which a latent must have its"
+                " effect"
+            )
+        return self
+
     @model_validator(mode="after")
     def _sweepable(self) -> Config:
-        if self.sweep.alpha and self.ppo.penalty.kind == "density":
+        if self.sweep.alpha and not self.ppo.penalty.has_tau:
             raise ValueError(
-                "sweep: a density penalty has no tau to sweep over; use kind count or hinge"
+                f"sweep: a {self.ppo.penalty.kind} penalty has no tau to sweep over; use another kind"
             )
         return self
 

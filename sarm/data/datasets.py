@@ -1,31 +1,25 @@
 """Preference data -> prompts, pairs and texts, split once by prompt hash and shared by every
 phase.
 
-Use `load_data(config.data)`. Reads RewardBench 2, RMB, HH-RLHF and plain JSONL from a path or from
-the hub; docs/data.md tells users how. Imports no torch, and pyarrow only to read Parquet.
+Use `load_data(config.data)`, from a path or from the hub; `formats.py` has the forms of data, and
+docs/data.md tells users how. Imports no torch.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import hashlib
 import json
-import re
 import unicodedata
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sarm.config import PARTS, ROOT, DataConfig, Part, SourceConfig, UserError
-
-Message = dict[str, str]
-Messages = tuple[Message, ...]
+from sarm.data.files import SUFFIXES, read_records
+from sarm.data.formats import FORMATS, Message, Messages, Place, Row
 
 ENCODED_PARTS: tuple[Part, ...] = ("discovery", "validation", "test")
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
 
 class Prompt(NamedTuple):
@@ -71,55 +65,47 @@ class Text(NamedTuple):
     messages: Messages
 
 
-class Row(NamedTuple):
-    """One record of any format. A row with responses of one label alone is compared with all of
-    the other label.
-    """
-
-    messages: Messages
-    chosen: tuple[str, ...] = ()
-    rejected: tuple[str, ...] = ()
-    category: str = ""
-    kind: str | None = None
-
-
 def load_data(config: DataConfig, *, download: bool = False) -> Data:
     """Read every source and assign each prompt its part.
 
-    A prompt found in two sources keeps the part the first source gave it, so none is on both sides
-    of the split. Raises UserError naming the file and line of a row that cannot be read.
+    Conversations that begin with the same question share a part, the one that the first source
+    which asks it gives, so that none is on both sides of the split. Pairs that contradict each
+    other are left out, both. Raises UserError naming the file and line of a row that cannot be
+    read.
     """
     prompts: dict[str, Prompt] = {}
+    parts: dict[str, Part | None] = {}
     pairs: dict[tuple[str, str, str], Pair] = {}
-    skipped: Counter[str] = Counter()
+    skipped: dict[str, Counter[str]] = {name: Counter() for name in config.sources}
     for name, source in config.sources.items():
-        missed: Counter[str] = Counter()
+        missed = skipped[name]
         by_prompt: dict[str, list[Row]] = {}
         for row in read_source(name, source, missed, download=download):
             by_prompt.setdefault(prompt_id(row.messages), []).append(row)
         for id_ in sorted(by_prompt, key=lambda id_: _unit_hash(f"{config.salt}:limit", id_))[
             : source.limit
         ]:
-            first = by_prompt[id_][0]
-            new = Prompt(
-                id_,
-                first.messages,
-                name,
-                first.kind or source.kind,
-                first.category,
-                part_of(id_, config.salt, source),
-            )
+            rows = by_prompt[id_]
+            first = rows[0]
+            root = root_id(first.messages)
+            part = parts.setdefault(root, part_of(root, config.salt, source))
+            new = Prompt(id_, first.messages, name, first.kind or source.kind, first.category, part)
             prompt = prompts.setdefault(id_, new)
-            for i, j, chosen, rejected in compared(by_prompt[id_], missed):
-                pairs.setdefault(
-                    (id_, chosen, rejected),
-                    Pair(f"{name}-{id_}-{i}-{j}", prompt, name, chosen, rejected),
-                )
-        skipped.update({f"{name}: {reason}": n for reason, n in missed.items()})
+            for row in rows:
+                kind = row.kind or source.kind
+                if kind != prompt.kind:
+                    missed[f"prompt listed as {kind}, and by {prompt.source} as {prompt.kind}"] += 1
+            for i, j, chosen, rejected in compared(rows, missed):
+                pair = Pair(f"{name}-{id_}-{i}-{j}", prompt, name, chosen, rejected)
+                if pairs.setdefault((id_, chosen, rejected), pair) is not pair:
+                    missed["pair of an earlier source"] += 1
+    for pair in _contradicting(pairs):
+        del pairs[pair.prompt.id, pair.chosen, pair.rejected]
+        skipped[pair.source]["pair that another contradicts"] += 1
     return Data(
         sorted(prompts.values(), key=lambda p: p.id),
         sorted(pairs.values(), key=lambda p: p.id),
-        dict(skipped),
+        {f"{name}: {why}": n for name, missed in skipped.items() for why, n in missed.items()},
     )
 
 
@@ -130,6 +116,11 @@ def compared(rows: list[Row], missed: Counter[str]) -> Iterator[tuple[int, int, 
     Responses are numbered in order of first appearance, without repeats: upstream files repeat a
     chosen text once a rejected one.
     """
+    given = Counter((c, r) for row in rows for c in row.chosen for r in row.rejected)
+    if repeats := given.total() - len(given):
+        missed["repeated pair"] += repeats
+    if not any(row.chosen or row.rejected for row in rows) and len(rows) > 1:
+        missed["repeated prompt"] += len(rows) - 1
     for i, chosen in enumerate(dict.fromkeys(text for row in rows for text in row.chosen)):
         beside = [row for row in rows if chosen in row.chosen]
         against = (
@@ -144,12 +135,20 @@ def compared(rows: list[Row], missed: Counter[str]) -> Iterator[tuple[int, int, 
                 missed["empty response"] += 1
             elif chosen == rejected:
                 missed["chosen equals rejected"] += 1
+            elif _spaced(chosen) == _spaced(rejected):
+                missed["chosen and rejected differ by white space alone"] += 1
             else:
                 yield i, j, chosen, rejected
 
 
+def _contradicting(pairs: dict[tuple[str, str, str], Pair]) -> list[Pair]:
+    """The pairs whose opposite is there too."""
+    told = {(id_, _spaced(c), _spaced(r)) for id_, c, r in pairs}
+    return [pair for (id_, c, r), pair in pairs.items() if (id_, _spaced(r), _spaced(c)) in told]
+
+
 def part_of(id_: str, salt: str, source: SourceConfig) -> Part | None:
-    """The part of a prompt: its hash as a number in [0, 1) against the source's cumulative
+    """The part of prompts with this `root_id`: its hash, a number in [0, 1), against the cumulative
     fractions, in PARTS order.
     """
     u, edge = _unit_hash(salt, id_), 0.0
@@ -197,14 +196,21 @@ def prompt_id(messages: Iterable[Message]) -> str:
     copies share a part.
     """
     return _hash(
-        json.dumps(
-            [
-                [m["role"], " ".join(unicodedata.normalize("NFC", m["content"]).split())]
-                for m in messages
-            ],
-            ensure_ascii=False,
-        )
+        json.dumps([[m["role"], _spaced(m["content"])] for m in messages], ensure_ascii=False)
     )[:16]
+
+
+def root_id(messages: Messages) -> str:
+    """The `prompt_id` of a conversation's beginning, up to the user's first turn: the prompt itself
+    where it has one turn.
+    """
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages) - 1)
+    return prompt_id(messages[: first + 1])
+
+
+def _spaced(text: str) -> str:
+    """In one Unicode form, white space made single."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def text_id(messages: Iterable[Message]) -> str:
@@ -229,12 +235,14 @@ def read_source(
     """All rows of a source; what is left out is counted in `missed` by reason. Raises UserError."""
     found = False
     for file in source_files(name, source, download=download):
-        for row in READERS[source.format](file, source, missed):
-            found = True
-            if row.messages[-1]["content"].strip():
-                yield row
-            else:
-                missed["empty prompt"] += 1
+        for where, record in read_records(file):
+            place = Place(where, file, source.subset)
+            for row in FORMATS[source.format].read(record, place, missed):
+                found = True
+                if row.messages[-1]["content"].strip():
+                    yield row
+                else:
+                    missed["empty prompt"] += 1
     if not found:
         raise UserError(
             f"data source {name} ({source.path or source.repo}) holds no rows for format"
@@ -256,7 +264,12 @@ def source_files(name: str, source: SourceConfig, *, download: bool = False) -> 
     if path.is_file():
         return [path]
     files = [path / file for file in source.files] or sorted(
-        p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()
+        p
+        for p in path.rglob("*")
+        if p.name.endswith(SUFFIXES)
+        and p.is_file()
+        # an editor's copies, such as .ipynb_checkpoints
+        and not any(part.startswith(".") for part in p.relative_to(path).parts)
     )
     if not files:
         raise UserError(
@@ -301,245 +314,3 @@ def hub_files(name: str, source: SourceConfig, *, download: bool) -> list[Path]:
     if len(found) < len(cached):
         raise UserError(f"{where} is not in the cache; run make fetch where there is a network")
     return found
-
-
-def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a Parquet, JSON Lines or JSON array file, gzipped or not, each with its place
-    for error messages.
-
-    Raises UserError where the file is empty, damaged or not UTF-8.
-    """
-    found = False
-    for place, record in (
-        _parquet_records(file) if file.suffix == ".parquet" else _json_records(file)
-    ):
-        found = True
-        if not isinstance(record, dict):
-            raise UserError(f"{file}, {place}: expected an object, found {type(record).__name__}")
-        yield f"{file}, {place}", record
-    if not found:
-        raise UserError(f"{file} is empty")
-
-
-def _json_records(file: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        with gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if number == 1 and line.lstrip().startswith(b"["):
-                    for record_number, record in enumerate(
-                        _json(line + lines.read(), f"{file}"), 1
-                    ):
-                        yield f"record {record_number}", record
-                elif line.strip():
-                    yield f"line {number}", _json(line, f"{file}, line {number}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}, after line {number}: cannot be read ({error})") from None
-
-
-def _json(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 ({error.reason} at byte {error.start}); re-encode the file"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); the file may be cut short") from None
-
-
-def _parquet_records(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (OSError, ValueError) as error:  # pyarrow's errors are one or the other
-        raise UserError(
-            f"{file}: not a whole Parquet file ({' '.join(str(error).split())})"
-        ) from None
-    for number, record in enumerate(table.to_pylist(), 1):
-        yield f"row {number}", record
-
-
-def _read_jsonl(file: Path, source: SourceConfig, missed: Counter[str]) -> Iterator[Row]:
-    """`{"prompt", "chosen", "rejected"}`, responses one or a list; optional category and kind."""
-    for where, row in read_records(file):
-        yield Row(
-            _messages(row, "prompt", where),
-            _strings(row, "chosen", where),
-            _strings(row, "rejected", where),
-            _category(row),
-            _kind(row, where),
-        )
-
-
-def _read_prompts(file: Path, source: SourceConfig, missed: Counter[str]) -> Iterator[Row]:
-    """`{"prompt"}`; optional category and kind."""
-    for where, row in read_records(file):
-        yield Row(_messages(row, "prompt", where), category=_category(row), kind=_kind(row, where))
-
-
-def _read_rewardbench2(file: Path, source: SourceConfig, missed: Counter[str]) -> Iterator[Row]:
-    """RewardBench 2 as published: one row a prompt with lists of responses, arXiv 2506.01937."""
-    for where, row in read_records(file):
-        if source.subset is not None and row.get("subset") != source.subset:
-            missed["other subset"] += 1
-            continue
-        yield Row(
-            _messages(row, "prompt", where),
-            _strings(row, "chosen", where),
-            _strings(row, "rejected", where),
-            str(row.get("subset", "")),
-        )
-
-
-def _read_rewardbench2_sarm(
-    file: Path, source: SourceConfig, missed: Counter[str]
-) -> Iterator[Row]:
-    """Upstream SARM's files: pairs for training, or one labelled answer a row for testing. Both
-    hold the same 450 prompts.
-    """
-    for where, row in read_records(file):
-        if "label" not in row:
-            yield Row(
-                _messages(row, "prompt", where),
-                _strings(row, "chosen", where),
-                _strings(row, "rejected", where),
-            )
-        elif row["label"] == "chosen":
-            yield Row(_messages(row, "question", where), chosen=_strings(row, "answer", where))
-        elif row["label"] == "rejected":
-            yield Row(_messages(row, "question", where), rejected=_strings(row, "answer", where))
-        else:
-            raise UserError(f"{where}: 'label' must be chosen or rejected, not {row['label']!r}")
-
-
-def _read_rmb(file: Path, source: SourceConfig, missed: Counter[str]) -> Iterator[Row]:
-    """RMB's pairwise records (chosen, reject) and best-of-N ones (bon_best, loser_list), arXiv
-    2410.09893.
-    """
-    better, worse = (
-        ("bon_best", "loser_list") if source.format == "rmb_bon" else ("chosen", "reject")
-    )
-    for where, row in read_records(file):
-        path = row.get("category_path") or file.name.partition(".")[0]
-        category = str(path if isinstance(path, str) else path[-1]).rpartition("/")[2]
-        yield Row(
-            _messages(row, "conversation_input", where),
-            _answers(row, better, where),
-            _answers(row, worse, where),
-            category,
-        )
-
-
-def _read_hh_rlhf(file: Path, source: SourceConfig, missed: Counter[str]) -> Iterator[Row]:
-    """Two transcripts that share all but the last assistant turn, arXiv 2204.05862."""
-    for where, row in read_records(file):
-        a, b = (
-            _transcript(_string(row, "chosen", where)),
-            _transcript(_string(row, "rejected", where)),
-        )
-        if not a or not b:
-            missed["turns of Human and Assistant do not alternate up to an answer"] += 1
-        elif a[:-1] != b[:-1]:
-            missed["transcripts differ before the last turn"] += 1
-        else:
-            yield Row(tuple(a[:-1]), (a[-1]["content"],), (b[-1]["content"],))
-
-
-READERS: dict[str, Callable[[Path, SourceConfig, Counter[str]], Iterator[Row]]] = {
-    "jsonl": _read_jsonl,
-    "prompts": _read_prompts,
-    "rewardbench2": _read_rewardbench2,
-    "rewardbench2_sarm": _read_rewardbench2_sarm,
-    "rmb_pairs": _read_rmb,
-    "rmb_bon": _read_rmb,
-    "hh_rlhf": _read_hh_rlhf,
-}
-
-
-def _transcript(text: str) -> list[Message]:
-    """The turns of a transcript; empty where they do not go user, assistant, ..., assistant, which
-    chat templates need.
-    """
-    before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    speakers = parts[::2]
-    if before.strip() or not speakers or speakers != ["Human", "Assistant"] * (len(speakers) // 2):
-        return []
-    return [
-        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
-        for who, said in zip(speakers, parts[1::2], strict=True)
-    ]
-
-
-# The fields of a record, checked
-
-
-def _messages(row: dict[str, Any], key: str, where: str) -> Messages:
-    value = _field(row, key, where)
-    if isinstance(value, str):
-        return ({"role": "user", "content": _string(row, key, where)},)
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise UserError(
-            f"{where}: {key!r} must be a string or a list of messages with role and content"
-        )
-    messages = tuple(
-        {"role": _string(m, "role", where), "content": _string(m, "content", where)} for m in value
-    )
-    roles = [m["role"] for m in messages]
-    if not set(roles) <= {"system", "user", "assistant"} or roles[-1] != "user":
-        raise UserError(
-            f"{where}: {key!r} must have roles system, user and assistant and end with the user's;"
-            f" it has {', '.join(roles)}"
-        )
-    return messages
-
-
-def _answers(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """RMB wraps a response, or a list of them, as `{"llm_name", "answer"}`."""
-    value = _field(row, key, where)
-    responses = [r for r in (value if isinstance(value, list) else [value]) if isinstance(r, dict)]
-    if not responses or (isinstance(value, list) and len(responses) < len(value)):
-        raise UserError(f"{where}: {key!r} must be a response with an answer, or a list of them")
-    return tuple(_string(response, "answer", where) for response in responses)
-
-
-def _strings(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = row.get(key)
-    if isinstance(value, list) and value:
-        return tuple(_string({key: item}, key, where) for item in value)
-    return (_string(row, key, where),)
-
-
-def _string(row: dict[str, Any], key: str, where: str) -> str:
-    value = _field(row, key, where)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} must be text, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: {key!r} holds half a surrogate pair at character {error.start}, which no"
-            " tokenizer takes; mend the text"
-        ) from None
-    return value
-
-
-def _field(row: dict[str, Any], key: str, where: str) -> Any:
-    if key not in row:
-        raise UserError(
-            f"{where}: {key!r} is missing; this row has {', '.join(map(repr, row)) or 'no keys'}"
-        )
-    return row[key]
-
-
-def _category(row: dict[str, Any]) -> str:
-    return str(row.get("category") or "")
-
-
-def _kind(row: dict[str, Any], where: str) -> str | None:
-    kind = row.get("kind")
-    if kind not in (None, "safe", "unsafe"):
-        raise UserError(f"{where}: 'kind' must be safe or unsafe, not {kind!r}")
-    return kind

@@ -20,8 +20,7 @@ from sarm.evaluation.verdict import clustered_interval
 from sarm.probing.effects import Encoded
 from sarm.reward_model.interventions import (
     Ablate,
-    Add,
-    Clamp,
+    AfterTopK,
     Intervention,
     Ranks,
     Scale,
@@ -148,14 +147,9 @@ def _means(table: pd.DataFrame, prefix: str, draws: int, seed: int) -> dict[str,
     return {"n": len(table), "n_prompts": len(np.unique(clusters)), **known}
 
 
-def describe(steps: Sequence[Scale | Add | Clamp]) -> str:
+def describe(steps: Sequence[AfterTopK]) -> str:
     """The intervention in words."""
     if all(isinstance(step, Scale) and step.factor == 0 for step in steps):
         return "times 0 after TopK"
-    words = [
-        f"{s.latent} {'times' if isinstance(s, Scale) else 'plus'}"
-        f" {s.factor if isinstance(s, Scale) else s.amount:g}"
-        for s in steps
-        if not isinstance(s, Clamp)
-    ]
+    words = [f"{step.latent} {step.words}" for step in steps]
     return "after TopK " + ", ".join(words)

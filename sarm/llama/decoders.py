@@ -1,7 +1,8 @@
 """Decoders: a policy, its cache, and the loop that appends one token after another.
 
     decoder = decoder_for(policy)
-    decoded = decoder.decode(prompts, noise, Sampling(max_new_tokens=64, temperature=1.0, top_p=1.0, stops=(2,)), rows=64)
+    sampling = Sampling(max_new_tokens=64, temperature=1.0, top_p=1.0, stops=(2,))
+    decoded = decoder.decode(prompts, noise, sampling, rows=64)
 
 `CacheDecoder` takes any causal model of transformers, `LlamaDecoder` Llama anywhere,
 `graph_decoder.GraphDecoder` Llama on a GPU. `python -m pytest tests/llama/test_generate.py`
@@ -13,16 +14,18 @@ Notation: b rows, s positions of one forward, t response positions, v the vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
-from sarm.llama.packed import side_by_side
+from sarm.llama.elementwise import rms_norm
+from sarm.llama.inference import Layer, Linear, in_parts, layer_of, product_with, run_layers
+from sarm.llama.packed import Heads, Packed, pack, run_packed
 from sarm.llama.sampling import Sampled, sample
+from sarm.llama.weights import LlamaLayer, LlamaWeights, base_model, rotary
 from sarm.philox import uniforms
 
 KEEP_SHARE = 0.75
@@ -87,7 +90,6 @@ def decoder_for(model: nn.Module) -> Decoder:
 
 
 # --- one forward a token, on any device
-# -------------------------------------------------------------------------------
 
 
 class StepDecoder:
@@ -203,285 +205,168 @@ class CacheDecoder(StepDecoder):
 
 
 # --- Llama
-# ------------------------------------------------------------------------------------------------------------
-
-
-class LlamaLayer(NamedTuple):
-    """One decoder layer's weights; projections that read the same input are one."""
-
-    input_norm: Tensor
-    qkv: Tensor
-    o: Tensor
-    post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-class LlamaWeights:
-    """A Llama's weights as decoding wants them: the model's own storage wherever that will do,
-    else copies.
-
-    Copies are made of what LoRA changes (merged here, the model is left alone), of what ZeRO-3
-    partitions, and of projections to be fused whose weights do not lie side by side. `refresh`
-    writes to the same addresses again, so that a CUDA graph which reads them stays true.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = base_model(model)
-        self.config = self.model.config
-        self._copies: dict[str, Tensor] = {}
-        self._lay: list[int] = []
-        self.refresh()
-
-    @staticmethod
-    def knows(model: nn.Module) -> bool:
-        """Whether this is a Llama, with LoRA or without, that is computed as here and in
-        `layers.py`.
-        """
-        base: Any = base_model(model)
-        if type(base) is not LlamaForCausalLM:
-            return False
-        config = base.config
-        turning = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-        # Dynamic rotation looks at each batch's length on the host, and depends on what came
-        # before.
-        return (
-            config.hidden_act == "silu"
-            and not config.attention_bias
-            and not config.mlp_bias
-            and turning != "dynamic"
-        )
-
-    @property
-    def heads(self) -> int:
-        return self.config.num_attention_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.config.num_key_value_heads
-
-    @property
-    def head_dim(self) -> int:
-        return (
-            getattr(self.config, "head_dim", None)
-            or self.config.hidden_size // self.config.num_attention_heads
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
-
-    def addresses(self) -> tuple[int, ...]:
-        """Where every weight lies: a graph captured at other addresses reads stale ones."""
-        return tuple(
-            w.data_ptr()
-            for w in (
-                self.embedding,
-                self.norm,
-                self.lm_head,
-                *(w for layer in self.layers for w in layer),
-            )
-        )
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the copies up to date. A collective under ZeRO-3, whose partitions it gathers
-        layer by layer.
-        """
-        lie = [p.data_ptr() for p in self.model.parameters()]
-        if lie == self._lay and not self._copies:
-            return  # the model's own weights, where they were
-        self._lay = lie
-        trunk = self.model.model
-        self.layers = [self._layer(f"{i}", layer) for i, layer in enumerate(trunk.layers)]
-        with gathered(trunk.norm, trunk.embed_tokens, self.model.lm_head):
-            self.norm, self.embedding = (
-                self._joined("norm", trunk.norm),
-                self._joined("embedding", trunk.embed_tokens),
-            )
-            tied = self.model.lm_head.weight is trunk.embed_tokens.weight
-            self.lm_head = self.embedding if tied else self._joined("lm_head", self.model.lm_head)
-
-    def _layer(self, name: str, layer: Any) -> LlamaLayer:
-        attention, mlp = layer.self_attn, layer.mlp
-        with gathered(layer):
-            return LlamaLayer(
-                self._joined(f"{name}.input_norm", layer.input_layernorm),
-                self._joined(f"{name}.qkv", attention.q_proj, attention.k_proj, attention.v_proj),
-                self._joined(f"{name}.o", attention.o_proj),
-                self._joined(f"{name}.post_norm", layer.post_attention_layernorm),
-                self._joined(f"{name}.gate_up", mlp.gate_proj, mlp.up_proj),
-                self._joined(f"{name}.down", mlp.down_proj),
-            )
-
-    def _joined(self, name: str, *modules: Any) -> Tensor:
-        """The modules' weights one below another."""
-        weights = [_base_weight(m) for m in modules]
-        if not any(
-            hasattr(w, "ds_id") or _adapters(m) for m, w in zip(modules, weights, strict=True)
-        ):
-            view = side_by_side(weights)
-            if view is not None:
-                return view
-        rows = sum(w.shape[0] for w in weights)
-        if name not in self._copies:
-            self._copies[name] = torch.empty(
-                rows, *weights[0].shape[1:], dtype=weights[0].dtype, device=weights[0].device
-            )
-        copy = self._copies[name]
-        for part, module, weight in zip(
-            copy.split([w.shape[0] for w in weights]), modules, weights, strict=True
-        ):
-            _merge(part, module, weight)
-        return copy
-
-
-def _base_weight(module: Any) -> Tensor:
-    return (module.base_layer if hasattr(module, "get_delta_weight") else module).weight
-
-
-def _adapters(module: Any) -> list[str]:
-    """The LoRA adapters that are on."""
-    return (
-        []
-        if not hasattr(module, "get_delta_weight") or module.disable_adapters
-        else list(module.active_adapters)
-    )
-
-
-def _merge(into: Tensor, module: Any, weight: Tensor) -> None:
-    """W + scaling·B·A, one matrix product an adapter, added up in float32 inside it."""
-    into.copy_(weight)
-    for name in _adapters(module):
-        a, b = module.lora_A[name].weight, module.lora_B[name].weight
-        into.addmm_(b.to(into.dtype), a.to(into.dtype), alpha=module.scaling[name])
 
 
 class LlamaDecoder(StepDecoder):
-    """Llama with fused projections and a preallocated cache.
+    """Llama over a static cache, in which all rows append at the same column.
 
-    On two CPU cores and a 135M model it takes two thirds of the time of the model's own forward,
-    most of which is Python between small kernels.
+    What several prompts begin with, or are, is read once. On a CPU bf16 weights are held a second
+    time, laid out in the blocks that oneDNN multiplies, which saves it that work in every step.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = LlamaWeights(model)
         self.device = next(model.parameters()).device
+        self.heads = Heads.of(self.weights.config)
+        self._head: tuple[object, Linear] = (None, F.relu)
+        self._lay_out()
 
     def refresh(self) -> None:
         self.weights.refresh()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        w, head = self.weights, self.weights.model.lm_head
+        self.layers = [laid_out(layer) for layer in w.layers]
+        # A frozen head, as beside LoRA, is laid out once.
+        frozen = not any(p.requires_grad for p in head.parameters())
+        made_of = (w.lm_head.data_ptr(), w.lm_head._version) if frozen else None
+        if made_of is None or made_of != self._head[0]:
+            self._head = (made_of, product_of(w.lm_head))
 
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
-        w = self.weights
-        ids, attention = left_padded(prompts, self.device)
-        b, s = ids.shape
-        self.at, self.padding = 0, s - attention.sum(1)
-        self.key_mask = F.pad(attention.bool(), (0, max_new_tokens), value=True)
-        shape = (len(w.layers), b, w.kv_heads, s + max_new_tokens, w.head_dim)
+        w, packed = self.weights, pack(prompts, self.device)
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        s = int(lengths.max())
+        at, self.padding = packed_places(packed, lengths)
+        kv, d, room = w.kv_heads, w.head_dim, s + max_new_tokens
+        shape = (len(w.layers), len(prompts), kv, room, d)
         self.keys, self.values = (
-            torch.zeros(shape, dtype=w.dtype, device=self.device) for _ in range(2)
+            torch.empty(shape, dtype=w.dtype, device=self.device) for _ in range(2)
         )
-        return self._forward(ids)
+        self.at = s
+        self.cos, self.sin = (t[0] for t in rotary(w, torch.arange(room, device=self.device)[None]))
+        self.mask = self._mask(room)
+
+        def keep(i: int, keys: Tensor, values: Tensor) -> None:
+            self.keys[i, :, :, :s] = keys[at].transpose(1, 2)
+            self.values[i, :, :, :s] = values[at].transpose(1, 2)
+
+        def last_heads(normed: Tensor) -> tuple[Tensor, ...]:
+            queries, keys, values = (
+                self.layers[-1].qkv(normed).split([w.heads * d, kv * d, kv * d], -1)
+            )
+            return queries[packed.ends], keys, values
+
+        states = run_packed(
+            self.layers,
+            F.embedding(packed.ids, w.embedding),
+            rotary(w, packed.positions[None]),
+            packed,
+            self.heads,
+            w.config.rms_norm_eps,
+            last_heads,
+            keep,
+        )
+        return self._head[1](rms_norm(states, w.norm, w.config.rms_norm_eps))
 
     def step(self, tokens: Tensor) -> Tensor:
-        return self._forward(tokens[:, None])
+        w = self.weights
+        position = self.at - self.padding
+        cos, sin = self.cos[position], self.sin[position]
+        normed, _ = run_layers(
+            self.layers,
+            F.embedding(tokens, w.embedding),
+            w.config.rms_norm_eps,
+            lambda i, qkv: self._attend(i, qkv, cos, sin),
+            w.norm,
+        )
+        self.at += 1
+        return self._head[1](normed)
 
     def keep(self, rows: Tensor) -> None:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.padding, self.key_mask = self.padding[rows], self.key_mask[rows]
+        self.padding = self.padding[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        """Append `ids` (b, s); (b, v) logits after the last."""
-        w, s, eps = self.weights, ids.shape[1], self.weights.config.rms_norm_eps
-        positions = torch.arange(self.at, self.at + s, device=self.device)
-        x = F.embedding(ids, w.embedding)
-        cos, sin = rotary(w, (positions[None] - self.padding[:, None]).clamp(min=0))
-        mask = self._mask(positions)
-        for i, layer in enumerate(w.layers):
-            x = x + F.linear(
-                self._attend(
-                    i, F.linear(rms_norm(x, layer.input_norm, eps), layer.qkv), cos, sin, mask
-                ),
-                layer.o,
-            )
-            gate, up = F.linear(rms_norm(x, layer.post_norm, eps), layer.gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
-        self.at += s
-        return F.linear(rms_norm(x[:, -1], w.norm, eps), w.lm_head)
-
-    def _mask(self, positions: Tensor) -> Tensor:
-        """(b, 1, s, keys) bool. A padded position sees itself: a row that sees nothing would be
-        NaN.
+    def _mask(self, room: int) -> Tensor | None:
+        """(b, 1, 1, room), what is added to the scores of each row's columns; None without
+        padding.
         """
-        end = self.at + len(positions)
-        columns = torch.arange(end, device=self.device)
-        causal = columns <= positions[:, None]
-        return (causal & self.key_mask[:, None, None, :end]) | (columns == positions[:, None])
+        if not bool(self.padding.any()):
+            return None
+        hidden = torch.arange(room, device=self.device) < self.padding[:, None]
+        mask = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=self.device)
+        return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
 
-    def _attend(self, i: int, qkv: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """(b, s, heads * head_dim), and the new keys and values put in layer i's cache."""
-        b, s, _ = qkv.shape
-        heads, kv, d = self.weights.heads, self.weights.kv_heads, self.weights.head_dim
-        qkv = qkv.view(b, s, heads + 2 * kv, d).transpose(1, 2)
-        qk = rotated(qkv[:, : heads + kv], cos[:, None], sin[:, None])
-        end = self.at + s
-        self.keys[i, :, :, self.at : end], self.values[i, :, :, self.at : end] = (
-            qk[:, heads:],
-            qkv[:, heads + kv :],
-        )
-        keys, values = self.keys[i, :, :, :end], self.values[i, :, :, :end]
-        if s == 1:  # a group's heads as its queries: no copy of keys and values for each head
-            out = F.scaled_dot_product_attention(
-                qk[:, :heads].reshape(b, kv, heads // kv, d), keys, values, attn_mask=mask
-            )
-            return out.reshape(b, 1, heads * d)
-        out = F.scaled_dot_product_attention(
-            qk[:, :heads], keys, values, attn_mask=mask, enable_gqa=heads != kv
-        )
-        return out.transpose(1, 2).reshape(b, s, heads * d)
+    def _attend(self, i: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(b, heads * head_dim), and the new keys and values put in layer i's cache."""
+        b, w, end = len(qkv), self.weights, self.at + 1
+        queries, keys, values = self.heads.turned(qkv, cos, sin)
+        self.keys[i, :, :, self.at], self.values[i, :, :, self.at] = keys, values
+        # A group's heads are its queries: no copy of keys and values for each head.
+        grouped = queries.reshape(b, w.kv_heads, w.heads // w.kv_heads, w.head_dim)
+        scores = (grouped * self.heads.scale) @ self.keys[i, :, :, :end].transpose(-1, -2)
+        if self.mask is not None:
+            scores += self.mask[..., :end]
+        mixed = scores.softmax(-1) @ self.values[i, :, :, :end]
+        return mixed.view(b, -1)
 
 
-def rotary(weights: LlamaWeights, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., s, head_dim) at `positions` (..., s), in the weights' dtype."""
-    # Past the module's hooks: ZeRO 3 would record calls whose number differs from rank to rank.
-    return weights.model.model.rotary_emb.forward(weights.embedding, positions)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
-
-
-# --- a model's weights, however they are kept
-# --------------------------------------------------------------------------
-
-
-def merged_weight(linear: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A projection's weight with its active LoRA adapters merged; added up in float32, in `dtype`
-    or the weight's own.
+def packed_places(packed: Packed, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """((b, s) where each row's positions lie in the pack, right-aligned and 0 at padding; (b,) its
+    padding).
     """
-    weight = _base_weight(linear)
-    if not _adapters(linear):
-        return weight
-    return (weight.float() + sum(linear.get_delta_weight(a).float() for a in _adapters(linear))).to(
-        dtype or weight.dtype
+    rows = [
+        torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        for spans in packed.at_ends.keys
+    ]
+    s = int(lengths.max())
+    places = torch.stack([F.pad(row, (s - len(row), 0)) for row in rows])
+    return places.to(lengths.device), s - lengths
+
+
+def laid_out(weights: LlamaLayer) -> Layer:
+    """A layer over copies of its weights in oneDNN's own layout, where it multiplies bf16 on this
+    CPU: a third faster for few rows. Elsewhere over the weights themselves.
+    """
+    if not lays_out(weights.qkv):
+        return layer_of(weights)
+    gate, up = (blocks_of(part) for part in weights.gate_up.chunk(2))
+    down, product = product_of(weights.down), torch.ops.mkldnn._linear_pointwise
+
+    def mlp(x: Tensor) -> Tensor:
+        active = product(x, gate, None, "swish", [1.0], "")
+        return down(product.binary(x, active, up, None, "mul"))
+
+    return Layer(
+        weights.input_norm,
+        product_of(weights.qkv),
+        product_of(weights.o),
+        weights.post_norm,
+        in_parts(mlp),
     )
 
 
-def gathered(*modules: nn.Module) -> AbstractContextManager[Any]:
-    """Within, the modules' parameters are whole; of use under ZeRO-3, where each rank keeps a
-    part. A collective.
-    """
-    sharded = [p for m in modules for p in m.parameters() if hasattr(p, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
+def lays_out(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
-    return deepspeed.zero.GatheredParameters(sharded)
+
+def product_of(weight: Tensor) -> Linear:
+    """Multiplication with `weight` (out, in), over a copy where `lays_out`."""
+    if not lays_out(weight):
+        return product_with(weight)
+    blocks = blocks_of(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocks, None, "none", [], "")
+
+
+def blocks_of(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -490,8 +375,3 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
     ids = torch.tensor([[0] * (s - len(p)) + list(p) for p in prompts], device=device)
     attention = torch.tensor([[0] * (s - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, attention
-
-
-def base_model(model: Any) -> Any:
-    """Without peft's wrapping; its layers stay wrapped."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,6 +1,7 @@
 """Responses of a policy, and the log-probabilities of what was sampled.
 
-    rollout = generate(model, prompts, keys=ids, max_new_tokens=64, temperature=1.0, top_p=1.0, seed=0, eos_ids=..., pad_id=...)
+    rollout = generate(model, prompts, keys=ids, max_new_tokens=64, temperature=1.0, top_p=1.0,
+                       seed=0, eos_ids=..., pad_id=...)
 
 `decoders.py` has the loops, `sampling.py` says which token is drawn. `python -m pytest
 tests/llama/test_generate.py` compares with `generate` of transformers.
@@ -17,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sarm.llama.decoders import Decoder, Sampling, base_model, decoder_for
+from sarm.llama.decoders import Decoder, Sampling, decoder_for
+from sarm.llama.logprobs import logprobs_from_hidden
 from sarm.llama.sampling import row_keys
-from sarm.ppo.objective import logprobs_from_hidden
+from sarm.llama.weights import base_model
 
 
 class Rollout(NamedTuple):
@@ -47,7 +49,6 @@ class Rollout(NamedTuple):
 
 
 # --- sampling
-# ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -92,7 +93,6 @@ def generate(
 
 
 # --- the log-probabilities of given responses
-# -------------------------------------------------------------------------
 
 
 def packs(lengths: Sequence[int], tokens: int) -> list[list[int]]:

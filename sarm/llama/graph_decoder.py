@@ -7,7 +7,7 @@ waits for it, and puts waiting prompts into them.
 
 `python -m pytest -m gpu tests/llama/test_graph_decoder.py` compares graph, eager and transformers;
 `python benchmarks/decode.py` tells milliseconds a token against the bandwidth floor. Uses what
-`decoders.py` says of weights.
+`weights.py` says of weights.
 
 Notation: b slots, s prompt positions, v the vocabulary.
 """
@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sarm.llama.decode_kernels import advance, attend, draw
-from sarm.llama.decoders import Decoded, LlamaWeights, Progress, Sampling, empty_decoded, rotary
-from sarm.llama.elementwise import add_rms_norm, rms_norm, rotate, silu_mul
+from sarm.llama.decoders import Decoded, Progress, Sampling, empty_decoded
+from sarm.llama.elementwise import rotate
+from sarm.llama.inference import layer_of, run_layers
 from sarm.llama.sampling import sample
+from sarm.llama.weights import LlamaWeights, rotary
 from sarm.philox_triton import uniforms
 
 PREFILL_TOKENS = 16384
@@ -35,7 +37,7 @@ REFILL_SHARE = 8
 reading several.
 """
 KEPT_SHAPES = 4
-"""Shapes whose graph and cache are kept."""
+"""Shapes whose graph is kept. Their caches are one: none outlives a batch."""
 
 
 class Shape(NamedTuple):
@@ -62,6 +64,11 @@ class Shape(NamedTuple):
             *sampling[1:3],
         )
 
+    def cached(self, weights: LlamaWeights) -> int:
+        """Numbers in its keys and values."""
+        of_position = 2 * len(weights.layers) * weights.kv_heads * weights.head_dim
+        return self.slots * self.capacity * of_position
+
 
 def _power_of_two(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length())
@@ -70,13 +77,15 @@ def _power_of_two(n: int, least: int) -> int:
 class Slots:
     """The device's state of one shape, and the step over it."""
 
-    def __init__(self, weights: LlamaWeights, shape: Shape, device: torch.device) -> None:
-        self.weights, self.shape, self.device = weights, shape, device
+    def __init__(self, weights: LlamaWeights, shape: Shape, cache: Tensor) -> None:
+        self.weights, self.shape, self.device = weights, shape, cache.device
+        device = cache.device
+        self.layers = [layer_of(layer) for layer in weights.layers]
         b = shape.slots
-        cache = (len(weights.layers), b, weights.kv_heads, shape.capacity, weights.head_dim)
-        self.keys, self.values = (
-            torch.zeros(cache, dtype=weights.dtype, device=device) for _ in range(2)
+        whole = cache[: shape.cached(weights)].view(
+            2, len(weights.layers), b, weights.kv_heads, shape.capacity, weights.head_dim
         )
+        self.keys, self.values = whole
         self.cos, self.sin = (
             t[0].contiguous()
             for t in rotary(weights, torch.arange(shape.capacity, device=device)[None])
@@ -116,25 +125,14 @@ class Slots:
 
     def step(self) -> None:
         """Append each slot's token to its cache, draw the next, move the living slots on."""
-        w, eps = self.weights, self.weights.config.rms_norm_eps
-        scale = w.head_dim**-0.5
-        x = F.embedding(self.tokens, w.embedding)
-        normed = rms_norm(x, w.layers[0].input_norm, eps)
-        for i, layer in enumerate(w.layers):
-            mixed = attend(
-                F.linear(normed, layer.qkv),
-                self.keys[i],
-                self.values[i],
-                self.cos,
-                self.sin,
-                self.positions,
-                scale,
-            )
-            normed, x = add_rms_norm(F.linear(mixed, layer.o), x, layer.post_norm, eps)
-            after = w.layers[i + 1].input_norm if i + 1 < len(w.layers) else w.norm
-            normed, x = add_rms_norm(
-                F.linear(silu_mul(F.linear(normed, layer.gate_up)), layer.down), x, after, eps
-            )
+        w = self.weights
+        x, scale = F.embedding(self.tokens, w.embedding), w.head_dim**-0.5
+
+        def mixed(i: int, qkv: Tensor) -> Tensor:
+            at = (self.keys[i], self.values[i], self.cos, self.sin, self.positions)
+            return attend(qkv, *at, scale)
+
+        normed, _ = run_layers(self.layers, x, w.config.rms_norm_eps, mixed, w.norm)
         tokens, logprobs = self._draw(F.linear(normed, w.lm_head))
         advance(
             tokens,
@@ -174,36 +172,35 @@ class Slots:
         s = max(map(len, prompts))
         if s == 0:
             return
-        w, eps = self.weights, self.weights.config.rms_norm_eps
+        w = self.weights
         run = slice(slots[0], slots[0] + len(slots))
         # a run is written without an index
         where = run if list(slots) == list(range(run.start, run.stop)) else _on(self.device, slots)
         b, heads, kv, d = len(prompts), w.heads, w.kv_heads, w.head_dim
         ids = _on(self.device, [[*p, *[0] * (s - len(p))] for p in prompts])
         cos, sin = (t[:s].repeat(b, 1) for t in (self.cos, self.sin))
-        x = F.embedding(ids, w.embedding).flatten(0, 1)
-        normed = rms_norm(x, w.layers[0].input_norm, eps)
-        for i, layer in enumerate(w.layers):
-            together = F.linear(normed, layer.qkv).view(b * s, heads + 2 * kv, d)
+
+        def remembered(i: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Queries, keys and values (b, heads, s, d), the latter two in the cache."""
+            together = qkv.view(b * s, heads + 2 * kv, d)
             turning = together[:, : heads + kv]
             rotate(turning, cos, sin, into=turning)
             queries, keys, values = (
                 together.view(b, s, -1, d).transpose(1, 2).split([heads, kv, kv], 1)
             )
             self.keys[i, where, :, :s], self.values[i, where, :, :s] = keys, values
-            if i + 1 == len(w.layers):
-                return
-            mixed = F.scaled_dot_product_attention(
-                queries, keys, values, is_causal=True, enable_gqa=heads != kv
+            return queries, keys, values
+
+        def mixed(i: int, qkv: Tensor) -> Tensor:
+            out = F.scaled_dot_product_attention(
+                *remembered(i, qkv), is_causal=True, enable_gqa=heads != kv
             )
-            mixed = mixed.transpose(1, 2).reshape(b * s, heads * d)
-            normed, x = add_rms_norm(F.linear(mixed, layer.o), x, layer.post_norm, eps)
-            normed, x = add_rms_norm(
-                F.linear(silu_mul(F.linear(normed, layer.gate_up)), layer.down),
-                x,
-                w.layers[i + 1].input_norm,
-                eps,
-            )
+            return out.transpose(1, 2).reshape(b * s, heads * d)
+
+        x = F.embedding(ids, w.embedding).flatten(0, 1)
+        *before, last = self.layers
+        normed, _ = run_layers(before, x, w.config.rms_norm_eps, mixed, last.input_norm)
+        remembered(len(before), last.qkv(normed))
 
 
 class GraphDecoder:
@@ -213,6 +210,7 @@ class GraphDecoder:
         self.weights, self.graphs = LlamaWeights(model), graphs
         self.device = next(model.parameters()).device
         self._shapes: dict[Shape, Slots] = {}
+        self._cache = torch.empty(0, dtype=self.weights.dtype, device=self.device)
 
     def refresh(self) -> None:
         before = self.weights.addresses()
@@ -221,8 +219,9 @@ class GraphDecoder:
             self._shapes.clear()
 
     def release(self) -> None:
-        """Give graphs and caches back; the next batch captures anew."""
+        """Give graphs and cache back; the next batch captures anew."""
         self._shapes.clear()
+        self._cache = self._cache.new_empty(0)
 
     @torch.no_grad()
     def decode(
@@ -292,7 +291,12 @@ class GraphDecoder:
         if slots is None:
             while len(self._shapes) >= KEPT_SHAPES:
                 del self._shapes[next(iter(self._shapes))]
-            slots = Slots(self.weights, shape, self.device)
+            needed = shape.cached(self.weights)
+            if len(self._cache) < needed:
+                # The graphs read the one that is given back; first, so that two need no room.
+                self.release()
+                self._cache = self._cache.new_zeros(needed)
+            slots = Slots(self.weights, shape, self._cache)
             if self.graphs:
                 slots.capture()
         self._shapes[shape] = slots  # the last used last

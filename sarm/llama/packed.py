@@ -9,25 +9,28 @@ the varlen kernel of FlashAttention-2 that torch carries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaModel,
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from sarm.llama.elementwise import rotate
+from sarm.llama.inference import (
+    Layer,
+    after_attention,
+    gated_mlp,
+    in_parts,
+    product_with,
+    run_layers,
 )
-
-from sarm.llama.elementwise import add_rms_norm, rms_norm, rotate, silu_mul
 from sarm.llama.prefixes import shared_prefixes
+from sarm.llama.weights import side_by_side
 
-MLP_TOKENS = 16384
-"""Positions that go through an MLP at once: its wide middle sets the peak of memory."""
 SHARED_TOKENS = 16
 """Fewer tokens than this are computed again rather than shared: each shared run is one more piece
 of attention.
@@ -133,84 +136,129 @@ def _send(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, .
     return whole.split([len(array) for array in arrays])
 
 
+class Heads(NamedTuple):
+    """How a projected position divides into heads."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> Heads:
+        head_dim = getattr(config, "head_dim", None)
+        return cls(
+            config.num_attention_heads,
+            config.num_key_value_heads or config.num_attention_heads,
+            head_dim or config.hidden_size // config.num_attention_heads,
+        )
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def turned(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, all heads * head_dim) as projected to rotated queries (n, heads, head_dim), rotated
+        keys and values (n, kv heads, head_dim).
+        """
+        together = qkv.unflatten(-1, (-1, self.head_dim))
+        turning, values = together.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        queries, keys = rotate(turning, cos, sin).split([self.heads, self.kv_heads], 1)
+        return queries, keys, values
+
+
 def end_states(llama: LlamaModel, packed: Packed) -> Tensor:
     """The residual stream after the last layer at each row's end, (B, d_in) in the trunk's dtype;
     the final norm is not applied.
     """
-    layers = cast("list[LlamaDecoderLayer]", list(llama.layers))
-    h = llama.embed_tokens(packed.ids)
-    cos, sin = (t[0] for t in llama.rotary_emb(h, packed.positions.unsqueeze(0)))
-    normed = rms_norm(
-        h, layers[0].input_layernorm.weight, layers[0].input_layernorm.variance_epsilon
+    modules = cast("list[LlamaDecoderLayer]", list(llama.layers))
+    last = modules[-1].self_attn
+
+    def last_heads(normed: Tensor) -> tuple[Tensor, ...]:
+        at_ends = last.q_proj(normed[packed.ends])
+        return at_ends, last.k_proj(normed), last.v_proj(normed)
+
+    x = llama.embed_tokens(packed.ids)
+    return run_packed(
+        [_layer_of(module) for module in modules],
+        x,
+        llama.rotary_emb(x, packed.positions.unsqueeze(0)),
+        packed,
+        Heads.of(llama.config),
+        llama.config.rms_norm_eps,
+        last_heads,
     )
-    for layer, following in pairwise(layers):
-        queries, keys, values = _project(layer.self_attn, normed)
-        mixed = _attend(
-            rotate(queries, cos, sin),
-            rotate(keys, cos, sin),
-            values,
-            packed.everywhere,
-            layer.self_attn.scaling,
-        )
-        normed, h = _add_norm(layer.self_attn.o_proj(mixed), h, layer.post_attention_layernorm)
-        normed, h = _add_norm(_mlp(layer.mlp, normed), h, following.input_layernorm)
-    # Of the last layer one position a row is wanted; the others serve as keys and values alone.
-    last, ends = layers[-1], packed.ends
-    projected = (
-        last.self_attn.q_proj(normed[ends]),
-        last.self_attn.k_proj(normed),
-        last.self_attn.v_proj(normed),
-    )
+
+
+def run_packed(
+    layers: Sequence[Layer],
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    packed: Packed,
+    heads: Heads,
+    eps: float,
+    last_heads: Callable[[Tensor], tuple[Tensor, ...]],
+    keep: Callable[[int, Tensor, Tensor], None] = lambda i, keys, values: None,
+) -> Tensor:
+    """`end_states` of embedded tokens (T, d_in), over any layers.
+
+    `rope` is cos and sin (1, T, head_dim). Of the last layer one position a row is wanted, the
+    others serve as keys and values alone: `last_heads` projects its normed input (T, d_in) to
+    queries (B, heads * head_dim), keys and values (T, kv heads * head_dim). `keep` is given each
+    layer's number, rotated keys and values (T, kv heads, head_dim).
+    """
+    cos, sin = (t[0] for t in rope)
+
+    def attend(i: int, qkv: Tensor) -> Tensor:
+        queries, keys, values = heads.turned(qkv, cos, sin)
+        keep(i, keys, values)
+        return attend_packed(queries, keys, values, packed.everywhere, heads.scale)
+
+    *before, last = layers
+    normed, x = run_layers(before, x, eps, attend, last.input_norm)
+    ends = packed.ends
     queries, keys, values = (
-        part.unflatten(-1, (-1, last.self_attn.head_dim)) for part in projected
+        part.unflatten(-1, (-1, heads.head_dim)) for part in last_heads(normed)
     )
-    mixed = _attend(
-        rotate(queries, cos[ends], sin[ends]),
-        rotate(keys, cos, sin),
-        values,
-        packed.at_ends,
-        last.self_attn.scaling,
-    )
-    normed, h = _add_norm(last.self_attn.o_proj(mixed), h[ends], last.post_attention_layernorm)
-    return h + _mlp(last.mlp, normed)
+    queries, keys = rotate(queries, cos[ends], sin[ends]), rotate(keys, cos, sin)
+    keep(len(before), keys, values)
+    mixed = attend_packed(queries, keys, values, packed.at_ends, heads.scale)
+    added, x = after_attention(last, mixed, x[ends], eps)
+    return x + added
 
 
-def _add_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(x, residual, cast(Tensor, norm.weight), cast(float, norm.variance_epsilon))
-
-
-def _project(attention: LlamaAttention, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (T, heads, head_dim), keys and values (T, kv heads, head_dim)."""
+def _layer_of(module: LlamaDecoderLayer) -> Layer:
+    """Over the module's weights where they lie side by side, else over its own modules."""
+    attention, mlp = module.self_attn, module.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     joined = _joined(*projections)
-    if joined is None:
-        parts = [projection(normed) for projection in projections]
-    else:
-        parts = list(
-            nn.functional.linear(normed, joined).split(
-                [p.weight.shape[0] for p in projections], dim=-1
-            )
-        )
-    queries, keys, values = (part.unflatten(-1, (-1, attention.head_dim)) for part in parts)
-    return queries, keys, values
-
-
-def _mlp(mlp: LlamaMLP, normed: Tensor) -> Tensor:
-    """Some positions at a time."""
-    joined = (
+    gate_up = (
         _joined(mlp.gate_proj, mlp.up_proj) if mlp.config.hidden_act in ("silu", "swish") else None
     )
-    if joined is None:
-        parts = [mlp(part) for part in normed.split(MLP_TOKENS)]
-    else:
-        parts = [
-            mlp.down_proj(silu_mul(nn.functional.linear(part, joined)))
-            for part in normed.split(MLP_TOKENS)
-        ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return Layer(
+        cast(Tensor, module.input_layernorm.weight),
+        (lambda x: torch.cat([projection(x) for projection in projections], -1))
+        if joined is None
+        else product_with(joined),
+        attention.o_proj,
+        cast(Tensor, module.post_attention_layernorm.weight),
+        in_parts(mlp) if gate_up is None else gated_mlp(product_with(gate_up), mlp.down_proj),
+    )
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float) -> Tensor:
+def _joined(*linears: nn.Module) -> Tensor | None:
+    """One (all outputs, inputs) view of plain linear layers' weights; None where they do not lie
+    side by side or a gradient is asked for.
+    """
+    if torch.is_grad_enabled() or not all(
+        type(linear) is nn.Linear and linear.bias is None for linear in linears
+    ):
+        return None
+    return side_by_side([cast(nn.Linear, linear).weight for linear in linears])
+
+
+def attend_packed(
+    queries: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float
+) -> Tensor:
     """Queries (N, heads, head_dim) over keys and values (T, kv heads, head_dim) to (N, heads ·
     head_dim).
     """
@@ -261,50 +309,3 @@ def _attend_run(
         q, k, v, attn_mask=mask, is_causal=n == seen and n > 1, scale=scale, enable_gqa=True
     )
     return mixed[0].transpose(0, 1).flatten(1)
-
-
-# Products over joined weights
-
-
-def join_projections(llama: LlamaModel) -> None:
-    """Lay the weights that read the same input side by side in memory, so that one product serves
-    them; their values stay.
-
-    Of modules with LoRA, the weights beneath. Each layer's are copied once. Moved to another device
-    later they fall apart again, which costs speed alone.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        for layer in cast("list[LlamaDecoderLayer]", list(llama.layers)):
-            attention, mlp = layer.self_attn, layer.mlp
-            for modules in (
-                (attention.q_proj, attention.k_proj, attention.v_proj),
-                (mlp.gate_proj, mlp.up_proj),
-            ):
-                weights = [getattr(module, "base_layer", module).weight for module in modules]
-                together = torch.cat([weight.data for weight in weights])
-                for weight, part in zip(
-                    weights, together.split([len(w) for w in weights]), strict=True
-                ):
-                    weight.data = part
-
-
-def side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
-    """One view over weights that lie one behind another in one storage; None where they do not."""
-    first = weights[0].detach()
-    at, storage = first.data_ptr(), first.untyped_storage().data_ptr()
-    for w in weights:
-        if not w.is_contiguous() or w.data_ptr() != at or w.untyped_storage().data_ptr() != storage:
-            return None
-        at += w.numel() * w.element_size()
-    return first.as_strided((sum(len(w) for w in weights), *first.shape[1:]), first.stride())
-
-
-def _joined(*linears: nn.Module) -> Tensor | None:
-    """One (all outputs, inputs) view of plain linear layers' weights; None where they do not lie
-    side by side or a gradient is asked for.
-    """
-    if torch.is_grad_enabled() or not all(
-        type(linear) is nn.Linear and linear.bias is None for linear in linears
-    ):
-        return None
-    return side_by_side([cast(nn.Linear, linear).weight for linear in linears])

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = 256
+"""Probabilities that are added up together."""
+
 
 def row_keys(seed: int, step: int, keys: Sequence[str]) -> Tensor:
     """(b,) int64: where each row's stream of random numbers begins."""
@@ -32,24 +35,39 @@ class Sampled(NamedTuple):
 
 
 def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Sampled:
-    """One token a row from `logits` (b, v) by inverse CDF at `u` (b,); greedy at temperature 0.
+    """One token a row from `logits` (b, v) by inverse CDF at `u` (b,) float64; greedy at
+    temperature 0.
 
-    The cumulative sum runs in float64, so a token's chance is its softmax probability to about
-    1e-7. top-p keeps the smallest set of most likely tokens whose probability reaches top_p, ties
-    going to the lower id.
+    Sums run in float64, but for those of CHUNK probabilities, so a token's chance is its softmax
+    probability to about 1e-7. top-p keeps the smallest set of most likely tokens whose probability
+    reaches top_p, ties going to the lower id.
     """
-    log_p = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    p = (logits.float() / temperature if temperature not in (0, 1) else logits.float()).softmax(-1)
     if temperature == 0:
-        tokens = log_p.argmax(-1)
+        tokens = logits.argmax(-1)
     else:
-        p = log_p.exp().double()
-        if top_p < 1:
-            ordered, order = p.sort(dim=-1, descending=True, stable=True)
-            p = torch.zeros_like(p).scatter(
-                1, order, torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
-            )
-        c = p.cumsum(-1)
-        tokens = torch.searchsorted(c, (u * c[:, -1])[:, None], right=True).squeeze(1)
-        # beyond it where logits are NaN, which the log-probability then tells
-        tokens = tokens.clamp(max=logits.shape[1] - 1)
-    return Sampled(tokens, log_p.gather(1, tokens[:, None]).squeeze(1))
+        tokens = _at(p if top_p == 1 else _likeliest(p, top_p), u)
+    return Sampled(tokens, p.gather(1, tokens[:, None]).squeeze(1).log())
+
+
+def _at(p: Tensor, u: Tensor) -> Tensor:
+    """(b,) int64: where the cumulative sum of `p` (b, v) passes `u` (b,) of the whole. First the
+    chunk, then the token within it: a running sum of everything takes longer than a layer.
+    """
+    chunks = F.pad(p, (0, -p.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
+    ends = chunks.sum(-1).double().cumsum(-1)
+    target = (u * ends[:, -1])[:, None]
+    # beyond the last where logits are NaN, which the log-probability then tells
+    chunk = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+    within = chunks.gather(1, chunk[..., None].expand(-1, -1, CHUNK)).squeeze(1).double()
+    before = F.pad(ends, (1, 0)).gather(1, chunk)
+    passed = (before + within.cumsum(-1) <= target).sum(-1)
+    # Where rounding has the chunk's tokens end below u: the last of them that is possible.
+    last = torch.where(within > 0, torch.arange(CHUNK, device=p.device), 0).amax(-1)
+    return chunk.squeeze(1) * CHUNK + torch.minimum(passed, last)
+
+
+def _likeliest(p: Tensor, top_p: float) -> Tensor:
+    ordered, order = p.double().sort(dim=-1, descending=True, stable=True)
+    kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
+    return torch.zeros_like(ordered).scatter(1, order, kept)

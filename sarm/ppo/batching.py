@@ -1,16 +1,63 @@
-"""Which prompts a step draws, and which rows of a batch a rank and a micro-batch take: pure
-functions of seed, step and lengths.
-"""
+"""Which prompts a step draws, and which rows an update takes: pure functions of seed and step."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from sarm.llama.generate import packs
+from sarm.config import PpoConfig, UserError
+from sarm.data.conversations import prompt_ids
+from sarm.data.datasets import Prompt
+
+
+class Fitting(NamedTuple):
+    """The prompts to train on, their tokens, and how many were too long."""
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    too_long: int
+
+
+def fitting_prompts(
+    ppo: PpoConfig,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+) -> Fitting:
+    """Those of at most `ppo.max_prompt_tokens`, the others as `ppo.long_prompts` says; `context` is
+    the policy's. Raises UserError where none is left or one too long is refused.
+    """
+    limit, way = ppo.max_prompt_tokens, ppo.long_prompts
+    if context is not None and limit + ppo.max_new_tokens > context:
+        raise UserError(
+            f"ppo.max_prompt_tokens {limit} and max_new_tokens {ppo.max_new_tokens} exceed"
+            f" the policy's context of {context}; lower one"
+        )
+    found = [(p, prompt_ids(tokenizer, p.messages)) for p in prompts]
+    too_long = [p.id for p, ids in found if len(ids) > limit]
+    if too_long and way == "refuse":
+        raise UserError(
+            f"{len(too_long)} of the {len(prompts)} ppo prompts have more than"
+            f" ppo.max_prompt_tokens={limit} tokens ({', '.join(too_long[:5])} ...); raise it"
+            " or set ppo.long_prompts to skip or truncate"
+        )
+    if way == "truncate":
+        found = [
+            (p, ids if len(ids) <= limit else [*ids[:1], *ids[len(ids) - limit + 1 :]])
+            for p, ids in found
+        ]
+    found = [(p, ids) for p, ids in found if len(ids) <= limit]
+    if not found:
+        raise UserError(
+            f"none of the {len(prompts)} ppo prompts has at most {limit} tokens; raise"
+            " ppo.max_prompt_tokens or give part ppo other data"
+        )
+    return Fitting([p for p, _ in found], [ids for _, ids in found], len(too_long))
 
 
 @lru_cache(maxsize=4)
@@ -20,40 +67,16 @@ def _epoch_order(ids: tuple[str, ...], seed: int, epoch: int) -> list[int]:
     )
 
 
-def rows_of_step(ids: Sequence[str], seed: int, step: int, batch_size: int) -> list[int]:
-    """Which prompts step `step` draws: pass after pass over all of them, each pass in an order of
-    its own.
+def rows_of_step(
+    ids: Sequence[str], seed: int, step: int, batch_size: int, samples: int = 1
+) -> list[int]:
+    """Which prompts step `step` draws, `samples` times each, side by side: pass after pass over all
+    of them, each pass in an order of its own.
     """
-    drawn = range(step * batch_size, (step + 1) * batch_size)
-    return [_epoch_order(tuple(ids), seed, at // len(ids))[at % len(ids)] for at in drawn]
-
-
-def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Rows for each rank, about as many tokens each: the longest first, back and forth over the
-    ranks.
-    """
-    hands: list[list[int]] = [[] for _ in range(ranks)]
-    for at, row in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
-        turn, seat = divmod(at, ranks)
-        hands[seat if turn % 2 == 0 else ranks - 1 - seat].append(row)
-    return hands
-
-
-def micro_batches(
-    rows: Sequence[int], lengths: Sequence[int], tokens: int, ranks: int
-) -> list[list[list[int]]]:
-    """For each rank its micro-batches of `rows`, as many on every rank: ZeRO needs every rank at
-    every backward pass.
-
-    Those that fill up the count are empty. `lengths` are those of all rows.
-    """
-    hands = [[rows[i] for i in hand] for hand in deal([lengths[row] for row in rows], ranks)]
-    batches = [
-        [[hand[i] for i in pack] for pack in packs([lengths[row] for row in hand], tokens)]
-        for hand in hands
-    ]
-    most = max(map(len, batches))
-    return [own + [[]] * (most - len(own)) for own in batches]
+    prompts = batch_size // samples
+    drawn = range(step * prompts, (step + 1) * prompts)
+    rows = [_epoch_order(tuple(ids), seed, at // len(ids))[at % len(ids)] for at in drawn]
+    return [row for row in rows for _ in range(samples)]
 
 
 def mini_batches(n: int, parts: int, seed: int, step: int, epoch: int) -> list[list[int]]:

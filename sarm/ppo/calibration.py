@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sarm.ppo.reward import Kind, Penalised, calibrate_random, fires
+from sarm.ppo.reward import Penalised, calibrate_random, fires
 from sarm.ppo.trainer import Trainer
 
 
@@ -34,24 +34,24 @@ def calibrate(trainer: Trainer, n: int, candidates: Sequence[int], seed: int) ->
     A collective.
     """
     drawn = trainer.draw([row % len(trainer.prompts) for row in range(n)])
-    rollout = trainer.roll_out(drawn, step=-1, seed=seed)
-    hands = trainer.hands(rollout)
-    conversations = [
-        trainer.conversation(drawn[i], rollout.ids(i)) for i in hands[trainer.world.rank]
-    ]
-    tracked, kind = trainer.tracked, trainer.reward.kind
+    rollout = trainer.sample(drawn, step=-1, seed=seed, forward_follows=False)
+    tracked, reward = trainer.tracked, trainer.reward
     latents = [*(p.latent for p in tracked), *candidates]
-    z = trainer.world.gather(trainer.reward.measure(conversations, latents), hands)
+    (z,) = trainer.learner.map_rows(
+        rollout, lambda rows: [reward.measure(trainer.conversations(drawn, rollout, rows), latents)]
+    )
     z_penalised, z_candidates = z[:, : len(tracked)], z[:, len(tracked) :]
     random = (
-        calibrate_random(z_candidates, candidates, z_penalised, tracked, kind)
+        calibrate_random(z_candidates, candidates, z_penalised, tracked, reward.kind)
         if len(candidates)
         else []
     )
     columns = [latents.index(r.latent, len(tracked)) for r in random]
-    return Calibration(n, _rated(tracked, z_penalised, kind), _rated(random, z[:, columns], kind))
+    return Calibration(
+        n, _rated(tracked, z_penalised, reward.kind), _rated(random, z[:, columns], reward.kind)
+    )
 
 
-def _rated(penalised: Sequence[Penalised], z: Tensor, kind: Kind) -> list[Rated]:
+def _rated(penalised: Sequence[Penalised], z: Tensor, kind: str) -> list[Rated]:
     rates = fires(z, penalised, kind).double().mean(0).tolist()
     return [Rated(*p, rate) for p, rate in zip(penalised, rates, strict=True)]

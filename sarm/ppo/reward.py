@@ -4,15 +4,10 @@ ppo`, and for TRL.
     R(x, y) = r(x, y) - sum_i penalty_i(z_i)
 
 over the penalised latents i, z_i being a latent's value after TopK (0 where it is not among the k
-largest), neither clamped nor normalised. The penalty of one latent is, by `kind`,
-
-    count    alpha_i * 1[z_i > tau_i]
-    hinge    alpha_i * max(0, z_i - tau_i)
-    density  alpha_i * (b log(p_i / q_i) + (1 - b) log((1 - p_i) / (1 - q_i))),  b = 1[z_i > 0]
-
-where p_i = (number of b + 1/2) / (n + 1) is the rate in the batch scored, *over all ranks*, and q_i
-the rate in reference texts. So `count` and `hinge` look at one text, while `density` is a term of
-the batch: its mean over the batch is about alpha_i KL(p_i || q_i), it may be negative for a text
+largest), neither clamped nor normalised. `penalties.py` has the kinds of penalty. `threshold` and
+`hinge` look at one text, while `density` is a term of the batch: its mean over the batch is about
+alpha_i KL(p_i || q_i), p_i being the rate in the batch and q_i in reference texts; it may be
+negative for a text
 (firing is paid where the batch fires too seldom), and the same text costs differently in another
 batch. With `clamp` the latents are held to at most that value for r; the penalty still sees z.
 
@@ -26,32 +21,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sarm.config import PenaltyConfig, SarmConfig, UserError
-from sarm.ppo.objective import AllReduce, sum_over_ranks
+from sarm.ppo.learner.distributed import sum_over_ranks
+from sarm.ppo.penalties import PENALTIES, Penalised, Scored, above, taus_of
 from sarm.records import Features
 from sarm.reward_model.interventions import Clamp, Ranks, latent_values, reward_changes
 from sarm.reward_model.model import SarmModel
 from sarm.reward_model.scoring import Encoded, encode_texts
 
-Kind = Literal["threshold", "hinge", "density"]
 Message = dict[str, str]
-
-
-class Penalised(NamedTuple):
-    """A latent that costs reward. In a density penalty `alpha` is its lambda, and `tau` is not
-    looked at.
-    """
-
-    latent: int
-    tau: float
-    alpha: float
+AllReduce = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all ranks."""
 
 
 class Scores(NamedTuple):
@@ -91,7 +78,7 @@ class CompoundReward:
         tokenizer: PreTrainedTokenizerBase,
         penalised: Sequence[Penalised],
         *,
-        kind: Kind = "threshold",
+        kind: str = "threshold",
         clamp: float | None = None,
         monitors: Sequence[int] = (),
         reference_rates: Mapping[int, float] | None = None,
@@ -166,6 +153,8 @@ class CompoundReward:
         return other
 
     def _check(self) -> None:
+        if self.kind not in PENALTIES:
+            raise UserError(f"no penalty {self.kind!r}; known are {', '.join(PENALTIES)}")
         latents = [p.latent for p in self.penalised]
         if len(set(latents)) < len(latents):
             raise UserError(f"a latent is penalised twice in {latents}; name each once")
@@ -177,13 +166,13 @@ class CompoundReward:
                 f"latents {beyond} are not in this SARM, which has {self.model.d_sae}; use the"
                 " features.json made with it"
             )
-        if self.kind == "density":
+        if PENALTIES[self.kind].needs_rates:
             without = [
                 latent for latent in latents if not 0 < self.reference_rates.get(latent, 0.0) < 1
             ]
             if without:
                 raise UserError(
-                    "a density penalty needs reference rates between 0 and 1, and latents"
+                    f"a {self.kind} penalty needs reference rates between 0 and 1, and latents"
                     f" {without} have none; run select again"
                 )
 
@@ -274,67 +263,22 @@ class CompoundReward:
 
     def _penalty(self, z: Tensor) -> Tensor:
         """(n,)."""
-        if self.kind != "density":
-            return penalty_terms(z, self.penalised, self.kind).sum(1).float()
-        q = torch.tensor(
-            [self.reference_rates[p.latent] for p in self.penalised], dtype=torch.float64
-        )
-        return (
-            density_terms(z, [p.alpha for p in self.penalised], batch_rates(z, self.all_reduce), q)
-            .sum(1)
-            .float()
-        )
+        kind = PENALTIES[self.kind]
+        rates = [self.reference_rates[p.latent] for p in self.penalised] if kind.needs_rates else []
+        return kind.terms(Scored(z, self.penalised, rates, self.all_reduce)).sum(1).float()
 
 
 # --- the penalty as arithmetic on latent values
 # -----------------------------------------------------------------------
 
 
-def fires(z: Tensor, penalised: Sequence[Penalised], kind: Kind = "threshold") -> Tensor:
-    """(n, P) bool. In float64, so that a tau between two float32 values stays between them."""
-    taus = [0.0 if kind == "density" else p.tau for p in penalised]
-    return z.double() > torch.tensor(taus, dtype=torch.float64)
-
-
-def penalty_terms(
-    z: Tensor, penalised: Sequence[Penalised], kind: Literal["threshold", "hinge"]
-) -> Tensor:
-    """(n, P) float64: what each latent costs each text."""
-    alphas = torch.tensor([p.alpha for p in penalised], dtype=torch.float64)
-    if kind == "threshold":
-        return alphas * fires(z, penalised)
-    taus = torch.tensor([p.tau for p in penalised], dtype=torch.float64)
-    return alphas * (z.double() - taus).clamp(min=0)
-
-
-def batch_rates(z: Tensor, all_reduce: AllReduce) -> Tensor:
-    """(P,) float64: (texts on all ranks where z > 0, plus 1/2) / (texts + 1). A collective."""
-    counts = all_reduce(
-        torch.cat([(z > 0).double().sum(0), torch.tensor([float(len(z))], dtype=torch.float64)])
-    )
-    return (counts[:-1] + 0.5) / (counts[-1] + 1)
-
-
-def density_terms(z: Tensor, alphas: Sequence[float], p: Tensor, q: Tensor) -> Tensor:
-    """(n, P) float64: alpha (b log(p/q) + (1 - b) log((1-p)/(1-q))), b = 1[z > 0]."""
-    return torch.tensor(list(alphas), dtype=torch.float64) * torch.where(
-        z > 0, (p / q).log(), ((1 - p) / (1 - q)).log()
-    )
+def fires(z: Tensor, penalised: Sequence[Penalised], kind: str = "threshold") -> Tensor:
+    """(n, P) bool: z > tau, or z > 0 in a penalty without a threshold."""
+    return above(z, taus_of(penalised) if PENALTIES[kind].has_tau else [0.0] * len(penalised))
 
 
 # --- the random arm
-# ---------------------------------------------------------------------------------------------------
-
-
-def mean_doses(z: Tensor, penalised: Sequence[Penalised], kind: Kind) -> Tensor:
-    """(P,) float64: what each latent costs the texts on average. Of a density penalty, alpha *
-    rate: its own mean may be 0.
-    """
-    if kind == "density":
-        return torch.tensor([p.alpha for p in penalised], dtype=torch.float64) * fires(
-            z, penalised, kind
-        ).double().mean(0)
-    return penalty_terms(z, penalised, kind).mean(0)
+# ------------------------------------------------------------------------------------------------
 
 
 def calibrate_random(
@@ -342,13 +286,13 @@ def calibrate_random(
     candidates: Sequence[int],
     z_penalised: Tensor,
     penalised: Sequence[Penalised],
-    kind: Kind = "threshold",
+    kind: str = "threshold",
 ) -> list[Penalised]:
     """As many random latents as penalised ones, with the same total dose over the base policy's
     texts.
 
     `z_candidates` (n, C) and `z_penalised` (n, P) are latent values on n generations of the base
-    policy. The dose is the mean penalty, sum_i alpha_i P(z_i > tau_i) for `count`. Each penalised
+    policy. The dose is the mean penalty, sum_i alpha_i P(z_i > tau_i) for `threshold`. Each penalised
     latent, the most frequent first, is matched with the first unused candidate that is active often
     enough, at the tau that gives the same rate; where none is, with the most active one, at the tau
     that comes nearest. Then all alphas are multiplied by one number, so that the doses are equal.
@@ -360,7 +304,7 @@ def calibrate_random(
             f"{len(candidates)} random candidates cannot match {len(penalised)} penalised latents;"
             " raise select.random_candidates"
         )
-    dose = float(mean_doses(z_penalised, penalised, kind).sum())
+    dose = float(PENALTIES[kind].doses(z_penalised, penalised).sum())
     active = (z_candidates > 0).sum(0).tolist()
     if dose > 0 and not any(active):
         raise UserError(
@@ -376,19 +320,16 @@ def calibrate_random(
         tau = matching_tau(z_candidates[:, column], wanted[at], penalised[at].tau)
         matched[at] = Penalised(int(candidates[column]), tau, penalised[at].alpha)
     random = [matched[at] for at in range(len(penalised))]
-    random_dose = float(
-        mean_doses(
-            z_candidates[:, [list(candidates).index(r.latent) for r in random]], random, kind
-        ).sum()
-    )
+    columns = [list(candidates).index(r.latent) for r in random]
+    random_dose = float(PENALTIES[kind].doses(z_candidates[:, columns], random).sum())
     if dose == 0 or random_dose == 0:
         return random
     return [r._replace(alpha=r.alpha * dose / random_dose) for r in random]
 
 
-def _best_match(wanted: int, active: Sequence[int], kind: Kind) -> int:
+def _best_match(wanted: int, active: Sequence[int], kind: str) -> int:
     """Which candidate to take, by how many texts each is active on; the first of equals."""
-    if kind == "density":
+    if not PENALTIES[kind].has_tau:
         return min(range(len(active)), key=lambda c: (active[c] == 0, abs(active[c] - wanted)))
     enough = [c for c, count in enumerate(active) if count >= max(wanted, 1)]
     return enough[0] if enough else max(range(len(active)), key=lambda c: active[c])
@@ -410,7 +351,7 @@ def matching_tau(z: Tensor, wanted: int, tau: float) -> float:
 
 
 # --- conversations
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def conversation(

@@ -21,15 +21,20 @@ from safetensors.numpy import load_file
 
 from sarm.config import Config, UserError
 from sarm.data.datasets import Data, Pair, pairs_in, text_id
+from sarm.probing.contrast import Contrast
 from sarm.probing.direction import Moved
-from sarm.probing.permutation import Contrast, permutation_p, permutations_needed
-from sarm.probing.stats import bootstrap_intervals, prompt_effects
+from sarm.probing.permutation import permutation_p, permutations_needed
+from sarm.probing.stats import bootstrap_intervals, partial_conjunction, prompt_effects
 from sarm.reward_model.interventions import Ranks, contributions, latent_values
 from sarm.run import Published
 
-HELD_OUT = ("discovery", "validation")
+PARTS = ("discovery", "validation", "first", "second")
+"""Of a contrast: pairs of discovery and validation; where latents must have their effect in two
+sources, discovery's pairs of either as well.
+"""
 PER_PART = (
     "n_prompts_active",
+    "density",
     "density_chosen",
     "density_rejected",
     "delta_z",
@@ -41,7 +46,9 @@ PER_PART = (
     "effect_high",
     "p",
 )
-"""Columns that `latent_table` gives for discovery, and again with `_validation` behind the name."""
+"""Columns that `latent_table` gives for discovery, and again with `_validation` (`_first`,
+`_second`) behind the name.
+"""
 
 
 class Encoded(NamedTuple):
@@ -67,17 +74,29 @@ def read_encoded(shards: Sequence[Published]) -> Encoded:
     }
     head_weight = tensors[0]["head_weight"]
     ranks = Ranks(
-        joined["indices"], joined["values"], int(shards[0].manifest["k"]), len(head_weight)
+        joined["indices"], joined["values"], int(shards[0].manifest.more["k"]), len(head_weight)
     )
     return Encoded(texts, ranks, joined["states"], head_weight)
 
 
-def contrasts_of(data: Data, encoded: Encoded) -> dict[str, Contrast]:
-    """The contrast of discovery and of validation. Raises UserError where a pair's text was not
-    encoded.
+def contrasts_of(data: Data, encoded: Encoded, conjunction: Sequence[str]) -> dict[str, Contrast]:
+    """The contrast of each of `PARTS`, the last two only where two sources are named: discovery is
+    then what these give to it, a prompt of both counting for the first alone. Raises UserError
+    where a pair's text was not encoded.
     """
     rows = {id_: row for row, id_ in enumerate(encoded.texts["text_id"])}
-    return {part: contrast_of(pairs_in(data, part), rows) for part in HELD_OUT}  # type: ignore[arg-type]
+    by_source = [pairs_in(data, "discovery", name) for name in conjunction]
+    known = {p.prompt.id for p in by_source[0]} if by_source else set()
+    by_source[1:] = [[p for p in pairs if p.prompt.id not in known] for pairs in by_source[1:]]
+    discovery = [p for pairs in by_source for p in pairs] or pairs_in(data, "discovery")
+    pairs = [discovery, pairs_in(data, "validation"), *by_source]
+    return {part: contrast_of(mine, rows) for part, mine in zip(PARTS, pairs, strict=False)}
+
+
+def discovery_contrasts(contrasts: Mapping[str, Contrast]) -> list[Contrast]:
+    """What discovery's test reads: either of two sources, or the one there is."""
+    both = [contrasts[part] for part in PARTS[2:] if part in contrasts]
+    return both or [contrasts["discovery"]]
 
 
 def contrast_of(pairs: Iterable[Pair], rows: Mapping[str, int]) -> Contrast:
@@ -161,6 +180,7 @@ def latent_effects(
     return pd.DataFrame(
         {
             "n_prompts_active": prompts_active(fires, contrast),
+            "density": fires @ blind_weights(contrast) + empty,
             "density_chosen": fires @ contrast.chosen / n + empty,
             "density_rejected": fires @ contrast.rejected / n + empty,
             "delta_z": z @ contrast.labels / n + empty,
@@ -181,21 +201,28 @@ def prompts_active(fires: scipy.sparse.csr_array, contrast: Contrast) -> NDArray
     return np.diff(times.indptr).astype(np.int64)
 
 
-def n_tested(encoded: Encoded, contrast: Contrast, minimum: int) -> int:
-    """How many of all latents pass the activity filter: what the smallest threshold of the whole
-    probe depends on.
+def blind_weights(contrast: Contrast) -> NDArray[np.float64]:
+    """(n,) what each response counts in a mean over prompts of the mean over their responses,
+    which no label enters.
     """
-    return int(tested_latents(encoded.ranks, contrast, 0, encoded.ranks.d_sae, minimum).sum())
+    sizes = np.bincount(contrast.prompts, minlength=contrast.n_prompts)
+    return 1 / (sizes[contrast.prompts] * max(contrast.n_prompts, 1))
 
 
 def tested_latents(
-    ranks: Ranks, contrast: Contrast, start: int, stop: int, minimum: int
+    ranks: Ranks, contrasts: Sequence[Contrast], start: int, stop: int, config: Config
 ) -> NDArray[np.bool_]:
-    """Which of latents [start, stop) fire on at least `minimum` prompts, whatever the labels."""
-    fires = by_latent(
-        ranks, (ranks.values[:, : ranks.k] > 0).astype(np.float64), contrast.rows, start, stop
-    )
-    return prompts_active(fires, contrast) >= minimum
+    """Which of latents [start, stop) fire on enough prompts of every contrast, and not on nearly
+    all texts of any, whatever the labels.
+    """
+    tested = np.ones(stop - start, bool)
+    for contrast in contrasts:
+        fires = by_latent(
+            ranks, (ranks.values[:, : ranks.k] > 0).astype(np.float64), contrast.rows, start, stop
+        )
+        tested &= prompts_active(fires, contrast) >= config.probe.min_prompts_active
+        tested &= fires @ blind_weights(contrast) <= config.select.max_density
+    return tested
 
 
 def latent_table(
@@ -206,16 +233,16 @@ def latent_table(
     config: Config,
     device: str = "cpu",
 ) -> pd.DataFrame:
-    """One row for each latent of [start, stop): weight, role, effects and statistics on discovery
-    and on validation.
+    """One row for each latent of [start, stop): weight, role, effects and statistics on each of
+    the contrasts; `p` is that of the conjunction where there are two sources.
 
     `device` is where permutations are counted; it changes no figure.
     """
-    ranks, weight, probe = encoded.ranks, encoded.head_weight, config.probe
-    tested = tested_latents(ranks, contrasts["discovery"], start, stop, probe.min_prompts_active)
-    needed = permutations_needed(
-        n_tested(encoded, contrasts["discovery"], probe.min_prompts_active), config.select.fdr
-    )
+    ranks, weight = encoded.ranks, encoded.head_weight
+    sources = discovery_contrasts(contrasts)
+    tested = tested_latents(ranks, sources, start, stop, config)
+    of_all = tested_latents(ranks, sources, 0, ranks.d_sae, config).sum()
+    needed = permutations_needed(int(of_all), config.select.fdr)
     table = pd.DataFrame(
         {
             "latent": np.arange(start, stop),
@@ -223,31 +250,51 @@ def latent_table(
             "tested": tested,
         }
     )
-    for number, part in enumerate(HELD_OUT):
-        contrast, seed = contrasts[part], config.seed * len(HELD_OUT) + number
+    for number, (part, contrast) in enumerate(contrasts.items()):
+        seed = config.seed * len(PARTS) + number
         part_table = latent_effects(ranks, weight, contrast, start, stop)
-        values = by_latent(
-            ranks,
-            contributions(ranks, weight, reselected=config.select.effect == "reselected"),
-            contrast.rows,
-            start,
-            stop,
-        )
+        values = latent_contributions(encoded, contrast, config, start, stop)
         n = max(contrast.n_prompts, 1)
         part_table["effect_chosen"] = values @ contrast.chosen / n
         part_table["effect_rejected"] = values @ contrast.rejected / n
         part_table["effect_low"], part_table["effect_high"] = bootstrap_intervals(
-            prompt_effects(values, contrast), probe.bootstrap, seed
+            prompt_effects(values, contrast), config.probe.bootstrap, seed
         )
         part_table["p"] = np.nan
-        if contrast.n_prompts:
+        if contrast.n_prompts and not (part == "discovery" and len(sources) == 2):
             part_table.loc[tested, "p"] = permutation_p(
-                values[np.flatnonzero(tested)], contrast, probe.permutations, needed, seed, device
+                values[np.flatnonzero(tested)],
+                contrast,
+                config.probe.permutations,
+                needed,
+                seed,
+                device,
             )
         suffix = "" if part == "discovery" else f"_{part}"
         table[[f"{column}{suffix}" for column in PER_PART]] = part_table[list(PER_PART)]
+    if len(sources) == 2:
+        first, second = (table[f"effect_{config.select.effect}_{part}"] for part in PARTS[2:])
+        table["p"] = partial_conjunction(
+            table["p_first"].to_numpy(),
+            table["p_second"].to_numpy(),
+            (np.sign(first) == np.sign(second)).to_numpy(),
+        )
     table.insert(2, "role", roles(table["weight"].to_numpy(), table["delta_z"].to_numpy()))
     return table
+
+
+def latent_contributions(
+    encoded: Encoded, contrast: Contrast, config: Config, start: int = 0, stop: int | None = None
+) -> scipy.sparse.csr_array:
+    """The configured effect of latents [start, stop) on every text of a contrast, (latents, n)."""
+    reselected = config.select.effect == "reselected"
+    return by_latent(
+        encoded.ranks,
+        contributions(encoded.ranks, encoded.head_weight, reselected=reselected),
+        contrast.rows,
+        start,
+        encoded.ranks.d_sae if stop is None else stop,
+    )
 
 
 DIRECTION_COLUMNS = (

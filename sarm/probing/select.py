@@ -10,7 +10,7 @@ fixed before training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,17 @@ from numpy.typing import NDArray
 
 from sarm.config import Config, PenaltyConfig, SelectConfig, UserError
 from sarm.probing.effects import Encoded, values_on
-from sarm.probing.permutation import permutations_needed
-from sarm.probing.stats import benjamini_hochberg, holm, matched_at_random
+from sarm.probing.monitors import (
+    MonitorCandidate,
+    choose_monitors,
+    largest_correlations,
+    largest_cosines,
+    random_pool,
+    tau_at_rate,
+)
+from sarm.probing.permutation import ENOUGH, permutations_needed
+from sarm.probing.stats import benjamini_hochberg, holm
+from sarm.records import Features
 from sarm.reward_model.interventions import Scale, steering_file
 
 CONFIRMED_P = 0.05
@@ -46,24 +55,30 @@ def select_features(
         warnings.append(
             f"probe.permutations={config.probe.permutations} is too few for {n_tested} tested"
             f" latents at fdr {config.select.fdr:g}, whose smallest threshold needs {needed}:"
-            f" latents that chance had matched fewer than 10 times got {needed}"
+            f" latents that chance had matched fewer than {ENOUGH} times got {needed}"
         )
-    harming = ranked(table, "harming")
-    penalised = penalised_latents(harming, encoded, config, warnings)
-    chosen = [p["latent"] for p in penalised]
-    monitors, cosines = monitor_latents(harming, chosen, config.select, directions)
-    if len(monitors) < config.select.monitors:
-        limit = config.select.monitor_max_cosine
+    if not config.conjunction:
         warnings.append(
-            f"{len(monitors)} of {config.select.monitors} monitors found: no further harming latent"
-            f" has |cos| < {limit:g} with the penalised"
+            "fewer than two sources for a conjunction: discovery reads one data set, so latents may"
+            " stand for its style"
         )
-    random = random_candidates(table, penalised, monitors, encoded, config)
+    penalised = penalised_latents(table, encoded, config, warnings)
+    watchable = monitor_candidates(table, penalised, encoded, config.select, directions)
+    monitors = choose_monitors(watchable, None, config.select)
+    if len(monitors) < config.select.monitors:
+        warnings.append(monitors_lack(monitors, watchable, config.select))
     listed = {
         role: listed_features(table, role, config.select)
         for role in ("promoting", "harming", "misleading")
     }
-    watched = [*chosen, *monitors, *(c["latent"] for c in random)]
+    taken = {f["latent"] for features in listed.values() for f in features}
+    taken |= {p["latent"] for p in penalised} | {m.latent for m in watchable}
+    random = random_candidates(table, penalised, taken, encoded, config)
+    watched = [
+        *(p["latent"] for p in penalised),
+        *(m.latent for m in watchable),
+        *(c["latent"] for c in random),
+    ]
     in_part = {
         part: encoded.texts.loc[encoded.texts["part"] == part, "prompt_id"].nunique()
         for part in ("discovery", "validation", "test")
@@ -74,10 +89,12 @@ def select_features(
         **listed,
         "penalised": penalised,
         "clamp": config.ppo.penalty.clamp,
-        "monitors": monitors,
+        "monitors": [m.latent for m in monitors],
         "monitor_features": [
-            feature(row, config.select) | {"max_cosine": cosines[row["latent"]]}
-            for _, row in harming.loc[monitors].iterrows()
+            feature(row, config.select) | m._asdict()
+            for m, (_, row) in zip(
+                watchable, table.loc[[m.latent for m in watchable]].iterrows(), strict=True
+            )
         ],
         "random_candidates": random,
         "reward_sd": reward_sd(encoded),
@@ -85,6 +102,7 @@ def select_features(
         "n_tested": n_tested,
         "n_discoveries": n_discoveries,
         "n_confirmed": int(table["confirmed"].sum()),
+        "conjunction": [config.data.sources[name].label for name in config.conjunction],
         "effect": config.select.effect,
         "permutations": {
             "configured": config.probe.permutations,
@@ -159,7 +177,7 @@ def feature(row: pd.Series, select: SelectConfig) -> dict[str, Any]:
         "p": row["p"],
         "q": row["q"],
         "p_validation": row["p_validation"],
-        "density": density(row),
+        "density": row["density"],
     }
     known = {name: None if math.isnan(value) else float(value) for name, value in numbers.items()}
     return {
@@ -170,62 +188,82 @@ def feature(row: pd.Series, select: SelectConfig) -> dict[str, Any]:
     }
 
 
-def monitor_latents(
-    harming: pd.DataFrame, penalised: Sequence[int], select: SelectConfig, directions: Directions
-) -> tuple[list[int], dict[int, float]]:
-    """Harming latents to watch but never penalise, and the largest |cos| of each with a penalised
-    one.
+def monitor_candidates(
+    table: pd.DataFrame,
+    penalised: Sequence[dict[str, Any]],
+    encoded: Encoded,
+    select: SelectConfig,
+    directions: Directions,
+) -> list[MonitorCandidate]:
+    """Confirmed harming latents that are not penalised, by effect on validation, none but those.
 
-    The confirmed first, else the best remaining; each less than `monitor_max_cosine` from every
-    penalised latent, so that it does not fall merely because it reads the same direction.
+    Each is counted at a tau of its own, at which it fires on discovery's rejected texts as often as
+    the penalised do on average.
     """
-    others = [int(latent) for latent in harming.index if latent not in penalised]
-    if not others or select.monitors == 0:
-        return [], {}
-    unit = {}
-    for latent, direction in zip(
-        [*penalised, *others], directions([*penalised, *others]).astype(np.float64), strict=True
-    ):
-        unit[latent] = direction / max(float(np.linalg.norm(direction)), 1e-12)
-    cosines = {
-        latent: max((abs(float(unit[latent] @ unit[p])) for p in penalised), default=0.0)
-        for latent in others
-    }
-    monitors = [latent for latent in others if cosines[latent] < select.monitor_max_cosine][
-        : select.monitors
+    harming = ranked(table, "harming")
+    targets = [p["latent"] for p in penalised]
+    latents = [int(i) for i in harming.index[harming["confirmed"]] if i not in targets]
+    if not latents or select.monitors == 0:
+        return []
+    rates = [firing_rate(encoded, p["latent"], p["tau"]) for p in penalised] or [0.5]
+    vectors = directions([*latents, *targets]).astype(np.float64)
+    z = np.concatenate(
+        [
+            values_on(encoded, part, label, [*latents, *targets])
+            for part in ("discovery", "validation")
+            for label in ("chosen", "rejected")
+        ]
+    )
+    rejected = values_on(encoded, "discovery", "rejected", latents)
+    n = len(latents)
+    return [
+        MonitorCandidate(*known)
+        for known in zip(
+            latents,
+            [tau_at_rate(rejected[:, i], float(np.mean(rates))) for i in range(n)],
+            largest_cosines(vectors[:n], vectors[n:]).tolist(),
+            largest_correlations(z[:, :n], z[:, n:]).tolist(),
+            strict=True,
+        )
     ]
-    return monitors, {latent: cosines[latent] for latent in monitors}
+
+
+def monitors_lack(
+    monitors: Sequence[MonitorCandidate],
+    candidates: Sequence[MonitorCandidate],
+    select: SelectConfig,
+) -> str:
+    return (
+        f"{len(monitors)} of {select.monitors} monitors found: of {len(candidates)} confirmed"
+        f" harming latents that are not penalised no further one has |cos| <"
+        f" {select.monitor_max_cosine:g} and |correlation| < {select.monitor_max_correlation:g}"
+        " with every penalised one"
+    )
 
 
 def random_candidates(
     table: pd.DataFrame,
     penalised: Sequence[dict[str, Any]],
-    monitors: Sequence[int],
+    taken: Collection[int],
     encoded: Encoded,
     config: Config,
 ) -> list[dict[str, Any]]:
-    """Latents matched at random to the penalised on activity and |weight|: those for the first,
-    second, ... in turn.
+    """Latents matched at random to the penalised on activity and |weight|, with their sign of
+    weight: those for the first, second, ... in turn.
 
-    Drawn from the tested latents that are no discovery, or, where those are too few, from all
-    tested ones that are neither penalised nor monitors. Each one's tau makes it fire as often on
-    discovery's rejected texts as its match does.
+    Never a confirmed one, nor one of `taken`: the listed, the penalised and the monitors. Tested
+    ones that are no discovery, or, where those are too few, discoveries too. Each one's tau makes
+    it fire as often on discovery's rejected texts as its match does.
     """
-    targets = np.array([p["latent"] for p in penalised], dtype=np.int64)
+    targets = [p["latent"] for p in penalised]
     each = math.ceil(config.select.random_candidates / max(len(targets), 1))
     free = table[
-        table["tested"] & (table["weight"] != 0) & ~table.index.isin([*targets, *monitors])
+        table["tested"] & (table["weight"] != 0) & ~table["confirmed"] & ~table.index.isin(taken)
     ]
     null = free[~free["discovered"]]
     pool = null if len(null) >= each * len(targets) else free
-    tiny = 1e-9
-    matched_on = np.stack(
-        [np.log(density(table).to_numpy() + tiny), np.log(table["weight"].abs().to_numpy() + tiny)],
-        axis=1,
-    )
-    drawn = matched_at_random(
-        targets, pool.index.to_numpy(dtype=np.int64), matched_on, each, config.seed
-    )
+    weight, density = table["weight"].to_numpy(), table["density"].to_numpy()
+    drawn = random_pool(targets, weight, density, pool.index.tolist(), each, config.seed)
     rates = [firing_rate(encoded, p["latent"], p["tau"]) for p in penalised]
     candidates = []
     for turn in range(each):
@@ -233,28 +271,19 @@ def random_candidates(
             if turn < len(latents):
                 z = values_on(encoded, "discovery", "rejected", [latents[turn]])[:, 0]
                 row: Any = table.loc[latents[turn]]
-                effect = (
-                    None
-                    if math.isnan(row["effect_validation"])
-                    else float(row["effect_validation"])
-                )
+                effect = float(row["effect_validation"])
                 candidates.append(
                     {
                         "latent": latents[turn],
-                        "tau": max(float(np.quantile(z, 1 - rate)), 0.0),
+                        "tau": tau_at_rate(z, rate),
                         "alpha": target["alpha"],
                         "matched_to": target["latent"],
                         "weight": float(row["weight"]),
-                        "density": float(density(row)),
-                        "effect": effect,
+                        "density": float(row["density"]),
+                        "effect": None if math.isnan(effect) else effect,
                     }
                 )
     return candidates[: config.select.random_candidates]
-
-
-def density(table: Any) -> Any:
-    """How often a latent fires on discovery, chosen and rejected texts counting alike."""
-    return (table["density_chosen"] + table["density_rejected"]) / 2
 
 
 def _by_size(table: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -265,37 +294,72 @@ def _by_size(table: pd.DataFrame, column: str) -> pd.DataFrame:
 # What penalising them means
 
 
-def penalised_latents(
-    harming: pd.DataFrame, encoded: Encoded, config: Config, warnings: list[str]
-) -> list[dict[str, Any]]:
-    """The first `select.penalised` harming latents with tau and alpha as numbers. Raises UserError
-    where no penalty comes of it.
+def penalisable(table: pd.DataFrame, penalise: str) -> pd.DataFrame:
+    """The candidates that a penalty may be put on, the confirmed first: harming ones, or misleading
+    ones that fire on unsafe text and are paid for, or both by the size of their effect.
     """
-    wanted, penalty = config.select.penalised, config.ppo.penalty
+    harming, misleading = ranked(table, "harming"), ranked(table, "misleading")
+    misleading = misleading[misleading["weight"] > 0]
+    if penalise != "both":
+        return harming if penalise == "harming" else misleading
+    both = pd.concat([harming, misleading])
+    confirmed, others = both[both["confirmed"]], both[~both["confirmed"]]
+    return pd.concat([_by_size(confirmed, "effect_validation"), _by_size(others, "effect")])
+
+
+def penalised_latents(
+    table: pd.DataFrame, encoded: Encoded, config: Config, warnings: list[str]
+) -> list[dict[str, Any]]:
+    """The first `select.penalised` confirmed latents with tau and alpha as numbers; where none is
+    confirmed, unconfirmed ones marked so. Raises UserError where no penalty comes of it.
+    """
+    wanted, penalty, select = config.select.penalised, config.ppo.penalty, config.select
+    what = "harming or misleading" if select.penalise == "both" else select.penalise
     trains = [arm for arm in config.ppo.arms if arm != "no_penalty"]
-    latents = [int(latent) for latent in harming.index[:wanted]]
-    if not latents and trains:
+    rows = penalisable(table, select.penalise)
+    if rows.empty and trains:
         raise UserError(
-            "no harming latent was found to penalise: none of those active on"
-            f" {config.probe.min_prompts_active} discovery prompts has a negative weight, fires"
-            " more on rejected texts and raises the margin; give more pairs to discovery, lower"
+            f"no {what} latent was found to penalise: none of those active on"
+            f" {config.probe.min_prompts_active} discovery prompts has the weight and fires on the"
+            " side of that role, and moves the margin its way; give more pairs to discovery, lower"
             " probe.min_prompts_active, or set ppo.arms=[no_penalty]"
         )
-    if len(latents) < wanted:
-        warnings.append(f"{len(latents)} of {wanted} latents to penalise found")
-    unconfirmed = [latent for latent in latents if not harming.loc[latent, "confirmed"]]
-    if unconfirmed:
+    confirmed = rows[rows["confirmed"]]
+    chosen = (confirmed if len(confirmed) else rows).head(wanted)
+    if not len(confirmed):
         warnings.append(
-            f"penalised latents not confirmed on validation: {', '.join(map(str, unconfirmed))}"
+            f"no {what} latent is confirmed on validation; those to penalise are the likeliest of"
+            f" the unconfirmed: {', '.join(map(str, chosen.index)) or 'none'}"
         )
+    elif len(chosen) < wanted:
+        warnings.append(f"{len(chosen)} of {wanted} confirmed {what} latents to penalise found")
     alpha = penalty.alpha * (reward_sd(encoded) if penalty.alpha_unit == "reward_sd" else 1.0)
     entries = [
-        {"latent": latent, "tau": resolved_tau(latent, encoded, penalty), "alpha": alpha}
-        for latent in latents
+        {
+            "latent": int(row["latent"]),
+            "tau": resolved_tau(int(row["latent"]), encoded, penalty),
+            "alpha": alpha,
+            "role": row["role"],
+            "confirmed": bool(row["confirmed"]),
+        }
+        for _, row in chosen.iterrows()
     ]
-    if penalty.kind != "density":
+    if penalty.has_tau:
         _refuse_silent(entries, encoded, penalty, bool(trains), warnings)
     return entries
+
+
+def refuse_unconfirmed(features: Features, select: SelectConfig) -> None:
+    """Raises UserError where a penalty would be put on latents none of which is confirmed, unless
+    the config allows it.
+    """
+    if select.unconfirmed == "stop" and not any(p.confirmed for p in features.penalised):
+        latents = ", ".join(str(p.latent) for p in features.penalised) or "none"
+        raise UserError(
+            f"none of the latents to penalise ({latents}) is confirmed on data that took no part in"
+            " finding it, so training against them would show nothing of harm; give more pairs to"
+            " discovery and validation, or set select.unconfirmed=allow"
+        )
 
 
 def resolved_tau(latent: int, encoded: Encoded, penalty: PenaltyConfig) -> float:

@@ -12,8 +12,10 @@ import math
 
 import numpy as np
 import scipy.sparse
+from numpy.typing import NDArray
 
-from sarm.probing.permutation import ROWS, Contrast, Floats, Ints
+from sarm.probing.contrast import Contrast, Floats, Ints
+from sarm.probing.permutation import ROWS
 
 
 def prompt_effects(values: scipy.sparse.csr_array, contrast: Contrast) -> scipy.sparse.csr_array:
@@ -73,7 +75,7 @@ def holm(p: Floats) -> Floats:
     return adjusted
 
 
-def partial_conjunction(first: Floats, second: Floats, same_sign: Floats) -> Floats:
+def partial_conjunction(first: Floats, second: Floats, same_sign: NDArray[np.bool_]) -> Floats:
     """Two-sided p that an effect is there in both of two sources and of one sign, from the
     two-sided p of each.
 

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from sarm.probing.contrast import Contrast
 from sarm.probing.effects import by_latent
-from sarm.probing.permutation import Contrast
 from sarm.reward_model.interventions import Ranks
 
 Floats = NDArray[np.float64]

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,10 @@ class Scale(NamedTuple):
     def applied(self, z: Any) -> Any:
         return z * self.factor
 
+    @property
+    def words(self) -> str:
+        return f"times {self.factor:g}"
+
 
 class Add(NamedTuple):
     """z_i becomes z_i + v whether the latent is active or not, as upstream's steering does."""
@@ -66,6 +70,10 @@ class Add(NamedTuple):
 
     def applied(self, z: Any) -> Any:
         return z + self.amount
+
+    @property
+    def words(self) -> str:
+        return f"plus {self.amount:g}"
 
 
 class Clamp(NamedTuple):
@@ -78,6 +86,10 @@ class Clamp(NamedTuple):
     def applied(self, z: Any) -> Any:
         return z.clip(self.low, self.high)
 
+    @property
+    def words(self) -> str:
+        return f"clamped to [{self.low:g}, {self.high:g}]"
+
 
 class Direction(NamedTuple):
     """h becomes h + c std(h) d_i at the reward position, d_i the latent's unit decoder
@@ -88,8 +100,30 @@ class Direction(NamedTuple):
     c: float
 
 
-AfterTopK = Scale | Add | Clamp
+class AfterTopK(Protocol):
+    """A change of one latent's value after TopK."""
+
+    @property
+    def latent(self) -> int: ...
+
+    def applied(self, z: Any) -> Any:
+        """The value (n,) that z (n,) becomes, numpy's or torch's, the 0 of a latent that is off
+        among them.
+        """
+        ...
+
+    @property
+    def words(self) -> str:
+        """As the report says it, after the latent's number."""
+        ...
+
+
 Intervention = Ablate | AfterTopK
+
+IN_STEERING_FILES: dict[str, type[Any]] = {"*": Scale, "+": Add}
+"""By the symbol in a steering file, `{"48659": ["*", 0.0]}`: classes made of a latent and one
+number. See docs/adding-an-intervention.md.
+"""
 
 
 # Closed forms
@@ -233,8 +267,13 @@ def parse_steering(steering: str | Path | Mapping[str, Any]) -> list[AfterTopK]:
         latent = int(key)
         if latent in steps:
             raise UserError(f"{where}: latent {latent} is named twice; keep one entry")
-        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or entry[0] not in ("*", "+"):
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
             raise UserError(f"{where}: latent {latent} has {entry!r}; {form}")
+        if not isinstance(entry[0], str) or entry[0] not in IN_STEERING_FILES:
+            raise UserError(
+                f"{where}: latent {latent} has the symbol {entry[0]!r}; known are"
+                f" {', '.join(IN_STEERING_FILES)}; {form}"
+            )
         action, value = entry
         if (
             isinstance(value, bool)
@@ -245,12 +284,11 @@ def parse_steering(steering: str | Path | Mapping[str, Any]) -> list[AfterTopK]:
                 f"{where}: latent {latent} has the value {value!r}, which is no finite number;"
                 f" {form}"
             )
-        steps[latent] = Scale(latent, float(value)) if action == "*" else Add(latent, float(value))
+        steps[latent] = IN_STEERING_FILES[action](latent, float(value))
     return list(steps.values())
 
 
-def steering_file(steps: Iterable[Scale | Add]) -> dict[str, list[Any]]:
-    """Scalings and additions in upstream's format."""
-    return {
-        str(s.latent): ["*", s.factor] if isinstance(s, Scale) else ["+", s.amount] for s in steps
-    }
+def steering_file(steps: Iterable[Any]) -> dict[str, list[Any]]:
+    """Interventions of `IN_STEERING_FILES` in upstream's format."""
+    symbols = {kind: symbol for symbol, kind in IN_STEERING_FILES.items()}
+    return {str(step.latent): [symbols[type(step)], step[1]] for step in steps}

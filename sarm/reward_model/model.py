@@ -19,7 +19,8 @@ from transformers import LlamaModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from sarm.config import SarmConfig, UserError
-from sarm.llama.packed import Packed, end_states, join_projections, pack
+from sarm.llama.packed import Packed, end_states, pack
+from sarm.llama.weights import join_projections
 from sarm.model_files import Weights, check_finite, read_tensors
 from sarm.models import check_tokenizer, read_tokenizer
 from sarm.reward_model.adapter import merge_adapter, read_adapter

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sarm.config import UserError
+from sarm.model_files import is_finite, opened, read_json
 
 EPS = 1e-6
 """Added to the standard deviation; SAELens adds `SAELENS_EPS`, so a state of standard deviation s
@@ -241,30 +242,39 @@ def from_saelens(folder: str | Path) -> TopKSae:
     other epsilon. Raises UserError on another architecture or normalisation.
     """
     folder = Path(folder)
-    config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "cfg.json", "SAE in SAELens's form")
     wanted = {
         "architecture": ("topk", "topk_sae"),
         "normalize_activations": ("layer_norm",),
         "apply_b_dec_to_input": (True,),
         "reshape_activations": ("none",),
     }
+    # What SAELens takes where cfg.json does not say.
+    unsaid = {"apply_b_dec_to_input": True, "reshape_activations": "none"}
     for key, allowed in wanted.items():
-        if config.get(key, allowed[0]) not in allowed:
+        value = config.get(key, unsaid.get(key))
+        if value not in allowed:
             raise UserError(
-                f"{folder / 'cfg.json'} has {key} {config[key]!r}; a SARM's SAE needs"
-                f" {allowed[0]!r}"
+                f"{folder / 'cfg.json'} has {key} {value!r}; a SARM's SAE needs {allowed[0]!r}"
             )
-    tensors = {
-        name: tensor.float()
-        for name, tensor in load_file(folder / "sae_weights.safetensors").items()
-    }
+    for key in ("d_in", "d_sae", "k"):
+        size = config.get(key)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(
+                f"{folder / 'cfg.json'} has {key} {size!r}; it must be a positive number"
+            )
+    d_in, d_sae, k = config["d_in"], config["d_sae"], config["k"]
+    if k > d_sae:
+        raise UserError(f"{folder / 'cfg.json'} keeps k {k} of {d_sae} latents; correct it")
+    tensors = _saelens_tensors(folder / "sae_weights.safetensors", d_in, d_sae)
     w_enc, b_enc, w_dec = tensors["W_enc"], tensors["b_enc"], tensors["W_dec"]
     if config.get("rescale_acts_by_decoder_norm", False):
         # There activations are compared and kept in units of their decoder rows: the same SAE with
-        # unit rows.
+        # unit rows. A dead latent's row is zero, and stays so.
         norm = w_dec.norm(dim=-1)
-        w_enc, b_enc, w_dec = w_enc * norm, b_enc * norm, w_dec / norm.unsqueeze(-1)
-    sae = TopKSae(config["d_in"], config["d_sae"], config["k"])
+        w_enc, b_enc = w_enc * norm, b_enc * norm
+        w_dec = w_dec / norm.where(norm > 0, 1.0).unsqueeze(-1)
+    sae = TopKSae(d_in, d_sae, k)
     sae.load_state_dict(
         {
             "pre_bias": tensors["b_dec"],
@@ -274,3 +284,26 @@ def from_saelens(folder: str | Path) -> TopKSae:
         }
     )
     return sae
+
+
+def _saelens_tensors(file: Path, d_in: int, d_sae: int) -> dict[str, Tensor]:
+    """SAELens's four tensors in float32, of the sizes that cfg.json says. Raises UserError."""
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    with opened(file) as tensors:
+        names = set(tensors.keys())
+        if lost := sorted(set(shapes) - names):
+            raise UserError(f"{file} lacks {', '.join(lost)}; export the SAE again")
+        if unread := sorted(names - set(shapes)):
+            raise UserError(
+                f"{file} holds {', '.join(unread)}, which a SARM's SAE does not compute with"
+            )
+        found = {name: tensors.get_tensor(name).float() for name in shapes}
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise UserError(
+                f"{file}: {name} has shape {tuple(tensor.shape)} where cfg.json makes it"
+                f" {shapes[name]}; correct cfg.json"
+            )
+        if not is_finite(tensor):
+            raise UserError(f"{file}: {name} holds values that are NaN or infinite")
+    return found

@@ -209,7 +209,7 @@ def check_tensors(opened: Opened, wanted: Mapping[str, torch.Size]) -> None:
     ]
     if unread:
         raise UserError(
-            f"{opened.folder} holds {', '.join(sorted(unread)[:3])}, which a SARM by its config.json"
-            " does not compute with; its rewards would be others than it was trained to"
+            f"{opened.folder} holds {', '.join(sorted(unread)[:3])}, which a SARM by its"
+            " config.json does not compute with; its rewards would be others than it was trained to"
             " give"
         )

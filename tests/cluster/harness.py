@@ -18,6 +18,7 @@ from typing import Any
 from sarm.config import ROOT, load_config
 from sarm.run import RunDir
 from slurm.dag import tasks
+from slurm.journal import journals
 
 HERE = Path(__file__).parent
 STATE = Path(os.environ.get("SARM_CLUSTER", "/var/tmp/sarm-cluster"))
@@ -110,11 +111,14 @@ class ClusterRun:
 
     @property
     def jobs(self) -> dict[str, str]:
-        """The ids of the last submission's jobs, by batch."""
-        return json.loads((self.path / "submissions" / "last.json").read_text())["jobs"]
+        """The ids of all submissions' jobs, by batch, the newest of each."""
+        found = {}
+        for journal in journals(self.dir):
+            found |= journal["jobs"]
+        return found
 
     def queued(self) -> list[str]:
-        ids = set(self.jobs.values())
+        ids = {id_ for journal in journals(self.dir) for id_ in journal["jobs"].values()}
         return [
             id_
             for id_ in inside("squeue", "--noheader", "--format=%A").stdout.split()
@@ -129,7 +133,7 @@ class ClusterRun:
         """Which attempt each unit's manifest names; `undone` where it has none."""
         found = {task.node: self.dir.manifest(*task.node) for task in tasks(self.dir.config)}
         return {
-            str(node): manifest["attempt"] if manifest else "undone"
+            str(node): manifest.attempt if manifest else "undone"
             for node, manifest in found.items()
         }
 

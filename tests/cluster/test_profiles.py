@@ -14,7 +14,7 @@ import yaml
 
 from sarm.config import ROOT, load_config
 from sarm.run import RunDir
-from slurm.profile import CLUSTERS
+from slurm.profile_file import CLUSTERS
 from tests.cluster.harness import CONFIG, RUNS, STATE, ClusterRun, inside, stand_alone, until
 
 pytestmark = [
@@ -136,18 +136,13 @@ def test_slurm_takes_every_key_for_what_it_says(reservation: None) -> None:
                 job["Licenses"],
                 job["ExcNodeList"],
             ) == ("gpu", "nvlink", "friday", "sarm:1", "g2")
-            assert (
-                job["OverSubscribe"] == "NO"
-                and job["MailUser"] == "me@example.org"
-                and "END" in job["MailType"]
-                and "FAIL" in job["MailType"]
-            )
+            assert job["OverSubscribe"] == "NO" and "MailUser" not in job
             assert (job["Nice"], job["Requeue"], job["KillOInInvalidDependent"]) == (
                 "100",
                 "1",
                 "Yes",
             )
-            assert job["JobName"].startswith("tiny-") and (
+            assert re.fullmatch(r"(ppo|probe)\.\S+\.tiny-\w{6}-\w{8}", job["JobName"]) and (
                 not accounted or (job["Account"], job["QOS"]) == ("sarm", "normal")
             )
             assert job["WCKey"] == "probing", job
@@ -166,6 +161,10 @@ def test_slurm_takes_every_key_for_what_it_says(reservation: None) -> None:
         assert all(
             f"afterok:{run.jobs[chunk]}" in select["Dependency"] for chunk in ("probe.0", "probe.1")
         ), select["Dependency"]
+        report = run.shown("report")
+        assert report["MailUser"] == "me@example.org" and {"END", "FAIL"} <= set(
+            report["MailType"].split(",")
+        )
         assert set(re.findall(r"afterany:(\d+)", run.shown("report")["Dependency"])) == set(
             run.jobs.values()
         ) - {run.jobs["report"]}
@@ -190,7 +189,7 @@ def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(
         modules=["apptainer/1.4"],
         scratch="/opt/scratch",
         mail_user="me@example.org",
-        mail_type="FAIL",
+        mail_type="END",
         environment={"OMP_NUM_THREADS": "1", "SITE_SAYS": "hello"},
         container={
             "command": "site-apptainer",
@@ -242,7 +241,7 @@ def test_whole_nodes_carry_shards_side_by_side_and_one_that_dies_takes_no_other(
     assert run.is_done(*rest) and not run.is_done(f"encode/{pair[0]}"), run.attempts()
     assert pair[0] in run.report()
     assert inside("ls", "/opt/scratch").stdout == ""
-    mail = rf"Job_id={run.jobs['encode.0']}.*(Failed|Mixed).* me@example\.org"
+    mail = rf"Job_id={run.jobs['report']}.* me@example\.org"
     until(
         "a mail",
         lambda: re.search(mail, inside("cat", "/var/log/mail", root=True, check=False).stdout),

@@ -27,9 +27,9 @@ def test_the_tiny_run_ends_with_a_whole_report(undisturbed: ClusterRun) -> None:
         report["failures"] == [] and len(report["progression"]) == undisturbed.dir.config.ppo.steps
     )
     manifest = undisturbed.dir.manifest("ppo", PPO)
-    assert manifest is not None and manifest["ranks"] == 4
+    assert manifest is not None and manifest.more["ranks"] == 4
     images = {
-        str(task.node): (undisturbed.dir.manifest(*task.node) or {})["image_sha256"]
+        str(task.node): undisturbed.dir.read(*task.node).manifest.image_sha256
         for task in tasks(undisturbed.dir.config)
     }
     assert (
@@ -59,7 +59,7 @@ def test_ppo_told_to_stop_in_a_step_goes_on_from_its_checkpoint(undisturbed: Clu
     job = run.jobs[f"ppo.{PPO}"]
     run.stop_in_training(PPO)
     inside("scancel", "--signal=USR2", job)
-    told = f"told.{job}.0"
+    told = f"signalled.{job}.0"
     until("the signal", lambda: list(run.path.glob(f"submissions/*/{told}")))
     run.signal_phase("CONT", "ppo", PPO, every=True)
     run.wait()

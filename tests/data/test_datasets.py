@@ -23,7 +23,6 @@ import yaml
 
 from sarm.config import PARTS, ROOT, DataConfig, SourceConfig, UserError
 from sarm.data.datasets import (
-    READERS,
     Data,
     load_data,
     pairs_in,
@@ -33,6 +32,7 @@ from sarm.data.datasets import (
     text_id,
     texts_to_encode,
 )
+from sarm.data.formats import FORMATS
 
 SPLIT = {"discovery": 0.34, "validation": 0.18, "test": 0.14, "ppo": 0.20, "policy_eval": 0.14}
 
@@ -674,8 +674,8 @@ def test_the_examples_of_the_data_page_are_valid() -> None:
         for block in blocks
         for name, s in block.get("data", {"sources": block})["sources"].items()
     }
-    assert {s.format for s in sources.values()} | {"rewardbench2"} == set(READERS)
-    assert all(f"`{format_}`" in page for format_ in READERS)
+    assert {s.format for s in sources.values()} | {"rewardbench2"} == set(FORMATS)
+    assert all(f"`{format_}`" in page for format_ in FORMATS)
 
 
 # Real data
@@ -744,7 +744,13 @@ def test_rmb_counts(real_data: Path) -> None:
         sum(r["chosen"]["answer"] == r["reject"]["answer"] for rows in raw.values() for r in rows)
         == 7
     )
-    assert data.skipped == {"s: chosen equals rejected": 5}
+    pairs = Counter(
+        (prompt_id(r["conversation_input"]), r["chosen"]["answer"], r["reject"]["answer"])
+        for rows in raw.values()
+        for r in rows
+    )
+    repeats = sum(pairs.values()) - len(pairs)
+    assert data.skipped == {"s: chosen equals rejected": 5, "s: repeated pair": repeats}
     assert len(data.pairs) == len({t for t in turns if t[2] != t[3]}) == 3947
     assert len(data.prompts) == 554 and {p.category for p in data.prompts} == set(RMB_ROWS)
     assert Counter(p.prompt.category for p in data.pairs) == Counter(

@@ -4,6 +4,7 @@ fetched already.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from sarm.run import Attempt, RunDir
+from slurm import queue
 from slurm import submit as submitting
 from slurm.dag import tasks
 from tests.fakes import slurm as fake
@@ -34,6 +36,11 @@ gpu_type: h100
 CANARY = "hf_canaryCANARYcanary"
 
 
+def batch_of(job: dict[str, Any]) -> str:
+    """`probe.0` of a pretended job, from its name."""
+    return str(job["name"]).rpartition(".")[0]
+
+
 class Site:
     """A pretended cluster, a run on it and the ways to call the launcher."""
 
@@ -51,6 +58,7 @@ class Site:
         monkeypatch.setenv("PATH", f"{fake.install(tmp_path / 'bin')}:{os.environ['PATH']}")
         monkeypatch.setenv("HF_TOKEN", CANARY)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setattr(queue, "FIRST_WAIT_S", 0.001)
         monkeypatch.setenv("SARM_CACHE", str(tmp_path / "cache"))
 
     def submit(self, *more: str) -> int:
@@ -81,15 +89,20 @@ class Site:
 
     def set_state(self, word: str, only: str = "") -> None:
         """As Slurm would, with the output files of jobs that begin."""
+        with open(self.home / "lock", "w") as lock:  # a command may be at work
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._set_state(word, only)
+
+    def _set_state(self, word: str, only: str) -> None:
         state = json.loads((self.home / "state.json").read_text())
         for id_, job in state["jobs"].items():
-            if only in job["name"]:
-                job["state"] = word
+            if batch_of(job).startswith(only):
+                job["state"], job["states"] = word, {}
                 for element in [f"{id_}_{n}" for n in range(job["elements"])] or [id_]:
                     if word not in ("PENDING", "CANCELLED"):
-                        next(self.path.glob("submissions/*/")).joinpath(
-                            f"{element}_0_log.out"
-                        ).touch()
+                        submission = job["name"].rpartition("-")[2]
+                        log = self.path / "submissions" / submission / f"{element}_0_log.out"
+                        log.touch()
         (self.home / "state.json").write_text(json.dumps(state))
 
     @property

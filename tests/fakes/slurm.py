@@ -3,11 +3,14 @@ srun or apptainer.
 
 `install(folder)` links it under each name; put that folder first on PATH. Its state is a JSON file
 in $FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch fails), {"lose": N}
-(its answer is lost), {"unknown_partition": true}, {"no_sacct": true}, {"enforce": "associations"}
-(accounting, at submission), {"flags": {"--account=nobody": "Invalid account"}} (what test-only
-refuses), {"max_array_size": 5}, {"deaf": ["squeue"]} (commands that reach no controller),
-{"elapsed": 9} (seconds, to accounting), {"sinfo": "main|main*|gpu:h100:4", "quota": TEXT,
-"nvidia-smi": TEXT}.
+(its answer is lost), {"says": TEXT}
+(what sbatch prints, {id} and {name} filled in), {"wrong": N} (the N-th answer names another job),
+{"busy": {"sbatch": 2}} (so many calls find no controller), {"unknown_partition": true},
+{"no_sacct": true}, {"enforce": "associations"} (accounting, at submission),
+{"flags": {"--account=nobody": "Invalid account"}} (what test-only refuses), {"max_array_size": 5},
+{"deaf": ["squeue"]} (commands that reach no controller), {"elapsed": 9} (seconds, to accounting),
+{"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT, "srun": TEXT, "sacctmgr":
+TEXT}. As the real ones, its commands hear SQUEUE_*, SBATCH_*, SLURM_CLUSTERS and SCANCEL_STATE.
 """
 
 import fcntl
@@ -23,6 +26,7 @@ NAMES = (
     "sacct",
     "scontrol",
     "scancel",
+    "sacctmgr",
     "sinfo",
     "quota",
     "nvidia-smi",
@@ -59,7 +63,12 @@ def main(name: str, argv: list[str]) -> int:
             if (home / "faults.json").exists()
             else {}
         )
-        if name in faults.get("deaf", ()):
+        busy = state.setdefault("busy", {})
+        passing = busy.get(name, 0) < faults.get("busy", {}).get(name, 0)
+        busy[name] = busy.get(name, 0) + passing
+        state.setdefault("commands", []).append([name, *argv])
+        if name in faults.get("deaf", ()) or passing:
+            path.write_text(json.dumps(state))
             print(
                 f"{name}: error: Unable to contact slurm controller (connect failure)",
                 file=sys.stderr,
@@ -71,9 +80,15 @@ def main(name: str, argv: list[str]) -> int:
             path.write_text(json.dumps(state))
 
 
+def word(argv: list[str], flag: str) -> str | None:
+    return next((w.partition("=")[2] for w in argv if w.startswith(f"--{flag}=")), None)
+
+
 def sbatch(argv: list[str], state: dict, faults: dict) -> int:
     if "--test-only" in argv:
         text = sys.stdin.read()
+        if account := os.environ.get("SBATCH_ACCOUNT"):
+            text = re.sub("--account=.*", f"--account={account}", text)
         state.setdefault("test_only", []).append(text)
         if faults.get("unknown_partition") and "--partition=" in text:
             print("sbatch: error: invalid partition specified: nowhere", file=sys.stderr)
@@ -92,7 +107,8 @@ def sbatch(argv: list[str], state: dict, faults: dict) -> int:
     if faults.get("refuse") == state["calls"]:
         print("sbatch: error: QOSMaxSubmitJobPerUserLimit", file=sys.stderr)
         return 1
-    id_ = str(100 + state["calls"])
+    state["first"] = state.get("first", faults.get("first", 100))
+    id_ = str(state["first"] + state["calls"])
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE))
     array = re.match(r"0-(\d+)", options.get("array", ""))
     state["jobs"][id_] = {
@@ -102,36 +118,57 @@ def sbatch(argv: list[str], state: dict, faults: dict) -> int:
         "elements": int(array.group(1)) + 1 if array else 0,
         "dependency": options.get("dependency", "").strip("'"),
         "text": text,
+        "cluster": word(argv, "clusters"),
         "environment": dict(os.environ),
     }
-    if faults.get("lose") == state["calls"]:
+    if "hides" in faults and state["calls"] == faults["hides"]:
+        state["jobs"][id_]["hidden"] = 2
+    if faults.get("lose") == state["calls"] or faults.get("hides") == state["calls"]:
         print(
             "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
             file=sys.stderr,
         )
         return 1
-    print(f"Submitted batch job {id_}")
+    shown = str(faults["victim"]) if faults.get("wrong") == state["calls"] else id_
+    print(faults.get("says", "Submitted batch job {id}").replace("{id}", shown))
     return 0
 
 
+def elements(id_: str, job: dict):  # type: ignore[no-untyped-def]
+    """(id as squeue --array shows it, state) of each element."""
+    for i in range(job["elements"]):
+        yield f"{id_}_{i}", job.get("states", {}).get(str(i), job["state"])
+    if not job["elements"]:
+        yield id_, job["state"]
+
+
 def squeue(argv: list[str], state: dict, faults: dict) -> int:
-    names = next(
-        (word.removeprefix("--name=").split(",") for word in argv if word.startswith("--name=")),
-        None,
-    )
+    wanted = word(argv, "states") or os.environ.get("SQUEUE_STATES")
+    partition = os.environ.get("SQUEUE_PARTITION")
+    cluster = word(argv, "clusters") or os.environ.get("SLURM_CLUSTERS")
+    fields = (os.environ.get("SQUEUE_FORMAT") or word(argv, "format") or "%i").split("|")
+    if cluster:
+        print(f"CLUSTER: {cluster}")
     for id_, job in state["jobs"].items():
-        if job["state"] not in ("PENDING", "RUNNING", "COMPLETING") or (
-            names is not None and job["name"] not in names
-        ):
+        if job.get("hidden", 0):
+            job["hidden"] = (job["hidden"] + 1) % 3
             continue
-        if "--format=%F" in argv:
-            print(id_)
-        else:
-            for shown in [f"{id_}_{i}" for i in range(job["elements"])] or [id_]:
-                elapsed = "0:00" if job["state"] == "PENDING" else "1-02:03:04"
-                print(
-                    f"{shown}|{job['name']}|{job['state']}|{elapsed}|{'JobHeldUser' if job['held'] else 'Dependency'}"
-                )
+        if cluster != job.get("cluster") or (partition and f"={partition}\n" not in job["text"]):
+            continue
+        for shown, now in elements(id_, job):
+            if wanted is None and now not in ("PENDING", "RUNNING", "COMPLETING"):
+                continue
+            if wanted not in (None, "all") and now not in wanted.split(","):
+                continue
+            values = {
+                "%i": shown,
+                "%T": now,
+                "%M": "0:00" if now == "PENDING" else "1-02:03:04",
+                "%r": job.get("reason", "JobHeldUser" if job["held"] else "Dependency"),
+                "%j": job["name"],
+            }
+            line = "|".join(values[field] for field in fields) + "\n"
+            sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape"))
     return 0
 
 
@@ -140,15 +177,16 @@ def sacct(argv: list[str], state: dict, faults: dict) -> int:
         print("Slurm accounting storage is disabled", file=sys.stderr)
         return 1
     for id_, job in state["jobs"].items():
-        for shown in [f"{id_}_{i}" for i in range(job["elements"])] or [id_]:
-            print(
-                f"{shown}|{job['state']}|{'0:0' if job['state'] == 'COMPLETED' else '1:0'}|{faults.get('elapsed', 100)}|00:50.000|2|2G||"
-            )
-            print(f"{shown}.0|{job['state']}|0:0|100|00:50.000|2||524288K|2")
+        took, name = faults.get("elapsed", 100), job["name"]
+        for shown, now in elements(id_, job):
+            code = "0:0" if now == "COMPLETED" else "1:0"
+            print(f"{shown}|{now}|{code}|{took}|00:50.000|2|2G|||{name}")
+            print(f"{shown}.0|{now}|0:0|100|00:50.000|2||524288K|2|batch")
     return 0
 
 
 def scontrol(argv: list[str], state: dict, faults: dict) -> int:
+    argv = [w for w in argv if not w.startswith("--")]
     if argv[0] == "release":
         for id_ in argv[1].split(","):
             state["jobs"][id_]["held"] = False
@@ -158,9 +196,17 @@ def scontrol(argv: list[str], state: dict, faults: dict) -> int:
 
 
 def scancel(argv: list[str], state: dict, faults: dict) -> int:
-    for word in argv:
-        if word in state["jobs"]:
-            state["jobs"][word]["state"] = "CANCELLED"
+    only = os.environ.get("SCANCEL_STATE")
+    for shown in argv:
+        id_, _, index = shown.partition("_")
+        job = state["jobs"].get(id_)
+        if job is None or (only and job["state"] != only):
+            continue
+        if index and job["elements"]:
+            job.setdefault("states", {})[index] = "CANCELLED"
+        else:
+            job["state"] = "CANCELLED"
+            job["states"] = {}
     return 0
 
 
@@ -175,6 +221,13 @@ def answer(name: str):  # type: ignore[no-untyped-def]
     return run
 
 
+def srun(argv: list[str], state: dict, faults: dict) -> int:
+    if "srun" not in faults:
+        return refuse(argv, state, faults)
+    print(faults["srun"])
+    return 0
+
+
 def refuse(argv: list[str], state: dict, faults: dict) -> int:
     print("this pretended command runs nothing", file=sys.stderr)
     return 1
@@ -186,7 +239,7 @@ COMMANDS = {
     "sacct": sacct,
     "scontrol": scontrol,
     "scancel": scancel,
-    **{name: answer(name) for name in ("sinfo", "quota", "nvidia-smi")},
-    "srun": refuse,
+    **{name: answer(name) for name in ("sinfo", "quota", "nvidia-smi", "sacctmgr")},
+    "srun": srun,
     "apptainer": refuse,
 }

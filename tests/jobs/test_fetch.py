@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from sarm.config import ROOT
 from slurm import doctor, fetch, submit
 from slurm.images import token_file
-from slurm.plan import environment, script
 from slurm.profile import Profile
+from slurm.script import environment, script
 from tests import tiny
-from tests.fakes.site import CANARY, CONFIG, PROFILE, Site
+from tests.fakes.site import CANARY, CONFIG, PROFILE, Site, batch_of
 from tests.test_hub import COMMIT, Hub
 
 
@@ -97,7 +97,7 @@ def test_on_the_login_node_the_token_opens_the_gate_and_is_written_nowhere(
     models = json.loads(next((gated.path / "fetch" / "all").glob("models.*.json")).read_text())
     assert models["policy"]["commit"] == COMMIT and (tmp_path / "hf" / "hub").is_dir()
     assert submit.main(arguments(gated)) == 0
-    assert any(job["name"].endswith(".report") for job in gated.jobs.values())
+    assert any(batch_of(job) == "report" for job in gated.jobs.values())
     assert not holds_canary(gated.path, tmp_path / "hf", tmp_path / "cache")
     assert not any(CANARY in job["text"] for job in gated.jobs.values())
 
@@ -118,7 +118,7 @@ def test_as_a_job_fetch_comes_first_and_finds_the_token_in_its_file_alone(
     assert str(token_file()) in capfd.readouterr().err, (
         "the shell's token is not passed on, which is said"
     )
-    jobs = {job["name"].partition(".")[2]: (id_, job) for id_, job in gated.jobs.items()}
+    jobs = {batch_of(job): (id_, job) for id_, job in gated.jobs.items()}
     assert jobs["encode"][1]["dependency"] == f"afterok:{jobs['fetch'][0]}"
     assert (
         "HF_HUB_OFFLINE" not in jobs["fetch"][1]["text"]
@@ -156,7 +156,7 @@ def test_make_fetch_submits_the_job_where_the_profile_says_so(
     token_file().write_text("x")
     token_file().chmod(0o644)
     assert fetch.main(arguments(gated)) == 0
-    assert [job["name"].partition(".")[2] for job in gated.jobs.values()] == ["fetch"]
+    assert [batch_of(job) for job in gated.jobs.values()] == ["fetch"]
     assert "chmod 600" in capfd.readouterr().err
 
 
@@ -198,7 +198,7 @@ def test_only_fetch_sees_a_network_and_a_writable_cache(site: Site, tmp_path: Pa
     line: Any = next(
         line
         for job in site.jobs.values()
-        if job["name"].endswith(".encode")
+        if batch_of(job) == "encode"
         for line in job["text"].splitlines()
         if line.startswith("srun")
     )

@@ -82,10 +82,10 @@ def test_a_second_run_skips_everything_and_says_so(finished: Path) -> None:
     assert again.stdout.count("running") == 0
 
 
-def test_another_config_for_the_same_run_is_refused(finished: Path) -> None:
-    other = launch(finished, "ppo.learning_rate=0.5")
+def test_a_config_of_another_name_is_refused_for_the_same_run(finished: Path) -> None:
+    other = launch(finished, "name=other")
     assert other.returncode == 2
-    assert other.stderr.count("\n") == 1 and "ppo.learning_rate" in other.stderr
+    assert other.stderr.count("\n") == 1 and "a run of the config 'tiny'" in other.stderr
 
 
 def test_a_flipped_bit_upstream_redoes_what_it_touches_with_the_same_numbers(

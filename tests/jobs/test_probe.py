@@ -179,7 +179,7 @@ def test_a_shard_of_another_encoding_is_refused_by_name_and_mended_by_running_it
     run = copy_of(done, tmp_path)
     unit = run.config.units("probe")[0]
     edit_manifest(
-        run, unit, inputs={key: "0" * 64 for key in run.manifest("probe", unit)["inputs"]}
+        run, unit, inputs={key: "0" * 64 for key in run.read("probe", unit).manifest.inputs}
     )  # type: ignore[index]
     with pytest.raises(
         UserError, match=r"probe/shard-0000-of-0002 cannot be merged.*encode.*has changed"
@@ -260,8 +260,7 @@ def test_more_shards_than_texts_leave_empty_shards(tmp_path: Path) -> None:
     assert len(read_encoded(run.read_shards("encode")).texts) == 4
     assert (
         sum(
-            shard.manifest["range"][0] == shard.manifest["range"][1]
-            for shard in run.read_shards("probe")
+            shard.manifest.range[0] == shard.manifest.range[1] for shard in run.read_shards("probe")
         )
         == 6
     )

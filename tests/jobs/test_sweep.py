@@ -30,7 +30,7 @@ from sarm.probing.taus import suggested_taus, swept
 from sarm.run import RunDir
 from slurm.dag import Node, tasks
 from slurm.plan import plan, undone
-from slurm.profile import load_profile
+from slurm.profile_file import load_profile
 from tests.runs import features
 from tests.slurm.test_submit import RAW
 from tests.tiny import tiny_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sarm.data.conversations import prompt_ids, stop_ids
 from sarm.llama import decoders
-from sarm.llama.decoders import CacheDecoder, LlamaDecoder, LlamaWeights
+from sarm.llama.decoders import CacheDecoder, LlamaDecoder
 from sarm.llama.generate import generate, packs, response_logprobs
+from sarm.llama.packed import pack
+from sarm.llama.weights import LlamaWeights
 from tests.tiny import llama_config
 
 QUESTIONS = (
@@ -146,6 +149,65 @@ def test_finished_rows_leave_the_batch(model, prompts, monkeypatch) -> None:
     lengths = got.mask.sum(1)
     assert len(rows) == int(lengths.max()) - 1
     assert sum(rows) * decoders.KEEP_SHARE <= int(lengths.sum())
+
+
+def test_what_prompts_share_is_read_once(model, prompts, monkeypatch) -> None:
+    """Several samples of a prompt, prompts with one header: the same answers as one by one."""
+    read = []
+    monkeypatch.setattr(
+        decoders, "pack", lambda rows, device: read.append(pack(rows, device)) or read[-1]
+    )
+    header = list(range(10, 40))
+    some = [header + prompt * 2 for prompt in prompts for _ in range(3)]
+    keys = [str(i) for i in range(len(some))]
+    together = run(model, some, keys=keys, eos_ids=[])
+    assert len(read) == 1 and len(read[0].ids) <= len(header) + 2 * sum(map(len, prompts))
+    alone = run(model, some, keys=keys, eos_ids=[], max_rows=1)
+    assert together.responses.tolist() == alone.responses.tolist()
+    assert together.ids(0) != together.ids(1)
+
+
+@pytest.mark.skipif(
+    not decoders.lays_out(torch.zeros(1, dtype=torch.bfloat16)),
+    reason="oneDNN multiplies no bf16 here",
+)
+def test_weights_laid_out_for_the_cpu_are_as_near_to_float32_and_follow_updates(
+    model, prompts, monkeypatch
+) -> None:
+    def errors(policy) -> dict[bool, float]:
+        exact = run(LlamaDecoder(policy.float()), prompts, temperature=0.0, max_new_tokens=1)
+        found = {}
+        for laid in (True, False):
+            with monkeypatch.context() as patch:
+                patch.setattr(decoders, "lays_out", lambda w, laid=laid: laid)
+                decoder = LlamaDecoder(rounded)
+                before = decoder.start(prompts, 3)
+                with torch.no_grad():
+                    rounded.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+                    rounded.lm_head.weight.mul_(0.5)
+                decoder.refresh()
+                after = decoder.start(prompts, 3)
+                assert not torch.allclose(before, after, atol=1e-2)
+                tokens = exact.responses[:, 0]
+                with torch.no_grad():
+                    expected = torch.stack(
+                        [
+                            policy.float()(torch.tensor([[*p, int(t)]])).logits[0, -1]
+                            for p, t in zip(prompts, tokens, strict=True)
+                        ]
+                    )
+                found[laid] = float((decoder.step(tokens).float() - expected).norm())
+                rounded.load_state_dict(start)
+        return found
+
+    rounded = copy.deepcopy(model).bfloat16()
+    start = {name: weight.clone() for name, weight in rounded.state_dict().items()}
+    changed = copy.deepcopy(rounded)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        changed.lm_head.weight.mul_(0.5)
+    found = errors(changed)
+    assert found[True] < 1.3 * found[False]
 
 
 def test_packs_keep_the_budget_and_every_row() -> None:

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sarm.data.conversations import prompt_ids
 from sarm.llama import decode_kernels, graph_decoder
-from sarm.llama.decoders import CacheDecoder, LlamaDecoder, rotated
+from sarm.llama.decoders import CacheDecoder, LlamaDecoder
 from sarm.llama.generate import generate
 from sarm.llama.graph_decoder import GraphDecoder
-from sarm.llama.packed import side_by_side
 from sarm.llama.sampling import row_keys, sample
+from sarm.llama.weights import side_by_side
 from sarm.philox import uniforms
 from tests.tiny import llama_config
 
@@ -42,6 +42,11 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if not CUDA:
         for kernel in (plain_attend, plain_draw, plain_advance, plain_uniforms):
             monkeypatch.setattr(graph_decoder, kernel.__name__.removeprefix("plain_"), kernel)
+
+
+def rotated(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 def plain_attend(qkv, keys, values, cos, sin, positions, scale):
@@ -297,6 +302,22 @@ def test_a_graph_sees_changed_weights_and_no_old_cache(on_any_device, model, pro
     assert len(decoder._shapes) == 1 and after.responses.tolist() != before.responses.tolist()
     same(after, run(GraphDecoder(model, graphs=False), prompts))
     same(after, run(CacheDecoder(model), prompts))
+
+
+def test_shapes_share_one_cache_in_which_nothing_old_is_read(on_any_device, model, prompts) -> None:
+    decoder, plain = GraphDecoder(model, graphs=CUDA), CacheDecoder(model)
+    few, long = prompts[:3], [prompt * 30 for prompt in prompts[:3]]
+    same(run(decoder, prompts, max_new_tokens=70), run(plain, prompts, max_new_tokens=70))
+    held = decoder._cache.data_ptr(), len(decoder._cache)
+    decoder._cache.fill_(float("nan"))
+    same(run(decoder, few), run(plain, few))
+    assert len(decoder._shapes) == 2 and held == (decoder._cache.data_ptr(), len(decoder._cache))
+    same(run(decoder, long), run(plain, long))
+    # the old graphs read a cache that is no more
+    assert len(decoder._shapes) == 1 and len(decoder._cache) > held[1]
+    decoder.release()
+    assert not decoder._shapes and not len(decoder._cache)
+    same(run(decoder, few), run(plain, few))
 
 
 def test_weights_that_moved_are_captured_anew(on_any_device, model, prompts) -> None:

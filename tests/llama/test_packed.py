@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from sarm.llama import packed
+from sarm.llama import inference, packed
 from sarm.llama.elementwise import silu_mul
-from sarm.llama.packed import end_states, join_projections, pack
+from sarm.llama.packed import end_states, pack
+from sarm.llama.weights import join_projections
 from tests import tiny
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +69,7 @@ def test_what_rows_share_lies_there_once() -> None:
 @pytest.mark.parametrize("joined", [False, True])
 def test_end_states_equal_transformers(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, fused = llama(), []
-    monkeypatch.setattr(packed, "silu_mul", lambda gate_up: fused.append(1) or silu_mul(gate_up))
+    monkeypatch.setattr(inference, "silu_mul", lambda gate_up: fused.append(1) or silu_mul(gate_up))
     with torch.no_grad():
         expected = one_by_one(model, rows())
         if joined:
@@ -126,7 +127,7 @@ def test_mlp_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     with torch.no_grad():
         expected = end_states(model, pack(rows(), DEVICE))
-        monkeypatch.setattr(packed, "MLP_TOKENS", 7)
+        monkeypatch.setattr(inference, "MLP_TOKENS", 7)
         torch.testing.assert_close(end_states(model, pack(rows(), DEVICE)), expected)
 
 

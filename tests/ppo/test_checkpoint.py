@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sarm.config import UserError
-from sarm.llama.decoders import gathered
+from sarm.llama.weights import gathered
 from sarm.ppo.learner import checkpoint
 from sarm.ppo.learner.checkpoint import Piece
 from sarm.ppo.learner.distributed import World
@@ -60,7 +60,7 @@ def newest(folder: Path, config: str = "c") -> int | None:
 
 
 # --- files
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_killed_at_any_point_a_complete_checkpoint_is_left(tmp_path: Path) -> No
 
 
 # --- to the bit
-# -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def uninterrupted_and_resumed(
@@ -260,7 +260,7 @@ def uninterrupted_and_resumed(
         folder,
         2,
         first.state(),
-        first.pieces(),
+        first.learner.pieces(),
         world=world,
         made_with="c",
         attempt="a",
@@ -274,15 +274,17 @@ def uninterrupted_and_resumed(
     assert [numbers(second.run_step()) for _ in range(2)] == lines[2:]
 
     ours, theirs = (
-        {piece[:2]: piece.values for piece in engine_pieces(trainer.engine)}
+        {piece[:2]: piece.values for piece in engine_pieces(trainer.learner.engine)}
         for trainer in (second, whole)
     )
     assert ours.keys() == theirs.keys() and any("/exp_avg_sq" in name for name, _ in ours)
     assert all(torch.equal(ours[piece], theirs[piece]) for piece in ours)
-    with gathered(second.actor, whole.actor):
+    with gathered(second.learner.actor, whole.learner.actor):
         assert all(
             torch.equal(a, b)
-            for a, b in zip(second.actor.parameters(), whole.actor.parameters(), strict=True)
+            for a, b in zip(
+                second.learner.actor.parameters(), whole.learner.actor.parameters(), strict=True
+            )
         )
     state, other = second.state(), whole.state()
     assert {**state, "training_s": 0} == {**other, "training_s": 0}
@@ -413,16 +415,16 @@ def keep(trainer: Any, world: World, folder: Path, name: str) -> None:
         folder / name,
         2,
         trainer.state(),
-        trainer.pieces(),
+        trainer.learner.pieces(),
         world=world,
         made_with="c",
         attempt="a",
         keep_last=1,
     )
-    with gathered(trainer.actor):
+    with gathered(trainer.learner.actor):
         if world.rank == 0:
             torch.save(
-                {name: p.detach().clone() for name, p in trainer.actor.named_parameters()},
+                {name: p.detach().clone() for name, p in trainer.learner.actor.named_parameters()},
                 folder / f"{name}.pt",
             )
 

@@ -24,7 +24,7 @@ PROMPTS, RESPONSES = [[5, 9, 12, 40], [7, 300, 8]], [[33, 21, 4], [90, 14, 77, 6
 
 def test_rounding_up_a_batch_changes_nothing_that_is_read(tiny_policy: Path) -> None:
     actor = make_actor(
-        AutoModelForCausalLM.from_pretrained(tiny_policy), tiny_ppo(lora=None), 0, lean=True
+        AutoModelForCausalLM.from_pretrained(tiny_policy), tiny_ppo(lora=None), 0, fused=True
     )
     exact, wider = (
         forced(PROMPTS, RESPONSES, 0, torch.device("cpu"), steps)
@@ -115,7 +115,7 @@ def test_a_recorded_pass_is_the_eager_one(tiny_policy: Path, lora: bool) -> None
         layers.lay_side_by_side(model)
         actors.append(
             make_actor(
-                model, tiny_ppo(lora={"rank": 2, "alpha": 4} if lora else None), 0, lean=True
+                model, tiny_ppo(lora={"rank": 2, "alpha": 4} if lora else None), 0, fused=True
             )
             .cuda()
             .train()

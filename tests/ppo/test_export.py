@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 
 from jobs.__main__ import main, run_unit
 from jobs.export import WINDOW_TOKENS, difference_warnings
+from sarm.config import UserError
+from sarm.data.datasets import load_data
 from sarm.probing.effects import read_encoded
 from sarm.reward_model.delphi import reward_windows, write_cache
 from sarm.reward_model.interventions import Ranks, latent_values, parse_steering, rewards_of
@@ -220,3 +222,14 @@ def test_a_run_without_select_says_what_to_do(
     RunDir.create(tmp_path / "run", selected_run.config)
     assert main(["export", "--run", str(tmp_path / "run")]) == 2
     assert "select/all is not done" in capsys.readouterr().err
+
+
+def test_texts_that_left_the_data_are_named(
+    selected_run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(selected_run.path, tmp_path / "run")
+    whole = load_data(selected_run.config.data)
+    kept = whole._replace(pairs=whole.pairs[: len(whole.pairs) // 2])
+    monkeypatch.setattr("jobs.export.load_data", lambda config: kept)
+    with pytest.raises(UserError, match=r"\d+ encoded texts, such as .* no longer in the data"):
+        run_unit(RunDir.open(tmp_path / "run"), "export", "all")

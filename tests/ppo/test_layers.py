@@ -1,4 +1,4 @@
-"""The lean layers against transformers' own forward and autograd: values, gradients, LoRA,
+"""The fused layers against transformers' own forward and autograd: values, gradients, LoRA,
 recomputation, layout.
 """
 
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from sarm.config import ROOT
-from sarm.llama.decoders import LlamaWeights
 from sarm.llama.generate import forced
+from sarm.llama.weights import LlamaWeights
 from sarm.ppo.learner import layers
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.reference import Reference
@@ -29,20 +29,20 @@ PROMPTS, RESPONSES = [[5, 9, 12, 40], [7, 300, 8]], [[33, 21, 4], [90, 14, 77, 6
 def outputs(
     policy: Path,
     device: str,
-    lean: bool,
+    fused: bool,
     lora: bool,
-    recompute: int = 0,
+    checkpointed: int = 0,
     beside: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """Log-probabilities, values and, of a made-up loss on them, every gradient."""
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype).to(device)
-    if lean and beside:
+    if fused and beside:
         layers.lay_side_by_side(model)
     actor = make_actor(
-        model, tiny_ppo(lora={"rank": 4, "alpha": 8} if lora else None), 0, lean=lean
+        model, tiny_ppo(lora={"rank": 4, "alpha": 8} if lora else None), 0, fused=fused
     ).to(device)
-    actor.recompute = recompute
+    actor.checkpointed = checkpointed
     torch.manual_seed(3)
     for name, p in actor.named_parameters():
         if "lora_B" in name or "value_head" in name:
@@ -69,13 +69,13 @@ def assert_same(
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize(("recompute", "beside"), [(0, True), (0, False), (1, True)])
+@pytest.mark.parametrize(("checkpointed", "beside"), [(0, True), (0, False), (1, True)])
 def test_values_and_gradients_are_those_of_transformers(
-    tiny_policy: Path, lora: bool, recompute: int, beside: bool
+    tiny_policy: Path, lora: bool, checkpointed: int, beside: bool
 ) -> None:
     """Whether the weights lie side by side or, as after ZeRO has laid them out, anywhere."""
     assert_same(
-        outputs(tiny_policy, "cpu", True, lora, recompute, beside),
+        outputs(tiny_policy, "cpu", True, lora, checkpointed, beside),
         outputs(tiny_policy, "cpu", False, lora),
         1e-5,
     )
@@ -105,7 +105,7 @@ def test_with_the_adapter_off_it_is_the_untrained_policy(tiny_policy: Path) -> N
     teacher = forced(PROMPTS, RESPONSES, 0, torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
     expected = Reference(model).logprobs(*teacher, 1.0)
-    actor = make_actor(model, tiny_ppo(lora={"rank": 4, "alpha": 8}), 0, lean=True)
+    actor = make_actor(model, tiny_ppo(lora={"rank": 4, "alpha": 8}), 0, fused=True)
     for name, p in actor.named_parameters():
         if "lora_B" in name:
             p.data.normal_()
@@ -129,11 +129,11 @@ def test_side_by_side_changes_places_and_nothing_else(tiny_policy: Path) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("visiting", [1, 2])
-def test_layers_that_wait_on_the_host_compute_the_same(tiny_policy: Path, visiting: int) -> None:
+@pytest.mark.parametrize("offloaded", [1, 2])
+def test_offloaded_layers_compute_the_same(tiny_policy: Path, offloaded: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_policy).cuda()
     teacher = forced(PROMPTS, RESPONSES, 0, torch.device("cuda"))
-    resident, waiting = Reference(model), Reference(model, visiting)
+    resident, waiting = Reference(model), Reference(model, offloaded)
     expected = resident.logprobs(*teacher, 1.0)
     for i in range(5):
         if i % 2:
@@ -176,12 +176,12 @@ def test_what_other_models_compute_again_they_do_not_keep(tiny_policy: Path) -> 
     actor.
     """
 
-    def kept(recompute: int) -> int:
+    def kept(checkpointed: int) -> int:
         actor = make_actor(
             AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32),
             tiny_ppo(lora=None),
             0,
-            recompute=recompute,
+            checkpointed=checkpointed,
         )
         elements: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(

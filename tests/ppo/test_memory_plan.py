@@ -50,19 +50,32 @@ def test_llama_8b_and_its_sarm() -> None:
 
 def test_lora_on_one_gpu_by_hand() -> None:
     plan = make_plan(REFERENCE_JOB, LLAMA_8B, SARM_BYTES, Gpus(1, 79.2))
-    assert (plan.zero_stage, plan.recompute_layers, plan.micro_batch_tokens) == (0, 0, 32 * 192)
-    assert plan.stays["policy"] * GIB == 2 * LLAMA_8B.parameters
-    assert plan.stays["KV cache"] * GIB == 32 * 192 * 131072  # 131 kB a token
+    assert (plan.zero_stage, plan.checkpointed_layers, plan.micro_batch_tokens) == (0, 0, 32 * 192)
+    assert plan.persistent_gib["policy"] * GIB == 2 * LLAMA_8B.parameters
+    assert plan.persistent_gib["KV cache"] * GIB == 32 * 192 * 131072  # 131 kB a token
     # 4 d_model + q, k, v and attention's output + 3 f, in bf16
     kept = 32 * 192 * 32 * 2 * (4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
     # The pass is recorded, so it keeps its memory.
-    assert plan.recorded and plan.stays["recorded pass"] * GIB == pytest.approx(
-        kept + 4096 * 128256 * 3
-    )
+    responses = 32 * 128 + 511  # in whole steps of 512
+    value_head = 4 * responses * 4096
+    recorded = plan.persistent_gib["recorded pass"] * GIB
+    assert plan.recorded and recorded == pytest.approx(kept + 4096 * 128256 * 3 + value_head)
+    # Without a critic no value head; with an entropy bonus its logits' gradient, and the slopes
+    # that a frozen head keeps.
+    free = {"advantage": "rloo", "samples_per_prompt": 2}
+    bonus = free | {"entropy_coef": 0.01}
+    for changes, more in ((free, 0), (bonus, 2 * 4096 * 128256 + 2 * responses * 4096)):
+        other = make_plan(
+            REFERENCE_JOB.model_copy(update=changes), LLAMA_8B, SARM_BYTES, Gpus(1, 79.2)
+        )
+        found = other.persistent_gib["recorded pass"] * GIB
+        assert found == pytest.approx(kept + 4096 * 128256 * 3 + more)
     twice = make_plan(
         REFERENCE_JOB.model_copy(update={"num_ppo_epochs": 2}), LLAMA_8B, SARM_BYTES, Gpus(1, 79.2)
     )
-    assert not twice.recorded and twice.comes_and_goes["update"] == plan.stays["recorded pass"]
+    padding = 4 * 511 * 4096  # which only a recorded pass has
+    assert not twice.recorded
+    assert twice.transient_gib["update"] * GIB == pytest.approx(recorded - padding)
 
 
 def test_full_fine_tuning_of_8b_fits_one_gpu_in_eight_bytes() -> None:
@@ -70,7 +83,7 @@ def test_full_fine_tuning_of_8b_fits_one_gpu_in_eight_bytes() -> None:
         REFERENCE_JOB.model_copy(update={"lora": None}), LLAMA_8B, SARM_BYTES, Gpus(1, 79.2)
     )
     assert (plan.zero_stage, plan.weights) == (0, "compact")
-    assert plan.visiting_layers == 32 and plan.peak_gib < 0.95 * 78 and not plan.recorded
+    assert plan.offloaded_layers == 32 and plan.peak_gib < 0.95 * 78 and not plan.recorded
 
 
 def test_four_gpus_keep_float32_masters_by_zero_2() -> None:
@@ -81,7 +94,7 @@ def test_four_gpus_keep_float32_masters_by_zero_2() -> None:
     small = make_plan(
         REFERENCE_JOB.model_copy(update={"lora": None}), KNOWN["embedded:smollm2"], 1e9, Gpus(1, 24)
     )  # type: ignore[arg-type]
-    assert (small.zero_stage, small.weights, small.recompute_layers) == (0, "compact", 0)
+    assert (small.zero_stage, small.weights, small.checkpointed_layers) == (0, "compact", 0)
 
 
 def test_what_the_config_says_is_kept() -> None:
@@ -94,7 +107,7 @@ def test_what_the_config_says_is_kept() -> None:
         zero_stage=2,
     )
     plan = make_plan(ppo, LLAMA_8B, SARM_BYTES, Gpus(1, 79.2))
-    assert (plan.zero_stage, plan.micro_batch_tokens, plan.recompute_layers) == (2, 4 * 192, 32)
+    assert (plan.zero_stage, plan.micro_batch_tokens, plan.checkpointed_layers) == (2, 4 * 192, 32)
     assert plan.applied(ppo).micro_batch_tokens == 768
 
 

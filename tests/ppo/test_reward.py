@@ -13,17 +13,8 @@ from torch import Tensor
 
 from sarm.config import PenaltyConfig, SarmConfig, UserError
 from sarm.data.conversations import tokenize_conversation
-from sarm.ppo.reward import (
-    CompoundReward,
-    Penalised,
-    batch_rates,
-    calibrate_random,
-    conversation,
-    density_terms,
-    fires,
-    matching_tau,
-    mean_doses,
-)
+from sarm.ppo.penalties import PENALTIES, Penalised, batch_rates, density_terms
+from sarm.ppo.reward import CompoundReward, calibrate_random, conversation, fires, matching_tau
 from sarm.reward_model.model import SarmModel
 from tests.runs import features
 
@@ -329,7 +320,7 @@ Z = T([[5.0, 0.0], [4.0, 1.0], [3.0, 0.0], [2.0, 0.0]])
 
 
 def dose(z: Tensor, penalised: Sequence[Penalised], kind: Any = "threshold") -> float:
-    return mean_doses(z, penalised, kind).sum().item()
+    return PENALTIES[kind].doses(z, penalised).sum().item()
 
 
 def columns(z: Tensor, candidates: list[int], chosen: Sequence[Penalised]) -> Tensor:

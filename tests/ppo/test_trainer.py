@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from sarm.config import UserError
 from sarm.data.conversations import prompt_ids
-from sarm.ppo.batching import deal, micro_batches, mini_batches, rows_of_step
+from sarm.llama.generate import Rollout
+from sarm.ppo.batching import mini_batches, rows_of_step
 from sarm.ppo.calibration import calibrate
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.cuda_graphs import Recorded
 from sarm.ppo.learner.distributed import place
-from sarm.ppo.learner.export import policy_weights, save_policy
+from sarm.ppo.learner.export import exported, save_policy
+from sarm.ppo.learner.micro_batches import micro_batches, scatter
 from sarm.ppo.trainer import Experience, train
 from tests.ranks import (
     PlantedReward,
@@ -37,17 +39,17 @@ from tests.ranks import (
 )
 
 # --- who does what
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n, ranks", [(7, 1), (7, 2), (8, 3), (2, 4)])
-def test_every_row_is_dealt_once_and_evenly(n: int, ranks: int) -> None:
+def test_every_row_is_scattered_once_and_evenly(n: int, ranks: int) -> None:
     lengths = [3, 90, 14, 14, 2, 60, 31, 7][:n]
-    hands = deal(lengths, ranks)
-    assert sorted(itertools.chain(*hands)) == list(range(n))
+    shares = scatter(lengths, ranks)
+    assert sorted(itertools.chain(*shares)) == list(range(n))
     if n > ranks:
-        assert max(sum(lengths[i] for i in h) for h in hands) - min(
-            sum(lengths[i] for i in h) for h in hands
+        assert max(sum(lengths[i] for i in h) for h in shares) - min(
+            sum(lengths[i] for i in h) for h in shares
         ) <= max(lengths)
 
 
@@ -69,6 +71,13 @@ def test_every_prompt_is_drawn_once_a_pass_in_an_order_of_seed_and_pass() -> Non
     assert drawn != [row for step in range(5) for row in rows_of_step(ids, 1, step, 4)]
 
 
+def test_samples_of_a_prompt_lie_side_by_side_and_a_pass_takes_that_many_more_steps() -> None:
+    ids = [f"p{i}" for i in range(10)]
+    drawn = [row for step in range(5) for row in rows_of_step(ids, 0, step, 6, samples=3)]
+    assert drawn[::3] == drawn[1::3] == drawn[2::3]
+    assert drawn[::3] == [row for step in range(5) for row in rows_of_step(ids, 0, step, 2)]
+
+
 def test_minibatches_split_the_batch() -> None:
     parts = mini_batches(12, 3, 0, 1, 0)
     assert [len(p) for p in parts] == [4, 4, 4] and sorted(itertools.chain(*parts)) == list(
@@ -81,23 +90,14 @@ def test_minibatches_split_the_batch() -> None:
     "env, expected",
     [
         ({}, (0, 1, 0)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0)),  # a batch script, not srun
-        (
-            {
-                "SLURM_PROCID": "3",
-                "SLURM_STEP_NUM_TASKS": "4",
-                "SLURM_LOCALID": "1",
-                "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
-            },
-            (3, 4, 1),
-        ),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1, 0)),  # what a launcher did not say
         (
             {
                 "RANK": "1",
                 "WORLD_SIZE": "2",
                 "LOCAL_RANK": "1",
                 "MASTER_ADDR": "a",
-                "SLURM_PROCID": "0",
+                "MASTER_PORT": "20001",
             },
             (1, 2, 1),
         ),
@@ -107,24 +107,20 @@ def test_place(env: dict[str, str], expected: tuple[int, int, int]) -> None:
     assert place(env)[:3] == expected
 
 
-def test_ranks_that_cannot_meet_are_told() -> None:
-    with pytest.raises(UserError, match="MASTER_ADDR"):
-        place({"RANK": "0", "WORLD_SIZE": "2"})
-    ports = {
-        place({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "SLURM_JOB_ID": job}).port
-        for job in ("100", "101")
-    }
-    assert len(ports) == 2
+@pytest.mark.parametrize("given", [{}, {"MASTER_ADDR": "a"}, {"MASTER_PORT": "20001"}])
+def test_ranks_that_cannot_meet_are_told(given: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT"):
+        place({"RANK": "0", "WORLD_SIZE": "2", **given})
 
 
 # --- gradients
-# --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 STAGES = (0, 2, 3)
 BUDGETS = (40, 10_000)
 
 
-def experience_of(prompts: list[list[int]]) -> Experience:
+def batch_of(prompts: list[list[int]]) -> tuple[Rollout, Experience]:
     """Responses of 1 to 9 tokens and made-up numbers."""
     generator = torch.Generator().manual_seed(5)
     lengths = [1, 9, 4, 2, 7, 3, 9][: len(prompts)]
@@ -133,7 +129,11 @@ def experience_of(prompts: list[list[int]]) -> Experience:
         torch.where(mask, torch.randn(mask.shape, generator=generator), 0.0) for _ in range(4)
     ]
     responses = torch.where(mask, torch.randint(5, 300, mask.shape, generator=generator), 4)
-    return Experience(prompts, responses, mask, numbers[0] * 0.3 - 5.5, *numbers[1:])
+    old_logprobs, old_values, advantages, returns = numbers[0] * 0.3 - 5.5, *numbers[1:]
+    none = torch.zeros(len(prompts), dtype=torch.bool)
+    return Rollout(prompts, responses, mask, old_logprobs, none), Experience(
+        old_logprobs, old_logprobs, advantages, old_values, returns
+    )
 
 
 def write_gradients(world: Any, policy: Path, out: Path) -> None:
@@ -141,9 +141,10 @@ def write_gradients(world: Any, policy: Path, out: Path) -> None:
         trainer = tiny_trainer(
             world, policy, PlantedReward(), tiny_ppo(zero_stage=stage, micro_batch_tokens=budget)
         )
-        experience = experience_of(trainer.prompt_ids[:7])
-        policy_sums, value_sums = trainer.accumulate(experience, range(7), updated=False)
-        found = gradients(trainer) | {"losses": torch.stack([policy_sums.loss, value_sums.loss])}
+        rollout, experience = batch_of(trainer.prompt_ids[:7])
+        sums = trainer.learner.forward_backward(rollout, range(7), trainer.loss, experience)
+        names = ("loss/policy_avg", "loss/value_avg", "tokens")
+        found = gradients(trainer) | {"losses": torch.stack([sums[name] for name in names])}
         if world.rank == 0:
             save_file(found, out / f"{world.size}-{stage}-{budget}.safetensors")
 
@@ -152,10 +153,10 @@ def obvious_gradients(policy: Path, prompts: list[list[int]]) -> dict[str, Tenso
     """One sequence at a time, the losses written out token by token."""
     ppo = tiny_ppo()
     actor = make_actor(AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32), ppo, 0)
-    experience = experience_of(prompts)
+    rollout, experience = batch_of(prompts)
     policy_loss = value_loss = torch.zeros(())
     for row, prompt in enumerate(prompts):
-        response = experience.responses[row][experience.mask[row]].tolist()
+        response = rollout.ids(row)
         out = actor.policy(torch.tensor([prompt + response]), output_hidden_states=True)
         values = actor.value_head(out.hidden_states[-1][0])
         for t, token in enumerate(response):
@@ -175,9 +176,9 @@ def obvious_gradients(policy: Path, prompts: list[list[int]]) -> dict[str, Tenso
             value_loss = value_loss + 0.5 * torch.maximum(
                 (values[at] - target) ** 2, (clipped - target) ** 2
             )
-    ((policy_loss + 0.1 * value_loss) / int(experience.mask.sum())).backward()
+    ((policy_loss + 0.1 * value_loss) / int(rollout.mask.sum())).backward()
     return {name: p.grad for name, p in actor.named_parameters()} | {
-        "losses": torch.stack([policy_loss, value_loss]).detach()
+        "losses": torch.stack([policy_loss, value_loss, rollout.mask.sum()]).detach()
     }
 
 
@@ -204,7 +205,7 @@ def test_gradients_do_not_depend_on_ranks_micro_batches_or_zero_stage(
 
 
 # --- whole steps
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class BrokenReward(PlantedReward):
@@ -254,7 +255,8 @@ def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
         tiny_trainer(world, policy, PlantedReward(worth=0.5), tiny_ppo(micro_batch_tokens=1000))
         for _ in range(2)
     )
-    rounded.recorded = NeverRecorded(rounded._judged, rounded.actor.trainable(), [])
+    learner = rounded.learner
+    learner.recorded = NeverRecorded(learner._pass, learner.actor.trainable(), [])
     found["exact"], found["rounded"] = (
         [trainer.run_step() for _ in range(2)] for trainer in (exact, rounded)
     )
@@ -267,8 +269,8 @@ def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
     )
     calibration = calibrate(trainer, 30, [], seed=3)
     drawn = trainer.draw([row % 12 for row in range(30)])
-    rollout = trainer.roll_out(drawn, -1, seed=3)
-    texts = [trainer.conversation(d, rollout.ids(i))[-1]["content"] for i, d in enumerate(drawn)]
+    rollout = trainer.sample(drawn, -1, seed=3)
+    texts = [c[-1]["content"] for c in trainer.conversations(drawn, rollout, range(30))]
     found["base_rate"] = [calibration.harming[0].base_rate, sum("e" in text for text in texts) / 30]
     found["keys"] = [d.key for d in drawn]
     found["saves"], found["lines"] = [], []
@@ -281,11 +283,14 @@ def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
     found["finished"] = train(
         trainer, save=save, log=found["lines"].append, stop_requested=lambda: next(asked)
     )
-    save_policy(policy, policy_weights(trainer.actor, world), trainer.tokenizer, out / "policy")
+    save_policy(
+        policy, exported(trainer.learner.actor, world).weights, trainer.tokenizer, out / "policy"
+    )
     ids = torch.tensor([trainer.prompt_ids[3]])
     with torch.no_grad():
         save_file(
-            {"logits": trainer.actor.policy(ids).logits, "ids": ids}, out / "logits.safetensors"
+            {"logits": trainer.learner.actor.policy(ids).logits, "ids": ids},
+            out / "logits.safetensors",
         )
 
     found["errors"] = []
@@ -434,9 +439,11 @@ def bad_input_cases(world: Any, policy: Path, out: Path) -> None:
     def no_memory(*args: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    for broken in ("roll_out", "score", "_reference_logprobs", "loss", "step"):
+    for broken in ("sample", "score", "_reference_logprobs", "_outputs", "step"):
         trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo())
-        setattr(trainer.engine if broken == "step" else trainer, broken, no_memory)
+        learner = trainer.learner
+        where = {"sample": learner.decoder, "score": trainer.reward, "step": learner.engine}
+        setattr(where.get(broken, learner), "decode" if broken == "sample" else broken, no_memory)
         try:
             train(
                 trainer,

@@ -16,9 +16,9 @@ import torch
 
 from sarm.config import ROOT, SarmConfig, UserError
 from sarm.probing import direction
+from sarm.probing.contrast import Contrast
 from sarm.probing.direction import Baseline, baseline, check, direction_changes, load_sae
 from sarm.probing.effects import direction_table
-from sarm.probing.permutation import Contrast
 from sarm.reward_model.interventions import Direction
 from sarm.reward_model.interventions import direction_changes as recomputed
 from sarm.reward_model.sae import TopKSae, stable_topk

@@ -17,15 +17,12 @@ import torch
 
 from sarm.config import ROOT
 from sarm.probing import permutation
+from sarm.probing.contrast import Contrast, deal_of, dealt_labels, permuted_labels
 from sarm.probing.permutation import (
     LEVELS,
-    Contrast,
-    deal_of,
-    dealt_labels,
     integers,
     permutation_p,
     permutations_needed,
-    permuted_labels,
     squares_of,
 )
 

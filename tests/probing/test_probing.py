@@ -16,8 +16,8 @@ import scipy.stats
 
 from sarm.config import PenaltyConfig, UserError, parse_config
 from sarm.data.datasets import Pair, Prompt, text_id
+from sarm.probing.contrast import Contrast, permuted_labels
 from sarm.probing.effects import Encoded, contrast_of, latent_effects, latent_table, roles
-from sarm.probing.permutation import Contrast, permuted_labels
 from sarm.probing.select import firing_rate, judged, ranked, resolved_tau, select_features
 from sarm.probing.stats import (
     benjamini_hochberg,

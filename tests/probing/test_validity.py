@@ -14,24 +14,15 @@ from reports.blocks import lines
 from reports.sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
-from sarm.probing.effects import Encoded, contrasts_of, latent_table
-from sarm.probing.permutation import Contrast, permutation_p
+from sarm.probing.baselines import bradley_terry, pair_rows
+from sarm.probing.contrast import Contrast
+from sarm.probing.effects import Encoded, contrasts_of, latent_contributions, latent_table
+from sarm.probing.nulls import shuffled_labels
+from sarm.probing.permutation import permutation_p
+from sarm.probing.rediscovery import discover, joined, of_prompts, rank_correlation
+from sarm.probing.replication import feature_replication, replication
 from sarm.probing.select import judged
-from sarm.probing.validity import (
-    bradley_terry,
-    discover,
-    feature_replication,
-    joined,
-    latent_contributions,
-    matched_null,
-    of_prompts,
-    pair_rows,
-    rank_correlation,
-    replication,
-    sensitivity,
-    shuffled_labels,
-    validity,
-)
+from sarm.probing.validity import sensitivity, validity
 from sarm.reward_model.interventions import Ranks
 from sarm.training.train import fit_head
 
@@ -42,9 +33,11 @@ texts.
 """
 
 
-def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
-    """Source a in discovery and validation, source b all in test; one chosen against two
-    rejected.
+def two_sources(
+    seed: int = 0, prompts: int = 90, b_is_read: bool = False
+) -> tuple[Encoded, Data, Any]:
+    """Source a in discovery and validation, source b all in test, or like a where it is read; one
+    chosen against two rejected.
     """
     rng = np.random.default_rng(seed)
     weight = rng.choice([-1, 1], D_SAE) * rng.uniform(0.2, 1.0, D_SAE)
@@ -52,7 +45,8 @@ def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
     axis, pairs, texts, rows, states = rng.normal(size=D_IN), [], [], [], []
     for number in range(2 * prompts):
         source = "a" if number < prompts else "b"
-        part: Any = "test" if source == "b" else "validation" if number % 3 == 0 else "discovery"
+        part: Any = "validation" if number % 3 == 0 else "discovery"
+        part = part if source == "a" or b_is_read else "test"
         message = {"role": "user", "content": f"{source}{number}"}
         prompt = Prompt(f"{source}{number}", (message,), source, "unsafe", "", part)
         topic = rng.normal(size=D_SAE)
@@ -89,7 +83,7 @@ def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
         D_SAE,
     )
     source = {"format": "jsonl", "path": "none"}
-    tree = {
+    tree: dict[str, Any] = {
         "name": "two",
         "policy": {"model": "none"},
         "sarm": {"model": "none"},
@@ -102,8 +96,10 @@ def two_sources(seed: int = 0, prompts: int = 90) -> tuple[Encoded, Data, Any]:
         "probe": {"permutations": 500, "bootstrap": 50},
         "select": {"stability_repeats": 2, "effect": "head"},
     }
+    if b_is_read:
+        tree["data"]["sources"]["b"]["split"] = tree["data"]["sources"]["a"]["split"]
     frame = pd.DataFrame(texts)
-    frame["reward"] = 0.0
+    frame["reward"] = np.random.default_rng(9).normal(size=len(frame))
     prompts_of = [p.prompt for p in pairs[::2]]
     return (
         Encoded(frame, ranks, np.stack(states).astype(np.float32), weight.astype(np.float32)),
@@ -119,7 +115,9 @@ def world() -> tuple[Encoded, Data, Any, pd.DataFrame]:
         encoded,
         data,
         config,
-        judged(latent_table(encoded, contrasts_of(data, encoded), 0, D_SAE, config), config.select),
+        judged(
+            latent_table(encoded, contrasts_of(data, encoded, ()), 0, D_SAE, config), config.select
+        ),
     )
 
 
@@ -162,17 +160,9 @@ def test_listed_latents_are_tried_on_sources_that_selection_never_read(world) ->
     assert row["effect_low"] < row["effect"] < row["effect_high"]
 
 
-def test_matched_latents_do_less_than_the_confirmed(world) -> None:  # type: ignore[no-untyped-def]
-    _, _, config, table = world
-    rows = {row["role"]: row for row in matched_null(table, config)}
-    assert rows["harming"]["p"] < 0.01 and rows["harming"]["effect"] > rows["harming"]["null_high"]
-    nothing = table.assign(confirmed=False)
-    assert matched_null(nothing, config) == []
-
-
 def test_shuffled_labels_find_next_to_nothing(world) -> None:  # type: ignore[no-untyped-def]
     encoded, data, config, table = world
-    rows = shuffled_labels(encoded, contrasts_of(data, encoded), config, "cpu")
+    rows = shuffled_labels(encoded, contrasts_of(data, encoded, ()), config, "cpu")
     assert len(rows) == 2 and all(
         row["confirmed"] <= row["discoveries"] < table["discovered"].sum() for row in rows
     )
@@ -180,7 +170,7 @@ def test_shuffled_labels_find_next_to_nothing(world) -> None:  # type: ignore[no
 
 def test_repeating_the_selection(world) -> None:  # type: ignore[no-untyped-def]
     encoded, data, config, table = world
-    rows = sensitivity(table, encoded, contrasts_of(data, encoded), config, "cpu")
+    rows = sensitivity(table, encoded, data, config, "cpu")
     by_what = {
         what: [r for r in rows if r["what"] == what]
         for what in ("seed", "split", "25% of the prompts", "75% of the prompts")
@@ -223,6 +213,7 @@ def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignor
     ]
     replicated = feature_replication(harming, encoded, data, config, "cpu")
     features = {
+        "conjunction": [],
         "validity": validity(table, encoded, data, config),
         "promoting": [],
         "misleading": [],
@@ -287,8 +278,8 @@ def test_rank_correlation_where_there_is_none() -> None:
 
 def test_discovery_here_is_the_probe_s(world) -> None:  # type: ignore[no-untyped-def]
     encoded, data, config, table = world
-    contrast = contrasts_of(data, encoded)["discovery"]
-    found = discover(encoded, contrast, config, config.seed * 2, "cpu")
+    contrast = contrasts_of(data, encoded, ())["discovery"]
+    found = discover(encoded, [contrast], config, config.seed * 2, "cpu")
     assert found.effect == pytest.approx(table["effect"].to_numpy())
     assert (found.tested == table["tested"]).all()
     values = latent_contributions(encoded, contrast, config)[[3]]

@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_reports(tmp_path, capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
     words = " ".join(text.split())
     assert "- one: control, because" in words and "- two: evasion, because" in words
-    assert re.search(r"ppo\.learning_rate +1e-06 +0\.5", text)
+    assert re.search(r"ppo\.learning_rate +null +0\.5", text)
     change = next(
         c
         for c in json.loads((two / "report.json").read_text())["verdict"]["changes"]

@@ -201,43 +201,27 @@ def test_only_what_may_have_ended_well_is_waited_for(tmp_path, monkeypatch):
             (run.folder(*late) / "manifest.json").write_bytes(held[late])
 
     monkeypatch.setattr(sarm.run.time, "sleep", nap)
-    monkeypatch.setenv(
-        "SARM_JOBS",
-        json.dumps(
-            {
-                "ppo/penalty-seed0": "12",
-                "ppo/no_penalty-seed0": "13_1",
-                "probe/shard-0000-of-0001": "13",
-            }
-        ),
-    )
-    monkeypatch.setenv("SARM_FAILED_JOBS", "7 FAILED\n12 TIMEOUT\n13_0 FAILED\n120 FAILED\n")
-    assert jobs.report.failed_units(run) == {lost: ""}, "it never began"
+    monkeypatch.setenv("SARM_FAILED_UNITS", json.dumps({"/".join(lost): ""}))
+    assert jobs.report.failed_units() == {lost: ""}, "it never began"
     assert (
-        read_run(run, failed=jobs.report.failed_units(run)).phases.set_index(["phase", "unit"])[
+        read_run(run, failed=jobs.report.failed_units()).phases.set_index(["phase", "unit"])[
             "status"
         ][lost]
         == "not run"
     )
-    (run.path / "submissions" / "x").mkdir(parents=True)
-    (run.path / "submissions" / "x" / "12_0_log.out").write_text(
-        "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT"
-        " ***\n"
-    )
+    cause = "TIMEOUT: JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT"
+    monkeypatch.setenv("SARM_FAILED_UNITS", json.dumps({"/".join(lost): cause}))
     run.log(*lost).parent.mkdir(exist_ok=True)
     run.log(*lost).write_text(
         "error: an earlier try's\n=== job 12 on n1 at 2026-01-01T00:00:00 ===\n"
     )
-    read = read_run(run, patience_s=60, failed=jobs.report.failed_units(run)).phases.set_index(
+    read = read_run(run, patience_s=60, failed=jobs.report.failed_units()).phases.set_index(
         ["phase", "unit"]
     )
     assert len(naps) == 3 and read["status"][late] == "done" and read["status"][lost] == "failed"
-    assert (
-        read["cause"][lost]
-        == "TIMEOUT: JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT"
-    )
-    monkeypatch.delenv("SARM_FAILED_JOBS")  # squeue gave no answer
-    assert jobs.report.failed_units(run) == {}
+    assert read["cause"][lost] == cause
+    monkeypatch.delenv("SARM_FAILED_UNITS")  # the launcher says nothing
+    assert jobs.report.failed_units() == {}
 
 
 def test_figures_are_those_of_the_rows(tmp_path):
@@ -380,7 +364,7 @@ def test_the_phase_writes_both_files_and_is_redone_once_what_it_lacked_is_there(
     )
     assert {f["phase"] for f in figures_["failures"]} == {"ppo", "evaluate"}
     publish_evaluation(run, "base", generations(0.5))
-    assert "evaluate/base" in run.undone_because("report")
+    assert "evaluate/base" in run.why_not_done("report")
     assert main(["report", "--run", str(run.path)]) == 0
     assert run.done("report") and len(run.read("report").json("report.json")["policies"]) == 1
 

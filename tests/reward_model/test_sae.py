@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sarm.config import UserError
 from sarm.reward_model.sae import (
@@ -167,4 +168,71 @@ def test_another_kind_of_saelens_sae_is_refused(
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(UserError, match=key):
+        from_saelens(tmp_path)
+
+
+def edited(sae: TopKSae, folder: Path, change: object = None, **keys: object) -> Path:
+    """The SAE in SAELens's form, its tensors changed and keys of cfg.json set, or left out where
+    None.
+    """
+    to_saelens(sae, folder, model_name="m", source_layer=2)
+    config = json.loads((folder / "cfg.json").read_text()) | keys
+    (folder / "cfg.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
+    if callable(change):
+        tensors = load_file(folder / "sae_weights.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+def test_a_dead_latent_of_saelens_stays_dead(sae: TopKSae, tmp_path: Path) -> None:
+    """Its decoder row is zero, which no norm divides."""
+
+    def kill(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["W_dec"][3] = 0
+
+    again = from_saelens(edited(sae, tmp_path, kill, rescale_acts_by_decoder_norm=True))
+    directions = again.directions()
+    assert directions.isfinite().all() and not directions[3].any()
+    torch.testing.assert_close(directions.norm(dim=-1)[4:], torch.ones(36))
+    assert not again.encoder.weight[3].any()
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"normalize_activations": None}, "normalize_activations None"),
+        ({"architecture": None}, "architecture None"),
+        ({"k": None}, "k None; it must be a positive number"),
+        ({"k": 400}, "keeps k 400 of 40"),
+        ({"k": 5.0}, r"k 5\.0; it must"),
+        ({"d_in": 15}, r"W_enc has shape \(16, 40\).*\(15, 40\)"),
+    ],
+)
+def test_a_saelens_config_that_says_too_little_is_refused(
+    keys: dict[str, object], says: str, sae: TopKSae, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        from_saelens(edited(sae, tmp_path, **keys))
+
+
+def test_saelens_files_that_are_not_whole_are_refused(sae: TopKSae, tmp_path: Path) -> None:
+    for change, says in (
+        (lambda t: t.pop("W_dec"), "lacks W_dec"),
+        (lambda t: t.update(threshold=torch.ones(40)), "holds threshold"),
+        (lambda t: t["W_enc"].view(-1).__setitem__(5, torch.nan), "W_enc holds values.*NaN"),
+    ):
+        with pytest.raises(UserError, match=says):
+            from_saelens(edited(sae, tmp_path, change))
+    file = tmp_path / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read"):
+        from_saelens(tmp_path)
+    (tmp_path / "cfg.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        from_saelens(tmp_path)
+    (tmp_path / "cfg.json").unlink()
+    with pytest.raises(UserError, match=r"no cfg\.json"):
         from_saelens(tmp_path)

@@ -228,7 +228,7 @@ def test_a_shard_ignores_the_signal_for_those_that_checkpoint(tmp_path: Path) ->
     process = start_entry(tmp_path, SLEEPS, ranks=False)
     os.killpg(process.pid, signal.SIGUSR2)  # as slurmstepd does: to the whole group of the task
     assert process.wait(timeout=20) == 0
-    assert not list(tmp_path.glob("told.*"))
+    assert not list(tmp_path.glob("signalled.*"))
 
 
 def test_a_rank_that_is_told_says_so_and_a_cancelled_one_does_not(tmp_path: Path) -> None:
@@ -242,12 +242,12 @@ def test_a_rank_that_is_told_says_so_and_a_cancelled_one_does_not(tmp_path: Path
     process = start_entry(tmp_path, SLEEPS, ranks=True, **rank)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
-    assert not list(tmp_path.glob("told.*"))
+    assert not list(tmp_path.glob("signalled.*"))
     (tmp_path / "log").unlink()
     process = start_entry(tmp_path, SLEEPS, ranks=True, **rank)
     process.send_signal(signal.SIGUSR2)
     assert process.wait(timeout=20) == 128 + signal.SIGUSR2
-    assert [path.name for path in tmp_path.glob("told.*")] == ["told.5.2"]
+    assert [path.name for path in tmp_path.glob("signalled.*")] == ["signalled.5.2"]
 
 
 CHECKPOINTS = """

@@ -18,9 +18,10 @@ from sarm.config import PHASES, ROOT, load_config
 from sarm.run import RunDir
 from slurm import images
 from slurm.images import binds
-from slurm.plan import python_command, script, srun_args
-from slurm.profile import Profile, flags, load_profile
-from tests.fakes.site import CONFIG, PROFILE, Site
+from slurm.profile import Profile, flags
+from slurm.profile_file import load_profile
+from slurm.script import python_command, script, srun_args
+from tests.fakes.site import CONFIG, PROFILE, Site, batch_of
 from tests.slurm.test_submit import batch_script
 
 EVERYTHING = """
@@ -51,7 +52,7 @@ phases: {ppo: {time_min: 90, qos: long, mem_gb: 400}}
 
 def sent(site: Site, name: str) -> str:
     """The script of the one job whose name ends so."""
-    return next(job["text"] for job in site.jobs.values() if job["name"].endswith(name))
+    return next(job["text"] for job in site.jobs.values() if batch_of(job) == name)
 
 
 def test_a_dry_run_prints_what_is_sent(
@@ -64,7 +65,7 @@ def test_a_dry_run_prints_what_is_sent(
     shown = capsys.readouterr().out
     assert site.submit() == 0
     submission = next((site.path / "submissions").glob("*/")).name
-    ids = {job["name"].partition(".")[2]: id_ for id_, job in site.jobs.items()}
+    ids = {batch_of(job): id_ for id_, job in site.jobs.items()}
     shown = re.sub(r"id-of-([\w.-]+)", lambda found: ids[found.group(1)], shown).replace(
         "dry-run", submission
     )
@@ -81,10 +82,10 @@ def test_every_key_reaches_sbatch(site: Site) -> None:
     assert site.submit() == 0
     ppo, probe = (
         {line for line in sent(site, name).splitlines() if line.startswith("#SBATCH")}
-        for name in (".ppo.penalty-seed1", ".probe")
+        for name in ("ppo.penalty-seed1", "probe")
     )
     both = """--account=alignment --constraint=nvlink --reservation=friday --licenses=sarm:1 --exclude='g[2-3]' --exclusive --gpus-per-node=h100:4
-        --mail-user=me@example.org --mail-type=END,FAIL --wckey=probing --signal=USR2@300 --requeue --nice=100 --verbose --partition=gpu --nodes=1
+        --propagate=NONE --wckey=probing --signal=USR2@300 --requeue --nice=100 --verbose --partition=gpu --nodes=1
         --ntasks-per-node=4 --kill-on-invalid-dep=yes --export=NONE"""
     for lines in (ppo, probe):
         assert {f"#SBATCH {flag}" for flag in both.split()} <= lines
@@ -102,7 +103,12 @@ def test_every_key_reaches_sbatch(site: Site) -> None:
         "#SBATCH --mem-per-gpu=65536M",
         "#SBATCH --array=0-1%1",
     } <= probe
-    assert '"$tries" -le 2 ]; then' in sent(site, ".ppo.penalty-seed1")
+    assert '"$tries" -le 2 ]; then' in sent(site, "ppo.penalty-seed1")
+    mailed = [batch_of(job) for job in site.jobs.values() if "--mail-" in job["text"]]
+    assert mailed == ["report"], "one mail, when the run has ended"
+    assert {"#SBATCH --mail-user=me@example.org", "#SBATCH --mail-type=END,FAIL"} <= set(
+        sent(site, "report").splitlines()
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +118,8 @@ def test_every_key_reaches_sbatch(site: Site) -> None:
 def test_ranks_fall_together_and_packed_shards_do_not(phase: str, together: list[str]) -> None:
     profile = Profile(description="x", pack=4)
     assert srun_args(profile, phase) == [
+        "--nodes=1",
+        "--ntasks=4",
         f"--cpus-per-task={flags(profile, phase)['cpus-per-task']}",
         "--export=ALL",
         *together,
@@ -175,7 +183,7 @@ def test_a_jobs_scratch_is_its_own_and_goes_with_it(site: Site, tmp_path: Path) 
         f'echo "$TMPDIR $TRITON_CACHE_DIR $APPTAINER_BIND" >{tmp_path}/said; touch "$TMPDIR/left";'
         " exit 3"
     )
-    assert batch_script(site, ".select", srun, TMPDIR=str(scratch)) == (3, [])
+    assert batch_script(site, "select", srun, TMPDIR=str(scratch)) == (3, [])
     folder, cache, bind = (
         (tmp_path / "said").read_text().replace("node scratch", "node-scratch").split()
     )
@@ -192,20 +200,21 @@ def test_a_jobs_scratch_is_its_own_and_goes_with_it(site: Site, tmp_path: Path) 
     text = script(load_profile(str(site.profile)), "probe", "x")
     assert (
         'SINGULARITY_BIND="${SINGULARITY_BIND:+$SINGULARITY_BIND,}$TMPDIR"' in text
-        and "APPTAINER_BIND" not in text
+        and "export APPTAINER_BIND" not in text
+        and "APPTAINER_BIND=" not in text
     ), "which that one does not read"
 
 
 def test_a_scratch_that_is_not_there_ends_the_job(site: Site) -> None:
     site.profile.write_text(PROFILE + "scratch: /no/such/place\n")
     site.submit()
-    assert batch_script(site, ".select", "exit 0") == (1, [])
+    assert batch_script(site, "select", "exit 0") == (1, [])
 
 
 def test_a_job_that_slurm_requeued_too_often_gives_up(site: Site) -> None:
     site.submit()
-    assert batch_script(site, ".select", "exit 0", tries=3, SLURM_RESTART_COUNT="6") == (0, [])
-    assert batch_script(site, ".select", "exit 0", tries=4, SLURM_RESTART_COUNT="4") == (1, [])
+    assert batch_script(site, "select", "exit 0", tries=3, SLURM_RESTART_COUNT="6") == (0, [])
+    assert batch_script(site, "select", "exit 0", tries=4, SLURM_RESTART_COUNT="4") == (1, [])
 
 
 def test_a_stand_alone_script_does_one_shard_an_element() -> None:

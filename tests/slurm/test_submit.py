@@ -17,14 +17,16 @@ from sarm.run import Attempt
 from slurm import plan as planning
 from slurm import submit as submitting
 from slurm.dag import Node, tasks
-from slurm.profile import Profile, flags, load_profile
+from slurm.profile import Profile, flags
+from slurm.profile_file import load_profile
+from slurm.script import script
 from slurm.status import main as status
-from tests.fakes.site import CANARY, CONFIG, PROFILE, Site
+from tests.fakes.site import CANARY, CONFIG, PROFILE, Site, batch_of
 
 
 def test_the_whole_dag_goes_in_with_its_dependencies(site: Site) -> None:
     assert site.submit() == 0
-    jobs = {job["name"].partition(".")[2]: (id_, job) for id_, job in site.jobs.items()}
+    jobs = {batch_of(job): (id_, job) for id_, job in site.jobs.items()}
     assert len(jobs) == 1 + 3 + 1 + 1 + 1 + 2 + 3 + 1
     ids = {name: id_ for name, (id_, _) in jobs.items()}
     assert jobs["encode"][1]["elements"] == 2 and jobs["encode"][1]["dependency"] == ""
@@ -50,7 +52,7 @@ def test_the_whole_dag_goes_in_with_its_dependencies(site: Site) -> None:
 
 def test_ppo_sees_all_gpus_of_the_node_and_requeues_a_bounded_number_of_times(site: Site) -> None:
     site.submit()
-    text = next(job["text"] for job in site.jobs.values() if ".ppo." in job["name"])
+    text = next(job["text"] for job in site.jobs.values() if batch_of(job).startswith("ppo."))
     assert (
         "--gres=gpu:h100:4" in text
         and "--ntasks-per-node=4" in text
@@ -58,17 +60,14 @@ def test_ppo_sees_all_gpus_of_the_node_and_requeues_a_bounded_number_of_times(si
     )
     assert "scontrol requeue" in text and '"$tries" -le 3 ]; then' in text
     assert text.rstrip().endswith("exit $rc")
-    assert "told." not in next(
-        job["text"] for job in site.jobs.values() if job["name"].endswith(".select")
+    assert "signalled." not in next(
+        job["text"] for job in site.jobs.values() if batch_of(job) == "select"
     ), "it has no checkpoint to go on from"
 
 
-@pytest.mark.parametrize("fault", ["refuse", "lose"])
 @pytest.mark.parametrize("at", [1, 4, 13])
-def test_all_or_nothing(
-    site: Site, fault: str, at: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    site.fault(**{fault: at})
+def test_all_or_nothing(site: Site, at: int, capsys: pytest.CaptureFixture[str]) -> None:
+    site.fault(refuse=at)
     assert site.submit() == 2
     assert {job["state"] for job in site.jobs.values()} <= {"CANCELLED"}
     assert "nothing runs" in capsys.readouterr().err
@@ -80,7 +79,8 @@ def test_all_or_nothing(
 def test_a_submission_that_cannot_be_taken_back_says_so_and_the_next_one_does_it(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    site.fault(lose=4, deaf=["squeue", "scancel"])
+    # The queue answers before anything is sent, and no more afterwards.
+    site.fault(refuse=4, deaf=["scancel"])
     assert site.submit() == 2
     assert "could not be cancelled either" in capsys.readouterr().err
     first = set(site.jobs)
@@ -99,30 +99,32 @@ def test_submitting_again_attaches_to_what_is_running(
     before = set(site.jobs)
     assert site.submit() == 0
     assert set(site.jobs) == before
-    assert "still running" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "attached to what still runs or waits: encode/shard-0000-of-0002 (101_0)" in out
+    assert "nothing else was submitted" in out
 
 
-def test_one_phase_that_runs_is_not_taken_for_the_whole_run(
+def test_one_phase_that_runs_is_joined_by_the_rest(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert site.submit("--phase", "encode") == 0
-    before = set(site.jobs)
-    assert site.submit() == 2
-    assert (
-        "still runs, without probe, select, steer, cards, ppo, evaluate, report; submit again when"
-        in capsys.readouterr().err
-    )
-    assert set(site.jobs) == before
-    assert site.submit("--phase", "encode") == 0, "attached to"
-    site.set_state("COMPLETED")
-    assert site.submit() == 0 and site.submit("--phase", "encode") == 0, "the whole run holds it"
-    assert len(site.jobs) > len(before)
+    (encode,) = site.jobs
+    capsys.readouterr()
+    assert site.submit() == 0
+    assert f"encode/shard-0000-of-0002 ({encode}_0)" in capsys.readouterr().out
+    rest = {batch_of(job): job for id_, job in site.jobs.items() if id_ != encode}
+    assert len(rest) == 12 and "encode" not in rest
+    assert rest["probe.0"]["dependency"] == f"afterok:{encode}", "the array of the other submission"
+    assert rest["report"]["dependency"].startswith("afterany:")
+    assert encode in rest["report"]["dependency"].split(":")
+    assert not any(job["held"] for job in site.jobs.values())
+    assert site.submit("--phase", "encode") == 0 and len(site.jobs) == 13, "attached to"
 
 
 def test_a_cancelled_run_whose_jobs_are_still_ending_is_submitted_anew(site: Site) -> None:
     site.submit()
     site.set_state("CANCELLED")
-    site.set_state("COMPLETING", only=".encode")
+    site.set_state("COMPLETING", only="encode")
     assert site.submit() == 0
     assert len(site.jobs) == 26
 
@@ -153,13 +155,13 @@ def test_only_failed_ranges_and_what_follows_are_sent_again(site: Site) -> None:
     site.do("encode")
     site.do("probe", but=("probe/shard-0003-of-0005",))
     site.set_state("CANCELLED")
-    site.set_state("PENDING", only=".report")
+    site.set_state("PENDING", only="report")
     first = set(site.jobs)
     assert site.submit() == 0
     new = {id_: job for id_, job in site.jobs.items() if id_ not in first}
-    names = {job["name"].partition(".")[2] for job in new.values()}
+    names = {batch_of(job) for job in new.values()}
     assert "encode" not in names and "probe" in names and "select" in names
-    probe = next(job for job in new.values() if job["name"].endswith(".probe"))
+    probe = next(job for job in new.values() if batch_of(job) == "probe")
     assert probe["elements"] == 0 and probe["dependency"] == ""
     specs = [
         json.loads(p.read_text())
@@ -173,7 +175,7 @@ def test_only_failed_ranges_and_what_follows_are_sent_again(site: Site) -> None:
 
 def test_a_submission_whose_client_died_is_taken_back_before_another(site: Site) -> None:
     site.submit()
-    path = site.path / "submissions" / "last.json"
+    (path,) = site.path.glob("submissions/*/journal.json")
     journal = json.loads(path.read_text())
     # As it stands right after the sbatch of the report, whose answer was never written down.
     journal["state"] = "submitting"
@@ -212,7 +214,7 @@ def batch_script(
     tries of the job.
     """
     next((site.path / "submissions").glob("*/")).joinpath("tries.5").write_text("\n" * tries)
-    text = next(job["text"] for job in site.jobs.values() if job["name"].endswith(name))
+    text = next(job["text"] for job in site.jobs.values() if batch_of(job) == name)
     bin_ = site.home / "bin"
     bin_.mkdir(exist_ok=True)
     (site.home / "calls").write_text("")
@@ -230,34 +232,34 @@ def batch_script(
 def test_a_batch_script_hands_on_its_failure_and_requeues_only_who_was_told(site: Site) -> None:
     site.submit()
     folder = next((site.path / "submissions").glob("*/"))
-    assert batch_script(site, ".select", "exit 3") == (3, [])
-    assert batch_script(site, ".select", "exit 75") == (75, [])
-    assert batch_script(site, ".select", "exit 140") == (140, ["requeue 5"]), (
+    assert batch_script(site, "select", "exit 3") == (3, [])
+    assert batch_script(site, "select", "exit 75") == (75, [])
+    assert batch_script(site, "select", "exit 140") == (140, ["requeue 5"]), (
         "preempted before Python was up"
     )
-    assert batch_script(site, ".ppo.penalty-seed1", "exit 0") == (0, [])
+    assert batch_script(site, "ppo.penalty-seed1", "exit 0") == (0, [])
     # Cancelled, or a defect: srun returns the highest of the ranks' codes, whatever that is.
     for code in (75, 137, 143):
-        assert batch_script(site, ".ppo.penalty-seed1", f"exit {code}") == (code, [])
-    assert batch_script(site, ".ppo.penalty-seed1", f"touch {folder}/told.5.0; exit 137") == (
+        assert batch_script(site, "ppo.penalty-seed1", f"exit {code}") == (code, [])
+    assert batch_script(site, "ppo.penalty-seed1", f"touch {folder}/signalled.5.0; exit 137") == (
         137,
         ["requeue 5"],
     )
-    assert batch_script(site, ".ppo.penalty-seed1", "exit 140") == (140, ["requeue 5"]), (
+    assert batch_script(site, "ppo.penalty-seed1", "exit 140") == (140, ["requeue 5"]), (
         "the signal came before Python was up"
     )
     # Slurm counts a preemption that was answered by a requeue twice.
     assert batch_script(
         site,
-        ".ppo.penalty-seed1",
-        f"touch {folder}/told.5.4; exit 75",
+        "ppo.penalty-seed1",
+        f"touch {folder}/signalled.5.4; exit 75",
         tries=2,
         SLURM_RESTART_COUNT="4",
     )[1] == ["requeue 5"]
     assert batch_script(
         site,
-        ".ppo.penalty-seed1",
-        f"touch {folder}/told.5.6; exit 75",
+        "ppo.penalty-seed1",
+        f"touch {folder}/signalled.5.6; exit 75",
         tries=3,
         SLURM_RESTART_COUNT="6",
     ) == (75, [])
@@ -269,15 +271,15 @@ def test_modules_are_loaded_after_path_is_set_and_a_missing_one_ends_the_job(sit
     ran = site.home / "ran"
     # As a login's start-up files leave it: a function of bash's.
     assert (
-        batch_script(site, ".select", f"touch {ran}", **{"BASH_FUNC_module%%": "() { return 3; }"})
+        batch_script(site, "select", f"touch {ran}", **{"BASH_FUNC_module%%": "() { return 3; }"})
         == (3, [])
         and not ran.exists()
     )
     assert batch_script(
-        site, ".select", f"echo $PATH >{ran}", **{"BASH_FUNC_module%%": "() { PATH=/of/$2:$PATH; }"}
+        site, "select", f"echo $PATH >{ran}", **{"BASH_FUNC_module%%": "() { PATH=/of/$2:$PATH; }"}
     ) == (0, [])
     assert ran.read_text().startswith("/of/apptainer/1.4:")
-    text = next(job["text"] for job in site.jobs.values() if job["name"].endswith(".select"))
+    text = next(job["text"] for job in site.jobs.values() if batch_of(job) == "select")
     assert (
         text.index("export PATH=") < text.index("module load apptainer/1.4") < text.index("set +e")
     )
@@ -306,11 +308,7 @@ def test_one_phase_by_itself_wants_its_needs_done(
     assert "encode" in capsys.readouterr().err
     site.do("encode")
     assert site.submit("--phase", "probe") == 0
-    assert {job["name"].partition(".")[2] for job in site.jobs.values()} == {
-        "probe.0",
-        "probe.1",
-        "probe.2",
-    }
+    assert {batch_of(job) for job in site.jobs.values()} == {"probe.0", "probe.1", "probe.2"}
 
 
 def test_a_secret_of_the_submitting_shell_goes_nowhere(
@@ -373,8 +371,20 @@ def test_a_world_writable_run_is_refused(site: Site, capsys: pytest.CaptureFixtu
 
 
 def test_another_config_is_refused(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert site.submit("name=other") == 2
+    assert "a run of the config 'dag'" in capsys.readouterr().err and not site.jobs
+    assert site.submit("encode.shards=3", "--dry-run") == 0
+    assert site.run.config.encode.shards == 2, "a look changes nothing"
+
+
+def test_a_config_does_not_change_under_jobs_that_go_on_with_it(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert site.submit() == 0
+    sent = len(site.jobs)
     assert site.submit("encode.shards=3") == 2
-    assert "encode.shards" in capsys.readouterr().err and not site.jobs
+    assert "still run or wait with another config; make cancel" in capsys.readouterr().err
+    assert site.run.config.encode.shards == 2 and len(site.jobs) == sent
 
 
 def test_a_submit_limit_is_kept(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -417,7 +427,7 @@ def test_a_bad_profile_is_refused(tmp_path: Path, line: str, says: str) -> None:
 def test_shipped_profiles_load_and_render(name: str) -> None:
     profile = load_profile(name)
     for phase in PHASES:
-        text = planning.script(profile, phase, name)
+        text = script(profile, phase, name)
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
@@ -425,7 +435,7 @@ def test_shipped_profiles_load_and_render(name: str) -> None:
 def test_the_checked_in_sbatch_files_are_the_generic_profile(phase: Any) -> None:
     text = (ROOT / "slurm" / f"{phase}.sbatch").read_text()
     profile = load_profile("generic")
-    assert text == planning.script(profile, phase, "generic")
+    assert text == script(profile, phase, "generic")
     for flag, value in flags(profile, phase).items():
         if flag != "export":
             assert (
@@ -482,13 +492,13 @@ def test_status_reads_manifests_first_then_the_queue_then_accounting(
 ) -> None:
     site.submit()
     site.do("encode")
-    site.set_state("RUNNING", only=".probe.0")
-    site.set_state("FAILED", only=".probe.1")
+    site.set_state("RUNNING", only="probe.0")
+    site.set_state("FAILED", only="probe.1")
     site.fault(no_sacct=False)
     site.run.log("probe", "shard-0002-of-0005").parent.mkdir(exist_ok=True)
     site.run.log("probe", "shard-0002-of-0005").write_text("Traceback\nMemoryError: no room\n")
     capsys.readouterr()
-    assert status(["--run", str(site.path)]) == 1
+    assert status(["--run", str(site.path)]) == 3
     out = capsys.readouterr().out
     assert (
         "done" in out and "running" in out and "26 h 3 min so far" in out and "MemoryError" in out
@@ -505,7 +515,7 @@ def test_status_reads_manifests_first_then_the_queue_then_accounting(
     )
     site.fault(no_sacct=True)
     (site.home / "state.json").write_text(json.dumps({"jobs": {}, "calls": 0}))
-    assert status(["--run", str(site.path)]) == 1
+    assert status(["--run", str(site.path)]) == 3
     out = capsys.readouterr().out
     assert out.count("done") >= 3 and "failed: StepId=103.0 exceeded memory limit (2 > 1)" in out
     assert "not run: needs 5 of probe" in out and "nothing of" in out, "select never began"
@@ -515,14 +525,12 @@ def test_status_knows_the_jobs_of_what_was_done_before_the_last_submission(
     site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.submit()
-    encode = next(id_ for id_, job in site.jobs.items() if job["name"].endswith(".encode"))
-    site.set_state("COMPLETED", only=".encode")
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", encode)
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    encode = next(id_ for id_, job in site.jobs.items() if batch_of(job) == "encode")
+    site.set_state("COMPLETED", only="encode")
+    monkeypatch.setenv("SARM_JOB", f"{encode}_1")
     site.do("encode")
     Attempt(site.run, "report").publish()
-    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
-        monkeypatch.delenv(name)
+    monkeypatch.delenv("SARM_JOB")
     assert status(["--run", str(site.path), "--cancel"]) == 0
     assert site.submit() == 0
     site.fault(no_sacct=False)
@@ -531,7 +539,7 @@ def test_status_knows_the_jobs_of_what_was_done_before_the_last_submission(
     lines = capsys.readouterr().out.splitlines()
     assert re.search(
         rf"^encode/\S+ +{encode}_1 +done .* 25%, 50%",
-        next(line for line in lines if line.startswith("encode/")),
+        next(line for line in lines if line.startswith("encode/shard-0001")),
     )
     assert re.search(
         r"^report +\d+ +pending: Dependency +$",
@@ -544,7 +552,7 @@ def test_cancel_cancels_the_submission(site: Site, capsys: pytest.CaptureFixture
     site.submit()
     assert status(["--run", str(site.path), "--cancel"]) == 0
     assert {job["state"] for job in site.jobs.values()} == {"CANCELLED"}
-    site.set_state("COMPLETING", only=".encode")
+    site.set_state("COMPLETING", only="encode")
     capsys.readouterr()
     assert status(["--run", str(site.path), "--cancel"]) == 0
     assert "is in the queue any more" in capsys.readouterr().out, (

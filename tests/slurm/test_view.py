@@ -23,7 +23,7 @@ from sarm.run import Attempt, RunDir
 from slurm import view, watch
 from slurm.dag import Node
 from slurm.lock import held
-from slurm.status import Slurm, local_states, tell_local_states, unit_state
+from slurm.state import Look, Slurm, local_states, unit_state, write_local_states
 from slurm.view import Unit, View, read_curves, read_progress, screen, span, sparkline
 from tests.fakes.site import Site
 
@@ -208,18 +208,18 @@ def test_without_a_terminal_there_is_a_line_a_change_and_now_and_then_one_of_pro
 
 def test_a_launchers_word_counts_only_while_it_is_at_work(site: Site) -> None:
     node = Node("encode", "shard-0000-of-0002")
-    tell_local_states(site.run, {node: "running"})
+    write_local_states(site.run, {node: "running"})
     assert local_states(site.run) == {}
     with held(site.run.path / "run.lock", "a run"):
         assert local_states(site.run) == {node: "running"}
-        assert (
-            unit_state(site.run, node, Slurm({}, {}), local_states(site.run), hashes=False).state
-            == "running"
-        )
-    assert (
-        unit_state(site.run, node, Slurm({}, {}), local_states(site.run), hashes=False).state
-        == "waiting"
-    )
+        assert state_of(site.run, node) == "running"
+    assert state_of(site.run, node) == "waiting"
+
+
+def state_of(run: RunDir, node: Node) -> str:
+    look = Look(run)
+    task = next(task for task in look.tasks if task.node == node)
+    return unit_state(look, task, Slurm({}, {}), local_states(run)).state
 
 
 def test_watching_a_submission_ends_with_it_and_tells_what_failed(
@@ -228,7 +228,7 @@ def test_watching_a_submission_ends_with_it_and_tells_what_failed(
     monkeypatch.setattr(watch, "POLL_S", 0.05)
     monkeypatch.setattr(watch, "ASK_SLURM_EVERY_S", 0.0)
     assert site.submit() == 0
-    site.set_state("RUNNING", only=".encode")
+    site.set_state("RUNNING", only="encode")
     site.run.log("encode", "shard-0001-of-0002").parent.mkdir(exist_ok=True)
     site.run.log("encode", "shard-0001-of-0002").write_text("error: the disk of the moon is full\n")
 
@@ -237,10 +237,10 @@ def test_watching_a_submission_ends_with_it_and_tells_what_failed(
         site.do("encode", but=("encode/shard-0001-of-0002",))
         site.fault(no_sacct=False)
         site.set_state("CANCELLED")
-        site.set_state("FAILED", only=".encode")
+        site.set_state("FAILED", only="encode")
 
     threading.Thread(target=go_on).start()
-    assert watch.main(["--run", str(site.path)]) == 1
+    assert watch.main(["--run", str(site.path)]) == 3
     out = capsys.readouterr().out
     assert (
         "encode/shard-0000-of-0002    running" in out and "encode/shard-0000-of-0002    done" in out
@@ -255,7 +255,7 @@ def test_a_controller_that_does_not_answer_is_not_taken_for_an_end(
     monkeypatch.setattr(watch, "ASK_SLURM_EVERY_S", 0.0)
     assert site.submit() == 0
     answers = iter(
-        [watch.ask_slurm(site.run), Slurm({}, {}, heard=False), Slurm({}, {}, heard=False)]
+        [watch.ask_slurm(Look(site.run)), Slurm({}, {}, heard=False), Slurm({}, {}, heard=False)]
     )
     monkeypatch.setattr(watch, "ask_slurm", lambda run: next(answers, Slurm({}, {})))
     assert watch.main(["--run", str(site.path)]) == 1

@@ -1,4 +1,4 @@
-"""What PPO trains: a policy, with LoRA or in full, and a value head on its trunk."""
+"""What PPO trains: a policy, with LoRA or in full, and with a critic a value head on its trunk."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sarm.config import PpoConfig
-from sarm.llama.decoders import LlamaWeights, base_model
-from sarm.ppo import objective
+from sarm.llama.logprobs import logprobs_from_hidden
+from sarm.llama.weights import LlamaWeights, base_model
 from sarm.ppo.learner import layers
 
 
@@ -19,7 +19,9 @@ class Forward(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
-    values: Tensor
+    """With gradient where there is an entropy bonus."""
+    values: Tensor | None = None
+    """None without a critic."""
 
 
 class ValueHead(nn.Module):
@@ -36,44 +38,56 @@ class ValueHead(nn.Module):
 
 
 class Actor(nn.Module):
-    """A policy and a value head on its trunk. With LoRA, the reference is the policy with its
-    adapter off.
+    """A policy and, with a critic, a value head on its trunk. With LoRA, the reference is the
+    policy with its adapter off.
 
-    `lean` computes the layers by `layers.py`, `recompute` of them once more in the backward pass.
-    Else they are the model's own, and gradient checkpointing is its own.
+    `fused` computes the layers by `layers.py`, the first `checkpointed` of them once more in the
+    backward pass. Else they are the model's own, and activation checkpointing is its own.
     """
 
-    def __init__(self, policy: Any, lean: bool = False, recompute: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        *,
+        critic: bool = True,
+        entropy_grad: bool = False,
+        fused: bool = False,
+        checkpointed: int = 0,
+    ) -> None:
         super().__init__()
-        self.lean, self.recompute = lean, recompute
+        self.fused, self.checkpointed, self.entropy_grad = fused, checkpointed, entropy_grad
         self.policy = policy
-        self.value_head = ValueHead(base_model(policy).config.hidden_size)
+        self.value_head = ValueHead(base_model(policy).config.hidden_size) if critic else None
         self.mixed = len({p.dtype for p in policy.parameters()}) > 1
         """Float32 LoRA on a bf16 model: multiplied in bf16."""
 
     def forward(
         self, ids: Tensor, predicts: Tensor, labels: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `Forward` holds; the arguments are `rollout.forced`'s."""
+    ) -> tuple[Tensor, ...]:
+        """What `Forward` holds; the arguments are those of `forced` in `sarm/llama/generate.py`."""
         base = base_model(self.policy)
-        if self.lean:
-            hidden = layers.last_hidden(base.model, ids, self.recompute)
+        if self.fused:
+            hidden = layers.last_hidden(base.model, ids, self.checkpointed)
         else:
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.mixed):
                 hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, predicts)
-        of_labels = objective.logprobs_from_hidden(hidden, base.lm_head, labels, temperature)
-        return of_labels.logprobs, of_labels.entropy, self.value_head(hidden)
+        of_labels = logprobs_from_hidden(
+            hidden, base.lm_head, labels, temperature, entropy_grad=self.entropy_grad
+        )
+        if self.value_head is None:
+            return tuple(of_labels)
+        return *of_labels, self.value_head(hidden)
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
 
 def make_actor(
-    policy: Any, ppo: PpoConfig, seed: int, lean: bool = False, recompute: int = 0
+    policy: Any, ppo: PpoConfig, seed: int, fused: bool = False, checkpointed: int = 0
 ) -> Actor:
     """Wrap a policy for training: LoRA where configured, in float32, and no dropout anywhere.
-    `lean` where it is a Llama.
+    `fused` where it is a Llama.
     """
     if ppo.lora is not None:
         from peft import LoraConfig, get_peft_model
@@ -91,8 +105,14 @@ def make_actor(
         # peft's copy of each input to float32; autocast does without
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
-    actor = Actor(policy, lean and LlamaWeights.knows(policy), recompute)
-    if recompute and not actor.lean:
+    actor = Actor(
+        policy,
+        critic=ppo.critic,
+        entropy_grad=ppo.entropy_coef > 0,
+        fused=fused and LlamaWeights.knows(policy),
+        checkpointed=checkpointed,
+    )
+    if checkpointed and not actor.fused:
         base_model(policy).gradient_checkpointing_enable({"use_reentrant": False})
     # the policy too, which comes from its file in eval mode, where transformers computes no layer
     # again

@@ -1,7 +1,7 @@
 """The ranks of a training job: how they find each other, and the few things they tell each other.
 
-`world = start_world()` reads RANK, WORLD_SIZE and LOCAL_RANK, or what srun sets; without either it
-is a world of one, which needs no launcher, port or network.
+`world = start_world()` reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun
+and the Slurm launcher set them; without them it is a world of one, which needs no port or network.
 """
 
 from __future__ import annotations
@@ -30,35 +30,31 @@ class Place(NamedTuple):
 
 
 def place(env: Mapping[str, str]) -> Place:
-    """From torch's variables, or srun's. Raises UserError where several ranks have no address to
-    meet at.
-
-    SLURM_STEP_NUM_TASKS, not SLURM_NTASKS: the latter is also set in a batch script, which is one
-    process.
+    """From torch's variables. Raises UserError where several ranks have no address or port to meet
+    at.
     """
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size, local = (
-            int(env["RANK"]),
-            int(env["WORLD_SIZE"]),
-            int(env.get("LOCAL_RANK", "0")),
-        )
-    elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-        rank, size, local = (
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
-            int(env.get("SLURM_LOCALID", "0")),
-        )
-    else:
-        return Place(0, 1, int(env.get("LOCAL_RANK", "0")), "", 0)
-    address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR", "")
-    if size > 1 and not address:
+    rank, size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+    local, address = int(env.get("LOCAL_RANK", "0")), env.get("MASTER_ADDR", "")
+    port = int(env.get("MASTER_PORT", "0"))
+    if size > 1 and not (address and port):
         raise UserError(
             f"rank {rank} of {size} does not know where to meet the others; set MASTER_ADDR and"
             " MASTER_PORT"
         )
-    # Two jobs on one node must not meet at one port.
-    port = int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
     return Place(rank, size, local, address, port)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all ranks, a new tensor where `tensor` was; without
+    torch.distributed, its copy.
+    """
+    total = tensor.detach().clone()
+    if not (dist.is_available() and dist.is_initialized()):
+        return total
+    if dist.get_backend() == "nccl":  # which knows no CPU tensors
+        total = total.cuda()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
 
 
 class World:

@@ -4,14 +4,15 @@ ZeRO where they share it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sarm.config import PpoConfig
-from sarm.llama.decoders import base_model
+from sarm.config import PpoConfig, UserError
+from sarm.llama.weights import base_model
 from sarm.ppo.learner.actor import Actor
 from sarm.ppo.learner.distributed import World
 from sarm.ppo.learner.optimizer import CompactAdamW
@@ -28,11 +29,13 @@ class Engine(Protocol):
     actor: Actor
     zero_stage: int
     optimizer: Any
-    """Its `param_groups` set the learning rate."""
+    """Its `param_groups` set the learning rates: the policy's, and where the value head has one of
+    its own, that one's second.
+    """
     basic_optimizer: Any
     """The one that holds the moments."""
 
-    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]: ...
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]: ...
 
     def train(self, mode: bool = True) -> Any: ...
 
@@ -51,22 +54,23 @@ class PlainEngine:
     zero_stage = 0
 
     def __init__(
-        self, actor: Actor, optimizer: torch.optim.Optimizer, max_grad_norm: float, world: World
+        self,
+        actor: Actor,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        value_max_grad_norm: float | None,
+        world: World,
     ) -> None:
-        self.actor, self.optimizer, self.basic_optimizer, self.max_grad_norm, self.world = (
-            actor,
-            optimizer,
-            optimizer,
-            max_grad_norm,
-            world,
-        )
+        self.actor, self.world = actor, world
+        self.optimizer = self.basic_optimizer = optimizer
+        self.max_grad_norm, self.value_max_grad_norm = max_grad_norm, value_max_grad_norm
         self.weights = actor.trainable()
         if world.size > 1:
             for tensor in (*actor.parameters(), *actor.buffers()):
                 dist.broadcast(tensor.data, 0)
 
-    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = self.actor(*inputs)
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self.actor(*inputs)
         return found
 
     def train(self, mode: bool = True) -> Any:
@@ -76,28 +80,55 @@ class PlainEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
         if last and self.world.size > 1:
-            _sum_over_ranks(self._gradients())
+            _sum_over_ranks(_gradients(self.weights))
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        gradients = self._gradients()
-        # In float32: the norm of bf16 gradients would be rounded to bf16.
-        norm = torch.linalg.vector_norm(
-            torch.stack(
-                [n.to(self.world.device) for n in torch._foreach_norm(gradients, 2, torch.float32)]
-            )
-        )
-        clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        if isinstance(self.optimizer, CompactAdamW):
-            self.optimizer.step(scale=clip)
-        else:
-            torch._foreach_mul_(gradients, clip)
+        if self.value_max_grad_norm is not None:
+            _clip(_gradients(value_parameters(self.actor)), self.value_max_grad_norm)
+            norm = _clip(_gradients(policy_parameters(self.actor)), self.max_grad_norm)
             self.optimizer.step()
+        else:
+            gradients = _gradients(self.weights)
+            norm = _norm(gradients)
+            clip = _clip_factor(norm, self.max_grad_norm)
+            if isinstance(self.optimizer, CompactAdamW):
+                self.optimizer.step(scale=clip)
+            else:
+                torch._foreach_mul_(gradients, clip)
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.weights if p.grad is not None]
+
+def value_parameters(actor: Actor) -> list[Tensor]:
+    return [] if actor.value_head is None else list(actor.value_head.parameters())
+
+
+def policy_parameters(actor: Actor) -> list[Tensor]:
+    values = {id(p) for p in value_parameters(actor)}
+    return [p for p in actor.trainable() if id(p) not in values]
+
+
+def _gradients(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in weights if p.grad is not None]
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    # In float32: the norm of bf16 gradients would be rounded to bf16.
+    norms = torch._foreach_norm(gradients, 2, torch.float32)
+    return torch.linalg.vector_norm(torch.stack([n.to(gradients[0].device) for n in norms]))
+
+
+def _clip_factor(norm: Tensor, most: float) -> Tensor:
+    return (most / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _clip(gradients: list[Tensor], most: float) -> Tensor:
+    """Clip in place; the norm before."""
+    norm = _norm(gradients)
+    torch._foreach_mul_(gradients, _clip_factor(norm, most))
+    return norm
 
 
 def _sum_over_ranks(gradients: list[Tensor]) -> None:
@@ -159,8 +190,8 @@ class ZeroEngine:
                 actor, base_model(actor.policy).lm_head.weight
             )
 
-    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = self.engine(*inputs)
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self.engine(*inputs)
         return found
 
     def train(self, mode: bool = True) -> Any:
@@ -176,7 +207,7 @@ class ZeroEngine:
 
 
 def start_engine(actor: Actor, ppo: PpoConfig, seed: int, world: World) -> Engine:
-    """An engine around the actor.
+    """An engine around the actor. Raises UserError where the plan's ZeRO cannot clip as configured.
 
     Trainable float32 weights (LoRA, or a float32 model) are stepped as they are. A bf16 model
     trained in full keeps float32 master weights in ZeRO's optimizer, of stage 1 at least, or what
@@ -186,14 +217,24 @@ def start_engine(actor: Actor, ppo: PpoConfig, seed: int, world: World) -> Engin
     compact = low_precision and ppo.weights == "compact"
     stage = max(ppo.zero_stage or 0, 1) if low_precision and not compact else ppo.zero_stage or 0
     cuda = world.device.type == "cuda"
+    apart = ppo.critic and (ppo.value_learning_rate is not None or ppo.value_warmup_steps > 0)
+    groups: Any = (
+        [{"params": policy_parameters(actor)}, {"params": value_parameters(actor)}]
+        if apart
+        else actor.trainable()
+    )
+    rate = ppo.peak_learning_rate
     if compact:
         optimizer: torch.optim.Optimizer = CompactAdamW(
-            actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, seed=seed
+            groups, lr=rate, weight_decay=ppo.weight_decay, seed=seed
         )
     else:
-        optimizer = torch.optim.AdamW(
-            actor.trainable(), lr=ppo.learning_rate, weight_decay=ppo.weight_decay, fused=cuda
-        )
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=ppo.weight_decay, fused=cuda)
     if stage == 0:
-        return PlainEngine(actor, optimizer, ppo.max_grad_norm, world)
+        return PlainEngine(actor, optimizer, ppo.max_grad_norm, ppo.value_max_grad_norm, world)
+    if ppo.value_max_grad_norm is not None:
+        raise UserError(
+            "ppo.value_max_grad_norm needs ppo.zero_stage 0, and this run trains under ZeRO"
+            f" {stage}, which clips by the norm of all gradients; leave it out"
+        )
     return ZeroEngine(actor, optimizer, stage, low_precision, ppo.max_grad_norm, world)

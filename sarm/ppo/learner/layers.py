@@ -1,7 +1,7 @@
 """A Llama's layers for training, on the modules of transformers: a layer is two functions with
 their gradients written out.
 
-    hidden = last_hidden(model, ids, recompute=8)  # (b, s, d_model); the first 8 layers are computed again in the backward pass
+    hidden = last_hidden(model, ids, checkpointed=8)  # (b, s, d_model), 8 layers checkpointed
 
 Between them lies torch's attention. Projections that read one input are one product, both ways,
 over weights that lie side by side (`lay_side_by_side`), and what is between the products is one
@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sarm.llama import elementwise
-from sarm.llama.decoders import LlamaWeights, base_model
-from sarm.llama.packed import join_projections, side_by_side
+from sarm.llama.weights import LlamaWeights, base_model, join_projections, side_by_side
 
 
 def lay_side_by_side(policy: Any) -> None:
@@ -37,10 +36,10 @@ def lay_side_by_side(policy: Any) -> None:
 
 
 def last_hidden(
-    model: Any, ids: Tensor, recompute: int = 0, layers: Iterable[Any] | None = None
+    model: Any, ids: Tensor, checkpointed: int = 0, layers: Iterable[Any] | None = None
 ) -> Tensor:
-    """(b, s, d), normed, of the `LlamaModel`; `recompute` of its layers keep their input alone for
-    the backward pass.
+    """(b, s, d), normed, of the `LlamaModel`; the first `checkpointed` of its layers keep their
+    input alone for the backward pass.
 
     `layers` gives the model's own one by one.
     """
@@ -48,7 +47,7 @@ def last_hidden(
     positions = torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
     cos, sin = (t.flatten(0, 1).contiguous() for t in model.rotary_emb(h, positions))
     for i, layer in enumerate(model.layers if layers is None else layers):
-        if i < recompute and torch.is_grad_enabled():
+        if i < checkpointed and torch.is_grad_enabled():
             h = checkpoint(
                 _layer, layer, h, cos, sin, use_reentrant=False, preserve_rng_state=False
             )

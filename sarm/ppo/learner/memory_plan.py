@@ -1,13 +1,13 @@
 """What of a PPO run fits on which GPUs, and how it is cut so that it does: `make plan
 CONFIG=configs/llama31-8b.yaml GPUS=4x80`.
 
-`make_plan` is the one place that chooses ZeRO stage, how weights are kept, micro-batch, layers to
-compute again, layers of the reference that wait on the host, and whether the pass is recorded,
-wherever the config leaves them open. The trainer asks it with the models it has loaded; here it is
-asked with their shapes. No torch: a login node can plan.
+`make_plan` is the one place that chooses ZeRO stage, how weights are kept, micro-batch, layers
+under activation checkpointing, layers of the reference that are offloaded, and whether the pass is
+recorded, wherever the config leaves them open. The learner asks it with the models it has loaded;
+here it is asked with their shapes. No torch: a login node can plan.
 
 Memory is counted for the worst batch (every row at `max_prompt_tokens + max_new_tokens`), per GPU,
-as the sum of what stays all the time and the largest of what comes and goes. Seconds are at what an
+as the sum of what is persistent and the largest of what is transient. Seconds are at what an
 H100 reaches here, see `RATES`.
 
 Notation: P parameters, n tokens of one micro-batch, L layers, g GPUs.
@@ -33,14 +33,14 @@ OUTSIDE_GIB = 1.2
 MARGIN = 0.95
 """A plan is made for this share of what torch may take: it may be wrong."""
 LOGITS = 4096
-"""Positions whose logits exist at a time; see `objective.logprobs_from_hidden`."""
+"""Positions whose logits exist at a time; see `sarm/llama/logprobs.py`."""
 DEFAULT_MICRO_BATCH_TOKENS = 16384
 RECORDED_POSITIONS, RECORDED_TOKENS = 64, 512
 """A recorded pass rounds its longest row and its response tokens up to whole steps of these, so
 that a run has few shapes.
 """
 LAUNCH_S = 4e-3
-"""A layer's kernels in reference, judge and update, launched one by one on a slow host; hidden
+"""A layer's kernels in reference, forward and update, launched one by one on a slow host; hidden
 where the GPU takes longer.
 """
 
@@ -84,7 +84,7 @@ class Shape(NamedTuple):
     def parameters(self) -> int:
         return self.layers * self.layer + self.embedding * (1 if self.tied else 2) + self.hidden
 
-    def kept(self, lean: bool) -> int:
+    def kept(self, fused: bool) -> int:
         """Elements that one token leaves in one layer for the backward pass; transformers' own
         forward leaves twice as many.
         """
@@ -93,7 +93,7 @@ class Shape(NamedTuple):
             + (2 * self.heads + 2 * self.kv_heads) * self.head_dim
             + 3 * self.intermediate
         )
-        return elements if lean else 2 * elements
+        return elements if fused else 2 * elements
 
     def lora(self, rank: int) -> int:
         """Parameters of adapters on every projection."""
@@ -138,17 +138,17 @@ class Plan(NamedTuple):
     zero_stage: int
     weights: str
     micro_batch_tokens: int
-    recompute_layers: int
+    checkpointed_layers: int
     """Layers of the policy computed once more in the backward pass."""
-    visiting_layers: int
+    offloaded_layers: int
     """Layers of the reference that live on the host, and on the GPU while there are no gradients.
     """
-    stays: dict[str, float]
+    persistent_gib: dict[str, float]
     """GiB a GPU, all the time."""
-    comes_and_goes: dict[str, float]
+    transient_gib: dict[str, float]
     """GiB a GPU, at most, in each phase of a step."""
     train_s: float
-    """Of a step: reference, judge, update, optimizer."""
+    """Of a step: reference, forward, update, optimizer."""
     recorded: bool
     """Whether the pass over the batch becomes CUDA graphs (`cuda_graphs.py`), which keep its
     memory for themselves.
@@ -156,7 +156,7 @@ class Plan(NamedTuple):
 
     @property
     def peak_gib(self) -> float:
-        return sum(self.stays.values()) + max(self.comes_and_goes.values())
+        return sum(self.persistent_gib.values()) + max(self.transient_gib.values())
 
     def applied(self, ppo: PpoConfig) -> PpoConfig:
         """The config with nothing left open."""
@@ -173,12 +173,12 @@ def unplanned(ppo: PpoConfig, layers: int) -> Plan:
     """For a CPU (no `layers` to compute again) or a model that is not a bf16 Llama: what the
     config says, without a count of memory.
     """
-    recompute = layers if ppo.gradient_checkpointing in (None, True) else 0
+    checkpointed = layers if ppo.gradient_checkpointing in (None, True) else 0
     return Plan(
         ppo.zero_stage or 0,
         ppo.weights or "float32_master",
         ppo.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS,
-        recompute,
+        checkpointed,
         0,
         {},
         {},
@@ -188,16 +188,16 @@ def unplanned(ppo: PpoConfig, layers: int) -> Plan:
 
 
 # --- the choice
-# -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def make_plan(
-    ppo: PpoConfig, policy: Shape, sarm_bytes: float, gpus: Gpus, *, lean: bool = True
+    ppo: PpoConfig, policy: Shape, sarm_bytes: float, gpus: Gpus, *, fused: bool = True
 ) -> Plan:
     """The quickest way of training that fits: the first of `_ways` for which some cut of the work
     does.
 
-    `lean`: whether the policy's layers are those of `layers.py`. Raises UserError with the numbers
+    `fused`: whether the policy's layers are those of `layers.py`. Raises UserError with the numbers
     where nothing fits.
     """
     rows = math.ceil(ppo.batch_size / ppo.num_mini_batches / gpus.number)
@@ -213,18 +213,18 @@ def make_plan(
                 gpus.number,
                 stage,
                 weights,
-                lean and stage < 3,
+                fused and stage < 3,
                 micro_rows * longest,
-                recompute,
-                visiting,
+                checkpointed,
+                offloaded,
                 recorded,
             )
             for micro_rows in _micro_batches(ppo, rows, longest)
-            for recompute in _recomputed(ppo, policy.layers, lean and stage < 3)
-            for visiting in _visiting(ppo, policy.layers, lean)
+            for checkpointed in _checkpointed(ppo, policy.layers, fused and stage < 3)
+            for offloaded in _offloaded(ppo, policy.layers, fused)
             for recorded in (
                 (True, False)
-                if once and lean and stage == recompute == visiting == 0 and micro_rows == rows
+                if once and fused and stage == checkpointed == offloaded == 0 and micro_rows == rows
                 else (False,)
             )
         ]
@@ -234,7 +234,7 @@ def make_plan(
                 fitting,
                 key=lambda plan: (
                     plan.train_s,
-                    plan.visiting_layers,
+                    plan.offloaded_layers,
                     not plan.recorded,
                     plan.peak_gib,
                 ),
@@ -242,11 +242,13 @@ def make_plan(
         best = min([*plans, *([best] if best else [])], key=lambda plan: plan.peak_gib)
     assert best is not None
     kind = "LoRA" if ppo.lora else "full fine-tuning"
-    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in best.stays.items() if gib >= 0.05)
-    most = max(best.comes_and_goes, key=lambda phase: best.comes_and_goes[phase])
+    parts = ", ".join(
+        f"{name} {gib:.1f}" for name, gib in best.persistent_gib.items() if gib >= 0.05
+    )
+    most = max(best.transient_gib, key=lambda phase: best.transient_gib[phase])
     raise UserError(
         f"{kind} of {policy.parameters / 1e9:.2f} B parameters does not fit: it takes"
-        f" {best.peak_gib:.1f} GiB a GPU at least ({parts}, {most} {best.comes_and_goes[most]:.1f})"
+        f" {best.peak_gib:.1f} GiB a GPU at least ({parts}, {most} {best.transient_gib[most]:.1f})"
         f" and {MARGIN:.0%} of {gpus.usable_gib:.1f} GiB can be planned with on {gpus.number} x"
         f" {gpus.gib:g} GiB; "
         + (
@@ -287,14 +289,14 @@ def _micro_batches(ppo: PpoConfig, rows: int, longest: int) -> list[int]:
     return sorted({math.ceil(rows / 2**i) for i in range(rows.bit_length() + 1)}, reverse=True)
 
 
-def _recomputed(ppo: PpoConfig, layers: int, lean: bool) -> list[int]:
+def _checkpointed(ppo: PpoConfig, layers: int, fused: bool) -> list[int]:
     if ppo.gradient_checkpointing is not None:
         return [layers if ppo.gradient_checkpointing else 0]
-    return list(range(layers + 1)) if lean else [0, layers]  # transformers recomputes all or none
+    return list(range(layers + 1)) if fused else [0, layers]  # transformers checkpoints all or none
 
 
-def _visiting(ppo: PpoConfig, layers: int, lean: bool) -> list[int]:
-    return [0] if ppo.lora or not lean else [0, layers]
+def _offloaded(ppo: PpoConfig, layers: int, fused: bool) -> list[int]:
+    return [0] if ppo.lora or not fused else [0, layers]
 
 
 def _plan(
@@ -304,10 +306,10 @@ def _plan(
     gpus: int,
     stage: int,
     weights: str,
-    lean: bool,
+    fused: bool,
     micro_tokens: int,
-    recompute: int,
-    visiting: int,
+    checkpointed: int,
+    offloaded: int,
     recorded: bool,
 ) -> Plan:
     """One way of cutting the work, with its memory and time; `micro_tokens` of a micro-batch."""
@@ -321,7 +323,7 @@ def _plan(
     )
     share = gpus if stage == 3 else 1
     layer_bytes = 2 * policy.layer
-    stays = {
+    persistent = {
         "policy": 2 * p / share,
         "decoder's copy": (
             0
@@ -330,24 +332,29 @@ def _plan(
         ),
         "KV cache": rows * longest * policy.layers * 4 * policy.kv_heads * policy.head_dim,
         "optimizer": _optimizer_bytes(ppo, policy, weights, gpus, stage),
-        "reference": 2 * p - visiting * layer_bytes if full else 0,
+        "reference": 2 * p - offloaded * layer_bytes if full else 0,
         "SARM": sarm_bytes,
         "overhead": OVERHEAD_GIB * GIB,
     }
-    layer_kept = 2 * tokens * policy.kept(lean)
-    kept = layer_kept * (policy.layers - recompute) + 2 * tokens * policy.hidden * recompute
+    layer_kept = 2 * tokens * policy.kept(fused)
+    kept = layer_kept * (policy.layers - checkpointed) + 2 * tokens * policy.hidden * checkpointed
     # Between the layers of a backward pass: the MLP's gradients, and a layer computed again.
     passing = 2 * tokens * (3 * policy.intermediate + 4 * policy.hidden) + (
-        layer_kept if recompute else 0
+        layer_kept if checkpointed else 0
     )
     logits = 3 * min(LOGITS, responses) * policy.vocab
+    if ppo.entropy_coef:  # the entropy's slopes: its logits again, and what a frozen head keeps
+        logits += 2 * min(LOGITS, responses) * policy.vocab
+        kept += 0 if full else 2 * responses * policy.hidden
+    if ppo.critic:  # the value head reads its states in float32, and keeps them
+        kept += 4 * responses * policy.hidden
     # Of one chunk the gradient itself, of several a float32 sum and a term of it besides.
     head_gradient = policy.embedding * (2 if responses <= LOGITS else 8) if full else 0
     gradients = _gradient_bytes(p, weights, gpus, stage) if full else 0
-    visits = visiting * layer_bytes
-    goes = {
+    fetched = offloaded * layer_bytes
+    transient = {
         "rollout": (
-            visits
+            fetched
             + rows
             * (
                 2 * ppo.max_prompt_tokens * (3 * policy.intermediate + 4 * policy.hidden)
@@ -355,13 +362,13 @@ def _plan(
             )
         ),
         "score": kept + min(rows * longest, DEFAULT_MICRO_BATCH_TOKENS) * 2 * 16 * policy.hidden,
-        "reference": visits + passing + logits if full else 0,
+        "reference": fetched + passing + logits if full else 0,
         # As gradients come, layer by layer, what the layers kept goes: the peak is at one end.
         "update": max(kept + logits + head_gradient, gradients + passing),
     }
     if recorded:
-        stays["recorded pass"] = max(goes.pop("update"), goes.pop("reference"))
-        goes["score"] -= kept
+        persistent["recorded pass"] = max(transient.pop("update"), transient.pop("reference"))
+        transient["score"] -= kept
     updates = ppo.num_ppo_epochs * ppo.num_mini_batches
     micros = math.ceil(rows * longest / ppo.num_mini_batches / micro_tokens)
     forward = (
@@ -374,22 +381,22 @@ def _plan(
     )
     shared = updates == 1 and micros == 1 and stage < 3
     passes = 1 + ppo.num_ppo_epochs * (
-        (2 if full else 1) + recompute / policy.layers + (0 if shared else 1)
+        (2 if full else 1) + checkpointed / policy.layers + (0 if shared else 1)
     )
     # each micro-batch reads all weights a few times
     small = 6 * p * micros * ppo.num_ppo_epochs / RATES.copy
     step = updates * 12 * p / gpus ** (stage > 0) / RATES.copy if full else 0.0
-    launching = 0.0 if recorded else LAUNCH_S * (policy.layers + recompute / 4) * micros
+    launching = 0.0 if recorded else LAUNCH_S * (policy.layers + checkpointed / 4) * micros
     train_s = max((1 + passes) * forward + small + step, launching)
     in_gib = lambda parts: {name: size / GIB for name, size in parts.items()}  # noqa: E731
     return Plan(
         stage,
         weights,
         micro_tokens,
-        recompute,
-        visiting,
-        in_gib(stays),
-        in_gib(goes),
+        checkpointed,
+        offloaded,
+        in_gib(persistent),
+        in_gib(transient),
         train_s,
         recorded,
     )
@@ -510,15 +517,15 @@ def report(config: Config, gpus: Gpus) -> str:
             f" sequences of at most {longest} tokens a step, on {gpus.number} x {gpus.gib:g} GiB"
         ),
         "",
-        "GiB a GPU, all the time",
-        *(f"  {name:16}{gib:7.2f}" for name, gib in plan.stays.items() if gib > 0),
-        "and at most, while it lasts",
-        *(f"  {name:16}{gib:7.2f}" for name, gib in plan.comes_and_goes.items()),
+        "persistent, GiB a GPU",
+        *(f"  {name:16}{gib:7.2f}" for name, gib in plan.persistent_gib.items() if gib > 0),
+        "transient, GiB a GPU at most",
+        *(f"  {name:16}{gib:7.2f}" for name, gib in plan.transient_gib.items()),
         f"peak              {plan.peak_gib:6.2f} of {gpus.usable_gib:.1f} that torch may reserve",
         "",
         f"zero_stage {plan.zero_stage}, weights {plan.weights}, micro_batch_tokens"
-        f" {plan.micro_batch_tokens}, {plan.recompute_layers} of {policy.layers} layers computed"
-        f" again, {plan.visiting_layers} of the reference's on the host"
+        f" {plan.micro_batch_tokens}, {plan.checkpointed_layers} of {policy.layers} layers"
+        f" checkpointed, {plan.offloaded_layers} of the reference's offloaded"
         + (", the pass over the batch recorded as CUDA graphs" if plan.recorded else ""),
         (
             f"a step of {step_s:.2f} s at an H100's rates: rollout {rollout_s:.2f}, score"

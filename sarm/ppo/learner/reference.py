@@ -1,5 +1,5 @@
-"""The policy as it was, frozen; its layers may wait in pinned host memory and visit the GPU once a
-step.
+"""The policy as it was, frozen; its layers may be offloaded to pinned host memory and come to the
+GPU once a step.
 
 A step needs the reference before it has gradients, so the two can take turns in the same memory:
 the layers are copied while responses are decoded, which leaves the bus idle (16 GB over PCIe 5 in
@@ -16,54 +16,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarm.llama.decoders import LlamaWeights
-from sarm.ppo import objective
+from sarm.llama.logprobs import logprobs_from_hidden
+from sarm.llama.weights import LlamaWeights
 from sarm.ppo.learner import layers
 
 
 class Reference:
-    """A frozen copy of a policy without LoRA; the first `visiting_layers` of a Llama on a GPU live
-    on the host.
+    """A frozen copy of a policy without LoRA; the first `offloaded_layers` of a Llama on a GPU are
+    offloaded.
     """
 
-    def __init__(self, policy: Any, visiting_layers: int = 0) -> None:
+    def __init__(self, policy: Any, offloaded_layers: int = 0) -> None:
         self.model: Any = copy.deepcopy(policy).requires_grad_(False).eval()
-        self.lean = LlamaWeights.knows(self.model)
+        self.fused = LlamaWeights.knows(self.model)
         if next(self.model.parameters()).is_cuda:
             layers.lay_side_by_side(self.model)
         own = list(self.model.model.layers)
-        self.layers: Sequence[Any] | VisitingLayers = (
-            VisitingLayers(own, visiting_layers) if visiting_layers else own
+        self.layers: Sequence[Any] | OffloadedLayers = (
+            OffloadedLayers(own, offloaded_layers) if offloaded_layers else own
         )
 
     def fetch(self) -> None:
         """Start copying what `logprobs` will need to the GPU."""
-        if isinstance(self.layers, VisitingLayers):
+        if isinstance(self.layers, OffloadedLayers):
             self.layers.fetch()
 
     @torch.no_grad()
     def logprobs(self, ids: Tensor, predicts: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        """(n,) float32; the arguments are `rollout.forced`'s."""
+        """(n,) float32; the arguments are those of `forced`."""
         model = self.model.model
         hidden = (
             layers.last_hidden(model, ids, layers=self.layers)
-            if self.lean
+            if self.fused
             else model(input_ids=ids, use_cache=False).last_hidden_state
         )
-        return objective.logprobs_from_hidden(
+        return logprobs_from_hidden(
             hidden.flatten(0, 1).index_select(0, predicts), self.model.lm_head, labels, temperature
         ).logprobs
 
 
-class VisitingLayers:
+class OffloadedLayers:
     """All layers in order; those that live on the host are on the GPU from `fetch` until their
     turn has passed.
     """
 
-    def __init__(self, layers: Sequence[Any], visiting: int) -> None:
+    def __init__(self, layers: Sequence[Any], offloaded: int) -> None:
         self.layers = layers
         self.device = next(layers[0].parameters()).device
-        self.hosts = {i: _moved_to_host(layers[i]) for i in range(visiting)}
+        self.hosts = {i: _moved_to_host(layers[i]) for i in range(offloaded)}
         self.arrived: dict[int, torch.cuda.Event] = {}
         self.stream = torch.cuda.Stream(self.device)
         torch.cuda.empty_cache()
@@ -89,7 +89,7 @@ class VisitingLayers:
             yield layer
             if i in self.hosts:
                 del self.arrived[i]
-                _send_away(layer)
+                _free(layer)
 
 
 def _moved_to_host(layer: Any) -> Tensor:
@@ -101,11 +101,11 @@ def _moved_to_host(layer: Any) -> Tensor:
     for p, part in zip(parameters, host.split([p.numel() for p in parameters]), strict=True):
         part.copy_(p.detach().flatten())
         p.shape_there = p.shape
-    _send_away(layer)
+    _free(layer)
     return host
 
 
-def _send_away(layer: Any) -> None:
+def _free(layer: Any) -> None:
     for p in layer.parameters():
         p.data = p.data.new_empty(0)
 

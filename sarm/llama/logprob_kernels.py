@@ -1,7 +1,7 @@
 """Log-probabilities and their gradient from a chunk of logits, one pass each, imported only where
 they run.
 
-`TRITON_INTERPRET=1 python -m pytest tests/ppo/test_objective.py` compares them with plain torch.
+`TRITON_INTERPRET=1 python -m pytest tests/llama/test_logprobs.py` compares them with plain torch.
 Notation: n rows, v the vocabulary.
 """
 
@@ -37,14 +37,30 @@ def _statistics(logits, labels, logprobs, entropy, log_sum, v, inverse, BLOCK: t
 
 
 @triton.jit
-def _gradient(logits, labels, log_sum, grad, v, inverse, BLOCK: tl.constexpr):
+def _gradient(
+    logits,
+    labels,
+    log_sum,
+    grad,
+    entropy,
+    grad_entropy,
+    v,
+    inverse,
+    BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * v + at, at < v, 0.0).to(tl.float32) * inverse
+    log_p = x - tl.load(log_sum + row)
     d = (
-        (tl.where(at == tl.load(labels + row), 1.0, 0.0) - tl.exp(x - tl.load(log_sum + row)))
+        (tl.where(at == tl.load(labels + row), 1.0, 0.0) - tl.exp(log_p))
         * tl.load(grad + row)
         * inverse
     )
+    if ENTROPY:
+        d -= (
+            tl.exp(log_p) * (log_p + tl.load(entropy + row)) * tl.load(grad_entropy + row) * inverse
+        )
     tl.store(logits + row * v + at, d.to(logits.dtype.element_ty), at < v)
 
 
@@ -59,13 +75,32 @@ def statistics(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tens
 
 
 def gradient(
-    logits: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor, temperature: float
+    logits: Tensor,
+    labels: Tensor,
+    log_sum: Tensor,
+    grad: Tensor,
+    temperature: float,
+    of_entropy: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """(n, v): (onehot(label) - softmax) · grad / temperature, in the place of the logits; `grad`
     (n,) float32.
+
+    With `of_entropy`, the entropy H and its gradient, both (n,) float32: besides, -softmax · (log
+    softmax + H) · that gradient / temperature.
     """
     n, v = logits.shape
+    entropy, grad_entropy = of_entropy or (log_sum, grad)  # not read without
     _gradient[(n, triton.cdiv(v, WIDE))](
-        logits, labels, log_sum, grad.contiguous(), v, 1 / temperature, WIDE, num_warps=8
+        logits,
+        labels,
+        log_sum,
+        grad.contiguous(),
+        entropy,
+        grad_entropy.contiguous(),
+        v,
+        1 / temperature,
+        WIDE,
+        of_entropy is not None,
+        num_warps=8,
     )
     return logits

@@ -1,0 +1,49 @@
+"""What fetch records of a model is what it is opened from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.__main__ import run_unit
+from jobs.fetch import commit_of, model_hashes
+from jobs.fetched import refuse_changed
+from sarm.config import UserError
+from sarm.run import RunDir
+from tests.tiny import tiny_config
+
+
+def test_another_template_is_another_model_and_a_stray_file_is_none(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config(tmp_path))
+    run_unit(run, "fetch", "all")
+    models = tmp_path / "models"
+    (models / "sarm" / "model_old.safetensors").write_bytes(b"a copy")
+    refuse_changed(run, "encode")
+    refuse_changed(run, "evaluate")
+    file = models / "policy" / "chat_template.jinja"
+    file.write_text(file.read_text() + " ")
+    refuse_changed(run, "encode")
+    with pytest.raises(UserError, match=r"chat_template\.jinja of the policy"):
+        refuse_changed(run, "evaluate")
+
+
+def test_a_commit_is_that_of_the_hubs_cache() -> None:
+    assert commit_of(Path(f"/c/snapshots/{'a' * 40}/model.safetensors")) == "a" * 40
+    assert commit_of(Path("/c/model")) is None
+
+
+def test_the_files_hashed_are_those_read(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors", "old.safetensors", "config.json", "x.bin"):
+        (tmp_path / name).write_text(name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"t": "b.safetensors", "u": "a.safetensors"}}))
+    assert set(model_hashes(tmp_path)) == {
+        "a.safetensors",
+        "b.safetensors",
+        "config.json",
+        index.name,
+    }
+    (tmp_path / "model.safetensors").write_text("whole")
+    assert set(model_hashes(tmp_path)) == {"config.json", "model.safetensors"}
