@@ -1,4 +1,4 @@
-"""What the ranks of one job tell each other of their ends: files beside the job's spec, kept by
+"""What the ranks of one job say to each other of their ends: files beside the job's spec, kept by
 `slurm.entry`.
 
 A rank whose sibling has died waits for it in a collective, ten minutes long under NCCL, or fails
@@ -47,7 +47,7 @@ class Death(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int]:
-        """The likelier cause first: a signal from outside, a failure told in a sentence, and last
+        """The likelier cause first: a signal from outside, one reported in a sentence, and last
         what may be another's doing.
         """
         outside = self.returncode < 0 and self.returncode != -signal.SIGABRT
