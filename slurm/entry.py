@@ -118,6 +118,8 @@ def run_command(
         code, asked = wait_forwarding(
             process, signalled, grace_s, siblings.look if siblings else list
         )
+        if siblings:
+            siblings.leave()
         if process.returncode < 0:
             output.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())
             output.flush()
