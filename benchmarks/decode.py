@@ -1,5 +1,9 @@
-"""Milliseconds a token of sampling from a policy on a GPU, against transformers' `generate` and
-the bandwidth floor.
+"""Milliseconds a token of sampling from a policy: on a GPU against transformers' `generate` and the
+bandwidth floor, on a CPU against transformers' forward.
+
+`OMP_NUM_THREADS=1 python benchmarks/decode.py --cpu [--rows 10] [--samples 1] [--new 32]`: the
+embedded SmolLM2 answers prompts of the demo in bf16, `--samples` times each; pairs of runs, and the
+median of their ratios.
 
 `python benchmarks/decode.py [--shape 8b] [--rows 32] [--prompt 64] [--new 128]`: random bf16
 weights, prompts of exactly so many tokens, no stop token. One run prints: the floor (every weight
@@ -11,18 +15,22 @@ not), a whole rollout, `generate`, and the warm-up of a new and of a known shape
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sarm.llama.decoders import Sampling
+from sarm.data.conversations import prompt_ids
+from sarm.hub import local_model
+from sarm.llama.decoders import CacheDecoder, Decoder, LlamaDecoder, Sampling
 from sarm.llama.graph_decoder import GraphDecoder, Shape
 from sarm.llama.sampling import row_keys
 
@@ -41,15 +49,22 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
 }
 
 
 def random_llama(shape: str) -> LlamaForCausalLM:
     """Random bf16 weights of a Llama's shape, on the GPU."""
     config = LlamaConfig(
-        **SHAPES[shape],
-        vocab_size=128256,
-        tie_word_embeddings=shape == "1b",
+        **{"vocab_size": 128256} | SHAPES[shape],
+        tie_word_embeddings=shape != "8b",
         max_position_embeddings=8192,
         rope_theta=500000.0,
     )
@@ -104,6 +119,38 @@ def products_ms(decoder: GraphDecoder, rows: int) -> float:
 
 
 @torch.no_grad()
+def on_cpu(rows: int, samples: int, new: int, pairs: int = 5) -> None:
+    """Print tokens/s of both decoders, and the median ratio over pairs of runs in turns."""
+    folder = local_model("embedded:smollm2", None, download=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lines = (ROOT / "data" / "demo" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["prompt"] for line in lines][: -(-rows // samples)]
+    messages = [[{"role": "user", "content": text}] for text in texts for _ in range(samples)]
+    prompts = [prompt_ids(tokenizer, turn) for turn in messages][:rows]
+    sampling = Sampling(new, 1.0, 1.0, ())
+    noise = row_keys(0, 0, [str(i) for i in range(len(prompts))])
+
+    def seconds(decoder: Decoder) -> float:
+        start = time.perf_counter()
+        decoder.decode(prompts, noise, sampling, len(prompts))
+        return time.perf_counter() - start
+
+    ours, theirs = LlamaDecoder(model), CacheDecoder(model)
+    seconds(ours), seconds(theirs)
+    found = [(seconds(theirs), seconds(ours)) for _ in range(pairs)]
+    ratios = sorted(theirs / ours for theirs, ours in found)
+    tokens = len(prompts) * new
+    print(
+        f"decoding, SmolLM2-135M, {len(prompts)} rows of {len(texts)} prompts, {new} new tokens,"
+        f" bf16, {torch.get_num_threads()} threads, torch {torch.__version__}: transformers'"
+        f" {tokens / min(t for t, _ in found):.0f} tokens/s, ours"
+        f" {tokens / min(o for _, o in found):.0f}; ratio {ratios[pairs // 2]:.2f}"
+        f" ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
+
+
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,11 +165,15 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="also list the kernels of a step by time"
     )
+    parser.add_argument("--cpu", action="store_true", help="the embedded SmolLM2 on a CPU")
+    parser.add_argument("--samples", type=int, default=1, help="answers to a prompt, on a CPU")
     args = parser.parse_args()
+    if args.cpu:
+        return on_cpu(args.rows, args.samples, args.new)
     torch.manual_seed(0)
     model = random_llama(args.shape)
     decoder = GraphDecoder(model)
-    prompts = torch.randint(10, 128000, (args.rows, args.prompt)).tolist()
+    prompts = torch.randint(10, model.config.vocab_size, (args.rows, args.prompt)).tolist()
     sampling = Sampling(args.new, 1.0, 1.0, (0,))
     noise = row_keys(0, 0, [str(i) for i in range(args.rows)])
     w = decoder.weights

@@ -1,6 +1,7 @@
 """Responses of a policy, and the log-probabilities of what was sampled.
 
-    rollout = generate(model, prompts, keys=ids, max_new_tokens=64, temperature=1.0, top_p=1.0, seed=0, eos_ids=..., pad_id=...)
+    rollout = generate(model, prompts, keys=ids, max_new_tokens=64, temperature=1.0, top_p=1.0,
+                       seed=0, eos_ids=..., pad_id=...)
 
 `decoders.py` has the loops, `sampling.py` says which token is drawn. `python -m pytest
 tests/llama/test_generate.py` compares with `generate` of transformers.
@@ -48,7 +49,6 @@ class Rollout(NamedTuple):
 
 
 # --- sampling
-# ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -93,7 +93,6 @@ def generate(
 
 
 # --- the log-probabilities of given responses
-# -------------------------------------------------------------------------
 
 
 def packs(lengths: Sequence[int], tokens: int) -> list[list[int]]:

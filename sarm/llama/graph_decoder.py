@@ -37,7 +37,7 @@ REFILL_SHARE = 8
 reading several.
 """
 KEPT_SHAPES = 4
-"""Shapes whose graph and cache are kept."""
+"""Shapes whose graph is kept. Their caches are one: none outlives a batch."""
 
 
 class Shape(NamedTuple):
@@ -64,6 +64,11 @@ class Shape(NamedTuple):
             *sampling[1:3],
         )
 
+    def cached(self, weights: LlamaWeights) -> int:
+        """Numbers in its keys and values."""
+        of_position = 2 * len(weights.layers) * weights.kv_heads * weights.head_dim
+        return self.slots * self.capacity * of_position
+
 
 def _power_of_two(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length())
@@ -72,14 +77,15 @@ def _power_of_two(n: int, least: int) -> int:
 class Slots:
     """The device's state of one shape, and the step over it."""
 
-    def __init__(self, weights: LlamaWeights, shape: Shape, device: torch.device) -> None:
-        self.weights, self.shape, self.device = weights, shape, device
+    def __init__(self, weights: LlamaWeights, shape: Shape, cache: Tensor) -> None:
+        self.weights, self.shape, self.device = weights, shape, cache.device
+        device = cache.device
         self.layers = [layer_of(layer) for layer in weights.layers]
         b = shape.slots
-        cache = (len(weights.layers), b, weights.kv_heads, shape.capacity, weights.head_dim)
-        self.keys, self.values = (
-            torch.zeros(cache, dtype=weights.dtype, device=device) for _ in range(2)
+        whole = cache[: shape.cached(weights)].view(
+            2, len(weights.layers), b, weights.kv_heads, shape.capacity, weights.head_dim
         )
+        self.keys, self.values = whole
         self.cos, self.sin = (
             t[0].contiguous()
             for t in rotary(weights, torch.arange(shape.capacity, device=device)[None])
@@ -204,6 +210,7 @@ class GraphDecoder:
         self.weights, self.graphs = LlamaWeights(model), graphs
         self.device = next(model.parameters()).device
         self._shapes: dict[Shape, Slots] = {}
+        self._cache = torch.empty(0, dtype=self.weights.dtype, device=self.device)
 
     def refresh(self) -> None:
         before = self.weights.addresses()
@@ -212,8 +219,9 @@ class GraphDecoder:
             self._shapes.clear()
 
     def release(self) -> None:
-        """Give graphs and caches back; the next batch captures anew."""
+        """Give graphs and cache back; the next batch captures anew."""
         self._shapes.clear()
+        self._cache = self._cache.new_empty(0)
 
     @torch.no_grad()
     def decode(
@@ -283,7 +291,12 @@ class GraphDecoder:
         if slots is None:
             while len(self._shapes) >= KEPT_SHAPES:
                 del self._shapes[next(iter(self._shapes))]
-            slots = Slots(self.weights, shape, self.device)
+            needed = shape.cached(self.weights)
+            if len(self._cache) < needed:
+                # The graphs read the one that is given back; first, so that two need no room.
+                self.release()
+                self._cache = self._cache.new_zeros(needed)
+            slots = Slots(self.weights, shape, self._cache)
             if self.graphs:
                 slots.capture()
         self._shapes[shape] = slots  # the last used last

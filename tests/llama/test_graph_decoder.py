@@ -304,6 +304,22 @@ def test_a_graph_sees_changed_weights_and_no_old_cache(on_any_device, model, pro
     same(after, run(CacheDecoder(model), prompts))
 
 
+def test_shapes_share_one_cache_in_which_nothing_old_is_read(on_any_device, model, prompts) -> None:
+    decoder, plain = GraphDecoder(model, graphs=CUDA), CacheDecoder(model)
+    few, long = prompts[:3], [prompt * 30 for prompt in prompts[:3]]
+    same(run(decoder, prompts, max_new_tokens=70), run(plain, prompts, max_new_tokens=70))
+    held = decoder._cache.data_ptr(), len(decoder._cache)
+    decoder._cache.fill_(float("nan"))
+    same(run(decoder, few), run(plain, few))
+    assert len(decoder._shapes) == 2 and held == (decoder._cache.data_ptr(), len(decoder._cache))
+    same(run(decoder, long), run(plain, long))
+    # the old graphs read a cache that is no more
+    assert len(decoder._shapes) == 1 and len(decoder._cache) > held[1]
+    decoder.release()
+    assert not decoder._shapes and not len(decoder._cache)
+    same(run(decoder, few), run(plain, few))
+
+
 def test_weights_that_moved_are_captured_anew(on_any_device, model, prompts) -> None:
     decoder = GraphDecoder(model, graphs=CUDA)
     run(decoder, prompts)
