@@ -116,7 +116,7 @@ def run_command(
         )
         siblings = Ranks(folder, os.environ) if ranks else None
         code, asked = wait_forwarding(
-            process, signalled, grace_s, siblings.deaths if siblings else list
+            process, signalled, grace_s, siblings.look if siblings else list
         )
         if process.returncode < 0:
             output.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())

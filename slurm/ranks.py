@@ -27,6 +27,10 @@ HOLD_S = 15.0
 """How long the entry of a dead rank waits for rank 0's to have written the cause: srun kills all
 tasks, hard after KillWait, when the first ends.
 """
+BEAT_S = 5.0
+"""How often the entry of a rank on several nodes shows that its node lives."""
+SILENT_S = 20.0
+"""After so long without a change a node is taken for dead; a network file system lags a little."""
 LOG_TAIL_BYTES = 4096
 
 
@@ -72,6 +76,47 @@ class Ranks:
             folder,
             f"{env.get('SLURM_JOB_ID', 'local')}.{env.get('SLURM_RESTART_COUNT', '0')}",
         )
+        self.several = env.get("SLURM_NNODES", "1") != "1"
+        self.beats, self.beaten = 0, -BEAT_S
+        self.heard: dict[int, tuple[str, str, float]] = {}
+        """Rank 0's: of each rank its host, its last beat and when that was new here: clocks of
+        other nodes say nothing."""
+
+    def look(self) -> list[Death]:
+        """Those that have died so far; on several nodes also shows and hears signs of life."""
+        if self.several:
+            with contextlib.suppress(OSError):
+                self.beat()
+        return self.deaths()
+
+    def beat(self) -> None:
+        if time.monotonic() - self.beaten >= BEAT_S:
+            self.beats, self.beaten = self.beats + 1, time.monotonic()
+            (self.folder / f"alive.{self.stem}.{self.rank}").write_text(f"{self.beats} {self.host}")
+        if self.rank == 0:
+            for path in self.folder.glob(f"alive.{self.stem}.*"):
+                count, _, host = path.read_text().partition(" ")
+                rank = int(path.suffix[1:])
+                if host and self.heard.get(rank, ("", ""))[1] != count:
+                    self.heard[rank] = (host, count, time.monotonic())
+
+    def silent(self) -> str:
+        """Nodes that have shown no sign of life for SILENT_S, with their ranks, in a sentence;
+        empty where all have.
+        """
+        late = time.monotonic() - SILENT_S
+        hosts: dict[str, list[int]] = {}
+        for rank, (host, _, at) in sorted(self.heard.items()):
+            if host != self.host and at < late:
+                hosts.setdefault(host, []).append(rank)
+        named = [f"{host} (ranks {', '.join(map(str, ranks))})" for host, ranks in hosts.items()]
+        if not named:
+            return ""
+        return (
+            f"no sign of life from node {' and node '.join(named)} for {SILENT_S:.0f} s or more;"
+            " submit again to go on from the newest checkpoint, with exclude in the profile if the"
+            " node stays away"
+        )
 
     def settle(self, returncode: int, asked: bool, log: Path | None) -> None:
         """Of a rank that did not end well: note it, unless it was `asked` to end; rank 0's writes
@@ -90,7 +135,7 @@ class Ranks:
         stands = self.folder / f"cause.{self.stem}"
         deadline = time.monotonic() + HOLD_S
         if self.rank == 0:
-            if cause := self.cause(log, 0.0 if asked else PATIENCE_S):
+            if cause := self.cause(log, 0.0 if asked else PATIENCE_S) or self.lost_node(asked):
                 with (
                     open(log, "a", encoding="utf-8") if log else contextlib.nullcontext(sys.stdout)
                 ) as file:
@@ -98,6 +143,21 @@ class Ranks:
             stands.touch()
         while not asked and not stands.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
+
+    def lost_node(self, asked: bool) -> str:
+        """Which node is silent, once nobody has said why this rank failed: its end closes
+        connections before its silence is long enough to tell.
+        """
+        found = self.deaths()
+        outside = bool(found) and found[0].order[0] < 2
+        deadline = time.monotonic() + (0.0 if asked or outside else SILENT_S + BEAT_S)
+        while self.several and not outside:
+            with contextlib.suppress(OSError):
+                self.beat()
+            if (said := self.silent()) or time.monotonic() >= deadline:
+                return said
+            time.sleep(0.1)
+        return ""
 
     def deaths(self) -> list[Death]:
         """Those noted so far, the likeliest cause first."""
@@ -121,6 +181,8 @@ class Ranks:
             not ((found := self.deaths()) and found[0].order[0] < 2) and time.monotonic() < deadline
         ):
             time.sleep(0.1)
+        if self.several and found and found[0].order[0] == 2 and (said := self.lost_node(False)):
+            return said
         if not found or (
             found[0].returncode >= 0 and (found[0].rank == 0 or found[0].words == last_line(log))
         ):

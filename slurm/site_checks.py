@@ -130,7 +130,7 @@ def ask_node(profile: Profile) -> Iterator[Finding]:
     size = ["--time=1", "--ntasks=1", f"--immediate={NODE_S}", "--export=NONE", "--quiet"]
     try:
         said = queue.call(
-            ["srun", *words, *size, "bash", "-lc", "\n".join(lines)], timeout_s=NODE_S + 20
+            ["srun", *words, *size, "/bin/bash", "-lc", "\n".join(lines)], timeout_s=NODE_S + 20
         )
     except UserError:
         said = ""

@@ -19,7 +19,8 @@ import torch
 
 from sarm import hub
 from sarm.config import ROOT, UserError
-from sarm.hub import EMBEDDED, Embedded, convert_llama_gguf, embedded_model, local_model
+from sarm.gguf_conversion import convert_llama_gguf
+from sarm.hub import EMBEDDED, Embedded, embedded_model, local_model
 
 COMMIT = "c0ffee" + "0" * 34
 FILES = {

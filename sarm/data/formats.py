@@ -170,7 +170,7 @@ class HelpSteer3(Format):
             missed["no preference"] += 1
             return
         better, worse = (first, second) if liking < 0 else (second, first)
-        yield Row(prompt, (better,), (worse,), str(row.get("domain") or ""))
+        yield Row(prompt, (better,), (worse,), category_of(row, "domain"))
 
 
 class RewardBench2(Format):
@@ -187,7 +187,7 @@ class RewardBench2(Format):
             messages_of(row, "prompt", at.where),
             texts_of(row, "chosen", at.where),
             texts_of(row, "rejected", at.where),
-            str(row.get("subset", "")),
+            category_of(row, "subset"),
         )
 
 
@@ -221,8 +221,8 @@ class RmbPairs(Format):
     sides: ClassVar[tuple[str, str]] = ("chosen", "reject")
 
     def read(self, row: Record, at: Place, missed: Counter[str]) -> Iterator[Row]:
-        path = row.get("category_path") or at.file.name.partition(".")[0]
-        category = str(path if isinstance(path, str) else path[-1]).rpartition("/")[2]
+        path = category_of(row, "category_path") or at.file.name.partition(".")[0]
+        category = path.rpartition("/")[2]
         better, worse = (answers_of(row, side, at.where) for side in self.sides)
         yield Row(messages_of(row, "conversation_input", at.where), better, worse, category)
 
@@ -277,7 +277,7 @@ class CoCoNot(Format):
     def read(self, row: Record, at: Place, missed: Counter[str]) -> Iterator[Row]:
         paired = row.get("chosen") is not None or row.get("rejected") is not None
         kind = "safe" if paired or "contrast" in at.file.name else "unsafe"
-        category = str(row.get("subcategory") or row.get("category") or "")
+        category = category_of(row, "subcategory", "category")
         prompt = messages_of(row, "prompt", at.where)
         if paired:
             chosen, rejected = (texts_of(row, s, at.where) for s in ("chosen", "rejected"))
@@ -432,12 +432,16 @@ def field(row: Record, key: str, where: str) -> Any:
     return row[key]
 
 
-def category_of(row: Record) -> str:
-    """The row's category; none where it is no text or number, as a table's NaN."""
-    value = row.get("category")
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        return ""
-    return str(value).encode("utf-8", "replace").decode()
+def category_of(row: Record, *keys: str) -> str:
+    """What the first of `keys` says that says something (`category` by default), the last of a
+    list; nothing where it is no text or number, as a table's NaN.
+    """
+    for key in keys or ("category",):
+        value = row.get(key)
+        value = value[-1] if isinstance(value, list) and value else value
+        if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "":
+            return str(value).encode("utf-8", "replace").decode()
+    return ""
 
 
 def kind_of(row: Record, where: str) -> str | None:

@@ -12,19 +12,20 @@ from tests.cluster.harness import RUNS, STATE, ClusterRun, inside
 
 
 @pytest.fixture(scope="session")
-def undisturbed() -> ClusterRun:
+def tiny_models() -> None:
+    """The models that configs/tiny.yaml names, where the cluster's user can read them."""
+    words = [sys.executable, "-m", "tests.tiny", "outputs/tiny"]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(["chmod", "-R", "a+rX", ROOT / "outputs" / "tiny"], check=True)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_models: None) -> ClusterRun:
     """The tiny configuration through `make submit-all`, every phase in its image, PPO on four
     ranks.
     """
     if not (STATE / "pid").exists():
         pytest.skip("no cluster is up; make test-cluster")
-    subprocess.run(
-        [sys.executable, "-m", "tests.tiny", "outputs/tiny"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    subprocess.run(["chmod", "-R", "a+rX", ROOT / "outputs" / "tiny"], check=True)
     inside("rm", "-rf", str(RUNS))
     inside("mkdir", "-p", str(RUNS))
     run = ClusterRun("undisturbed")

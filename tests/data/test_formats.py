@@ -277,7 +277,7 @@ def test_what_is_no_json_is_told_which_kinds_are_read(tmp_path: Path) -> None:
         load(tmp_path / "deep.json")
 
 
-@pytest.mark.parametrize("category", [float("nan"), None, ["a"], True, {"a": 1}])
+@pytest.mark.parametrize("category", [float("nan"), None, [], True, {"a": 1}])
 def test_a_category_that_is_no_text_is_none(category: Any, tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": "x", "rejected": "y", "category": category}
     assert load(write(tmp_path / "d.jsonl", row)).prompts[0].category == ""
@@ -381,3 +381,13 @@ def test_a_prompt_of_one_turn_is_its_own_root() -> None:
     assert root_id(tuple(said("q"))) == prompt_id(said("q"))
     system = {"role": "system", "content": "s"}
     assert root_id((system, *said("q", "a", "b"))) == prompt_id([system, *said("q")])
+
+
+@pytest.mark.parametrize(
+    ("path", "category"),
+    [("Harm/S1", "S1"), (["Harm", "Harm/S2"], "S2"), (True, "f"), ({"a": 1}, "f"), ([], "f")],
+)
+def test_rmbs_category_is_the_end_of_its_path(path: Any, category: str, tmp_path: Path) -> None:
+    answers = {"chosen": {"answer": "no"}, "reject": {"answer": "yes"}}
+    row = {"conversation_input": said("q"), "category_path": path, **answers}
+    assert load(write(tmp_path / "f.x.json", row), "rmb_pairs").prompts[0].category == category

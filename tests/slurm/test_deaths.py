@@ -145,6 +145,81 @@ def test_a_signal_from_outside_is_likelier_the_cause_than_what_it_brought_about(
     assert [death.rank for death in sorted(ends_of, key=lambda death: death.order)] == [3, 2, 0, 1]
 
 
+def on_two_nodes(
+    tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch
+) -> list[subprocess.Popen[bytes]]:
+    """Ranks 0 and 1 on node7, 2 and 3 on node8."""
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[7-8]")
+    spec = tmp_path / "spec.json"
+    commands = [{"argv": ["-c", code], "log": str(tmp_path / "log")}]
+    more = {"cwd": str(ROOT), "env": {}, "grace_s": 60, "ranks": True}
+    spec.write_text(json.dumps({"commands": commands, **more}))
+    short = "import sys, slurm.ranks as r; r.BEAT_S, r.SILENT_S = 0.5, 3.0; "
+    words = [sys.executable, "-c", short + SPEC.removeprefix("import sys; "), str(spec)]
+    entries = []
+    for rank in range(4):
+        env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": str(rank)}
+        env |= {"SLURM_LOCALID": str(rank % 2), "SLURMD_NODENAME": f"node{7 + rank // 2}"}
+        entries.append(subprocess.Popen(words, cwd=ROOT, env={**os.environ, **env}))
+    until_all_say(rank_logs(tmp_path / "log", 4), "up")
+    while len(list(tmp_path.glob("alive.*"))) < 4:
+        time.sleep(0.05)
+    time.sleep(2.5)  # rank 0 has heard of all
+    return entries
+
+
+def end_node(tmp_path: Path, entries: list[subprocess.Popen[bytes]]) -> None:
+    """As when node8 loses its power: its ranks and their entries are gone at once."""
+    for rank in (2, 3):
+        entries[rank].kill()
+        pid = rank_logs(tmp_path / "log", 4)[rank].read_text().split(" up")[0].split()[-1]
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_node_that_dies_is_named_when_slurm_ends_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait in a collective, until Slurm sees what has become of the node."""
+    code = "import os, time; print(os.getpid(), 'up', flush=True); time.sleep(600)"
+    entries = on_two_nodes(tmp_path, code, monkeypatch)
+    end_node(tmp_path, entries)
+    time.sleep(5)
+    for entry in entries[:2]:
+        entry.send_signal(signal.SIGTERM)
+    assert ends(entries)[:2] == [128 + signal.SIGTERM] * 2
+    said = last_error(tmp_path / "log")
+    assert "no sign of life from node node8 (ranks 2, 3)" in said
+
+
+def test_a_node_that_dies_is_named_when_its_connections_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others fail at once, with words of a peer's that say nothing of the node."""
+    code = f"""
+import os, sys, time
+print(os.getpid(), 'up', flush=True)
+while not os.path.exists({str(tmp_path / "go")!r}): time.sleep(0.01)
+print("RuntimeError: Connection closed by peer"); sys.exit(1)
+"""
+    entries = on_two_nodes(tmp_path, code, monkeypatch)
+    end_node(tmp_path, entries)
+    (tmp_path / "go").touch()
+    assert ends(entries)[:2] == [1, 1]
+    assert "no sign of life from node node8 (ranks 2, 3)" in last_error(tmp_path / "log")
+
+
+def test_a_cancelled_job_on_two_nodes_blames_no_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os, time; print(os.getpid(), 'up', flush=True); time.sleep(600)"
+    entries = on_two_nodes(tmp_path, code, monkeypatch)
+    for entry in entries:
+        entry.send_signal(signal.SIGTERM)
+    assert ends(entries) == [128 + signal.SIGTERM] * 4
+    assert "node8" not in (tmp_path / "log").read_text()
+
+
 def killed_in_a_step(tmp_path: Path, ranks: int, victim: int) -> tuple[RunDir, list[str]]:
     """A run whose PPO on so many ranks lost one after its first checkpoint, and its command."""
     run = a_run(tmp_path, log_to="none")

@@ -1,0 +1,254 @@
+"""Whose a job is, what a login environment brings, and what else only a real Slurm shows: `make
+test-faults`, or pytest -m cluster on a cluster that is up.
+
+Most jobs here begin in two hours, and none of them needs an image.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from slurm.profile_file import CLUSTERS
+from tests.cluster.harness import CONFIG, RUNS, STATE, ClusterRun, inside, until
+from tests.cluster.test_profiles import SiteRun, nothing_is_queued
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not (STATE / "pid").exists(), reason="no cluster is up; make test-faults"),
+]
+
+
+def pending(name: str, **changed: Any) -> SiteRun:
+    """A run whose jobs wait for two hours."""
+    return SiteRun(name, container=None, extra={"begin": "now+2hours"}, **changed)
+
+
+def queue_of(run: ClusterRun) -> dict[str, str]:
+    """Every job in the queue by its name, whosever it is: its state."""
+    lines = inside("squeue", "--noheader", "--format=%j|%T").stdout.splitlines()
+    return dict(line.rsplit("|", 1) for line in lines)
+
+
+@pytest.fixture
+def emptied(tiny_models: None) -> Iterator[None]:
+    yield
+    inside("bash", "-c", "scancel --user=sarm")
+    until("an empty queue", nothing_is_queued)
+
+
+def reset_controller() -> None:
+    """As a site that sets its controller up anew: it has forgotten all, and ids begin again."""
+    lines = """
+        kill -KILL $(cat /run/slurmctld.pid); sleep 1; rm -rf /var/spool/slurm/ctld; slurmctld -c
+        until [[ $(sinfo -h -N -o %T | sort -u) == idle ]]; do sleep 0.3; done"""
+    inside("bash", "-ec", lines, root=True)
+
+
+def test_two_runs_side_by_side_and_one_after_a_controller_reset(emptied: None) -> None:
+    reset_controller()
+    first, beside = pending("side-a"), pending("side-b")
+    first.send()
+    mine = first.jobs
+    beside.send()
+    assert first.make("cancel").stdout.startswith("cancelled ")
+    left = queue_of(beside)
+    assert left and set(left.values()) == {"PENDING"}, "the other run is touched"
+    assert set(beside.jobs.values()) <= set(
+        inside("squeue", "--noheader", "--format=%F").stdout.split()
+    )
+    beside.make("cancel")
+    first.send()
+    reset_controller()
+    second = pending("side-c")
+    second.send()
+    assert set(second.jobs.values()) & set(mine.values()), "ids did not come again"
+    before = queue_of(second)
+    shown = inside("make", "status", f"RUN={first.path}", check=False).stdout
+    assert "pending" not in shown and "nothing of" in shown, shown
+    assert "is in the queue any more" in first.make("cancel").stdout
+    first.send()
+    now = queue_of(second)
+    assert {name: now.get(name) for name in before} == before
+    assert len(now) == 2 * len(before)
+
+
+def test_a_shells_squeue_filters_are_not_seen_through(emptied: None) -> None:
+    run = pending("filters")
+    run.send()
+
+    def states(text: str) -> list[str]:
+        return re.findall(r"^\S+ +\d\S* +\w+", text, re.MULTILINE)
+
+    plain = states(inside("make", "status", f"RUN={run.path}").stdout)
+    assert len([line for line in plain if line.endswith("pending")]) > 10
+    for setting in ("SQUEUE_STATES=RUNNING", "SQUEUE_PARTITION=urgent", "SQUEUE_FORMAT=%j"):
+        shown = inside("env", setting, "make", "status", f"RUN={run.path}").stdout
+        assert states(shown) == plain, setting
+    inside("env", "SQUEUE_STATES=RUNNING", "make", "cancel", f"RUN={run.path}")
+    assert until("an empty queue", nothing_is_queued)
+
+
+def test_sbatch_that_talks_of_another_job(emptied: None) -> None:
+    words = ["sbatch", "--parsable", "--begin=now+2hours", "--output=/dev/null", "--wrap", "true"]
+    victim = inside(*words).stdout.strip()
+    folder = RUNS / "wrap"
+    inside("mkdir", "-p", str(folder))
+    wrapper = folder / "sbatch"
+    wrapper.write_text(
+        '#!/bin/bash\n[[ " $* " == *--test-only* ]] ||'
+        f' echo "Quota check for job {victim} of 5 ... OK"\n'
+        'exec /usr/bin/sbatch "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    run, path = pending("wrapped"), inside("bash", "-c", "echo $PATH").stdout.strip()
+    submit = ["python", "-m", "slurm.submit", "--cluster", str(run.profile), "--config", CONFIG]
+    inside("env", f"PATH={folder}:{path}", *submit, "--run", str(run.path))
+    assert victim not in run.jobs.values() and len(queue_of(run)) == 1 + len(run.jobs)
+    wrapper.write_text(
+        '#!/bin/bash\nout=$(/usr/bin/sbatch "$@") || exit\necho "${out##* }"\n'  # the bare id
+    )
+    run.make("cancel")
+    inside("env", f"PATH={folder}:{path}", *submit, "--run", str(run.path))
+    run.make("cancel")
+    state = inside("squeue", "--noheader", f"--jobs={victim}", "--format=%T").stdout.strip()
+    assert state == "PENDING", "the other job is gone"
+
+
+def test_a_cancelled_arm_is_sent_again_while_the_rest_waits(emptied: None) -> None:
+    run = pending("arm")
+    run.send()
+    before = run.jobs
+    inside("make", "cancel", f"RUN={run.path}", "UNIT=ppo/penalty-seed0")
+    gone = before["evaluate.penalty-seed0"]
+    until(
+        "its evaluation's end",
+        lambda: not inside("squeue", "--noheader", f"--jobs={gone}", check=False).stdout.strip(),
+    )
+    said = run.send().stdout
+    changed = {batch for batch, id_ in run.jobs.items() if before[batch] != id_}
+    assert changed == {"ppo.penalty-seed0", "evaluate.penalty-seed0", "report"}, said
+    assert "attached to what still runs or waits" in said and "cancelled, since sent anew" in said
+
+
+def test_a_job_that_cannot_write_its_log_is_told_as_failed(emptied: None) -> None:
+    run = SiteRun("nolog", container=None, extra={"begin": "now+10"})
+    run.send()
+    (folder,) = (path.parent for path in run.path.glob("submissions/*/journal.json"))
+    inside("chmod", "500", str(folder))
+    job = run.jobs["fetch"]
+    try:
+        until(
+            "its end",
+            lambda: (
+                "FAILED"
+                in inside("squeue", "--noheader", "--states=all", f"--jobs={job}", "-o%T").stdout
+            ),
+        )
+    finally:
+        inside("chmod", "700", str(folder))
+    shown = inside("make", "status", f"RUN={run.path}", check=False)
+    assert re.search(r"fetch +\d+ +FAILED: .*left no log; could it write in", shown.stdout), shown
+    assert shown.returncode != 0
+
+
+def test_slurm_in_a_folder_of_its_own(emptied: None) -> None:
+    """/opt/slurm/bin, put on PATH by /etc/profile.d alone; one job goes as far as srun's log."""
+    tools = "sbatch srun squeue scontrol scancel sinfo sacct"
+    there = f"""mkdir -p /opt/slurm/bin; for b in {tools}; do mv /usr/bin/$b /opt/slurm/bin/; done
+        echo 'export PATH=/opt/slurm/bin:$PATH' >/etc/profile.d/slurm.sh"""
+    back = f"""for b in {tools}; do mv /opt/slurm/bin/$b /usr/bin/; done
+        rm /etc/profile.d/slurm.sh"""
+    inside("bash", "-ec", there, root=True)
+    try:
+        run = SiteRun("elsewhere", container=None)
+        path = "/opt/slurm/bin:" + inside("bash", "-c", "echo $PATH").stdout.strip()
+        words = ["--cluster", str(run.profile), "--config", CONFIG, "--run", str(run.path)]
+        env = ["env", f"PATH={path}", "python", "-m"]
+        doctor = inside(*env, "slurm.doctor", *words, check=False).stdout
+        assert "ok        node: it finds srun, scontrol" in doctor, doctor
+        inside(*env, "slurm.submit", *words, "--phase", "fetch")
+        log = run.path / "logs" / "fetch.all.log"
+        until("the phase's own log", lambda: log.exists() and "=== job" in log.read_text())
+    finally:
+        inside("bash", "-ec", back, root=True)
+
+
+def test_by_hand_inside_an_salloc(emptied: None) -> None:
+    """The allocation's own sizes reach sbatch by --export=ALL, and srun would take them."""
+    run, profile = RUNS / "salloc", pending("salloc-profile").profile
+    inside("rm", "-rf", str(run))
+    inside("mkdir", "-p", str(run))
+    out = RUNS / "scripts"
+    inside("python", "-m", "slurm.sbatch", "--cluster", str(profile), "--out", str(out))
+    # only srun's way to its command is looked at, and now
+    text = (out / "fetch.sbatch").read_text().replace("now+2hours", "now")
+    short = out / "salloc.sbatch"
+    inside(
+        "bash",
+        "-c",
+        f"cat >{short} <<'END'\n{text.replace('.venv/bin/python -m', 'echo ran -m')}\nEND",
+    )
+    sbatch = f"sbatch --wait --output={run}/log --export=ALL,CONFIG={CONFIG},RUN={run} {short}"
+    inside("salloc", "--mem-per-cpu=500", "-n2", "bash", "-c", sbatch, check=False)
+    assert "ran -m slurm.entry" in (run / "log").read_text(), (run / "log").read_text()
+
+
+@pytest.mark.skipif(
+    not (STATE / "accounting").exists() or (STATE / "accounting").read_text().strip() == "0",
+    reason="needs a cluster with ACCOUNTING=1",
+)
+def test_a_named_cluster(emptied: None) -> None:
+    run = pending("named", clusters="dev")
+    run.send()
+    shown = inside("make", "status", f"RUN={run.path}").stdout
+    assert shown.count("pending") > 10
+    assert run.make("cancel").stdout.startswith("cancelled ")
+    assert until("an empty queue", nothing_is_queued)
+
+
+LOGIN = """
+export PYTHONHOME=/opt/conda APPTAINERENV_PYTHONHOME=/opt/conda APPTAINER_CLEANENV=1
+export APPTAINER_CONTAINALL=1 APPTAINERENV_PATH=/opt/conda/bin:/usr/bin:/bin PYTHONPATH=/elsewhere
+export SQUEUE_STATES=RUNNING APPTAINER_BIND=/opt
+"""
+
+
+def test_a_login_environment_changes_nothing_in_a_real_image(
+    undisturbed: ClusterRun, emptied: None
+) -> None:
+    run = undisturbed.copy("login", "steer/all", "report/all")
+    home = STATE / "home" / ".bash_profile"
+    inside("bash", "-c", f"cat >{home} <<'END'\n{LOGIN}END")
+    try:
+        limits = f"ulimit -St 3; make submit-all CLUSTER=development CONFIG={CONFIG} RUN={run.path}"
+        inside("bash", "-c", limits)
+        run.wait()
+    finally:
+        inside("rm", str(home))
+    assert "undone" not in run.attempts().values(), run.report()
+    assert run.figures() == undisturbed.figures()
+
+
+def test_ppo_on_two_nodes_trains_as_four_ranks_on_one(
+    undisturbed: ClusterRun, emptied: None
+) -> None:
+    run = undisturbed.copy("twonodes", "ppo/penalty-seed0")
+    shipped = yaml.safe_load((CLUSTERS / "development.yaml").read_text())
+    shipped["phases"]["ppo"] |= {"nodes": 2, "gpus": 2}
+    profile = RUNS / "twonodes.yaml"
+    profile.write_text(yaml.safe_dump(shipped))
+    words = ["--cluster", str(profile), "--config", CONFIG, "--run", str(run.path)]
+    assert "2 nodes, 4 tasks, 4 GPUs" in inside("python", "-m", "slurm.submit", *words).stdout
+    run.wait()
+    manifest = run.dir.manifest("ppo", "penalty-seed0")
+    assert manifest is not None and manifest.more["ranks"] == 4
+    assert run.figures() == undisturbed.figures()
+    shown = inside("python", "-m", "slurm.status", "--run", str(run.path), "--json").stdout
+    assert json.loads(shown)["state"] == "done"
