@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def train_and_publish(
     from sarm.ppo.calibration import Calibration, Rated, calibrate
     from sarm.ppo.learner import checkpoint
     from sarm.ppo.learner.distributed import start_world
-    from sarm.ppo.learner.export import policy_weights, save_policy
+    from sarm.ppo.learner.export import exported, rounding_warning, save_adapter, save_policy
     from sarm.ppo.trainer import train
     from sarm.probing.monitors import drawn_for
     from sarm.probing.select import refuse_unconfirmed
@@ -108,11 +109,16 @@ def train_and_publish(
     )
     if not finished:
         raise SystemExit(STOPPED)
-    weights = policy_weights(trainer.learner.actor, world)
+    actor = trainer.learner.actor
+    weights, adapter, rounding = exported(actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:
         log.close()
         save_policy(source, weights, trainer.tokenizer, attempt.directory("policy"))
+        if adapter:
+            save_adapter(actor, adapter, config.policy.model, attempt.directory("adapter"))
+        if told := rounding_warning(rounding, config.ppo.peak_learning_rate):
+            print(f"warning: {told}", file=sys.stderr, flush=True)
         calibrated(arm, trainer.reward, calibration, features).write(
             attempt.path("calibration.json")
         )
@@ -123,6 +129,7 @@ def train_and_publish(
             steps=progress.step,
             device_names=names,
             ranks=world.size,
+            bf16_rounding=None if rounding is None else rounding.told(),
         )
         shutil.rmtree(checkpoints, ignore_errors=True)
     world.barrier()

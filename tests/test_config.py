@@ -103,6 +103,10 @@ def test_an_unknown_key_is_refused_by_name_with_a_hint(
         ("encode.shards=-1", "encode.shards"),
         ("encode.shards=0", "encode.shards"),
         ("probe.shards=-4", "probe.shards"),
+        ("ppo.gamma=1.01", "ppo.gamma"),
+        ("ppo.lam=-0.1", "ppo.lam"),
+        ("ppo.samples_per_prompt=0", "ppo.samples_per_prompt"),
+        ("ppo.entropy_coef=-0.1", "ppo.entropy_coef"),
         ("select.fdr=0", "select.fdr"),
         ("select.fdr=1.0", "select.fdr"),
         ("data.sources.demo.split={test: -0.1}", "data.sources.demo.split.test"),
@@ -148,6 +152,31 @@ def test_a_missing_section_is_named() -> None:
         (["ppo.penalty.tau_quantile=0.9"], "either tau or tau_quantile"),
         (["ppo.penalty.tau=null"], "either tau or tau_quantile"),
         (["ppo.batch_size=10", "ppo.num_mini_batches=3"], "not a multiple"),
+        (["ppo.advantage=reinforce"], "no advantage 'reinforce'; known are gae, rloo, grpo"),
+        (["ppo.advantage=rloo"], "samples_per_prompt to 2 or more"),
+        (
+            ["ppo.advantage=grpo", "ppo.samples_per_prompt=3"],
+            "batch_size 32 is not a multiple of samples_per_prompt 3",
+        ),
+        *(
+            (
+                ["ppo.advantage=rloo", "ppo.samples_per_prompt=2", f"ppo.{setting}"],
+                f"{setting.split('=')[0]} is for a critic",
+            )
+            for setting in (
+                "gamma=0.9",
+                "lam=1.0",
+                "vf_coef=0.2",
+                "cliprange_value=0.1",
+                "value_learning_rate=1e-4",
+                "value_max_grad_norm=0.5",
+                "value_warmup_steps=3",
+            )
+        ),
+        (["ppo.value_warmup_steps=100"], "leaves none of the 100 steps"),
+        (["ppo.value_max_grad_norm=1.0", "ppo.zero_stage=2"], "needs zero_stage 0"),
+        (["ppo.kl_in=loss"], "k1 as a loss has a gradient of mean 0"),
+        (["ppo.kl_estimator=k2"], "k2 in the reward is biased"),
         (["ppo.arms=[penalty, penalty]"], "named twice"),
         (["ppo.seeds=[]"], "at least one arm and one seed"),
         (["data.sources.demo.split={discovery: 0.7, test: 0.4}"], "add up to 1.1"),
@@ -319,6 +348,20 @@ def test_a_stored_run_may_have_keys_by_an_earlier_name(tmp_path: Path) -> None:
     config = load_config(tmp_path / "config.yaml", stored=True)
     assert config.select.stability_repeats == 2
     assert config.ppo.penalty.kind == "threshold"
+
+
+def test_the_learning_rate_that_is_not_set_is_that_of_lora_or_of_full_fine_tuning() -> None:
+    assert config().ppo.peak_learning_rate == 1e-4
+    assert config("ppo.lora=null").ppo.peak_learning_rate == 1e-6
+    for lora in ("null", "{rank: 4}"):
+        assert config(f"ppo.lora={lora}", "ppo.learning_rate=2e-5").ppo.peak_learning_rate == 2e-5
+
+
+def test_a_stored_config_without_a_critic_is_read_again(tmp_path: Path) -> None:
+    """Though it names every setting of a critic, at its default."""
+    stored = config("ppo.advantage=rloo", "ppo.samples_per_prompt=4")
+    (tmp_path / "c.yaml").write_text(config_yaml(stored), encoding="utf-8")
+    assert load_config(tmp_path / "c.yaml").ppo == stored.ppo
 
 
 # What phases read

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # --- rewards
-# --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def penalise_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:

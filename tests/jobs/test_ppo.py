@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.ppo import STOPPED
@@ -21,6 +22,24 @@ from tests.runs import candidate, features, publish
 from tests.tiny import tiny_config
 
 UNIT = "random-seed0"
+
+
+def test_each_arm_is_charged_for_its_own_latents_alone() -> None:
+    from jobs.ppo import reward_of
+    from sarm.ppo.calibration import Calibration, Rated
+    from tests.ranks import PlantedReward
+
+    reward = PlantedReward(alpha=0.7, worth=0.2)
+    calibration = Calibration(4, [Rated(0, 0.5, 0.7, 0.5)], [Rated(1, 0.02, 0.3, 0.5)])
+    # Latent 0 fires on an e; latent 1 is the length over 100.
+    said = [[{"role": "assistant", "content": text}] for text in ("yes", "no", "well")]
+    paid = {
+        arm: reward_of(arm, reward, calibration).score(said).penalty.tolist()
+        for arm in ("penalty", "no_penalty", "random")
+    }
+    assert paid["penalty"] == pytest.approx([0.7, 0.0, 0.7])
+    assert paid["no_penalty"] == [0.0, 0.0, 0.0]
+    assert paid["random"] == pytest.approx([0.3, 0.0, 0.3])
 
 
 def a_run(tmp_path: Path, log_to: str = "tensorboard") -> RunDir:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sarm.config import PpoConfig
+from sarm.config import ROOT, PpoConfig
+from sarm.ppo import advantages
 from sarm.ppo.advantages import ADVANTAGES, Advantages, Episodes
 
 T = torch.tensor
@@ -118,3 +119,16 @@ def test_what_each_advantage_needs() -> None:
     assert PpoConfig(advantage="rloo", samples_per_prompt=2, whiten_advantages=True).whiten
     assert PpoConfig().critic and PpoConfig().whiten
     assert not PpoConfig(whiten_advantages=False).whiten
+
+
+def test_the_page_on_adding_one_adds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code, put where it says; one response of four tokens, one of one."""
+    monkeypatch.setattr(advantages, "ADVANTAGES", advantages.ADVANTAGES)
+    monkeypatch.setitem(advantages.ADVANTAGES, "length_scaled", None)
+    page = (ROOT / "docs" / "adding-an-advantage.md").read_text(encoding="utf-8")
+    exec(page.split("```python")[1].split("```")[0], vars(advantages))
+    assert not PpoConfig(advantage="length_scaled", samples_per_prompt=4).critic
+    mask = mask_of(4, 1)
+    rewards = torch.where(mask, T([[1.0, 0.0, 0.0, 2.0], [1.0, 0.0, 0.0, 0.0]]), 0.0)
+    got = without_critic("length_scaled", rewards, mask, 2).advantages
+    torch.testing.assert_close(got, T([[1.0] * 4, [-2.0, 0.0, 0.0, 0.0]]))

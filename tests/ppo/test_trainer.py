@@ -25,7 +25,7 @@ from sarm.ppo.calibration import calibrate
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.cuda_graphs import Recorded
 from sarm.ppo.learner.distributed import place
-from sarm.ppo.learner.export import policy_weights, save_policy
+from sarm.ppo.learner.export import exported, save_policy
 from sarm.ppo.learner.micro_batches import micro_batches, scatter
 from sarm.ppo.trainer import Experience, train
 from tests.ranks import (
@@ -39,7 +39,7 @@ from tests.ranks import (
 )
 
 # --- who does what
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n, ranks", [(7, 1), (7, 2), (8, 3), (2, 4)])
@@ -284,7 +284,7 @@ def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
         trainer, save=save, log=found["lines"].append, stop_requested=lambda: next(asked)
     )
     save_policy(
-        policy, policy_weights(trainer.learner.actor, world), trainer.tokenizer, out / "policy"
+        policy, exported(trainer.learner.actor, world).weights, trainer.tokenizer, out / "policy"
     )
     ids = torch.tensor([trainer.prompt_ids[3]])
     with torch.no_grad():

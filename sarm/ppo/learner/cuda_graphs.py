@@ -2,7 +2,7 @@
 thousand kernels at once.
 
     run = Recorded(judge, weights, all_parameters_and_buffers)
-    outputs = run(ids, predicts, labels)  # eager at first; by graphs once the same shape has come REPEATS times in a row
+    outputs = run(ids, predicts, labels)  # by graphs once a shape has come REPEATS times in a row
     loss(outputs).backward()              # fills the weights' .grad either way
 
 At Llama-3.2-1B's shape the host needs 20 ms to launch a forward pass that takes the GPU 14. The

@@ -234,7 +234,7 @@ def start_engine(actor: Actor, ppo: PpoConfig, seed: int, world: World) -> Engin
         return PlainEngine(actor, optimizer, ppo.max_grad_norm, ppo.value_max_grad_norm, world)
     if ppo.value_max_grad_norm is not None:
         raise UserError(
-            f"ppo.value_max_grad_norm needs ppo.zero_stage 0, and this run trains under ZeRO {stage},"
-            " which clips by the norm of all gradients; leave it out"
+            "ppo.value_max_grad_norm needs ppo.zero_stage 0, and this run trains under ZeRO"
+            f" {stage}, which clips by the norm of all gradients; leave it out"
         )
     return ZeroEngine(actor, optimizer, stage, low_precision, ppo.max_grad_norm, world)

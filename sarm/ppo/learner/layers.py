@@ -1,7 +1,7 @@
 """A Llama's layers for training, on the modules of transformers: a layer is two functions with
 their gradients written out.
 
-    hidden = last_hidden(model, ids, checkpointed=8)  # (b, s, d_model); the first 8 layers are computed again in the backward pass
+    hidden = last_hidden(model, ids, checkpointed=8)  # (b, s, d_model), 8 layers checkpointed
 
 Between them lies torch's attention. Projections that read one input are one product, both ways,
 over weights that lie side by side (`lay_side_by_side`), and what is between the products is one

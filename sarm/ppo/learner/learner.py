@@ -1,9 +1,9 @@
 """The machinery of training behind four calls; the algorithm in `sarm/ppo/trainer.py` makes them.
 
-    rollout = learner.sample(prompts, keys, step)                            # responses
-    read = learner.forward(rollout)                                          # read(): old and reference logprobs, values
-    sums = learner.forward_backward(rollout, rows, loss_fn, per_token)       # gradients of loss_fn over some rows
-    norm = learner.optim_step(lr)                                            # clip, step, clear
+    rollout = learner.sample(prompts, keys, step)  # responses
+    read = learner.forward(rollout)  # read() gives old and reference logprobs, and values
+    sums = learner.forward_backward(rollout, rows, loss_fn, per_token)  # gradients over some rows
+    norm = learner.optim_step(lr)  # clip, step, clear
 
 Each is a collective: every rank calls it, and holds the whole batch before and after. Behind them
 are the ranks, micro-batches, ZeRO, the offloaded reference, recorded CUDA graphs, and the first
@@ -310,8 +310,8 @@ class Learner:
     def map_rows(
         self, rollout: Rollout, of_rows: Callable[[list[int]], Sequence[Tensor]]
     ) -> list[Tensor]:
-        """The tensors that `of_rows` makes of some rows, (rows, ...) each, of the whole batch: every
-        rank makes a share.
+        """The tensors (B, ...) of the whole batch, of which `of_rows` makes those of some rows:
+        every rank makes a share.
         """
         self.clock.mark("score")
         shares = scatter(rollout.lengths(), self.world.size)
