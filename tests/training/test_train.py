@@ -4,6 +4,7 @@ do not leak, the whole phase.
 
 import copy
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -420,3 +421,10 @@ def test_shipped_sarm_is_whole_small_and_says_how_good_it_is():
         word in card
         for word in ("RewardBench 2 Safety", "RMB", "ODC-BY", "MIT", "Apache-2.0", "H200")
     )
+
+
+def test_the_accuracy_of_one_prompt_has_no_standard_error() -> None:
+    from jobs.train_sarm import _figure
+
+    assert _figure({"mean": 1.0, "standard_error": math.nan}) == "1.000 ± n/a"
+    assert _figure({"mean": 0.9124, "standard_error": 0.0131}) == "0.912 ± 0.013"
