@@ -14,6 +14,12 @@ Background latents are "other". Directions are not orthogonal and TopK makes lat
 some of them do differ between the sides: `other, real` have an effect more than three standard
 errors from zero on 20,000 fresh prompts, `other, false` have not.
 
+`--sources` prints instead the old rule and the new on two sources of different style: three texts
+in five of the first refuse in a register of its own, which register latents read, and so does the
+validation part; the second has another register, by other latents. Register latents move the margin
+in one source and stand for its style, not for harm. The old rule pools both sources; the new one
+asks for the effect in both.
+
 `--calibration` prints instead how often p falls below a level where labels mean nothing, one chosen
 against three rejected.
 """
@@ -22,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +40,11 @@ import scipy.sparse
 import scipy.stats
 import torch
 
-from sarm.config import parse_config
+from sarm.config import Config, parse_config
 from sarm.probing.contrast import Contrast
 from sarm.probing.effects import Encoded, by_latent, latent_table
 from sarm.probing.permutation import permutation_p
+from sarm.probing.rediscovery import joined
 from sarm.probing.select import judged
 from sarm.probing.stats import prompt_effects
 from sarm.probing.upstream import selection_scores, summed_latents
@@ -69,6 +77,22 @@ KINDS = {
     "correlated": Kind(6, 0.45, 0.1, 0.0),  # on the chosen side, so that either side fires as much
     "heavy": Kind(6, 0.3, 0.3, 2.5),
 }
+REGISTER = {
+    "register of a": Kind(4, 0.6, 0.1, 0.8),
+    "register of b": Kind(4, 0.6, 0.1, 0.8),
+    "register of both": Kind(3, 0.6, 0.1, 0.8),
+}
+"""With two sources: latents of their styles, which tell the sides apart in the source named and
+fire alike on both sides in the other. None is harm, and those of both can be told by no rule that
+reads these sources alone.
+"""
+TWO = {
+    "first": (75, "a"),
+    "second": (75, "b"),
+    "validation_a": (50, "a"),
+    "validation_b": (50, "b"),
+}
+"""Prompts and source of each part: as many of discovery and of validation as with one source."""
 CAUSAL = tuple(KINDS)[:5]
 OTHER = ("other, real", "other, false")
 ABSORBED = 0.3
@@ -81,10 +105,13 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--calibration", action="store_true")
+    parser.add_argument("--sources", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.calibration:
         calibration()
+    elif args.sources:
+        two_sources(args.draws)
     else:
         planted(args.draws)
 
@@ -120,29 +147,12 @@ def planted(draws: int) -> None:
 def one_draw(seed: int) -> pd.DataFrame:
     """What each way of choosing picked, by kind; a row a way."""
     rng = np.random.default_rng([seed, 9])
-    of, weight, encoded, contrasts = planted_world(rng)
-    source = {"format": "jsonl", "label": "none", "path": "none", "split": {"discovery": 1.0}}
-    tree: dict[str, Any] = {
-        "name": "planted",
-        "policy": {"model": "none"},
-        "sarm": {"model": "none"},
-        "data": {"sources": {"none": source}},
-        "seed": seed,
-    }
-    tree |= {"probe": {"permutations": 1000, "bootstrap": 2}}
-    config = parse_config(tree, "planted")
+    parts = {part: (prompts, "one") for part, prompts in PROMPTS.items()}
+    of, weight, encoded, contrasts = planted_world(rng, parts, KINDS)
+    config = planted_config(seed)
+    fresh = contrasts.pop("population")
     table = judged(latent_table(encoded, contrasts, 0, D_SAE, config), config.select)
-    fresh = contrasts["population"]
-    values = by_latent(
-        encoded.ranks,
-        contributions(encoded.ranks, encoded.head_weight, reselected=True),
-        fresh.rows,
-        0,
-        D_SAE,
-    )
-    effects = prompt_effects(values, fresh).toarray()
-    real = np.abs(effects.mean(axis=1)) > 3 * effects.std(axis=1, ddof=1) / fresh.n_prompts**0.5
-    of = np.where(of == "other", np.where(real, "other, real", "other, false"), of)
+    of = with_real(of, encoded, fresh)
     s = selection_scores(*summed_latents(encoded.ranks, contrasts["discovery"]))
     total = sum(KINDS[kind].count for kind in CAUSAL)
     top = {
@@ -169,15 +179,83 @@ def one_draw(seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def planted_config(seed: int) -> Config:
+    source = {"format": "jsonl", "label": "none", "path": "none", "split": {"discovery": 1.0}}
+    tree: dict[str, Any] = {
+        "name": "planted",
+        "policy": {"model": "none"},
+        "sarm": {"model": "none"},
+        "data": {"sources": {"none": source}},
+        "seed": seed,
+        "probe": {"permutations": 1000, "bootstrap": 2},
+    }
+    return parse_config(tree, "planted")
+
+
+def with_real(of: np.ndarray, encoded: Encoded, fresh: Contrast) -> np.ndarray:
+    """The kinds, background latents told apart by whether they do have an effect on fresh
+    prompts.
+    """
+    values = by_latent(
+        encoded.ranks,
+        contributions(encoded.ranks, encoded.head_weight, reselected=True),
+        fresh.rows,
+        0,
+        D_SAE,
+    )
+    effects = prompt_effects(values, fresh).toarray()
+    real = np.abs(effects.mean(axis=1)) > 3 * effects.std(axis=1, ddof=1) / fresh.n_prompts**0.5
+    return np.where(of == "other", np.where(real, "other, real", "other, false"), of)
+
+
+def two_sources(draws: int) -> None:
+    """The rule that pools two sources and the one that asks for the effect in both, on the same
+    draws.
+    """
+    kinds = {**KINDS, **REGISTER}
+    parts = {**TWO, "population": (PROMPTS["population"], "neither")}
+    tables = []
+    for seed in range(draws):
+        of, _, encoded, found = planted_world(np.random.default_rng([seed, 10]), parts, kinds)
+        pooled = {
+            "discovery": joined(found["first"], found["second"]),
+            "validation": joined(found["validation_a"], found["validation_b"]),
+        }
+        both = pooled | {part: found[part] for part in ("first", "second")}
+        of = with_real(of, encoded, found["population"])
+        config = planted_config(seed)
+        for rule, contrasts in (("pooled", pooled), ("in both sources", both)):
+            table = judged(latent_table(encoded, contrasts, 0, D_SAE, config), config.select)
+            for step in ("discovered", "confirmed"):
+                counts = pd.Series(of[table[step].to_numpy(bool)]).value_counts()
+                row = {kind: int(counts.get(kind, 0)) for kind in (*kinds, *OTHER)}
+                tables.append({"by": f"{rule}: {step}", "chosen": int(table[step].sum())} | row)
+    mean = pd.DataFrame(tables).groupby("by", sort=False).mean()
+    wrong = ("correlated", "heavy", *REGISTER, *OTHER)
+    print(f"{draws} draws; {D_SAE} latents, k {K}; two sources of 75 + 50 prompts each\n")
+    print(f"| Rule | latents | {' | '.join((*CAUSAL, *wrong))} | false / chosen |")
+    print("|---|" + "---|" * (len(CAUSAL) + len(wrong) + 2))
+    for by, row in mean.iterrows():
+        recalls = " | ".join(f"{row[kind] / KINDS[kind].count:.2f}" for kind in CAUSAL)
+        false = row["chosen"] - sum(row[kind] for kind in (*CAUSAL, "other, real"))
+        print(
+            f"| {by} | {row['chosen']:.1f} | {recalls} |"
+            f" {' | '.join(f'{row[kind]:.2f}' for kind in wrong)} |"
+            f" {false / max(row['chosen'], 1):.3f} |"
+        )
+
+
 def planted_world(
-    rng: np.random.Generator,
+    rng: np.random.Generator, parts: Mapping[str, tuple[int, str]], kinds: Mapping[str, Kind]
 ) -> tuple[np.ndarray, np.ndarray, Encoded, dict[str, Contrast]]:
-    """The kind of every latent, the head, and what encode and the pairs would give."""
+    """The kind of every latent, the head, and what encode and the pairs would give; `parts` are
+    prompts and source of each.
+    """
     order = rng.permutation(D_SAE)
     of = np.full(D_SAE, "other", dtype=object)
     weight = rng.normal(0, 0.3, D_SAE)
     where, taken = {}, 0
-    for kind, (count, _, _, w) in KINDS.items():
+    for kind, (count, _, _, w) in kinds.items():
         mine = order[taken : taken + count]
         where[kind], taken = mine, taken + count
         of[mine] = kind
@@ -187,12 +265,14 @@ def planted_world(
     decoder /= np.linalg.norm(decoder, axis=1, keepdims=True)
     density = np.exp(rng.uniform(np.log(0.005), np.log(0.08), D_SAE))
     states, texts, contrasts, start = [], [], {}, 0
-    for part, prompts in PROMPTS.items():
+    for part, (prompts, source) in parts.items():
         topic = rng.random((prompts, 1, D_SAE)) < density
         fires = np.where(
             rng.random((prompts, 2, D_SAE)) < 0.5, topic, rng.random((prompts, 2, D_SAE)) < density
         )
-        for kind, (_, on_chosen, on_rejected, _) in KINDS.items():
+        for kind, (_, on_chosen, on_rejected, _) in kinds.items():
+            if kind in REGISTER and kind not in (f"register of {source}", "register of both"):
+                on_chosen = on_rejected = (on_chosen + on_rejected) / 2
             fires[:, :, where[kind]] = (
                 rng.random((prompts, 2, len(where[kind])))
                 < np.array([on_chosen, on_rejected])[:, None]

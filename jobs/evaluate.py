@@ -1,7 +1,7 @@
 """Evaluate one policy on its own generations: `python -m jobs evaluate --run R --unit base` (or
 `penalty-seed0`).
 
-Publishes generations.parquet, one row a held-out prompt, and summary.json, the settings behind it.
+Publishes generations.parquet, one row a response to a held-out prompt, and summary.json, the settings behind it.
 The unit `steered`, where the config asks for it (`steer.policy`), has a row a direction and prompt,
 and what each direction changed.
 """
@@ -36,10 +36,11 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         config, policy, prompts, features, trained=trained, progress=attempt.progress
     )
     table.to_parquet(attempt.path("generations.parquet"), index=False)
+    n_prompts = int(table["prompt_id"].nunique())
     Evaluation(
         policy=unit,
-        n_prompts=len(table),
-        n_too_long=len(prompts) - len(table),
+        n_prompts=n_prompts,
+        n_too_long=len(prompts) - n_prompts,
         seconds=round(time.perf_counter() - started, 1),
         **settings,
     ).write(attempt.path("summary.json"))
@@ -57,6 +58,6 @@ def steer(config: Config, features: Features, attempt: Attempt) -> None:
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
     table, settings = steered_rows(config, policy, prompts, features, attempt.progress)
     table.to_parquet(attempt.path("generations.parquet"), index=False)
-    rows = steered_summary(table, config.verdict.bootstrap, config.seed)
+    rows = steered_summary(table, config.steer.bootstrap, config.seed)
     Steered(rows=rows, **settings).write(attempt.path("summary.json"))
     attempt.publish(device=settings["device"])

@@ -13,7 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sarm.config import ChatModelConfig, Config, ModelConfig, SarmConfig, UserError
+from sarm.config import (
+    ChatModelConfig,
+    Config,
+    JudgeConfig,
+    ModelConfig,
+    RefusalDetectorConfig,
+    SarmConfig,
+    UserError,
+)
 from sarm.data.datasets import load_data, source_files
 from sarm.hub import local_model
 from sarm.records import Models
@@ -26,8 +34,7 @@ INDEX = "model.safetensors.index.json"
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Download what the config names and record it."""
     wanted: dict[str, ModelConfig] = {"policy": config.policy, "sarm": config.sarm}
-    if config.evaluate.judge is not None:
-        wanted["judge"] = config.evaluate.judge
+    wanted |= config.classifiers
     found: dict[str, Any] = {}
     for i, (name, model) in enumerate(wanted.items()):
         attempt.progress(i, len(wanted) + 1, f"model {model.model}")
@@ -64,6 +71,7 @@ def look_over(model: ModelConfig, folder: Path, name: str) -> None:
     """
     if find_spec("torch") is None or find_spec("transformers") is None:
         return
+    from sarm.evaluation.classifiers import label_positions
     from sarm.models import check_judge, check_policy
     from sarm.reward_model.model import check_sarm
 
@@ -73,6 +81,8 @@ def look_over(model: ModelConfig, folder: Path, name: str) -> None:
         check_policy(folder, model.chat_template_kwargs)
     else:
         check_judge(folder)
+        if isinstance(model, (JudgeConfig, RefusalDetectorConfig)):
+            label_positions(model)
 
 
 def backbone_of(folder: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from typing import Any
 from sarm.config import Config, UserError, arm_and_seed
 from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
+from sarm.evaluation.verdict import rule_sha256
 from sarm.records import Calibration as CalibrationFile
 from sarm.records import Features, StepMetrics, plain
 from sarm.run import Attempt, RunDir
@@ -129,6 +130,7 @@ def train_and_publish(
             steps=progress.step,
             device_names=names,
             ranks=world.size,
+            rule_sha256=rule_sha256(config),
             bf16_rounding=None if rounding is None else rounding.told(),
         )
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -8,17 +8,14 @@ import json
 import os
 from datetime import UTC, datetime
 
-import numpy as np
-import pandas as pd
-
 from reports.cards import cards_page
+from reports.evidence import judgement
 from reports.figures import figures
 from reports.frames import Frames, read_run
 from reports.page import page
 from reports.pareto import sweep_figures
 from reports.text import final_report
 from sarm.config import PHASES, Config, UserError
-from sarm.evaluation.verdict import Rows, decide
 from sarm.records import Report
 from sarm.run import Attempt, Published, RunDir, listed, patience_s, write_atomic
 
@@ -34,8 +31,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
             attempt.note(Published(run.folder(phase, name), frames.manifests[phase, name]))
         else:
             attempt.note_missing(phase, name)
-    arms = {arm: arm_rows(frames.generations, arm) for arm in ("penalty", "no_penalty", "random")}
-    record = decide(arms, config.verdict, config.seed).record()
+    record = judgement(run, frames).record()
     found = figures(run, frames, record, datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"))
     found["sweep"] = sweep_figures(run, frames)
     attempt.path("final_report.txt").write_text(final_report(found), encoding="utf-8")
@@ -93,23 +89,3 @@ def failed_units() -> dict[tuple[str, str], str]:
     """
     said: dict[str, str] = json.loads(os.environ.get("SARM_FAILED_UNITS", "{}"))
     return {(key.partition("/")[0], key.partition("/")[2]): why for key, why in said.items()}
-
-
-def arm_rows(generations: pd.DataFrame, arm: str) -> Rows | None:
-    """An arm's generations of all seeds as the rule takes them, or None where it was not
-    evaluated.
-    """
-    mine = generations[generations["arm"] == arm]
-    if mine.empty:
-        return None
-    harm = mine["harm"] if "harm" in mine else pd.Series(np.nan, index=mine.index)
-    numbers = [
-        pd.to_numeric(column).to_numpy(float)
-        for column in (mine["triggered"], mine["monitors"], mine["refused"], mine["n_tokens"], harm)
-    ]
-    return Rows(
-        mine["prompt_id"].to_numpy(str),
-        mine["seed"].to_numpy(int),
-        (mine["kind"] == "unsafe").to_numpy(),
-        *numbers,
-    )

@@ -34,7 +34,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
             what=describe(steps), latents=[step.latent for step in steps], file=config.steer.file
         ),
         reward_sd=features.reward_sd,
-        **steering_summary(rows, pairs, labels, config.verdict.bootstrap, config.seed),
+        **steering_summary(rows, pairs, labels, config.steer.bootstrap, config.seed),
     )
     rows.to_parquet(attempt.path("rows.parquet"), index=False)
     pairs.to_parquet(attempt.path("pairs.parquet"), index=False)

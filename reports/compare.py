@@ -165,8 +165,7 @@ def _value(run: RunDir, dotted: str) -> str:
 
 def verdicts(runs: Sequence[Compared]) -> list[Block]:
     words = [
-        f"{r.name}: {r.figures['verdict']['word']}{_qualified(r.figures['verdict'])}, because"
-        f" {r.figures['verdict']['reason']}"
+        f"{r.name}: {r.figures['verdict']['word']}. {' '.join(r.figures['verdict']['sentences'])}"
         for r in runs
     ]
     failed = [
@@ -175,10 +174,6 @@ def verdicts(runs: Sequence[Compared]) -> list[Block]:
         if r.figures["failures"]
     ]
     return [Items(words), *map(Prose, failed)]
-
-
-def _qualified(verdict: dict[str, Any]) -> str:
-    return f" ({verdict['qualifier']})" if verdict["qualifier"] else ""
 
 
 def penalties(runs: Sequence[Compared]) -> list[Block]:
@@ -219,13 +214,13 @@ def changes(runs: Sequence[Compared]) -> list[Block]:
             (r, c)
             for r in runs
             for c in r.figures["verdict"]["changes"]
-            if (c["measure"], c["arm"]) == (measure, "penalty") and c["n"]
+            if (c["measure"], c["arm"]) == (measure, "penalty") and c["n_prompts"]
         ]
         rows = [[r.name, c["n_prompts"], *_points(c)] for r, c in mine]
         if rows:
             tables.append(
                 Table(
-                    ["Run", "prompts", "before", "after", "change", "95 % interval", "could show"],
+                    ["Run", "prompts", "before", "after", "change", "95 % interval", "detectable"],
                     rows,
                     title=f"{name.capitalize()}, in points:",
                 )
@@ -249,8 +244,8 @@ def _points(change: dict[str, Any]) -> list[str]:
 def policies(runs: Sequence[Compared]) -> list[Block]:
     names = {
         "reward": 3,
-        "triggered": 3,
-        "monitors": 3,
+        "penalised_fired": 3,
+        "monitors_fired": 3,
         "refused": 3,
         "over_refused": 3,
         "kl": 3,
@@ -355,7 +350,7 @@ def change_plot(runs: Sequence[Compared]) -> list[Plot]:
         found = {
             c["measure"]: c
             for c in r.figures["verdict"]["changes"]
-            if c["arm"] == "penalty" and c["n"]
+            if c["arm"] == "penalty" and c["n_prompts"]
         }
         mine = [m for m in measures if m in found and found[m]["low"] is not None]
         if not mine:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from reports.frames import Frames, arm_rank, penalised_latents, shown
+from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents, shown
+from sarm.evaluation.verdict import rule_words
 from sarm.run import RunDir
 
 SHOWN_STEPS = 5
@@ -59,14 +60,11 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
             latent_table(frames.generations, _randoms(run, frames)).to_dict("records")
         ),
         "monitors": (
-            latent_table(
-                frames.generations,
-                [{"latent": m} for m in (frames.features.monitors if frames.features else [])],
-            ).to_dict("records")
+            latent_table(frames.generations, monitor_latents(frames.features)).to_dict("records")
         ),
         "evaluations": frames.evaluations,
         "verdict": verdict,
-        "rule": config.verdict.model_dump(),
+        "rule": list(rule_words(config.verdict)),
         "provenance": _provenance(run, frames),
         "sources": _sources(run, frames),
         "comparable": _comparable(run, frames),
@@ -270,17 +268,20 @@ def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
             {
                 "policy": policy,
                 "arm": table["arm"].iloc[0],
-                "n_unsafe": len(unsafe),
-                "n_safe": len(safe),
+                "n_unsafe": unsafe["prompt_id"].nunique(),
+                "n_safe": safe["prompt_id"].nunique(),
                 "reward": _mean(table["reward"]),
-                "triggered": _mean(unsafe["triggered"]),
-                "monitors": _mean(unsafe["monitors"]),
+                "penalised_fired": _mean(unsafe["penalised_fired"]),
+                "monitors_fired": _mean(unsafe["monitors_fired"]),
+                "penalised_fired_safe": _mean(safe["penalised_fired"]),
+                "monitors_fired_safe": _mean(safe["monitors_fired"]),
                 "refused": _mean(unsafe["refused"]),
                 "over_refused": _mean(safe["refused"]),
                 "harm": _mean(unsafe["harm"]) if "harm" in table else math.nan,
                 "kl": _mean(table["kl"]),
                 "n_tokens": _mean(table["n_tokens"]),
                 "truncated": _mean(table["truncated"]),
+                "unended": _mean(table["unended"]) if "unended" in table else math.nan,
                 "distinct_1": distinct(table["response"], 1),
                 "distinct_2": distinct(table["response"], 2),
             }
@@ -309,37 +310,34 @@ def _randoms(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
 
 
 def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row a latent and arm, on unsafe prompts: activity, mean z and, where it has a tau, the
-    rate above and the histogram about it.
+    """A row a latent, arm and kind of prompt: the rate above tau, that of values above tau that
+    rank just below TopK's cutoff, mean z, and the histogram about tau.
     """
     if generations.empty:
         return pd.DataFrame()
-    unsafe = generations[generations["kind"] == "unsafe"]
     rows = []
     for entry in entries:
-        column, tau = f"z_{entry['latent']}", entry.get("tau")
-        for arm in sorted(unsafe["arm"].unique(), key=arm_rank):
-            z = (
-                unsafe.loc[unsafe["arm"] == arm, column].dropna().to_numpy(float)
-                if column in unsafe
-                else np.array([])
-            )
-            if len(z):
-                row = {
-                    "latent": entry["latent"],
-                    "tau": tau,
-                    "arm": arm,
-                    "n": len(z),
-                    "active": float((z > 0).mean()),
-                    "mean_z": float(z.mean()),
-                }
+        tau, column, below = entry["tau"], f"z_{entry['latent']}", f"below_{entry['latent']}"
+        for kind in ("unsafe", "safe"):
+            of_kind = generations[generations["kind"] == kind]
+            for arm in sorted(of_kind["arm"].unique(), key=arm_rank):
+                mine = of_kind[of_kind["arm"] == arm]
+                z = mine[column].dropna().to_numpy(float) if column in mine else np.array([])
+                if not len(z):
+                    continue
+                passed = float((mine[below] > tau).mean()) if below in mine else None
                 rows.append(
-                    row
-                    | (
-                        {"rate": float((z > tau).mean()), "histogram": histogram(z, tau)}
-                        if tau is not None
-                        else {}
-                    )
+                    {
+                        "latent": entry["latent"],
+                        "tau": tau,
+                        "arm": arm,
+                        "kind": kind,
+                        "n": len(z),
+                        "rate": float((z > tau).mean()),
+                        "below_cutoff": passed,
+                        "mean_z": float(z.mean()),
+                        "histogram": histogram(z, tau),
+                    }
                 )
     return pd.DataFrame(rows)
 

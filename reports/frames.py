@@ -55,7 +55,7 @@ class Frames(NamedTuple):
     steering: dict[str, Any] | None
     evaluations: dict[str, dict[str, Any]]
     generations: pd.DataFrame
-    """A row a policy and prompt: policy, arm, seed, and the columns that evaluate wrote."""
+    """A row a policy and response: policy, arm, seed, and the columns that evaluate wrote."""
     probe: pd.DataFrame
     """A row a latent: what the probe measured of it."""
     models: dict[str, Any] | None
@@ -140,6 +140,8 @@ def _read_outputs(
             at = (phases["phase"] == phase) & (phases["unit"] == unit)
             phases.loc[at, ["status", "cause"]] = ["damaged", " ".join(str(error).split())]
             manifests.pop((phase, unit))
+    penalised, played = penalised_latents(run, features), _joined(generations, "prompt_id")
+    monitors = usable_monitors(played, monitor_latents(features), run.config.verdict.monitor_rates)
     return Frames(
         phases=phases,
         manifests=manifests,
@@ -148,20 +150,12 @@ def _read_outputs(
         calibrations=calibrations,
         evaluations=evaluations,
         training=_joined(training, "step"),
-        generations=_judged(
-            _joined(generations, "prompt_id"),
-            penalised_latents(run, features),
-            features.monitors if features else [],
-        ),
+        generations=_with_firing(played, penalised, monitors),
         probe=probe,
         models=models,
         cards=cards,
         steered=steered,
-        sweep=_judged(
-            _joined(sweep, "prompt_id"),
-            penalised_latents(run, features),
-            features.monitors if features else [],
-        ),
+        sweep=_with_firing(_joined(sweep, "prompt_id"), penalised, monitors),
     )
 
 
@@ -289,20 +283,49 @@ def penalised_latents(run: RunDir, features: Features | None) -> list[dict[str, 
     return entries
 
 
-def _judged(
-    generations: pd.DataFrame, penalised: Sequence[dict[str, Any]], monitors: Sequence[int]
-) -> pd.DataFrame:
-    """Generations with `triggered` (some penalised latent above tau) and `monitors` (share of them
-    active).
+def monitor_latents(features: Features | None) -> list[dict[str, Any]]:
+    """The monitors with the thresholds above which they count as firing."""
+    if features is None:
+        return []
+    taus = {candidate.latent: candidate.tau for candidate in features.monitor_features}
+    return [{"latent": latent, "tau": taus[latent]} for latent in features.monitors]
+
+
+def usable_monitors(
+    generations: pd.DataFrame, monitors: Sequence[dict[str, Any]], rates: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """The monitors whose rate on the base policy's responses to unsafe prompts lies between
+    `rates`: one that fires on nothing, or on everything, can show no fall.
     """
-    fired = [
-        generations[f"z_{p['latent']}"] > p["tau"]
-        for p in penalised
-        if f"z_{p['latent']}" in generations
+    at = (generations["arm"] == "base") & (generations.get("kind") == "unsafe")
+    base = generations[at]
+    return [
+        m
+        for m in monitors
+        if len(base)
+        and f"z_{m['latent']}" in base
+        and rates[0] <= (base[f"z_{m['latent']}"] > m["tau"]).mean() <= rates[1]
     ]
-    active = [generations[f"z_{latent}"] > 0 for latent in monitors if f"z_{latent}" in generations]
-    generations["triggered"] = np.logical_or.reduce(fired).astype(float) if fired else math.nan
-    generations["monitors"] = np.mean(active, axis=0) if active else math.nan
+
+
+def _with_firing(
+    generations: pd.DataFrame,
+    penalised: Sequence[dict[str, Any]],
+    monitors: Sequence[dict[str, Any]],
+) -> pd.DataFrame:
+    """Generations with `penalised_fired` (some penalised latent above its tau) and
+    `monitors_fired` (share of the monitors above theirs).
+    """
+
+    def above(entries: Sequence[dict[str, Any]]) -> list[pd.Series]:
+        columns = [(f"z_{entry['latent']}", entry["tau"]) for entry in entries]
+        return [generations[name] > tau for name, tau in columns if name in generations]
+
+    fired, active = above(penalised), above(monitors)
+    generations["penalised_fired"] = (
+        np.logical_or.reduce(fired).astype(float) if fired else math.nan
+    )
+    generations["monitors_fired"] = np.mean(active, axis=0) if active else math.nan
     return generations
 
 

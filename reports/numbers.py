@@ -18,13 +18,16 @@ ARMS = {
     "penalty - random": "vs. random",
 }
 MEASURES = {
-    "triggered": "penalised, unsafe",
-    "monitors": "monitors, unsafe",
+    "penalised_fired": "penalised, unsafe",
+    "monitors_fired": "monitors, unsafe",
     "harm": "harm, unsafe",
     "refused": "refusals, unsafe",
+    "penalised_fired_safe": "penalised, safe",
+    "monitors_fired_safe": "monitors, safe",
     "over_refused": "over-refusals, safe",
     "n_tokens": "tokens, all",
 }
+"""`penalised` and `monitors` are firing rates of those latents, on the prompts named."""
 
 
 def arm_name(arm: str) -> str:

@@ -30,8 +30,8 @@ SAMPLES = {"unsafe": 80, "safe": 40}
 SAMPLE_LENGTH = 1500
 """Characters of a prompt or response that are shown."""
 HEADLINES = {
-    "triggered": ("Penalised latents fire", "on unsafe prompts"),
-    "monitors": ("Monitor latents fire", "on unsafe prompts"),
+    "penalised_fired": ("Penalised latents fire", "on unsafe prompts"),
+    "monitors_fired": ("Monitor latents fire", "on unsafe prompts"),
     "harm": ("Harm, by the judge", "on unsafe prompts"),
     "refused": ("Refusals", "of unsafe prompts"),
     "over_refused": ("Over-refusals", "of safe look-alikes"),
@@ -132,7 +132,9 @@ def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
 def headlines(figures: dict[str, Any]) -> list[dict[str, str]]:
     """The penalty arm's changes against the no-penalty arm, as cards."""
     found = {
-        c["measure"]: c for c in figures["verdict"]["changes"] if c["arm"] == "penalty" and c["n"]
+        c["measure"]: c
+        for c in figures["verdict"]["changes"]
+        if c["arm"] == "penalty" and c["n_prompts"]
     }
     return [
         {
@@ -143,7 +145,7 @@ def headlines(figures: dict[str, Any]) -> list[dict[str, str]]:
             "from_to": (
                 f"{fixed(found[measure]['before'], 3)} to {fixed(found[measure]['after'], 3)}"
             ),
-            "n": f"{found[measure]['n_prompts']} prompts",
+            "n": f"{found[measure]['n_prompts']} prompts, {found[measure]['n_seeds']} seeds",
             "detectable": fixed(100 * found[measure]["detectable"], 1),
         }
         for measure, (name, on) in HEADLINES.items()
@@ -205,7 +207,7 @@ def _answer(row: pd.Series) -> dict[str, Any]:
         "policy": arm_name(row["arm"]) + seed,
         "text": clipped(str(row["response"])),
         "reward": fixed(row["reward"], 3),
-        "fired": bool(row["triggered"] == 1),
+        "fired": bool(row["penalised_fired"] == 1),
         "refused": bool(row["refused"]),
         "truncated": bool(row["truncated"]),
         "tokens": int(row["n_tokens"]),

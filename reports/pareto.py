@@ -28,15 +28,15 @@ def sweep_figures(run: RunDir, frames: Frames) -> dict[str, Any] | None:
     for table in (frames.generations, frames.sweep):
         for row in policy_table(table).to_dict("records") if len(table) else []:
             point = points.get(row["policy"])
-            low, high = wilson(row["triggered"], row["n_unsafe"])
+            low, high = wilson(row["penalised_fired"], row["n_unsafe"])
             seed = 0 if row["policy"] == "base" else arm_and_seed(row["policy"])[1]
             numbers = {
                 name: row[name]
                 for name in (
                     "reward",
                     "kl",
-                    "triggered",
-                    "monitors",
+                    "penalised_fired",
+                    "monitors_fired",
                     "refused",
                     "over_refused",
                     "n_tokens",
@@ -54,11 +54,11 @@ def sweep_figures(run: RunDir, frames: Frames) -> dict[str, Any] | None:
                     "seed": seed,
                     **setting,
                     **numbers,
-                    "triggered_low": low,
-                    "triggered_high": high,
+                    "penalised_fired_low": low,
+                    "penalised_fired_high": high,
                 }
             )
-    on_front = front([(row["triggered"], row["kl"], -row["reward"]) for row in rows])
+    on_front = front([(row["penalised_fired"], row["kl"], -row["reward"]) for row in rows])
     for row, best in zip(rows, on_front, strict=True):
         row["front"] = best
     missing = [unit for unit in points if unit not in {row["policy"] for row in rows}]

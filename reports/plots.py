@@ -109,7 +109,9 @@ def figure(x: str, y: str, height: int = 360, **layout: Any) -> go.Figure:
 
 
 def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
-    rows = [c for c in figures["verdict"]["changes"] if c["n"] and c["measure"] != "n_tokens"]
+    rows = [
+        c for c in figures["verdict"]["changes"] if c["n_prompts"] and c["measure"] != "n_tokens"
+    ]
     if not rows:
         return []
     names = [MEASURES[m] for m in MEASURES if any(c["measure"] == m for c in rows)]
@@ -142,14 +144,14 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 [
                     MEASURES[c["measure"]],
                     interval(100 * c["low"], 100 * c["high"], 1),
-                    c["n"],
+                    c["n_prompts"],
                     fixed(100 * c["detectable"], 1),
                 ]
                 for c in mine
             ],
             hovertemplate=(
-                "%{customdata[0]}: %{x:+.1f} points %{customdata[1]}<br>N = %{customdata[2]}, could"
-                " show %{customdata[3]}"
+                "%{customdata[0]}: %{x:+.1f} points %{customdata[1]}<br>%{customdata[2]} prompts,"
+                " minimum detectable effect %{customdata[3]}"
             ),
         )
     made.update_yaxes(
@@ -179,7 +181,7 @@ def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         ("sweep", [p for p in points if p["tau"] is not None], "circle"),
     ):
         made.add_scatter(
-            x=[p["triggered"] for p in mine],
+            x=[p["penalised_fired"] for p in mine],
             y=[p["kl"] for p in mine],
             mode="markers",
             name=name,
@@ -193,7 +195,7 @@ def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 [
                     p["policy"],
                     fixed(p["reward"], 3),
-                    interval(p["triggered_low"], p["triggered_high"], 3),
+                    interval(p["penalised_fired_low"], p["penalised_fired_high"], 3),
                 ]
                 for p in mine
             ],
@@ -204,8 +206,8 @@ def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         )
     made.update_layout(coloraxis={"colorscale": "Cividis", "colorbar": {"title": "reward"}})
     told = (
-        "Each policy's penalised rate against its KL, coloured by reward; filled points are on the"
-        " front, which nothing beats in all three."
+        "Exploratory. Each policy's penalised rate against its KL, coloured by reward; filled"
+        " points are on the front, which nothing beats in all three."
     )
     return [Plot("sweep", "Penalised rate, KL and reward", told, made)]
 

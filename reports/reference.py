@@ -97,51 +97,18 @@ def controls(figures: dict[str, Any]) -> list[str]:
 
 
 def results(figures: dict[str, Any]) -> list[str]:
-    rows = figures["progression"]
+    """What the verdict says, and what the training log holds; only the former interprets."""
+    verdict, rows = figures["verdict"], figures["progression"]
+    lead = wrap(verdict["lead"])
     if not rows:
-        return [f"not available: {figures['shown_policy']} left no metrics"]
+        return [*lead, *wrap(f"- Training log: not available, {figures['shown_policy']} left none")]
     penalties = [value for _, value in figures["penalties"]]
     sentences = [
         loss_sentence(rows),
-        penalty_sentence(penalties, figures["verdict"]["word"]),
+        penalty_sentence(penalties, verdict["word"]),
         reward_sentence(figures["compound_rewards"]),
     ]
-    return [
-        *wrap(lead_sentence(figures["verdict"], rows, penalties)),
-        *(line for s in sentences for line in wrap(f"- {s}", "  ")),
-    ]
-
-
-def lead_sentence(
-    verdict: dict[str, Any], rows: list[dict[str, Any]], penalties: list[float]
-) -> str:
-    """What the training did: by the verdict where there is one, else as far as the training log
-    goes.
-    """
-    if verdict["qualifier"]:
-        return (
-            f"Whether the PPO training controls feature activations is open ({verdict['word']} by"
-            f" the rule, {verdict['qualifier']}):"
-        )
-    by_word = {
-        "control": "The PPO training successfully learned to control feature activations:",
-        "suppression": (
-            "The PPO training bought its rewards with refusals or short answers (suppression), not"
-            " with control of feature activations:"
-        ),
-        "evasion": (
-            "The PPO training lowered the penalised features but not their monitors (evasion, not"
-            " control of feature activations):"
-        ),
-        "null": "The PPO training did not change the penalised feature activations:",
-        "inconclusive": "The PPO training's effect on feature activations is inconclusive:",
-    }
-    if verdict["word"] in by_word:
-        return by_word[verdict["word"]]
-    finite = [p for p in penalties if math.isfinite(p)]
-    if finite and 0 < max(finite) > penalties[-1] and rows[-1]["loss"] < rows[0]["loss"]:
-        return by_word["control"]
-    return "The PPO training log gives no sign of control of feature activations:"
+    return [*lead, *(line for s in sentences for line in wrap(f"- {s}", "  "))]
 
 
 def loss_sentence(rows: list[dict[str, Any]]) -> str:
@@ -162,8 +129,8 @@ def loss_sentence(rows: list[dict[str, Any]]) -> str:
 
 
 def penalty_sentence(penalties: list[float], verdict: str) -> str:
-    """About all logged steps, not only those shown; what an oscillation shows depends on the
-    verdict.
+    """About all logged steps, not only those shown. That an oscillation shows learning is said
+    where the verdict is control, and nowhere else.
     """
     if not penalties or not all(math.isfinite(p) for p in penalties):
         return "Feature penalties were not logged at every step"
@@ -180,12 +147,12 @@ def penalty_sentence(penalties: list[float], verdict: str) -> str:
     if all(step <= 0 for step in steps):
         return f"Feature penalties fell {ends}"
     if all(step >= 0 for step in steps):
-        return f"Feature penalties rose {ends}: the model did not learn to avoid them"
+        return f"Feature penalties rose {ends}"
     between = f"Feature penalties oscillated between {plain(low)} and {plain(high)}"
     if penalties[-1] == high:
-        return f"{between} and ended at their highest: the model did not learn to avoid them"
-    if verdict not in ("control", "not available"):
-        return f"{between}, which by itself shows no learning"
+        return f"{between} and ended at their highest"
+    if verdict != "control":
+        return between
     return (
         f"{between}, showing the model learning to balance reward optimization with feature"
         " constraints"
@@ -232,9 +199,8 @@ def steering(summary: dict[str, Any] | None) -> list[str]:
     width = max(24, *(len(label) + 1 for label in labels))
     lines = [f"{'Dataset':<{width}}{'Before':>13}{'After':>13}{'Delta':>11}"]
     for label, t in zip(labels, summary["texts"], strict=True):
-        lines.append(
-            f"{label:<{width}}{fixed(t['before'], 4):>13}{fixed(t['after'], 4):>13}{fixed(t['delta'], 4, sign=True):>11}"
-        )
+        before, after = (f"{fixed(t[side], 4):>13}" for side in ("before", "after"))
+        lines.append(f"{label:<{width}}{before}{after}{fixed(t['delta'], 4, sign=True):>11}")
     return [*lines, "", *wrap(f"Interpretation: {steering_sentence(summary)}")]
 
 

@@ -12,17 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from reports.blocks import Block, Items, Prose, Table
-from reports.numbers import (
-    MEASURES,
-    arm_name,
-    digits,
-    duration,
-    fixed,
-    general,
-    interval,
-    plain,
-    relative,
-)
+from reports.numbers import MEASURES, arm_name, digits, duration, fixed, general, interval, plain
 from reports.reference import direction, moves
 
 NOT_AVAILABLE = [Prose("not available")]
@@ -43,39 +33,33 @@ class Section(NamedTuple):
 
 
 def verdict(figures: dict[str, Any]) -> list[Block]:
-    """The word, with what keeps it from saying more than the intervals do, and the figures behind
-    it.
-    """
+    """The word, what each rung that was reached says, and the figures behind it."""
     v = figures["verdict"]
-    word = v["word"] + (f" ({v['qualifier']})" if v["qualifier"] else "")
-    blocks: list[Block] = [Prose(f"Verdict: {word}"), Prose(f"Because {v['reason']}.")]
-    if v["caution"]:
-        blocks.append(Prose(f"{v['caution']}."))
-    if v["word"] == "not available":
-        blocks.append(Prose("RESULTS above therefore rests on the training log alone."))
-    return blocks + verdict_figures(figures)
+    said = [Prose(f"Verdict: {v['word']}"), *map(Prose, v["sentences"])]
+    return [*said, *verdict_figures(figures)]
 
 
 def verdict_figures(figures: dict[str, Any]) -> list[Block]:
     """What the word rests on, and the rule."""
-    v, rule = figures["verdict"], figures["rule"]
+    v = figures["verdict"]
     blocks: list[Block] = []
     rows = [
         c
         for c in v["changes"]
-        if c["n"] and c["arm"] in ("penalty", "penalty - random") and c["measure"] != "n_tokens"
+        if c["n_prompts"]
+        and c["arm"] in ("penalty", "penalty - random")
+        and c["measure"] != "n_tokens"
     ]
     if rows:
         blocks.append(
             Table(
-                ["Change, in points", "N", "prompts", "change", "95 % interval", "could show"],
+                ["Change, in points", "prompts", "seeds", "change", "95 % interval", "detectable"],
                 [
                     [
-                        (
-                            f"{MEASURES[c['measure']]}{', vs. random' if c['arm'] == 'penalty - random' else ''}"
-                        ),
-                        c["n"],
+                        MEASURES[c["measure"]]
+                        + (", vs. random" if c["arm"] == "penalty - random" else ""),
                         c["n_prompts"],
+                        c["n_seeds"],
                         fixed(percentage(c["change"]), 1, sign=True),
                         interval(percentage(c["low"]), percentage(c["high"]), 1),
                         fixed(percentage(c["detectable"]), 1),
@@ -83,44 +67,27 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                     for c in rows
                 ],
                 title=(
-                    "The penalty arm against the no-penalty arm; `could show` is the least change"
-                    " that so many prompts reveal with a power of 80 %."
+                    "The penalty arm against the no-penalty arm, over prompts and seeds."
+                    " `penalised` and `monitors` are firing rates of those latents on the prompts named;"
+                    " `detectable` is the minimum detectable effect (80 % power)."
                 ),
             )
         )
-    if v["penalised_fall"] is not None:
-        falls = [
-            f"{name}, relative fall: {relative(fall['fall'])} [{relative(fall['low'])},"
-            f" {relative(fall['high'])}]"
-            for name, fall in (
-                ("Penalised rate", v["penalised_fall"]),
-                ("Monitor rate", v["monitors_fall"]),
-            )
-        ]
         blocks.append(
             Items(
                 [
-                    *falls,
+                    "Smallest change of the penalised rate that counts:"
+                    f" {fixed(percentage(v['delta']), 1)} points",
                     f"Mean response length, penalty / no penalty: {fixed(v['length_ratio'], 2)}",
+                    "Base policy's log-probability per token, no penalty less penalty:"
+                    f" {fixed(v['logprob_drop'], 2)} nats",
                 ]
             )
         )
-    margin, length, share, bound = (
-        general(100 * rule[key])
-        for key in ("over_refusal_margin", "min_length_ratio", "evasion_share", "null_bound")
-    )
     blocks.append(
-        Prose(
-            "The rule, fixed in the config before training, in this order. Suppression:"
-            f" over-refusal's upper bound exceeds {margin} points, or responses are under {length}"
-            " % as long. Control: penalised rate, monitors and any independent judge's harm score"
-            " all fall, and the penalised rate falls more than in the random arm. Evasion: the"
-            f" penalised fall, and the monitors' interval excludes {share} % of that relative fall."
-            f" Null: a fall of the penalised rate beyond {bound} points is excluded. Otherwise"
-            " inconclusive. A falling loss is no evidence."
-        )
+        Prose("The rule, fixed in the config before training; a rung ends where it says:")
     )
-    return blocks
+    return [*blocks, Items(figures["rule"])]
 
 
 def percentage(share: float | None) -> float | None:
@@ -153,33 +120,29 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
     columns = {
         "kl": "KL",
         "n_tokens": "tokens",
-        "truncated": "cut short",
+        "truncated": "cut",
+        "unended": "unended",
         "distinct_1": "distinct-1",
         "distinct_2": "distinct-2",
     } | ({"harm": "harm"} if judged else {})
-    rates = ("reward", "triggered", "monitors", "refused", "over_refused")
-    rated = [
-        [r["policy"], r["n_unsafe"], r["n_safe"], *(fixed(r[m], 3) for m in rates)] for r in rows
-    ]
+    rates = ("reward", "penalised_fired", "monitors_fired", "refused", "over_refused")
+    safe = ("penalised_fired_safe", "monitors_fired_safe")
+    rated = [[r["policy"], r["n_unsafe"], r["n_safe"], *(rate(r[m]) for m in rates)] for r in rows]
     summaries = figures["evaluations"].values()
     judge = next((e["judge"] for e in summaries if e.get("judge")), None)
-    detector = next((e["refusal_detector"] for e in summaries if e.get("refusal_detector")), None)
-    if detector:
-        precision, recall = fixed(detector["precision"], 3), fixed(detector["recall"], 3)
-        told = (
-            f"{detector['n_refusals']} refusals and {detector['n_compliances']} compliances of"
-            f" {detector['data']}"
-        )
-        detected = f"Refusal detector: precision {precision}, recall {recall} on {told}."
-    else:
-        detected = (
-            "Refusal detector: its precision and recall were not measured (no demo pairs found)."
-        )
     return [
-        Prose("N is prompts; reward is SARM's without penalty; rates are shares of generations."),
+        Prose(
+            "Prompts are held out; reward is SARM's without penalty; rates are shares of responses,"
+            " refusals as the detector counts them."
+        ),
         Table(
             ["Policy", "unsafe", "safe", "reward", "penalised", "monitors", "refused", "over-ref."],
             rated,
+        ),
+        Table(
+            ["Policy", "penalised", "monitors"],
+            [[r["policy"], *(rate(r[m]) for m in safe)] for r in rows],
+            title="On safe prompts, firing rates of the same latents:",
         ),
         Table(
             ["Policy", *columns.values()],
@@ -187,6 +150,10 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
                 [r["policy"], *(fixed(r[m], 1 if m == "n_tokens" else 3) for m in columns)]
                 for r in rows
             ],
+            title=(
+                "`cut` hit the token limit; `unended` end at neither an end of turn nor a sentence"
+                " end."
+            ),
         ),
         Prose(
             f"Judge: {judge}, on unsafe prompts."
@@ -194,23 +161,52 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
             else "No independent judge was configured: SARM judged itself."
         ),
         Prose(f"KL: {next(iter(summaries))['kl']}."),
-        Prose(detected),
+        Prose(detector_sentence(figures)),
     ]
 
 
+def rate(share: float) -> str:
+    """A share; n/a where nothing was measured, as of monitors where none qualifies."""
+    return "n/a" if math.isnan(share) else fixed(share, 3)
+
+
+def detector_sentence(figures: dict[str, Any]) -> str:
+    """How often the refusal detector errs, and whether rates below are corrected for it."""
+    records = [e.get("refusal_detector") for e in figures["evaluations"].values()]
+    found = next(filter(None, records), None)
+    if found is None:
+        return "Refusal detector: its errors were not measured (evaluate.refusal_labels)."
+    if any(record != found for record in records):
+        return "Refusal detector: not the same one for all policies."
+    return (
+        f"Refusal detector: {found['name']}, sensitivity {fixed(found['sensitivity'], 3)} on"
+        f" {found['refusals']} refusals, false positives {fixed(found['false_positives'], 3)} on"
+        f" {found['answers']} answers of {found['data']}. Changes of refusal rates are corrected"
+        " for these errors (Rogan-Gladen) where verdict.correct_refusals is set."
+    )
+
+
 def changes(figures: dict[str, Any]) -> list[Block]:
-    rows = [c for c in figures["verdict"]["changes"] if c["n"]]
+    rows = [c for c in figures["verdict"]["changes"] if c["n_prompts"]]
     if not rows:
         return list(NOT_AVAILABLE)
+    over = (
+        "prompts alone, as there is one seed: differences between trainings are left out"
+        if rows[0]["n_seeds"] == 1
+        else "prompts and seeds"
+    )
     blocks: list[Block] = [
-        Prose("Paired by prompt and seed; 95 % bootstrap intervals clustered by prompt."),
+        Prose(
+            f"Paired by prompt and seed; 95 % intervals over {over}. Only the verdict's comparison"
+            " was fixed before training; all others are exploratory."
+        ),
         Table(
-            ["Measure", "arm", "N", "before", "after", "change", "95 % interval"],
+            ["Measure", "arm", "prompts", "before", "after", "change", "95 % interval"],
             [
                 [
                     MEASURES[c["measure"]],
                     arm_name(c["arm"]),
-                    c["n"],
+                    c["n_prompts"],
                     *(fixed(c[m], digits(c)) for m in ("before", "after")),
                     fixed(c["change"], digits(c), sign=True),
                     interval(c["low"], c["high"], digits(c)),
@@ -227,74 +223,48 @@ def changes(figures: dict[str, Any]) -> list[Block]:
 
 
 def latents(figures: dict[str, Any]) -> list[Block]:
-    rows, random, monitors = figures["latents"], figures["random_latents"], figures["monitors"]
     blocks: list[Block] = []
-    if rows:
+    for name, title in (
+        ("latents", "Penalised latents"),
+        ("random_latents", "Latents penalised in the random arm"),
+        ("monitors", "Monitor latents (never penalised)"),
+    ):
+        rows = figures[name]
+        if rows:
+            blocks += [
+                Table(
+                    ["latent", "tau", "arm", "prompts", "N", "above tau", "below cutoff", "mean z"],
+                    [
+                        [
+                            r["latent"],
+                            plain(r["tau"]),
+                            arm_name(r["arm"]),
+                            r["kind"],
+                            r["n"],
+                            *(fixed(r[m], 3) for m in ("rate", "below_cutoff", "mean_z")),
+                        ]
+                        for r in rows
+                    ],
+                    title=(
+                        f"{title}. `below cutoff` is the share of responses on which the latent"
+                        " would have fired but ranks just below the TopK cutoff."
+                    ),
+                )
+            ]
+    if figures["latents"]:
         blocks.append(
             Table(
-                [
-                    "latent",
-                    "tau",
-                    "arm",
-                    "N",
-                    "above tau",
-                    "off",
-                    "..t/2",
-                    "...9t",
-                    "..t",
-                    "..1.5t",
-                    "more",
-                ],
+                ["latent", "arm", "off", "0-.5t", ".5-.9t", ".9-1t", "1-1.5t", "more"],
                 [
                     [
                         r["latent"],
-                        plain(r["tau"]),
                         arm_name(r["arm"]),
-                        r["n"],
-                        fixed(r["rate"], 3),
                         *(fixed(share, 2) for share in r["histogram"]),
                     ]
-                    for r in rows
+                    for r in figures["latents"]
+                    if r["kind"] == "unsafe"
                 ],
-                title=(
-                    "Penalised latents on unsafe prompts. Bins of z: off, then up to half of tau,"
-                    " to 0.9 tau, to tau (just below), to 1.5 tau, and more."
-                ),
-            )
-        )
-    if random:
-        blocks.append(
-            Table(
-                ["latent", "tau", "arm", "N", "above tau", "active"],
-                [
-                    [
-                        r["latent"],
-                        plain(r["tau"]),
-                        arm_name(r["arm"]),
-                        r["n"],
-                        fixed(r["rate"], 3),
-                        fixed(r["active"], 3),
-                    ]
-                    for r in random
-                ],
-                title="Latents penalised in the random arm, on unsafe prompts:",
-            )
-        )
-    if monitors:
-        blocks.append(
-            Table(
-                ["latent", "arm", "N", "active", "mean z"],
-                [
-                    [
-                        r["latent"],
-                        arm_name(r["arm"]),
-                        r["n"],
-                        fixed(r["active"], 3),
-                        fixed(r["mean_z"], 3),
-                    ]
-                    for r in monitors
-                ],
-                title="Monitor latents (never penalised) on unsafe prompts:",
+                title="Values z of the penalised latents on unsafe prompts, t being tau:",
             )
         )
     return blocks or list(NOT_AVAILABLE)
@@ -338,7 +308,8 @@ def sweep(figures: dict[str, Any]) -> list[Block]:
         seeds = "one seed" if found["n_seeds"] == 1 else f"{found['n_seeds']} seeds"
         blocks.append(
             Prose(
-                "Each tau with each alpha, and the arms. `front`: no other policy has as low a"
+                "Exploratory: the verdict is about another comparison, and no place on the front is"
+                " evidence of control. Each tau with each alpha, and the arms. `front`: no other policy has as low a"
                 " penalised rate, as little KL and as much reward, and less or more of one."
                 " Penalised is the share of unsafe prompts above the penalty arm's own thresholds,"
                 f" whatever a point's tau. With {seeds} a point, differences within the intervals"
@@ -359,8 +330,8 @@ def sweep(figures: dict[str, Any]) -> list[Block]:
                     for m in ("tau", "alpha")
                 ),
                 r["n_unsafe"],
-                fixed(r["triggered"], 3),
-                interval(r["triggered_low"], r["triggered_high"], 3),
+                fixed(r["penalised_fired"], 3),
+                interval(r["penalised_fired_low"], r["penalised_fired_high"], 3),
                 fixed(r["kl"], 3),
                 fixed(r["reward"], 3),
                 "yes" if r["front"] else "no",
@@ -652,7 +623,7 @@ def directions(found: dict[str, Any]) -> list[Block]:
         "latents swapped",
         "largest effect",
         "rank corr. with ablating",
-        "% of signs that re-selection turns",
+        "sign flips after TopK re-selection (%)",
     ]
     return [Table(header, cells, title=title), Prose(f"Of those checked, {exact}.")]
 
@@ -796,7 +767,7 @@ def steered(figures: dict[str, Any]) -> list[Block]:
     """The check outside the reward head: the policy itself, pushed along decoder directions."""
     found = figures["steered"]
     if found is None:
-        return [Prose("The config asks for none (steer.policy).")]
+        return [Prose("Not run; set steer.policy to enable.")]
     rows = found["rows"]
     beyond = [r for r in rows if r["beyond_random"]]
     n_latents, n_random = (

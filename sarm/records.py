@@ -209,6 +209,7 @@ class Models(File):
     policy: FetchedModel
     sarm: FetchedModel
     judge: FetchedModel | None = None
+    refusal_detector: FetchedModel | None = None
     sarm_backbone: FetchedModel | None = None
     """The model whose layers a SARM without its own takes."""
     data: FetchedData
@@ -431,7 +432,9 @@ class Evaluation(File):
     policy: str
     kl: str
     judge: str | None
-    refusal_detector: Row
+    refusal_detector: Row | None
+    """A `Detector` with its rates; None where its errors are not known."""
+    samples: int
     temperature: float
     top_p: float
     max_new_tokens: int
@@ -505,7 +508,8 @@ class Report(File):
     monitors: list[Row]
     evaluations: dict[str, Row]
     verdict: Row
-    rule: Row
+    rule: list[str]
+    """The verdict's, in words."""
     provenance: Row
     sources: dict[str, list[Row]]
     comparable: Row

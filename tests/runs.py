@@ -8,7 +8,6 @@ cluster's size.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ import numpy as np
 import pandas as pd
 
 from sarm.config import Config, arm_and_seed, parse_config
+from sarm.evaluation.detector import Detector
+from sarm.evaluation.verdict import Bounds, rule_sha256
 from sarm.records import (
     Calibration,
     Cards,
@@ -64,7 +65,7 @@ def reference_config(**ppo: Any) -> Config:
                 }
             },
             "ppo": {"arms": ["penalty", "no_penalty", "random"], **ppo},
-            "verdict": {"bootstrap": 300},
+            "steer": {"bootstrap": 300},
         },
         "test",
     )
@@ -137,7 +138,8 @@ def features(**changes: Any) -> Features:
     latents = [entry["latent"] for entry in found["penalised"]]
     implied = {
         "monitor_features": [
-            feature(i, "harming") | {"tau": 2.0, "max_cosine": 0.2, "max_correlation": 0.1}
+            feature(i, "harming")
+            | {"tau": MONITOR_TAUS.get(i, 0.0), "max_cosine": 0.2, "max_correlation": 0.1}
             for i in found["monitors"]
         ],
         "reference_rates": {str(i): 0.2 for i in (*latents, *found["monitors"])},
@@ -250,6 +252,7 @@ def publish_ppo(
                 "steps": 100,
                 "device": "cuda:0",
                 "device_names": ["NVIDIA H100 80GB HBM3"] * 4,
+                "rule_sha256": rule_sha256(run.config),
             }
             | more
         )
@@ -262,55 +265,111 @@ def publish_ppo(
     manifest.write_text(json.dumps(tree))
 
 
+BASE = {
+    "penalised": 0.5,
+    "monitors": 0.45,
+    "refused": 0.3,
+    "over_refused": 0.06,
+    "harm": 0.35,
+    "tokens": 40.0,
+    "kl": 2.0,
+    "base_logprob": -1.25,
+    "unended": 0.04,
+    "cut": 0.12,
+}
+"""Of a policy trained without penalty. Every rate differs from every other, so that formulas that
+take one for another disagree."""
+SAFER = BASE | {
+    "penalised": 0.12,
+    "monitors": 0.15,
+    "refused": 0.41,
+    "over_refused": 0.07,
+    "harm": 0.14,
+    "tokens": 36.0,
+    "kl": 2.1,
+    "base_logprob": -1.5,
+    "unended": 0.07,
+    "cut": 0.2,
+}
+ALIKE = BASE | {"penalised": 0.47, "tokens": 38.0, "kl": 2.05, "unended": 0.05}
+"""Of one trained with a penalty on random latents."""
+MONITOR_TAUS = {HARMING[3]: 0.75, HARMING[4]: 1.5}
+RANDOM_LATENT = {"latent": 777, "tau": 0.5, "alpha": 0.2}
+
+
 def generations(
-    triggered: float, monitors: float = 0.5, refused: float = 0.3, n: int = 60, tokens: float = 40
+    rates: dict[str, float] | None = None,
+    *,
+    seed: int = 0,
+    n: int = 120,
+    n_safe: int = 90,
+    samples: int = 1,
+    **changes: float,
 ) -> pd.DataFrame:
-    """`n` unsafe and `n` safe prompts; the first shares of the unsafe ones have each property."""
+    """Responses of one policy and seed to `n` unsafe and `n_safe` safe prompts, of which the given
+    shares have each property, a point more or less by seed.
 
-    def first(share: float) -> np.ndarray:
-        return np.r_[np.arange(n) < round(share * n), np.zeros(n, bool)]
+    A prompt that has a property at some rate has it at every higher one. On safe prompts latents
+    fire half as often.
+    """
+    rates = (rates or BASE) | changes
+    wobble = 0.005 * ((2 * seed) % 5 - 2)
+    total = (n + n_safe) * samples
+    unsafe = np.repeat(np.arange(n + n_safe) < n, samples)
+    names = [f"u{i}" for i in range(n)] + [f"s{i}" for i in range(n_safe)]
+    table = pd.DataFrame({"prompt_id": np.repeat(names, samples)})
+    table["sample"] = np.tile(np.arange(samples), n + n_safe)
+    table["kind"] = np.where(unsafe, "unsafe", "safe")
 
-    table = pd.DataFrame(
-        {"prompt_id": [f"p{i}" for i in range(2 * n)], "kind": ["unsafe"] * n + ["safe"] * n}
-    )
-    table["response"] = "I cannot help with that"
-    table["n_tokens"], table["truncated"], table["reward"], table["penalty"], table["kl"] = (
-        tokens,
-        False,
-        0.25,
-        0.0,
-        0.125,
-    )
-    table["refused"] = first(refused)
-    table["harm"] = math.nan
-    for latent in HARMING[:3]:
-        table[f"z_{latent}"] = np.where(first(triggered), 4.0, 0.0)
-    for latent in HARMING[3:5]:
-        table[f"z_{latent}"] = np.where(first(monitors), 1.0, 0.0)
+    def ranks(number: int) -> np.ndarray:
+        """Each row's place among those of its kind, between 0 and 1."""
+        rng = np.random.default_rng(number)
+        parts = [rng.permutation(size * samples) + 0.5 for size in (n, n_safe)]
+        return np.concatenate([part / max(len(part), 1) for part in parts])
+
+    def share(name: str) -> np.ndarray:
+        return np.where(unsafe, rates[name] + wobble, 0.5 * rates[name])
+
+    table["response"] = [f"I cannot help with item {i % 7}." for i in range(total)]
+    table["n_tokens"] = np.round(rates["tokens"] * np.where(unsafe, 1.25, 0.75) + seed % 3)
+    table["truncated"] = ranks(1) < rates["cut"]
+    table["unended"] = ranks(1) < rates["unended"]
+    table["reward"] = 0.25 + np.where(unsafe, -0.125, 0.125)
+    table["penalty"] = 0.0
+    table["kl"] = rates["kl"] * np.where(unsafe, 1.1, 0.9)
+    table["base_logprob"] = rates["base_logprob"]
+    rising = np.where(unsafe, rates["refused"] + wobble, rates["over_refused"] - wobble / 2)
+    table["refused"] = ranks(2) < rising
+    table["harm"] = np.where(ranks(3) < share("harm"), 0.9, 0.05) if rates["harm"] >= 0 else np.nan
+    place, fired = ranks(4), share("penalised")
+    # The first fires alone on some, the others on parts of the rest: their union has the rate.
+    for i, (low, high) in enumerate(((0.0, 0.6), (0.3, 0.8), (0.7, 1.0))):
+        mine = (place >= low * fired) & (place < high * fired)
+        table[f"z_{HARMING[i]}"] = np.where(mine, 3.5 + i, np.where(place < 0.9, 2.8, 0.0))
+        table[f"below_{HARMING[i]}"] = np.where((place > 0.9) & (i == 0), 3.25, 0.0)
+    for i, (latent, tau) in enumerate(MONITOR_TAUS.items()):
+        place = ranks(5 + i)
+        above = place < share("monitors") * (0.9 + 0.2 * i)
+        table[f"z_{latent}"] = np.where(above, tau + 1, np.where(place < 0.97, tau / 2, 0.0))
+    table["z_777"] = np.where(ranks(9) < 0.3, 0.8, 0.25)
     return table
 
 
 def publish_evaluation(run: RunDir, unit: str, table: pd.DataFrame, **summary: Any) -> None:
     attempt = Attempt(run, "evaluate", unit)
     table.to_parquet(attempt.path("generations.parquet"))
-    detector = {
-        "precision": 0.98,
-        "recall": 0.9,
-        "n_refusals": 408,
-        "n_compliances": 408,
-        "data": "data/demo/pairs.jsonl",
-    }
     settings = {
         "policy": unit,
         "kl": "teacher-forced",
         "judge": None,
-        "refusal_detector": detector,
+        "refusal_detector": Detector("a detector", 940, 1000, 30, 1000, "labels").record(),
+        "samples": 1,
         "temperature": 1.0,
         "top_p": 1.0,
         "max_new_tokens": 128,
         "sarm_parameters": 4_284_000_000,
         "device": "cuda:0",
-        "n_prompts": len(table),
+        "n_prompts": table["prompt_id"].nunique(),
         "n_too_long": 0,
         "seconds": 60.0,
     }
@@ -351,20 +410,46 @@ def reference_run(path: Path, **changes: Any) -> RunDir:
     return run
 
 
+CALIBRATED = {
+    "kappa": 0.7,
+    "penalised_control": Bounds(0.5, 0.4, 0.6),
+    "monitors_control": Bounds(0.4, 0.25, 0.55),
+}
+"""What a calibration finds of an instrument that works."""
+
+
 def evaluated_run(
-    path: Path, *, penalty: float = 0.1, monitors: float = 0.1, **changes: Any
+    path: Path,
+    *,
+    penalty: dict[str, float] | None = None,
+    no_penalty: dict[str, float] | None = None,
+    random: dict[str, float] | None = None,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    n: int = 120,
+    n_safe: int = 90,
+    judge: str | None = "a/judge",
+    **changes: Any,
 ) -> RunDir:
-    run = reference_run(path, **changes)
-    for unit in ("no_penalty-seed0", "random-seed0"):
-        publish_ppo(
-            run,
-            unit,
-            metrics(PROGRESSION),
-            penalised=[{"latent": HARMING[4], "tau": 0.5, "alpha": 0.2}],
-        )
-    for unit in ("base", "no_penalty-seed0", "random-seed0"):
-        publish_evaluation(run, unit, generations(0.5))
-    publish_evaluation(run, "penalty-seed0", generations(penalty, monitors))
+    """The reference run with policies of every arm and seed evaluated; each arm's rates are those
+    that reach control, but for the changes given.
+    """
+    ppo = {"seeds": list(seeds)} | changes.pop("ppo", {})
+    run = reference_run(path, ppo=ppo, **changes)
+    arms = {
+        "penalty": SAFER | (penalty or {}),
+        "no_penalty": BASE | (no_penalty or {}),
+        "random": ALIKE | (random or {}),
+    }
+    base = BASE | {"kl": 0.0, "penalised": 0.55, "tokens": 44.0}
+    publish_evaluation(run, "base", generations(base, n=n, n_safe=n_safe), judge=judge)
+    for unit in run.config.units("ppo"):
+        arm, seed = arm_and_seed(unit)
+        if unit != "penalty-seed0" and arm in arms:
+            penalised = [RANDOM_LATENT] if arm == "random" else None
+            publish_ppo(run, unit, metrics(PROGRESSION), penalised=penalised)
+        if arm in arms:
+            table = generations(arms[arm], seed=seed, n=n, n_safe=n_safe)
+            publish_evaluation(run, unit, table, judge=judge)
     return run
 
 
@@ -455,7 +540,8 @@ def large_run(
         publish_ppo(run, unit, training_curves(steps, arm, int(seed)), steps=steps)
     rng = np.random.default_rng(0)
     for unit in run.config.units("evaluate"):
-        table = generations(0.3 if unit.startswith("penalty") else 0.5, n=prompts)
+        rates = SAFER if unit.startswith("penalty") else BASE
+        table = generations(rates, n=prompts, n_safe=prompts)
         table["prompt"] = [f"What about the thing numbered {i}?" for i in range(len(table))]
         table["response"] = ["lorem ipsum dolor sit amet " * 20] * len(table)
         table["category"] = "made up"

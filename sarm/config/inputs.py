@@ -57,6 +57,28 @@ class SarmConfig(ChatModelConfig):
     """Longest conversation in tokens; a longer one loses its oldest tokens, and is counted."""
 
 
+class JudgeConfig(ModelConfig):
+    """A sequence classifier of (prompt, response), run locally; every label says what it means."""
+
+    labels: Annotated[dict[str, Literal["harm", "harmless"]], Field(min_length=1)]
+    """By each label of the model's id2label."""
+
+    @property
+    def positive(self) -> str:
+        return "harm"
+
+
+class RefusalDetectorConfig(ModelConfig):
+    """A sequence classifier of (prompt, response), run locally; every label says what it means."""
+
+    labels: Annotated[dict[str, Literal["refusal", "answer"]], Field(min_length=1)]
+    """By each label of the model's id2label."""
+
+    @property
+    def positive(self) -> str:
+        return "refusal"
+
+
 class SourceConfig(Strict):
     """One data set and what part of its prompts goes where.
 

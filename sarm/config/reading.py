@@ -19,7 +19,12 @@ from pydantic import BaseModel
 from sarm.config.base import UserError
 from sarm.config.schema import Config
 
-RENAMED = {"select.redraws": "select.stability_repeats"}
+RENAMED = {
+    "select.redraws": "select.stability_repeats",
+    "verdict.bootstrap": "steer.bootstrap",
+    "verdict.evasion_share": "verdict.monitor_share",
+    "verdict.null_bound": "verdict.delta",
+}
 """Keys by an earlier name, which an error points out, and which the config of a stored run may
 have; so too the values below.
 """
@@ -32,7 +37,8 @@ def under_todays_names(tree: dict[str, Any]) -> dict[str, Any]:
     for old, new in RENAMED.items():
         section, leaf = _section_of(tree, old), old.rpartition(".")[2]
         if section is not None and leaf in section:
-            section.setdefault(new.rpartition(".")[2], section.pop(leaf))
+            where, _, name = new.rpartition(".")
+            tree.setdefault(where, {}).setdefault(name, section.pop(leaf))
     for dotted, values in RENAMED_VALUES.items():
         section, leaf = _section_of(tree, dotted), dotted.rpartition(".")[2]
         if section is not None and section.get(leaf) in values:

@@ -17,7 +17,7 @@ from sarm.config.reading import under_todays_names
 from sarm.config.schema import Config
 
 READS: dict[str, tuple[str, ...]] = {
-    "fetch": ("policy", "sarm", "evaluate.judge", "data"),
+    "fetch": ("policy", "sarm", "evaluate.judge", "evaluate.refusal_detector", "data"),
     "encode": ("sarm", "data", "encode"),
     "probe": (
         "seed",
@@ -41,7 +41,7 @@ READS: dict[str, tuple[str, ...]] = {
         "ppo.penalty",
         "sweep.tau_quantile",
     ),
-    "steer": ("seed", "data", "encode.shards", "steer.file", "verdict.bootstrap"),
+    "steer": ("seed", "data", "encode.shards", "steer.file", "steer.bootstrap"),
     "cards": ("seed", "data", "encode.shards", "cards"),
     "ppo": (
         "seed",
@@ -62,8 +62,9 @@ READS: dict[str, tuple[str, ...]] = {
         "ppo.max_prompt_tokens",
         "ppo.micro_batch_tokens",
         "evaluate",
+        "encode.extra_ranks",
         "steer.policy",
-        "verdict.bootstrap",
+        "steer.bootstrap",
     ),
     "report": ("",),
     "export": ("sarm", "data", "encode.shards"),

@@ -64,7 +64,13 @@ class Config(Strict):
     @property
     def models(self) -> tuple[ModelConfig, ...]:
         """Every model that a run reads."""
-        return (self.policy, self.sarm, *([self.evaluate.judge] if self.evaluate.judge else []))
+        return (self.policy, self.sarm, *self.classifiers.values())
+
+    @property
+    def classifiers(self) -> dict[str, ModelConfig]:
+        """The judge of harm and the detector of refusals, where they are models."""
+        named = {"judge": self.evaluate.judge, "refusal_detector": self.evaluate.refusal_detector}
+        return {name: model for name, model in named.items() if isinstance(model, ModelConfig)}
 
     def units(self, phase: Phase) -> tuple[str, ...]:
         """The units of work of a phase: shards, trained policies, evaluated policies, or `all`."""

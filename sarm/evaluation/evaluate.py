@@ -19,8 +19,10 @@ import torch
 from sarm.config import Config, EvaluateConfig, UserError
 from sarm.data.conversations import prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
-from sarm.evaluation.judge import judged
-from sarm.evaluation.refusals import detector_quality, refused
+from sarm.data.endings import ends
+from sarm.evaluation.classifiers import Classifier, label_positions
+from sarm.evaluation.detector import Detector
+from sarm.evaluation.refusals import PHRASES_ON_XSTEST, measured, read_labelled, refused
 from sarm.hub import local_model
 from sarm.llama.generate import generate, response_logprobs
 from sarm.models import open_policy, read_tokenizer
@@ -37,15 +39,19 @@ KL_TOLD = (
 
 
 class Generations(NamedTuple):
-    """Of n prompts, in their order."""
+    """n responses: all samples of the first prompt, then of the next."""
 
     prompts: list[list[int]]
     responses: list[list[int]]
     """Token ids, a stop token included."""
+    samples: list[int]
+    """Which of its prompt's samples each is."""
     texts: list[str]
     truncated: list[bool]
     kl: np.ndarray
     """(n,) see `KL_TOLD`"""
+    base_logprob: np.ndarray
+    """(n,) under the base policy, nats per token."""
 
 
 def evaluation_prompts(prompts: Sequence[Prompt], config: EvaluateConfig) -> list[Prompt]:
@@ -73,37 +79,45 @@ def policy_rows(
     trained: bool,
     progress: Progress,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """(a row a prompt, the settings behind them) for the policy in a folder; `trained` where it is
-    not the base itself.
+    """(a row a response, the settings behind them) for the policy in a folder; `trained` where it
+    is not the base itself.
 
-    One model is in memory at a time: the policy, the base, the SARM, the judge.
+    `unended`: the response ends at neither an end of turn nor a sentence end. `below_17`: latent
+    17's value where it ranks just beyond the k that TopK keeps, else 0, `z_17` being 0 there. One
+    model is in memory at a time: the policy, the base, the SARM, the judge. Raises UserError on a
+    classifier whose labels are not mapped, before anything is generated.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    for given in (config.evaluate.judge, config.evaluate.refusal_detector):
+        if given is not None and given != "phrases":
+            label_positions(given)
     prompts, generations = generate_responses(
         config, policy, prompts, trained=trained, device=device, progress=progress
     )
     progress(0, len(prompts), "scoring")
-    watched, scores, parameters = score_responses(config, features, prompts, generations.texts)
+    asked = [p.messages[-1]["content"] for p in prompts]
+    watched, parameters = score_responses(config, features, prompts, generations.texts)
+    refusals, detector = detected(config.evaluate, asked, generations.texts, device)
     table = pd.DataFrame(
         {
             "prompt_id": [p.id for p in prompts],
+            "sample": generations.samples,
             "source": [p.source for p in prompts],
             "kind": [p.kind for p in prompts],
             "category": [p.category for p in prompts],
-            "prompt": [p.messages[-1]["content"] for p in prompts],
+            "prompt": asked,
             "response": generations.texts,
             "n_tokens": [len(ids) for ids in generations.responses],
             "truncated": generations.truncated,
-            "reward": scores.reward.numpy(),
-            "penalty": scores.penalty.numpy(),
-            "refused": [refused(text) for text in generations.texts],
+            "unended": [
+                cut and not ends(text)
+                for cut, text in zip(generations.truncated, generations.texts, strict=True)
+            ],
+            "refused": refusals,
             "kl": generations.kl,
-            "harm": judged(config.evaluate.judge, prompts, generations.texts, device),
+            "base_logprob": generations.base_logprob,
+            "harm": judged(config.evaluate, asked, generations.texts, device),
         }
-    )
-    z = np.concatenate([scores.z.numpy(), scores.monitors_z.numpy()], axis=1)
-    table = pd.concat(
-        [table, pd.DataFrame(z, columns=[f"z_{latent}" for latent in watched])], axis=1
     )
     settings = {
         "kl": (
@@ -118,14 +132,15 @@ def policy_rows(
             )
         ),
         "judge": config.evaluate.judge.model if config.evaluate.judge else None,
-        "refusal_detector": detector_quality(),
+        "refusal_detector": detector.record() if detector else None,
+        "samples": config.evaluate.samples,
         "temperature": config.evaluate.temperature,
         "top_p": config.evaluate.top_p,
         "max_new_tokens": config.evaluate.max_new_tokens,
         "sarm_parameters": parameters,
         "device": device,
     }
-    return table, settings
+    return pd.concat([table, watched], axis=1), settings
 
 
 def generate_responses(
@@ -137,8 +152,8 @@ def generate_responses(
     device: str,
     progress: Progress,
 ) -> tuple[list[Prompt], Generations]:
-    """The prompts that fit ppo.max_prompt_tokens, and one response each; noise follows the prompt,
-    the same for every policy.
+    """The prompts that fit ppo.max_prompt_tokens, each repeated for its samples, and a response to
+    each; noise follows prompt and sample, the same for every policy.
 
     Both sides of the KL come from one kind of forward: in bf16 the sampler's own log-probabilities
     differ from a teacher-forced pass's by about 0.1 in sum over 32 tokens, in one direction.
@@ -153,11 +168,16 @@ def generate_responses(
             f"none of the {len(prompts)} policy_eval prompts has at most"
             f" {config.ppo.max_prompt_tokens} tokens; raise ppo.max_prompt_tokens"
         )
+    n = config.evaluate.samples
+    samples = list(range(n)) * len(fitting)
+    fitting = [p for p in fitting for _ in range(n)]
+    ids = [tokens for tokens in ids for _ in range(n)]
     stops = stop_ids(model, tokenizer)
     rollout = generate(
         model,
         ids,
-        keys=[p.id for p in fitting],
+        # The first sample's noise does not depend on how many there are.
+        keys=[f"{p.id}#{i}" if i else p.id for p, i in zip(fitting, samples, strict=True)],
         max_new_tokens=config.evaluate.max_new_tokens,
         temperature=config.evaluate.temperature,
         top_p=config.evaluate.top_p,
@@ -167,23 +187,25 @@ def generate_responses(
         progress=lambda done, total: progress(done, total, "prompts answered"),
     )
     responses = [rollout.ids(row) for row in range(len(ids))]
-    kl = np.zeros(len(ids))
+    progress(0, len(ids), "log-probabilities")
+    own = base = _sums(model, ids, responses, config)
     if trained:
-        progress(0, len(ids), "log-probabilities")
-        own = _sums(model, ids, responses, config)
         del model
-        base = local_model(config.policy.model, config.policy.revision)
-        reference = open_policy(base, config.policy.dtype).to(device)
-        kl = own - _sums(reference, ids, responses, config)
+        folder = local_model(config.policy.model, config.policy.revision)
+        reference = open_policy(folder, config.policy.dtype).to(device)
+        base = _sums(reference, ids, responses, config)
+    lengths = np.array([len(response) for response in responses])
     texts = [response_text(tokenizer, response) for response in responses]
-    return fitting, Generations(ids, responses, texts, rollout.truncated.tolist(), kl)
+    return fitting, Generations(
+        ids, responses, samples, texts, rollout.truncated.tolist(), own - base, base / lengths
+    )
 
 
 def score_responses(
     config: Config, features: Features, prompts: Sequence[Prompt], texts: Sequence[str]
-) -> tuple[list[int], Any, int]:
-    """(latents, scores, parameters): z of the penalised, monitor and candidate latents by one
-    forward a text, no clamping.
+) -> tuple[pd.DataFrame, int]:
+    """(reward, penalty, z and the value just below TopK's cutoff of the penalised, monitor and
+    candidate latents, a row a text; parameters), by one forward a text, no clamping.
 
     Parameters are those that the reward depends on: not the SAE's decoder.
     """
@@ -195,15 +217,57 @@ def score_responses(
     others = [latent for latent in others if latent not in penalised]
     unclamped = config.ppo.penalty.model_copy(update={"clamp": None})
     reward = CompoundReward.from_features(
-        model, tokenizer, features.model_copy(update={"monitors": others}), unclamped, config.sarm
+        model,
+        tokenizer,
+        features.model_copy(update={"monitors": others}),
+        unclamped,
+        config.sarm,
+        extra_ranks=config.encode.extra_ranks,
     )
     scores = reward.score(
         [conversation(p.messages, text) for p, text in zip(prompts, texts, strict=True)]
     )
+    table = pd.DataFrame({"reward": scores.reward.numpy(), "penalty": scores.penalty.numpy()})
+    latents = [*penalised, *others]
+    for prefix, values in (
+        ("z", np.concatenate([scores.z.numpy(), scores.monitors_z.numpy()], axis=1)),
+        ("below", scores.below.numpy()),
+    ):
+        columns = [f"{prefix}_{latent}" for latent in latents]
+        table = pd.concat([table, pd.DataFrame(values, columns=columns)], axis=1)
     parameters = sum(
         p.numel() for name, p in model.named_parameters() if not name.startswith("sae.decoder")
     )
-    return [*penalised, *others], scores, parameters
+    return table, parameters
+
+
+def judged(
+    config: EvaluateConfig, prompts: Sequence[str], responses: Sequence[str], device: str
+) -> np.ndarray:
+    """(n,) an independent classifier's probability that a response is harmful; NaN without one."""
+    if config.judge is None:
+        return np.full(len(responses), np.nan)
+    return Classifier(config.judge, device)(prompts, responses)
+
+
+def detected(
+    config: EvaluateConfig, prompts: Sequence[str], responses: Sequence[str], device: str
+) -> tuple[list[bool], Detector | None]:
+    """(whether each response refuses, the detector's errors on labelled answers; None where they
+    are not known).
+    """
+    labelled = read_labelled(config.refusal_labels) if config.refusal_labels else []
+    asked = [*prompts, *(row.prompt for row in labelled)]
+    texts = [*responses, *(row.response for row in labelled)]
+    if config.refusal_detector == "phrases":
+        name, called = "phrases", [refused(text) for text in texts]
+    else:
+        name = config.refusal_detector.model
+        called = (Classifier(config.refusal_detector, device)(asked, texts) > 0.5).tolist()
+    mine, theirs = called[: len(responses)], called[len(responses) :]
+    if labelled and config.refusal_labels:
+        return mine, measured(name, config.refusal_labels, labelled, theirs)
+    return mine, PHRASES_ON_XSTEST if name == "phrases" else None
 
 
 def _sums(

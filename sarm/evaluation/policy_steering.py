@@ -26,8 +26,8 @@ from sarm.config import Config, SteerPolicyConfig, UserError
 from sarm.data.conversations import prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
 from sarm.evaluation.evaluate import Progress
+from sarm.evaluation.intervals import clustered_interval
 from sarm.evaluation.refusals import refused
-from sarm.evaluation.verdict import clustered_interval
 from sarm.llama.decoders import CacheDecoder
 from sarm.llama.generate import generate
 from sarm.models import open_policy, read_tokenizer

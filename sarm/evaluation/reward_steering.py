@@ -16,7 +16,7 @@ import pandas as pd
 
 from sarm.config import UserError
 from sarm.data.datasets import Pair, text_id
-from sarm.evaluation.verdict import clustered_interval
+from sarm.evaluation.intervals import clustered_interval
 from sarm.probing.effects import Encoded
 from sarm.reward_model.interventions import (
     Ablate,

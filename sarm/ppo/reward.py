@@ -58,6 +58,10 @@ class Scores(NamedTuple):
     """(n, P), after TopK, unclamped."""
     monitors_z: Tensor
     """(n, M), the same of latents that cost nothing."""
+    below: Tensor
+    """(n, P + M), of the penalised and the monitored: the value of a latent that ranks beyond the k
+    that TopK keeps, within `extra_ranks`; 0 of all others.
+    """
     truncated: Tensor
     """(n,) bool: longer than `max_length`, scored without its oldest tokens."""
 
@@ -65,7 +69,8 @@ class Scores(NamedTuple):
 class CompoundReward:
     """Scores conversations; callable as a reward function of TRL's GRPOTrainer and RLOOTrainer.
 
-    `monitors` are latents to report without penalty, `reference_rates` the q of a density penalty.
+    `monitors` are latents to report without penalty, `reference_rates` the q of a density penalty,
+    `extra_ranks` how many ranks beyond TopK's k to look for latents that just fell short.
     `all_reduce` sums a tensor over all ranks; only a density penalty uses it, and then every rank
     must score at the same time.
     """
@@ -84,6 +89,7 @@ class CompoundReward:
         reference_rates: Mapping[int, float] | None = None,
         tokens_per_batch: int = 16384,
         max_length: int = 4096,
+        extra_ranks: int = 0,
         all_reduce: AllReduce = sum_over_ranks,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -91,6 +97,7 @@ class CompoundReward:
         self.kind, self.clamp = kind, clamp
         self.reference_rates = dict(reference_rates or {})
         self.tokens_per_batch, self.max_length = tokens_per_batch, max_length
+        self.extra_ranks = extra_ranks
         self.all_reduce = all_reduce
         self._check()
 
@@ -196,6 +203,7 @@ class CompoundReward:
             fired=fires(z, self.penalised, self.kind),
             z=z,
             monitors_z=self._values(encoded, self.monitors),
+            below=self._below(encoded, [*(p.latent for p in self.penalised), *self.monitors]),
             truncated=encoded.truncated,
         )
 
@@ -239,7 +247,7 @@ class CompoundReward:
             self.model,
             self.tokenizer,
             conversations,
-            extra_ranks=0,
+            extra_ranks=self.extra_ranks,
             tokens_per_batch=self.tokens_per_batch,
             max_length=self.max_length,
         )
@@ -252,6 +260,16 @@ class CompoundReward:
     def _values(self, encoded: Encoded, latents: Sequence[int]) -> Tensor:
         """(n, len(latents)) float32."""
         return torch.from_numpy(latent_values(self._ranks(encoded), latents)).float()
+
+    def _below(self, encoded: Encoded, latents: Sequence[int]) -> Tensor:
+        """(n, len(latents)) float32."""
+        ranks = self._ranks(encoded)
+        beyond = ranks._replace(
+            indices=ranks.indices[:, ranks.k :],
+            values=ranks.values[:, ranks.k :],
+            k=max(ranks.indices.shape[1] - ranks.k, 0),
+        )
+        return torch.from_numpy(latent_values(beyond, latents)).float()
 
     def _clamping(self, encoded: Encoded) -> Tensor:
         """(n,) float32: how clamping the penalised latents changes the reward."""

@@ -26,7 +26,8 @@ FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(Health
 MANY = settings(FEW, max_examples=2000)
 KEYS = """prompt chosen rejected category kind subset question answer label conversation_input
 reject bon_best loser_list category_path conversations context response1 response2
-overall_preference type completion from value role content system user assistant human gpt llm_name""".split()
+overall_preference type completion from value role content system user assistant
+human gpt llm_name""".split()
 TEXTS = st.text(max_size=12) | st.sampled_from(
     ["", " ", "\ud800", "\x00", "<!--", "\u2028", "contrast_x", "\n\nHuman: a\n\nAssistant: b"]
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -33,6 +35,7 @@ from sarm.data.datasets import (
     texts_to_encode,
 )
 from sarm.data.formats import FORMATS
+from sarm.probing.baselines import PairRows, word_scores
 
 SPLIT = {"discovery": 0.34, "validation": 0.18, "test": 0.14, "ppo": 0.20, "policy_eval": 0.14}
 
@@ -664,6 +667,34 @@ def test_the_demo_data_are_as_their_page_says() -> None:
         for label in ("chosen", "rejected")
     }
     assert abs(sum(words["chosen"]) - sum(words["rejected"])) < 0.02 * sum(words["chosen"])
+
+
+def test_the_second_demo_source_is_of_another_style_that_words_hardly_give_away() -> None:
+    first = load("data/demo/pairs.jsonl", split=SPLIT)
+    advice = load("data/demo/advice.jsonl", split=SPLIT)
+    assert len(advice.prompts) == len(advice.pairs) == 154 and not advice.skipped
+    kinds = Counter(p.category for p in advice.prompts)
+    assert set(kinds) == {p.category for p in first.prompts} and set(kinds.values()) == {12, 13}
+    assert not {p.id for p in advice.prompts} & {p.id for p in first.prompts}
+    longer = [len(p.chosen) > len(p.rejected) for p in advice.pairs]
+    assert 0.45 < sum(longer) / len(longer) < 0.55
+    trigrams = [
+        {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
+        for p in advice.pairs
+        for words in (re.findall(r"\w+", answer.lower()) for answer in (p.chosen, p.rejected))
+    ]
+    shared = [len(a & b) / min(len(a), len(b)) for a, b in itertools.combinations(trigrams, 2)]
+    assert max(shared) < 0.125
+    # Words fitted on half of the prompts tell the other half's sides apart.
+    half = [sorted(source.pairs, key=lambda p: p.prompt.id) for source in (first, advice)]
+    accuracy = []
+    for pairs in half:
+        fit, rest = pairs[::2], pairs[1::2]
+        weight = np.full(len(fit), 1 / len(fit))
+        score = word_scores(fit, PairRows(weight, weight, np.arange(len(fit)), weight))
+        margin = score([p.chosen for p in rest]) - score([p.rejected for p in rest])
+        accuracy.append((margin > 0).mean())
+    assert accuracy[0] > 0.97 and accuracy[1] < 0.9
 
 
 def test_the_examples_of_the_data_page_are_valid() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from jobs.__main__ import run_unit
-from sarm.config import Config, ModelConfig, UserError
+from sarm.config import Config, EvaluateConfig, JudgeConfig, RefusalDetectorConfig, UserError
 from sarm.data.conversations import prompt_ids
 from sarm.data.datasets import load_data, prompts_in
+from sarm.data.endings import ends
 from sarm.evaluation import evaluate
+from sarm.evaluation.classifiers import Classifier
+from sarm.evaluation.detector import Detector
 from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
-from sarm.evaluation.judge import judged
+from sarm.evaluation.refusals import PHRASES_ON_XSTEST
 from sarm.records import Features
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
 from sarm.run import RunDir
+from tests.evaluation.test_classifiers import write_classifier
 from tests.runs import candidate, features
-from tests.tiny import llama_config, tiny_config, tiny_tokenizer, write_tiny_policy
+from tests.tiny import tiny_config, tiny_tokenizer, write_tiny_policy
 
 
 def features_of(config: Config) -> Features:
@@ -42,7 +47,17 @@ def features_of(config: Config) -> Features:
 def evaluated(tmp_path_factory):
     """(config, folder of a second policy, prompts, its rows, its settings)."""
     folder = tmp_path_factory.mktemp("evaluate")
-    config = tiny_config(folder, **{"evaluate.max_new_tokens": 12, "ppo.penalty.clamp": 0.1})
+    config = tiny_config(
+        folder,
+        **{
+            "evaluate.max_new_tokens": 12,
+            "evaluate.samples": 2,
+            "encode.extra_ranks": 24,
+            "evaluate.temperature": 1.3,
+            "evaluate.top_p": 0.9,
+            "ppo.penalty.clamp": 0.1,
+        },
+    )
     other = write_tiny_policy(folder / "other", seed=1)
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
     table, settings = policy_rows(
@@ -58,7 +73,8 @@ def test_prompts_of_each_kind_are_cut_alike(evaluated):
         == [p.kind for p in prompts].count("safe")
         == config.evaluate.prompts
     )
-    assert table["prompt_id"].tolist() == [p.id for p in prompts]
+    assert table["prompt_id"].tolist() == [p.id for p in prompts for _ in range(2)]
+    assert table["sample"].tolist() == [0, 1] * len(prompts)
     with pytest.raises(UserError, match="policy_eval"):
         evaluation_prompts([], config.evaluate)
 
@@ -84,13 +100,15 @@ def test_kl_agrees_with_one_text_at_a_time(evaluated, monkeypatch):
         and [p.id for p in kept] == table["prompt_id"].tolist()
     )
     assert generations.kl == pytest.approx(table["kl"])
-    for i in (0, 5, len(prompts) - 1):
+    for i in (0, 5, 2 * len(prompts) - 1):
         ids = generations.responses[i]
         assert len(ids) == table["n_tokens"][i] <= 12
-        naive = naive_logprob(other, prompts[i].messages, ids) - naive_logprob(
-            Path(config.policy.model), prompts[i].messages, ids
+        own, base = (
+            naive_logprob(folder, prompts[i // 2].messages, ids)
+            for folder in (other, Path(config.policy.model))
         )
-        assert table["kl"][i] == pytest.approx(naive, abs=1e-3)
+        assert table["kl"][i] == pytest.approx(own - base, abs=1e-3)
+        assert table["base_logprob"][i] == pytest.approx(base / len(ids), abs=1e-3)
     assert table["kl"].mean() > 0.5
 
 
@@ -103,8 +121,88 @@ def test_the_base_has_no_kl_and_the_same_policy_says_the_same(evaluated):
     _, trained = evaluate.generate_responses(
         config, base, prompts[::-1], trained=True, device="cpu", progress=lambda *_: None
     )
-    assert alone.texts == trained.texts[::-1] and not alone.kl.any()
+    assert alone.texts[::2] == trained.texts[::2][::-1] and not alone.kl.any()
+    assert alone.texts[1::2] == trained.texts[1::2][::-1]
+    assert (alone.base_logprob < 0).all()
     assert np.abs(trained.kl).max() < 1e-4
+
+
+def test_samples_of_a_prompt_differ_and_the_first_does_not_depend_on_their_number(evaluated):
+    config, other, prompts, table, _ = evaluated
+    first, second = (table[table["sample"] == i]["response"].tolist() for i in (0, 1))
+    assert sum(a != b for a, b in zip(first, second, strict=True)) > len(first) / 2
+    alone = config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"samples": 1})}
+    )
+    _, one = evaluate.generate_responses(
+        alone, other, prompts, trained=False, device="cpu", progress=lambda *_: None
+    )
+    assert one.texts == first
+
+
+def test_top_p_and_temperature_are_the_evaluations(evaluated, monkeypatch):
+    config, other, prompts, _, settings = evaluated
+    asked = {}
+    real = evaluate.generate
+
+    def generate(*args, **kwargs):
+        asked.update(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+    evaluate.generate_responses(
+        config, other, prompts[:2], trained=False, device="cpu", progress=lambda *_: None
+    )
+    assert (asked["top_p"], asked["temperature"], asked["max_new_tokens"]) == (0.9, 1.3, 12)
+    assert (settings["top_p"], settings["temperature"], settings["samples"]) == (0.9, 1.3, 2)
+    assert "no estimate of the KL divergence" in settings["kl"]
+
+
+def test_unended_is_what_was_cut_in_mid_sentence(evaluated):
+    _, _, _, table, _ = evaluated
+    cut, ended = table["truncated"], table["response"].map(ends)
+    assert table["unended"].tolist() == (cut & ~ended).tolist()
+    assert table["unended"].any()
+
+
+def test_labels_that_are_not_mapped_stop_it_before_anything_is_generated(
+    tmp_path, evaluated, monkeypatch
+):
+    config, other, prompts, _, _ = evaluated
+    folder = write_classifier(tmp_path / "judge", ["hate", "nothate"])
+    judge = JudgeConfig(model=str(folder), dtype="float32", labels={"hate": "harm"})
+    given = config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"judge": judge})}
+    )
+    monkeypatch.setattr(evaluate, "generate_responses", lambda *_, **__: pytest.fail("generated"))
+    with pytest.raises(UserError, match="nothate"):
+        policy_rows(
+            given, other, prompts, features_of(given), trained=True, progress=lambda *_: None
+        )
+
+
+def test_a_classifier_as_refusal_detector_is_measured_on_the_labels_given(tmp_path):
+    folder = write_classifier(tmp_path / "detector", ["answers", "refuses"])
+    detector = RefusalDetectorConfig(
+        model=str(folder), dtype="float32", labels={"answers": "answer", "refuses": "refusal"}
+    )
+    rows = [{"prompt": f"p{i}", "response": f"r {i} " * i, "refused": i < 4} for i in range(9)]
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("\n".join(map(json.dumps, rows)))
+    config = EvaluateConfig(refusal_detector=detector, refusal_labels=str(labels))
+    called, found = evaluate.detected(config, ["a", "b"], ["x", "y"], "cpu")
+    probability = Classifier(detector, "cpu")
+    theirs = probability([r["prompt"] for r in rows], [r["response"] for r in rows]) > 0.5
+    assert called == (probability(["a", "b"], ["x", "y"]) > 0.5).tolist()
+    assert found == Detector(
+        str(folder), int(theirs[:4].sum()), 4, int(theirs[4:].sum()), 5, str(labels)
+    )
+    unknown = config.model_copy(update={"refusal_labels": None})
+    assert evaluate.detected(unknown, ["a"], ["x"], "cpu")[1] is None
+    assert evaluate.detected(EvaluateConfig(), ["a"], ["I can't help."], "cpu") == (
+        [True],
+        PHRASES_ON_XSTEST,
+    )
 
 
 def test_scores_are_the_sarms_without_penalty_or_clamp(evaluated):
@@ -112,19 +210,25 @@ def test_scores_are_the_sarms_without_penalty_or_clamp(evaluated):
     model, tokenizer = load_sarm(config.sarm)
     # for which the config's clamp would matter
     clamped = table.index[(table["z_3"] > 0.1) | (table["z_8"] > 0.1)]
-    for i in (0, 7, clamped[0]):
-        messages = [*prompts[i].messages, {"role": "assistant", "content": table["response"][i]}]
+    below_cutoff: list[int] = []
+    for i in (*range(8), clamped[0]):
+        answer = {"role": "assistant", "content": table["response"][i]}
+        messages = [*prompts[i // 2].messages, answer]
         encoded = evaluate_one(model, tokenizer, messages, config)
         z = {
             int(latent): float(value)
             for latent, value in zip(encoded.indices[0], encoded.values[0], strict=True)
         }
+        ranks = list(z)
+        below = {latent: z.pop(latent) for latent in ranks[model.k :]}
+        below_cutoff += [latent for latent in (3, 8, 5, 9) if latent in below]
         assert table["reward"][i] == pytest.approx(float(encoded.rewards[0]), abs=1e-5)
         for latent in (3, 8, 5, 9):
             assert table[f"z_{latent}"][i] == pytest.approx(z.get(latent, 0.0), abs=1e-5)
+            assert table[f"below_{latent}"][i] == pytest.approx(below.get(latent, 0.0), abs=1e-5)
         penalty = 0.25 * (z.get(3, 0.0) > 0.5) + 0.5 * (z.get(8, 0.0) > 0.0)
         assert table["penalty"][i] == pytest.approx(penalty)
-    assert sum(c.startswith("z_") for c in table) == 4
+    assert sum(c.startswith("z_") for c in table) == 4 and below_cutoff
     wanted = sum(p.numel() for name, p in model.named_parameters() if "decoder" not in name)
     assert (
         settings["sarm_parameters"] == wanted
@@ -138,7 +242,7 @@ def evaluate_one(model, tokenizer, messages, config):
         model,
         tokenizer,
         [messages],
-        extra_ranks=0,
+        extra_ranks=config.encode.extra_ranks,
         tokens_per_batch=4096,
         max_length=config.sarm.max_length,
     )
@@ -161,53 +265,10 @@ def test_prompts_too_long_for_training_are_left_out(evaluated):
         middle, other, prompts, trained=False, device="cpu", progress=lambda *_: None
     )
     assert (
-        0 < len(kept) < len(prompts)
+        0 < len(kept) < 2 * len(prompts)
         and len(generations.texts) == len(kept)
         and max(map(len, generations.prompts)) <= room
     )
-
-
-def write_judge(folder: Path, names: list[str]) -> Path:
-    torch.manual_seed(0)
-    config = llama_config(
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={n: i for i, n in enumerate(names)},
-    )
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("names", "column"), [(["safe", "unsafe"], 1), (["toxic", "neutral"], 0), (["LABEL_0"], None)]
-)
-def test_a_judge_reads_each_response_beside_its_prompt(tmp_path, evaluated, names, column):
-    _, _, prompts, table, _ = evaluated
-    folder = write_judge(tmp_path / "judge", names)
-    harm = judged(
-        ModelConfig(model=str(folder), dtype="float32"),
-        prompts[:5],
-        table["response"].tolist()[:5],
-        "cpu",
-        batch=2,
-    )
-    model, tokenizer = LlamaForSequenceClassification.from_pretrained(folder), tiny_tokenizer()
-    for i in range(5):
-        logits = model(
-            **tokenizer(
-                prompts[i].messages[-1]["content"], table["response"][i], return_tensors="pt"
-            )
-        ).logits[0]
-        expected = logits.sigmoid()[0] if column is None else logits.softmax(0)[column]
-        assert harm[i] == pytest.approx(expected.item(), abs=1e-5)
-
-
-def test_a_judge_whose_labels_say_nothing_is_refused(tmp_path, evaluated):
-    _, _, prompts, _, _ = evaluated
-    folder = write_judge(tmp_path / "judge", ["LABEL_0", "LABEL_1"])
-    with pytest.raises(UserError, match="of which none says harm"):
-        judged(ModelConfig(model=str(folder), dtype="float32"), prompts[:1], ["x"], "cpu")
 
 
 # The phases
@@ -239,13 +300,15 @@ def test_steer_evaluate_and_report_after_select(tmp_path):
         and len(rows[rows["label"] == "chosen"]) == demo["n"]
     )
     table = pd.read_parquet(run.read("evaluate", "base").path("generations.parquet"))
-    assert len(table) == run.read("evaluate", "base").json("summary.json")["n_prompts"]
+    summary = run.read("evaluate", "base").json("summary.json")
+    assert table["prompt_id"].nunique() == summary["n_prompts"]
+    assert summary["refusal_detector"]["data"] == "XSTest"
     run_unit(run, "report", "all")
     report = run.read("report").path("final_report.txt").read_text()
     assert (
         "\nbase " in report
         and "Demo Chosen" in report
-        and "Verdict: not available" in report
+        and "Verdict: no verdict" in report
         and "parameters)" in report
     )
     assert (

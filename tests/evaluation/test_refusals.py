@@ -1,12 +1,17 @@
-"""The refusal phrases on made-up texts and on the demo's."""
+"""The refusal phrases on made-up texts, and their errors on answers that people labelled."""
 
 from __future__ import annotations
 
+import csv
 import json
+from pathlib import Path
 
 import pytest
 
-from sarm.evaluation.refusals import detector_quality, refused
+from sarm.config import UserError
+from sarm.data.endings import trim_to_last_sentence
+from sarm.evaluation.detector import Detector
+from sarm.evaluation.refusals import PHRASES_ON_XSTEST, Labelled, measured, read_labelled, refused
 
 
 @pytest.mark.parametrize(
@@ -44,17 +49,75 @@ def test_not_refusals(text):
     assert not refused(text)
 
 
-def test_the_detector_is_measured_on_the_held_out_half_of_the_demo_pairs(tmp_path):
-    quality = detector_quality()
-    assert quality["n_refusals"] == quality["n_compliances"] == 204
-    assert quality["precision"] > 0.85 and quality["recall"] > 0.5
-    assert detector_quality(tmp_path / "absent.jsonl") is None
-    file = tmp_path / "three.jsonl"
+def test_errors_are_counted_on_labelled_answers(tmp_path):
     rows = [
-        ("I can't help with that.", "Sure."),
-        ("", "I can't help."),
-        ("Sure.", "I won't help with that."),
+        ("I can't help with that.", True),
+        ("No.", True),
+        ("I won't.", True),
+        ("Sure, here it is.", False),
+        ("I'm unable to find a better one than this.", False),
+        ("Yes.", False),
+        ("It is blue.", False),
     ]
-    file.write_text("\n".join(json.dumps({"chosen": c, "rejected": r}) for c, r in rows))
-    # rows 0 and 2
-    assert (detector_quality(file)["precision"], detector_quality(file)["recall"]) == (0.5, 0.5)
+    file = tmp_path / "labels.jsonl"
+    file.write_text(
+        "\n".join(json.dumps({"prompt": "p", "response": r, "refused": t}) for r, t in rows)
+        + "\n\n"
+    )
+    labelled = read_labelled(str(file))
+    found = measured("phrases", "labels", labelled, [refused(row.response) for row in labelled])
+    assert found == Detector("phrases", 1, 3, 1, 4, "labels")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"prompt": "p", "response": "r"}', "line 1: give an object"),
+        ('{"prompt": "p", "response": "r", "refused": "yes"}', "line 1: give an object"),
+        ('{"prompt": "p", "response": "r", "refused": true}\nno json', "line 2: give an object"),
+        ('{"prompt": "p", "response": "r", "refused": true}', "needs refusals and answers"),
+        ("", "needs refusals and answers"),
+    ],
+)
+def test_bad_labels_are_named(tmp_path, content, complaint):
+    (tmp_path / "labels.jsonl").write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        read_labelled(str(tmp_path / "labels.jsonl"))
+    with pytest.raises(UserError, match="cannot read"):
+        read_labelled(str(tmp_path / "absent.jsonl"))
+
+
+def xstest(folder: Path) -> list[Labelled]:
+    """Answers of five models that people called full refusals or full compliance."""
+    rows = []
+    for file in sorted((folder / "xstest").glob("xstest_v2_completions_*.csv")):
+        with open(file, encoding="utf-8-sig", newline="") as opened:
+            for row in csv.DictReader(opened):
+                if row["final_label"] in ("1_full_compliance", "2_full_refusal"):
+                    refusal = row["final_label"] == "2_full_refusal"
+                    rows.append(Labelled(row["prompt"], row["completion"], refusal))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("read", "found", "false_alarms"),
+    [
+        (lambda text: text, 762, 110),
+        (lambda text: text[:150], 740, 90),
+        (lambda text: trim_to_last_sentence(text[:150]), 734, 83),
+    ],
+    ids=["whole", "cut", "trimmed"],
+)
+def test_the_phrases_on_xstest(real_data, read, found, false_alarms):
+    """docs/experiments.md has these figures; whole texts are what rates are corrected by."""
+    rows = xstest(real_data)
+    called = [refused(read(row.response)) for row in rows]
+    detector = Detector("phrases", found, 983, false_alarms, 1091, "XSTest")
+    assert measured("phrases", "XSTest", rows, called) == detector
+    if found == 762:
+        assert detector == PHRASES_ON_XSTEST
+
+
+@pytest.mark.parametrize(("before", "whether"), [(2, True), (3, False)])
+def test_a_refusal_stands_in_the_first_three_sentences(before, whether):
+    assert refused("It is a fair question. " * before + "I cannot help with that.") is whether

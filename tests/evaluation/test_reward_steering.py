@@ -156,7 +156,11 @@ def test_steering_summary_by_hand():
         "n_prompts": 2,
         "before": 0.75,
         "after": 0.75,
-    } | {name: 0.0 for name in ("delta", "delta_low", "delta_high", "delta_reselected")}
+        "delta": 0.0,
+        "delta_low": None,  # two prompts that agree bound nothing
+        "delta_high": None,
+        "delta_reselected": 0.0,
+    }
     assert (rejected["before"], rejected["after"], rejected["delta"]) == pytest.approx(
         (0.35, 0.85, 0.5)
     )
@@ -177,3 +181,15 @@ def test_steering_summary_by_hand():
 def test_describe():
     assert describe([Scale(4, 0.0), Scale(7, 0.0)]) == "times 0 after TopK"
     assert describe([Scale(4, 2.0), Add(9, 1.0)]) == "after TopK 4 times 2, 9 plus 1"
+
+
+def test_a_tie_is_not_right():
+    margins = {"margin_before": [0.0, 0.5], "margin_after": [0.25, 0.0]}
+    pairs = pd.DataFrame(
+        {"prompt_id": ["p", "q"], "source": "s", **margins, "margin_after_reselected": [0.0, 0.0]}
+    )
+    rows = pd.DataFrame(columns=["prompt_id", "source", "label"])
+    (pair,) = steering_summary(rows, pairs, {"s": "S"}, 20, 0)["pairs"]
+    assert (pair["accuracy_before"], pair["accuracy_after"]) == (0.5, 0.5)
+    assert pair["accuracy_after_reselected"] == 0.0
+    assert (pair["to_wrong"], pair["to_right"]) == (1, 1)

@@ -134,7 +134,7 @@ def test_as_a_job_fetch_comes_first_and_finds_the_token_in_its_file_alone(
     ("key", "says"),
     [
         ("policy.model=no/such/folder", "no folder here"),
-        ("evaluate.judge={model: nowhere}", "'nowhere' is no folder"),
+        ("evaluate.judge={model: nowhere, labels: {bad: harm}}", "'nowhere' is no folder"),
         ("data.sources.demo.path=no/data", "no/data does not exist"),
     ],
 )

@@ -24,12 +24,18 @@ from sarm.probing.effects import (
 )
 from sarm.probing.nulls import shuffled_labels
 from sarm.probing.rediscovery import discover
-from sarm.probing.select import judged, penalisable, refuse_unconfirmed, select_features
+from sarm.probing.select import (
+    judged,
+    penalisable,
+    random_candidates,
+    refuse_unconfirmed,
+    select_features,
+)
 from sarm.probing.stats import partial_conjunction
 from sarm.probing.validity import sensitivity
 from sarm.records import Features
 from sarm.reward_model.interventions import Ranks
-from tests.probing.test_probing import config_with, orthogonal, planted_world
+from tests.probing.test_probing import HARMING, config_with, orthogonal, planted_world
 from tests.probing.test_validity import BOTH, D_SAE, ONLY_A, TURNED, two_sources
 from tests.runs import features as recorded
 
@@ -282,3 +288,19 @@ def test_monitors_and_random_latents_are_what_they_are_called() -> None:
     random = [c["latent"] for c in found["random_candidates"]]
     assert len(random) == 6 and not {*random} & {*listed, *monitors, target["latent"]}
     assert (table.loc[random, "weight"] < 0).all() and not table.loc[random, "confirmed"].any()
+
+
+def test_where_few_latents_are_free_the_random_ones_are_still_neither_taken_nor_confirmed() -> None:
+    encoded, contrasts = planted_world(2, prompts=200)
+    config = config_with(select__random_candidates=40)
+    table = judged(latent_table(encoded, contrasts, 0, 64, config), config.select)
+    table["discovered"] = True  # so that the pool is all that is free
+    found = select_features(
+        latent_table(encoded, contrasts, 0, 64, config), encoded, config, orthogonal
+    )
+    taken = [i for i in table.index[table["weight"] < 0] if i % 3 == 0]
+    random = random_candidates(table, found["penalised"], taken, encoded, config)
+    latents = {c["latent"] for c in random}
+    assert not latents & {*taken, *HARMING} and not table.loc[list(latents), "confirmed"].any()
+    free = (table["weight"] < 0) & table["tested"] & ~table["confirmed"]
+    assert latents == set(table.index[free]) - set(taken)

@@ -521,17 +521,19 @@ def test_confirmed_means_discovered_same_sign_and_holm() -> None:
             "role": ["harming", "harming", "promoting", "misleading", "harming", "harming"],
             "p": [0.001, 0.001, 0.001, 0.001, 0.9, np.nan],
             "effect_head": [1.0, 1.0, 1.0, -1.0, 1.0, 1.0],
-            "effect_head_validation": [1.0, -1.0, 1.0, -1.0, 1.0, 1.0],
-            # Holm over the four discoveries: 0.04, 0.04, 0.06 and 0.04.
-            "p_validation": [0.01, 0.01, 0.06, 0.01, 0.001, np.nan],
+            "effect_head_validation": [1.0, 1.0, 1.0, -1.0, 1.0, 1.0],
+            # Holm over the four discoveries: 0.004, 0.06, 0.06 and 0.004.
+            "p_validation": [0.001, 0.03, 0.03, 0.001, 0.001, np.nan],
         }
     )
     select = config_with(select__effect="head").select
     result = judged(table, select)
     assert result["discovered"].tolist() == [True, True, True, True, False, False]
-    assert result["p_holm"].tolist()[:4] == [0.04, 0.04, 0.06, 0.04]
+    assert result["p_holm"].tolist()[:4] == [0.004, 0.06, 0.06, 0.004]
     assert result["confirmed"].tolist() == [True, False, False, True, False, False]
     assert result["candidate"].tolist() == [True, True, True, True, True, False]
+    turned = judged(table.assign(effect_head_validation=-table["effect_head_validation"]), select)
+    assert not turned["confirmed"].any(), "of the other sign on validation"
     assert not judged(table.assign(effect_head=-table["effect_head"]), select)["candidate"].any()
 
 

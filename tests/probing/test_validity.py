@@ -9,18 +9,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+import scipy.stats
 
 from reports.blocks import lines
 from reports.sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
-from sarm.probing.baselines import bradley_terry, pair_rows
+from sarm.probing.baselines import baselines, bradley_terry, pair_rows, words_alone
 from sarm.probing.contrast import Contrast
 from sarm.probing.effects import Encoded, contrasts_of, latent_contributions, latent_table
 from sarm.probing.nulls import shuffled_labels
 from sarm.probing.permutation import permutation_p
 from sarm.probing.rediscovery import discover, joined, of_prompts, rank_correlation
-from sarm.probing.replication import feature_replication, replication
+from sarm.probing.replication import (
+    confirmed_replication,
+    feature_replication,
+    power_of,
+    replication,
+    unread,
+)
 from sarm.probing.select import judged
 from sarm.probing.validity import sensitivity, validity
 from sarm.reward_model.interventions import Ranks
@@ -203,6 +210,71 @@ def test_dense_probes_see_what_is_planted_in_the_states(world) -> None:  # type:
     )
     assert whole > without
     json.dumps(found, allow_nan=False)
+
+
+def test_a_source_that_gave_discovery_or_validation_is_not_unread(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, _ = world
+    assert [label for label, _ in unread(encoded, data, config)] == ["B"]
+    for part in ("discovery", "validation"):
+        tree = config.model_dump(mode="json")
+        tree["data"]["sources"]["b"]["split"] = {part: 0.1, "test": 0.9}
+        assert list(unread(encoded, data, parse_config(tree, "test"))) == []
+
+
+def test_all_confirmed_latents_are_tried_on_unread_sources(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, table = world
+    (row,) = confirmed_replication(table, encoded, data, config, "cpu")
+    confirmed = set(table.index[table["confirmed"]])
+    assert row["source"] == "B" and row["prompts"] == 90 and row["confirmed"] == len(confirmed)
+    missing = set(row["not_replicated"])
+    assert {*ONLY_A, TURNED} & confirmed <= missing <= confirmed and not missing & set(BOTH)
+    assert row["replicated"] == len(confirmed) - len(missing)
+    assert row["low"] < row["replicated"] / row["confirmed"] < row["high"]
+    assert row["replicated"] <= row["expected"] <= row["confirmed"] + 1e-9, "as large as on A"
+    assert confirmed_replication(table.assign(confirmed=False), encoded, data, config, "cpu") == []
+
+
+def test_power_is_how_often_normal_effects_reach_holm_s_first_threshold() -> None:
+    rng = np.random.default_rng(0)
+    contrast = Contrast(
+        np.arange(80), np.repeat(np.arange(40), 2), np.tile([1.0, 0], 40), np.tile([0, 1.0], 40), 40
+    )
+    values = scipy.sparse.csr_array(rng.normal(size=(3, 80)) * np.array([[1.0], [2.0], [0.0]]))
+    power = power_of(np.array([0.5, -0.5, 0.5]), values, contrast)
+    for latent in (0, 1):
+        d = values[[latent]].toarray().reshape(40, 2) @ [1, -1]
+        drawn = 0.5 + d.std(ddof=1) / 40**0.5 * rng.normal(size=200_000)
+        p = 2 * scipy.stats.norm.sf(np.abs(drawn) / (d.std(ddof=1) / 40**0.5))
+        assert power[latent] == pytest.approx((p < 0.05 / 3).mean(), abs=0.005)
+    assert power[0] > power[1] > power[2] == 0
+
+
+def test_probes_and_words_are_fitted_on_discovery_alone(world) -> None:  # type: ignore[no-untyped-def]
+    """Validation's and b's labels are turned round: what is fitted on discovery is then wrong."""
+    encoded, data, config, table = world
+    turned = [
+        p._replace(chosen=p.rejected, rejected=p.chosen) if p.prompt.part != "discovery" else p
+        for p in data.pairs
+    ]
+    rows = baselines(table, encoded, data._replace(pairs=turned), config)
+    fitted = ("difference in means", "logistic probe", "TF-IDF of the words")
+    accuracy = {(r["on"], r["score"]): r["accuracy"] for r in rows if r["score"] in fitted}
+    assert len(accuracy) == 6 and max(accuracy.values()) < 0.2
+    right = baselines(table, encoded, data, config)
+    assert min(r["accuracy"] for r in right if r["score"] in fitted) > 0.8
+
+
+def test_a_sentence_says_where_words_alone_do_as_well() -> None:
+    def rows(behind: float, error: float) -> list[dict[str, Any]]:
+        sarm = {"on": "validation", "score": "SARM reward", "accuracy": 0.91}
+        words = {"on": "validation", "score": "TF-IDF of the words", "accuracy": 0.91 - behind}
+        return [sarm, words | {"behind": behind, "behind_error": error}]
+
+    told = words_alone(rows(0.05, 0.04))
+    assert told is not None and "(pair accuracy 0.86 against 0.91 on validation)" in told
+    assert words_alone(rows(-0.05, 0.01)) is not None and words_alone(rows(0.0, 0.0)) is not None
+    assert words_alone(rows(0.05, 0.02)) is None
+    assert words_alone([]) is None
 
 
 def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignore[no-untyped-def]

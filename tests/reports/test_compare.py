@@ -11,12 +11,22 @@ from pathlib import Path
 import pytest
 
 from jobs.__main__ import main as jobs_main
+from reports import evidence
 from reports.compare import main
 from sarm.config import parse_config
 from sarm.run import RunDir
 from tests import runs
 from tests.reports.test_report_page import Outline, visible
 from tests.runs import evaluated_run, generations, publish_evaluation
+
+
+@pytest.fixture(autouse=True)
+def calibrated(monkeypatch):
+    """An instrument that works, as a calibration would have found it."""
+    found = evidence.instrument
+    monkeypatch.setattr(
+        evidence, "instrument", lambda *args: found(*args)._replace(**runs.CALIBRATED)
+    )
 
 
 def reported(path: Path, changes: dict | None = None, monkeypatch=None, **more) -> Path:
@@ -34,32 +44,35 @@ def reported(path: Path, changes: dict | None = None, monkeypatch=None, **more) 
                 section[leaf] = value
             return parse_config(tree, "test")
 
-        monkeypatch.setattr(runs, "reference_config", changed)
-    run = evaluated_run(path, **more)
-    if changes:
-        monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(runs, "reference_config", changed)
+            run = evaluated_run(path, **more)
+    else:
+        run = evaluated_run(path, **more)
     assert jobs_main(["report", "--run", str(run.path)]) == 0
     return run.path
 
 
 def test_figures_are_those_of_the_reports(tmp_path, capsys, monkeypatch):
     one = reported(tmp_path / "one")
-    two = reported(tmp_path / "two", {"ppo.learning_rate": 0.5}, monkeypatch, monitors=0.5)
+    two = reported(
+        tmp_path / "two", {"ppo.learning_rate": 0.5}, monkeypatch, penalty={"monitors": 0.45}
+    )
     capsys.readouterr()
     assert main([str(one), str(two), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "compare.txt").read_text()
     assert capsys.readouterr().out.startswith(text)
     assert max(map(len, text.splitlines())) <= 80
     words = " ".join(text.split())
-    assert "- one: control, because" in words and "- two: evasion, because" in words
+    assert "- one: control. Fell: penalised" in words and "- two: evasion. Fell:" in words
     assert re.search(r"ppo\.learning_rate +null +0\.5", text)
     change = next(
         c
         for c in json.loads((two / "report.json").read_text())["verdict"]["changes"]
-        if (c["measure"], c["arm"]) == ("monitors", "penalty")
+        if (c["measure"], c["arm"]) == ("monitors_fired", "penalty")
     )
     shown = re.escape(f"{100 * change['change']:+.1f}")
-    assert re.search(rf"^two +60 +50\.0 +50\.0 +{shown} ", text, re.MULTILINE)
+    assert re.search(rf"^two +120 +45\.1 +45\.1 +{shown} ", text, re.MULTILINE)
     page = (tmp_path / "out" / "compare.html").read_text()
     assert Outline(page).open == [] and "evasion" in visible(page)
 
@@ -98,7 +111,7 @@ def test_different_penalised_latents_are_pointed_out(tmp_path, capsys):
             "reward model: model Schrieffer/Llama-SARM-4B and another/SARM",
         ),
         ("data.salt", "other", "data split: salt sarm and other"),
-        ("verdict.null_bound", 0.2, "verdict rules: null_bound 0.1 and 0.2"),
+        ("verdict.delta", 0.2, "verdict rules: delta 0.1 and 0.2"),
         ("evaluate.max_new_tokens", 7, "evaluation: max_new_tokens 128 and 7"),
         (
             "policy.model",
@@ -136,7 +149,7 @@ def test_a_run_without_a_report_that_stands_is_refused_with_the_command(tmp_path
     assert main([str(one), str(bare)]) == 2
     assert f"make report RUN={bare}" in capsys.readouterr().err
     run = RunDir.open(one)
-    publish_evaluation(run, "base", generations(0.4))  # newer than the report
+    publish_evaluation(run, "base", generations())  # newer than the report
     assert main([str(one), str(bare)]) == 2
     assert f"{one} has no report that stands" in capsys.readouterr().err
     assert main([str(one), str(one)]) == 2

@@ -13,8 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-import jobs.report
-from reports import plots
+from reports import evidence, plots
 from reports.figures import figures
 from reports.frames import Frames, read_run
 from reports.page import SAMPLES, environment, page
@@ -22,6 +21,7 @@ from reports.sections import SECTIONS
 from sarm.evaluation.verdict import decide
 from sarm.run import RunDir
 from tests.runs import (
+    CALIBRATED,
     HARMING,
     STEERING,
     evaluated_run,
@@ -59,13 +59,9 @@ class Outline(HTMLParser):
 
 def page_of(run: RunDir) -> tuple[str, dict, Frames]:
     read = read_run(run)
-    arms = {
-        arm: jobs.report.arm_rows(read.generations, arm)
-        for arm in ("penalty", "no_penalty", "random")
-    }
-    found = figures(
-        run, read, decide(arms, run.config.verdict, 0).record(), "2026-01-31 12:00:00 UTC"
-    )
+    instrument = evidence.instrument(run, read)._replace(**CALIBRATED)
+    verdict = decide(evidence.compared_arms(run, read), run.config.verdict, instrument)
+    found = figures(run, read, verdict.record(), "2026-01-31 12:00:00 UTC")
     return page(found, read), found, read
 
 
@@ -108,7 +104,7 @@ def test_it_says_the_verdict_first_and_the_same_figures_as_the_text(finished):
     change = next(
         c
         for c in found["verdict"]["changes"]
-        if (c["measure"], c["arm"]) == ("triggered", "penalty")
+        if (c["measure"], c["arm"]) == ("penalised_fired", "penalty")
     )
     assert f"{100 * change['change']:+.1f}" in words
     for row in found["policies"]:
@@ -116,7 +112,7 @@ def test_it_says_the_verdict_first_and_the_same_figures_as_the_text(finished):
 
 
 def test_words_between_backticks_are_code_and_what_they_hold_is_escaped(finished):
-    assert "<code>could show</code> is the least change" in finished[0]
+    assert "<code>detectable</code> is the minimum detectable effect" in finished[0]
     assert str(environment().filters["coded"]("`a<b` & c`")) == "<code>a&lt;b</code> &amp; c`"
 
 
@@ -173,7 +169,7 @@ def test_a_histograms_shares_add_up_to_one(finished):
         plot for plot in plots.histograms(found, read) if plot.id == f"latent-{HARMING[0]}"
     ).figure
     base = next(trace for trace in histogram.data if trace.name == "base")
-    assert sum(base.y) == pytest.approx(1) and base.y[0] == pytest.approx(0.5)
+    assert float(sum(base.y)) == pytest.approx(1) and float(base.y[0]) == pytest.approx(0.1)
     assert any(shape.x0 == 3.0 for shape in histogram.layout.shapes)
 
 
@@ -190,13 +186,13 @@ def test_every_source_is_named_with_manifest_commit_and_image(finished):
 
 def test_what_models_write_is_text_and_folded(tmp_path):
     run = evaluated_run(tmp_path / "run")
-    table = generations(0.5)
+    table = generations()
     table["prompt"], table["response"] = "<script>alert(1)</script>", "</script><b>bold</b><!--"
     publish_evaluation(run, "base", table)
     text, _, _ = page_of(run)
     assert "<script>alert(1)" not in text and "<b>bold" not in text
     assert (
-        text.count('<details class="sample"') == 60 + SAMPLES["safe"]
+        text.count('<details class="sample"') == SAMPLES["unsafe"] + SAMPLES["safe"]
         and "<details open" not in text
     )
     first = text[text.index('<details class="sample"') :]
@@ -205,7 +201,7 @@ def test_what_models_write_is_text_and_folded(tmp_path):
 
 def test_samples_are_capped_and_long_ones_clipped(tmp_path):
     run = evaluated_run(tmp_path / "run")
-    table = generations(0.5, n=200)
+    table = generations(n=200, n_safe=200)
     table["response"] = "word " * 2000
     publish_evaluation(run, "base", table)
     text, _, _ = page_of(run)
@@ -224,7 +220,7 @@ def test_a_missing_phase_leaves_a_page_that_says_so(tmp_path, missing):
 
 
 def test_an_empty_run_and_odd_numbers_have_a_page(tmp_path):
-    assert "Not available" in visible(
+    assert "No verdict" in visible(
         page_of(RunDir.create(tmp_path / "empty", reference_config()))[0]
     )
     cells = STEERING | {

@@ -363,7 +363,10 @@ def test_what_the_config_names_outside_the_checkout_is_bound(
     )
     config = load_config(
         path,
-        [f"evaluate.judge={{model: {tmp_path}/store/judge}}", "steer.file=data/demo/pairs.jsonl"],
+        [
+            f"evaluate.judge={{model: {tmp_path}/store/judge, labels: {{bad: harm}}}}",
+            "steer.file=data/demo/pairs.jsonl",
+        ],
     )
     found = binds(RunDir(tmp_path / "run", config), "evaluate")
     for place in ("policy", "link/data", "store/data", "store/judge", "not-made-yet"):

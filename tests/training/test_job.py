@@ -1,6 +1,7 @@
 """The phase train_sarm, from data to a folder that opens as a SARM, and what is shipped."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sarm.data.datasets import Pair, Prompt, load_data
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
 from sarm.run import RunDir
+from sarm.training.card import figure
 from tests.tiny import tiny_config
 
 SPLIT = {"data.sources.demo.split": {"sarm_train": 0.6, "test": 0.4}, "data.sources.demo.limit": 60}
@@ -219,3 +221,8 @@ def test_trained_layers_are_saved_as_updates_and_judged_as_they_open(trained_lay
     assert {"demo cut/sarm_train", "refusals over compliance/sarm_train"} <= set(metrics["pairs"])
     card = (out / "README.md").read_text()
     assert "rank 2 (3 steps of 4 pairs" in card and "| Demo cut |" in card
+
+
+def test_the_accuracy_of_one_prompt_has_no_standard_error():
+    assert figure({"mean": 1.0, "standard_error": math.nan}) == "1.000 ± n/a"
+    assert figure({"mean": 0.9124, "standard_error": 0.0131}) == "0.912 ± 0.013"

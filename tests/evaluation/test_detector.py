@@ -1,0 +1,57 @@
+"""Rates corrected for a detector's errors: by hand, and by simulation of detector and labels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sarm.evaluation.detector import Detector, corrected_change, corrected_rate, youden
+from sarm.evaluation.intervals import t_interval
+
+D = Detector("d", 80, 100, 30, 300, "labels")
+
+
+def test_rates_by_hand():
+    assert (D.sensitivity, D.false_positives, D.precision) == (0.8, 0.1, 80 / 110)
+    assert corrected_rate(0.1, D) == 0.0 and corrected_rate(0.45, D) == pytest.approx(0.5)
+    assert corrected_rate(0.05, D) == 0.0 and corrected_rate(0.9, D) == 1.0
+    assert D.record()["sensitivity"] == 0.8 and D.record()["found"] == 80
+
+
+def test_youden_and_its_error_by_hand():
+    s, f = 81 / 102, 31 / 302
+    assert youden(D).value == pytest.approx(0.7)
+    assert youden(D).se == pytest.approx(math.sqrt(s * (1 - s) / 102 + f * (1 - f) / 302))
+    assert youden(Detector("p", 9, 9, 0, 9, "few")).se > 0.1
+    assert math.isnan(youden(Detector("n", 0, 0, 0, 0, "none")).value)
+
+
+def test_a_corrected_change_is_larger_and_its_interval_holds_the_detectors_error_too():
+    counted = t_interval(0.07, 0.01**2, 50)
+    found = corrected_change(counted, D)
+    assert found.value == pytest.approx(0.1)
+    by_detector = 0.1 * youden(D).se / 0.7
+    assert found.se == pytest.approx(math.hypot(0.01 / 0.7, by_detector))
+    assert found.low < 0.1 < found.high
+    surer = D._replace(found=8000, refusals=10_000, false_alarms=3000, answers=30_000)
+    assert corrected_change(counted, surer).se == pytest.approx(0.01 / 0.7, rel=0.02)
+
+
+def test_a_detector_that_calls_at_random_corrects_nothing():
+    blind = Detector("blind", 10, 100, 40, 400, "labels")
+    assert math.isnan(corrected_change(t_interval(0.1, 1e-4, 9), blind).low)
+    assert math.isnan(corrected_rate(0.5, blind))
+
+
+def test_the_interval_covers_the_true_change():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(2000):
+        detector = Detector("d", rng.binomial(60, 0.75), 60, rng.binomial(80, 0.1), 80, "s")
+        called = rng.binomial(400, 0.1 + 0.65 * np.array([0.10, 0.25])) / 400
+        variance = (called * (1 - called) / 400).sum()
+        found = corrected_change(t_interval(called[1] - called[0], variance, 798), detector)
+        hits += found.low <= 0.15 <= found.high
+    assert hits / 2000 > 0.93
