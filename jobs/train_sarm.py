@@ -6,71 +6,162 @@ Publishes the folder `sarm` (what `sarm.model` in a config may name) and `metric
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
 import platform
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from sarm.config import ROOT, Config, UserError
+from sarm.data.conversations import tokenize_conversations
 from sarm.data.datasets import Pair, load_data
+from sarm.evaluation.refusal_classifier import load_classifier
 from sarm.hub import local_model
 from sarm.models import read_tokenizer
-from sarm.records import TrainedSarm, json_text
+from sarm.records import TrainedSarm
 from sarm.reward_model.model import SarmModel
-from sarm.reward_model.sae import TopKSae
-from sarm.reward_model.scoring import encode_texts
 from sarm.reward_model.weights import read_config
-from sarm.run import Attempt, RunDir, file_sha256
-from sarm.training.train import (
+from sarm.run import Attempt, RunDir
+from sarm.training.card import accuracy_table, model_card
+from sarm.training.fit import Fitted, features, fit_heads, fit_layers_and_sae
+from sarm.training.heads import clustered_accuracy, fold_accuracy, pair_points
+from sarm.training.pairs import (
     Floats,
+    Folds,
     Ints,
-    Latents,
     Texts,
-    clustered_accuracy,
-    cross_validated_points,
-    differences,
+    cut_pairs,
     distinct_texts,
-    endless_states,
-    fold_accuracy,
-    pair_points,
     pair_weights,
     prompt_folds,
-    sae_quality,
-    token_states,
-    train_heads,
-    train_sae,
+    read_refusals,
+    refusal_pairs,
 )
+from sarm.training.publish import refuse_foreign, replace_folder
+from sarm.training.sae import sae_quality, token_states
 
-WRITTEN = "train_sarm.json"
-"""In an output folder: the SHA-256 of the files that were written there."""
 JUDGED_TEXTS = 512
 """Conversations whose every token measures the SAE."""
 
 
+class Material(NamedTuple):
+    """What is learned from and judged on."""
+
+    pairs: list[Pair]
+    texts: Texts
+    ids: list[list[int]]
+    """Tokens of every text."""
+    truncated: int
+    weights: Floats
+    """(n_pairs,), zero for pairs that only evaluate"""
+    folds: Folds
+
+
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
-    """Collect activations, train the SAE, train the heads, judge them, save."""
+    """Make the pairs, fit a SARM to all that train and one to all but each fold's, judge, save."""
     if config.train_sarm.output is not None:
         refuse_foreign(ROOT / config.train_sarm.output)
-    settings, device = config.train_sarm, "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
-    data = load_data(config.data)
-    pairs = [pair for pair in data.pairs if pair.prompt.part is not None]
-    trains = np.array([pair.prompt.part == "sarm_train" for pair in pairs])
-    if not trains.any():
-        raise UserError("no pairs fall in sarm_train; give a data source a sarm_train fraction")
+    material = prepare(config)
+    model = fresh_model(config)
+    fit_one(config, model, material, material.weights, attempt, "all")
+    found = features(
+        model, material.ids, material.texts, config.train_sarm.d_sae, config.sarm.tokens_per_batch
+    )
+    shipped = fit_heads(found, material.weights, material.folds.inner, config.train_sarm)
+    model.score.weight.data = (
+        torch.from_numpy(shipped.head.weight).float().unsqueeze(0).to(model.device)
+    )
+    by_fold = []
+    for fold in range(config.train_sarm.folds):
+        weights = np.where(material.folds.outer == fold, 0.0, material.weights)
+        if config.train_sarm.backbone_rank:
+            other = fresh_model(config)
+            fit_one(config, other, material, weights, attempt, f"fold {fold}")
+            found = features(
+                other,
+                material.ids,
+                material.texts,
+                config.train_sarm.d_sae,
+                config.sarm.tokens_per_batch,
+            )
+        by_fold.append(fit_heads(found, weights, material.folds.inner, config.train_sarm))
+        attempt.progress(fold + 1, config.train_sarm.folds, "folds")
+    metrics = judge(config, model, material, shipped, by_fold)
+    out = attempt.directory("sarm")
+    save_sarm(model, out)
+    (out / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+    TrainedSarm(**metrics).write(attempt.path("metrics.json"))
+    attempt.publish(device=str(model.device))
+    print(accuracy_table(config, metrics), flush=True)
+    if config.train_sarm.output is not None:
+        replace_folder(out, ROOT / config.train_sarm.output)
 
-    # 1. The frozen model's first layers.
+
+def prepare(config: Config) -> Material:
+    """The pairs of every source, what is made of them, their texts, tokens, weights and folds.
+    Raises UserError where none trains.
+    """
+    settings, data = config.train_sarm, load_data(config.data)
+    folder = local_model(config.policy.model, config.policy.revision)
+    tokenizer = read_tokenizer(folder, config.policy.chat_template_kwargs)
+    pairs = [pair for pair in data.pairs if pair.prompt.part is not None]
+    pairs = kept_from_training(config, pairs)
+    if not any(trains(pair) for pair in pairs):
+        raise UserError("no pairs fall in sarm_train; give a data source a sarm_train fraction")
+    if settings.refusals is not None:
+        learned = {pair.source for pair in pairs if trains(pair)}
+        pairs += refusal_pairs(
+            [pair for pair in pairs if pair.source in learned],
+            read_refusals(ROOT / settings.refusals),
+            load_classifier().refuses,
+        )
+    if settings.cut_tokens is not None:
+        pairs += cut_pairs(pairs, tokenizer, settings.cut_tokens)
+    texts = distinct_texts(pairs)
+    tokenized = tokenize_conversations(tokenizer, texts.messages, settings.max_length)
+    learning = np.array([trains(pair) for pair in pairs])
+    weights = np.zeros(len(pairs))
+    weights[learning] = pair_weights([pair for pair in pairs if trains(pair)])
+    return Material(
+        pairs,
+        texts,
+        [text.ids for text in tokenized],
+        sum(text.truncated for text in tokenized),
+        weights,
+        prompt_folds(data, pairs, settings.folds),
+    )
+
+
+def kept_from_training(config: Config, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs, where prompts that a source without sarm_train holds too have moved to test: a
+    source that only evaluates trains nothing, though another lists its prompt first.
+    """
+    only_judge = {
+        name for name, source in config.data.sources.items() if "sarm_train" not in source.split
+    }
+    judging = {pair.prompt.id for pair in pairs if pair.source in only_judge}
+    return [
+        pair._replace(prompt=pair.prompt._replace(part="test"))
+        if pair.prompt.id in judging and trains(pair)
+        else pair
+        for pair in pairs
+    ]
+
+
+def trains(pair: Pair) -> bool:
+    return pair.prompt.part == "sarm_train"
+
+
+def fresh_model(config: Config) -> SarmModel:
+    """The policy's first layers with an empty SAE, on the GPU where there is one. Raises UserError
+    where it has fewer layers.
+    """
+    settings = config.train_sarm
     folder = local_model(config.policy.model, config.policy.revision)
     if read_config(folder)["num_hidden_layers"] < settings.layer:
         raise UserError(
@@ -85,101 +176,63 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         k=settings.k,
         dtype=getattr(torch, config.sarm.dtype),
     )
-    torch.nn.Module.to(model, device)
-    tokenizer = read_tokenizer(folder, config.policy.chat_template_kwargs)
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
-    # 2. The SAE, on the texts of the training pairs.
-    chosen = [pair for pair, is_training in zip(pairs, trains.tolist(), strict=True) if is_training]
-    states_of = partial(
-        token_states,
+
+def fit_one(
+    config: Config,
+    model: SarmModel,
+    material: Material,
+    weights: Floats,
+    attempt: Attempt,
+    what: str,
+) -> None:
+    fit_layers_and_sae(
         model,
-        tokenizer,
-        config=settings,
+        material.ids,
+        material.texts,
+        weights,
+        config.train_sarm,
         tokens_per_batch=config.sarm.tokens_per_batch,
-    )
-    training_texts = distinct_texts(chosen)
-    states = endless_states(lambda: states_of(training_texts.messages), model.sae.normalise)
-    sae = train_sae(
-        states,
-        model.config.hidden_size,
-        settings,
-        device=device,
         seed=config.seed,
-        progress=lambda i, n: attempt.progress(i, n, "SAE"),
+        progress=lambda i, n, part: attempt.progress(i, n, f"{part}, {what}"),
     )
-    # Saved in float16; the head is trained on what the saved SAE gives.
-    for weight in (sae.encoder.weight, sae.decoder.weight):
-        weight.data = weight.data.half().float()
-    model.sae.load_state_dict(sae.state_dict())
 
-    # 3. The heads, on the latents of every pair's texts.
-    texts = distinct_texts(pairs)
-    encoded = encode_texts(
-        model,
-        tokenizer,
-        texts.messages,
-        extra_ranks=0,
-        tokens_per_batch=config.sarm.tokens_per_batch,
-        max_length=settings.max_length,
-        progress=lambda i, n: attempt.progress(i, n, "texts"),
-    )
-    pair_z = differences(
-        Latents(encoded.indices.long(), encoded.values.double()), texts, settings.d_sae
-    )
-    folds = prompt_folds(data, pairs, settings.folds)
-    weights = np.zeros(len(pairs))
-    weights[trains] = pair_weights(chosen)
-    heads = train_heads(
-        pair_z, weights, folds, settings, progress=lambda i, n: attempt.progress(i, n, "head")
-    )
-    model.score.weight.data = torch.from_numpy(heads.shipped.weight).float().unsqueeze(0).to(device)
 
-    # 4. How good it is.
-    dense = encoded.states.double()
-    dense = (dense - dense.mean(1, keepdim=True)) / dense.std(1, keepdim=True)
-    pair_dense = differences(
-        Latents(torch.arange(dense.shape[1]).repeat(len(dense), 1), dense), texts, dense.shape[1]
+def judge(
+    config: Config, model: SarmModel, material: Material, shipped: Fitted, by_fold: Sequence[Fitted]
+) -> dict[str, Any]:
+    """Every figure of the card."""
+    outer, rows = material.folds.outer, np.arange(len(material.pairs))
+    margins, dense = (
+        np.stack([getattr(fitted, side) for fitted in by_fold])[outer, rows]
+        for side in ("margins", "dense_margins")
     )
-    dense_heads = train_heads(pair_dense, weights, folds, settings)
-    metrics = {
-        "cross_validated": by_source(
-            pairs, cross_validated_points(pair_z, heads, folds.outer), folds.outer
-        ),
-        "cross_validated_dense": by_source(
-            pairs, cross_validated_points(pair_dense, dense_heads, folds.outer), folds.outer
-        ),
-        "held_out": by_source(pairs, pair_points(pair_z @ heads.shipped.weight)),
-        "held_out_dense": by_source(pairs, pair_points(pair_dense @ dense_heads.shipped.weight)),
-        "training_loss_cross_validated": heads.shipped.loss,
-        "l2": heads.shipped.l2,
-        "fold_l2": [head.l2 for head in heads.by_fold],
-        "l2_dense": dense_heads.shipped.l2,
-        "sae": sae_metrics(model.sae, states_of, pairs, training_texts, config),
-        "pairs": Counter(f"{pair.source}/{pair.prompt.part}" for pair in pairs),
-        "texts": len(texts.messages),
-        "training_tokens": int(
-            encoded.n_tokens[
-                torch.cat([texts.chosen, texts.rejected])[np.tile(trains, 2)].unique()
-            ].sum()
-        ),
-        "truncated": int(encoded.truncated.sum()),
+    used = torch.cat([material.texts.chosen, material.texts.rejected])[
+        torch.from_numpy(np.tile(material.weights > 0, 2))
+    ].unique()
+    return {
+        "cross_validated": by_source(material.pairs, pair_points(margins), outer),
+        "cross_validated_dense": by_source(material.pairs, pair_points(dense), outer),
+        "held_out": by_source(material.pairs, pair_points(shipped.margins)),
+        "held_out_dense": by_source(material.pairs, pair_points(shipped.dense_margins)),
+        "training_loss_cross_validated": shipped.head.loss,
+        "l2": shipped.head.l2,
+        "fold_l2": [fitted.head.l2 for fitted in by_fold],
+        "l2_dense": shipped.dense_head.l2,
+        "sae": sae_metrics(config, model, material, used.tolist()),
+        "pairs": dict(Counter(f"{pair.source}/{pair.prompt.part}" for pair in material.pairs)),
+        "texts": len(material.ids),
+        "training_tokens": sum(len(material.ids[row]) for row in used.tolist()),
+        "truncated": material.truncated,
         "device": (
             torch.cuda.get_device_name()
-            if device == "cuda"
+            if model.device.type == "cuda"
             else platform.processor() or platform.machine()
         ),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-    # 5. Save.
-    out = attempt.directory("sarm")
-    save_sarm(model, out)
-    (out / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
-    TrainedSarm(**metrics).write(attempt.path("metrics.json"))
-    attempt.publish(device=device)
-    print(accuracy_table(config, metrics), flush=True)
-    if settings.output is not None:
-        replace_folder(out, ROOT / settings.output)
 
 
 def by_source(
@@ -193,7 +246,7 @@ def by_source(
         mine = [
             i
             for i, pair in enumerate(pairs)
-            if pair.source == source and (folds is not None or pair.prompt.part != "sarm_train")
+            if pair.source == source and (folds is not None or not trains(pair))
         ]
         prompts = [pairs[i].prompt.id for i in mine]
         if mine:
@@ -206,36 +259,34 @@ def by_source(
 
 
 def sae_metrics(
-    sae: TopKSae, states_of: Any, pairs: Sequence[Pair], training: Texts, config: Config
+    config: Config, model: SarmModel, material: Material, training: list[int]
 ) -> dict[str, dict[str, float]]:
     """The SAE at all tokens of training and of held-out texts, and at the latters' reward
     positions.
     """
-    held_out = distinct_texts([pair for pair in pairs if pair.prompt.part != "sarm_train"]).messages
-    settings = config.train_sarm
-    found = {}
+    inside = set(training)
+    held_out = [row for row in range(len(material.ids)) if row not in inside]
     wanted = (
-        ("training_tokens", training.messages, "token"),
+        ("training_tokens", training, "token"),
         ("held_out_tokens", held_out, "token"),
         ("held_out_reward_positions", held_out, "last"),
     )
-    for name, messages, positions in wanted:
+    found = {}
+    for name, rows, positions in wanted:
         # Spread over the texts, which are ordered by prompt.
-        some = messages[:: max(len(messages) // JUDGED_TEXTS, 1)]
+        some = [material.ids[row] for row in rows[:: max(len(rows) // JUDGED_TEXTS, 1)]]
         if some:
             states = torch.cat(
-                list(
-                    itertools.chain(
-                        states_of(some, config=settings.model_copy(update={"positions": positions}))
-                    )
-                )
+                list(token_states(model, some, positions, config.sarm.tokens_per_batch))
             )
-            found[name] = sae_quality(sae, states)._asdict()
+            found[name] = sae_quality(model.sae, states)._asdict()
     return found
 
 
 def save_sarm(model: SarmModel, folder: Path) -> None:
-    """The SAE in float16 and the head in float32; the decoder layers stay the backbone's."""
+    """The SAE in float16, the head in float32, what was added to the layers in bfloat16; the layers
+    stay the backbone's.
+    """
     tensors = {
         name: tensor.detach().cpu()
         for name, tensor in model.state_dict().items()
@@ -249,114 +300,4 @@ def save_sarm(model: SarmModel, folder: Path) -> None:
         )
         for name, tensor in tensors.items()
     }
-    model.save_pretrained(folder, state_dict=halved)
-
-
-def refuse_foreign(target: Path) -> None:
-    """Raises UserError where there is something at `target` but a SARM as `train_sarm` left it."""
-    if not target.exists() and not target.is_symlink():
-        return
-    try:
-        written = json.loads((target / WRITTEN).read_text(encoding="utf-8"))
-        found = {p.name: file_sha256(p) for p in target.iterdir() if p.name != WRITTEN}
-    except (OSError, ValueError):
-        written = found = None
-    if target.is_symlink() or written is None or written != found:
-        raise UserError(
-            f"train_sarm.output={target} is there already and is not as train_sarm left it, so it"
-            " is not replaced; name a new folder, or move that one away"
-        )
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Copy a folder to where a config can name it, in place of an earlier SARM of `train_sarm`.
-    Raises UserError where something else is there.
-    """
-    refuse_foreign(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
-    shutil.copytree(source, scratch)
-    hashes = {path.name: file_sha256(path) for path in sorted(scratch.iterdir())}
-    (scratch / WRITTEN).write_text(json_text(hashes), encoding="utf-8")
-    if target.exists():
-        old = target.with_name(f"{scratch.name}.old")
-        target.rename(old)
-        scratch.rename(target)
-        shutil.rmtree(old)
-    else:
-        scratch.rename(target)
-
-
-def accuracy_table(config: Config, metrics: dict[str, Any]) -> str:
-    """Pair accuracy by source, as Markdown."""
-    lines = [
-        (
-            f"| source | trained on | {config.train_sarm.folds} prompt folds | dense states | pairs"
-            " / prompts | shipped head, held-out prompts | pairs / prompts |"
-        ),
-        "|---|---|---|---|---|---|---|",
-    ]
-    for source, folds in metrics["cross_validated"].items():
-        dense, held = metrics["cross_validated_dense"][source], metrics["held_out"].get(source)
-        trained = "yes" if metrics["pairs"].get(f"{source}/sarm_train") else "no"
-        cells = [
-            config.data.sources[source].label,
-            trained,
-            _figure(folds),
-            _figure(dense),
-            f"{folds['pairs']:,} / {folds['prompts']:,}",
-            _figure(held) if held else "",
-            f"{held['pairs']:,} / {held['prompts']:,}" if held else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def model_card(config: Config, metrics: dict[str, Any]) -> str:
-    """What was trained on what, how, and how good it is."""
-    t = config.train_sarm
-    revision = f" at {config.policy.revision}" if config.policy.revision else ""
-    trained = ", ".join(
-        f"{n:,} of {key.split('/')[0]}"
-        for key, n in sorted(metrics["pairs"].items())
-        if key.endswith("/sarm_train")
-    )
-    quality = ((name.replace("_", " "), q) for name, q in metrics["sae"].items())
-    rows = [
-        f"| {name} | {q['fvu']:.3f} | {q['l0']:.1f} | {q['never_active']:,} | {q['negative']:.2%} |"
-        for name, q in quality
-    ]
-    return f"""# SARM on {config.policy.model}
-
-A sparse autoencoder-enhanced reward model (arXiv 2508.08746): the first {t.layer} decoder layers of the frozen
-{config.policy.model}{revision}, a TopK SAE of {t.d_sae:,} latents (k {t.k}) and a linear head.
-This folder holds SAE and head; the layers are read from that model.
-
-Command: `python -m jobs train_sarm --config configs/{config.name}.yaml --run RUN`
-Seed {config.seed}; {metrics["device"]}; {metrics["date"]}.
-
-## Training
-- Pairs of the part `sarm_train`: {trained}.
-- SAE: by SAELens on states at positions `{t.positions}`, {t.sae_steps:,} Adam steps of {t.sae_batch:,} states, learning rate
-  {t.sae_learning_rate:g}; the training texts hold {metrics["training_tokens"]:,} tokens.
-- Head: Bradley-Terry, sources counted alike, L2 strength {metrics["l2"]:g} by cross-validation inside the training
-  pairs (in the folds: {", ".join(f"{v:g}" for v in metrics["fold_l2"])}).
-
-## Pair accuracy
-Mean ± standard error over prompt folds: a fold is judged by a head that saw none of its prompts, with an L2 strength
-chosen without them. "Dense states": a head of the same kind on the states themselves, for what the SAE costs. The
-shipped head is judged on the prompts outside `sarm_train`, its standard error clustered by prompt.
-
-{accuracy_table(config, metrics)}
-
-## SAE
-| states | FVU | L0 | latents never active there | states with a kept value below zero |
-|---|---|---|---|---|
-{chr(10).join(rows)}
-"""
-
-
-def _figure(accuracy: dict[str, Any]) -> str:
-    """`0.912 ± 0.013`; of one prompt there is no standard error."""
-    error = accuracy["standard_error"]
-    return f"{accuracy['mean']:.3f} ± " + (f"{error:.3f}" if math.isfinite(error) else "n/a")
+    model.save_pretrained(folder, state_dict=halved | model.adapter)

@@ -118,11 +118,13 @@ def run_command(
         code, asked = wait_forwarding(
             process, signalled, grace_s, siblings.look if siblings else list
         )
+        if siblings:
+            siblings.leave()
         if process.returncode < 0:
             output.write(f"error: ended by {signal.Signals(-process.returncode).name}\n".encode())
             output.flush()
         if siblings and code:
-            # such as a full disk, of which the command itself has told
+            # such as a full disk, which the command itself has reported
             with contextlib.suppress(OSError):
                 siblings.settle(process.returncode, asked, log)
     return code
@@ -132,7 +134,7 @@ class End(NamedTuple):
     code: int
     """The exit code; 128 + n where signal n ended it."""
     asked: bool
-    """It had been told to end, or was ended from here."""
+    """It had been asked to end, or was ended from here."""
 
 
 def wait_forwarding(
@@ -142,7 +144,7 @@ def wait_forwarding(
     lost: Callable[[], list[Any]],
 ) -> End:
     """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in
-    time once told.
+    time once asked.
 
     SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint:
     it makes the file `signalled`, by which the batch script knows to requeue, and leaves `grace_s`

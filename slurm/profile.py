@@ -171,7 +171,7 @@ class Profile(Strict):
     wckey: Plain | None = None
     max_requeues: Count = 3
     signal_lead_s: Annotated[int, Field(ge=30)] = 120
-    """How long before its time limit a job is told to checkpoint."""
+    """How long before its time limit a job is signalled to checkpoint."""
     modules: Plains = ()
     interface: Plain | None = None
     """The network interface over which the ranks of several nodes talk, `ib0`."""

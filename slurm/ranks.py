@@ -1,4 +1,4 @@
-"""What the ranks of one job tell each other of their ends: files beside the job's spec, kept by
+"""What the ranks of one job say to each other of their ends: files beside the job's spec, kept by
 `slurm.entry`.
 
 A rank whose sibling has died waits for it in a collective, ten minutes long under NCCL, or fails
@@ -31,6 +31,7 @@ BEAT_S = 5.0
 """How often the entry of a rank on several nodes shows that its node lives."""
 SILENT_S = 20.0
 """After so long without a change a node is taken for dead; a network file system lags a little."""
+ENDED = "ended"
 LOG_TAIL_BYTES = 4096
 
 
@@ -47,7 +48,7 @@ class Death(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int]:
-        """The likelier cause first: a signal from outside, a failure told in a sentence, and last
+        """The likelier cause first: a signal from outside, one reported in a sentence, and last
         what may be another's doing.
         """
         outside = self.returncode < 0 and self.returncode != -signal.SIGABRT
@@ -100,14 +101,20 @@ class Ranks:
                 if host and self.heard.get(rank, ("", ""))[1] != count:
                     self.heard[rank] = (host, count, time.monotonic())
 
+    def leave(self) -> None:
+        """A rank that ends shows no more signs of life, and its node may live: say so."""
+        if self.several:
+            with contextlib.suppress(OSError):
+                (self.folder / f"alive.{self.stem}.{self.rank}").write_text(f"{ENDED} {self.host}")
+
     def silent(self) -> str:
         """Nodes that have shown no sign of life for SILENT_S, with their ranks, in a sentence;
         empty where all have.
         """
         late = time.monotonic() - SILENT_S
         hosts: dict[str, list[int]] = {}
-        for rank, (host, _, at) in sorted(self.heard.items()):
-            if host != self.host and at < late:
+        for rank, (host, count, at) in sorted(self.heard.items()):
+            if host != self.host and at < late and count != ENDED:
                 hosts.setdefault(host, []).append(rank)
         named = [f"{host} (ranks {', '.join(map(str, ranks))})" for host, ranks in hosts.items()]
         if not named:

@@ -39,7 +39,7 @@ class Unit(NamedTuple):
 
     node: Node
     state: str
-    """Its first word tells: done, skipped, running, waiting, pending, `not run`; anything else is
+    """By its first word: done, skipped, running, waiting, pending, `not run`; anything else is
     a failure.
     """
     note: str = ""
@@ -52,7 +52,7 @@ class Unit(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a running unit last told."""
+    """How far a running unit was when it last said so."""
 
     done: int
     total: int
@@ -65,44 +65,44 @@ class Progress(NamedTuple):
 
     def __str__(self) -> str:
         """`step 12/100, reward 1.234, 40 s left`."""
-        told = (
+        words = (
             f"{self.what} {self.done}/{self.total}"
             if self.total > 0 and self.done > 0
             else self.what
         )
-        told += "".join(
+        words += "".join(
             f", {name} {value:.3f}"
             for name, value in (("reward", self.reward), ("penalty", self.penalty))
             if value is not None
         )
-        return told + (f", {span(self.left_s)} left" if self.left_s is not None else "")
+        return words + (f", {span(self.left_s)} left" if self.left_s is not None else "")
 
 
 def read_progress(run: RunDir, node: Node) -> Progress | None:
-    """What a unit last told of itself, or None where it has told nothing yet."""
+    """How far a unit says it is; None where it has not said so yet."""
     try:
-        told: dict[str, Any] = json.loads(run.progress_file(*node).read_text())
+        file: dict[str, Any] = json.loads(run.progress_file(*node).read_text())
         done, total, first, seconds = (
-            int(told["done"]),
-            int(told["total"]),
-            int(told["from"]),
-            float(told["seconds"]),
+            int(file["done"]),
+            int(file["total"]),
+            int(file["from"]),
+            float(file["seconds"]),
         )
         left = seconds * (total - done) / (done - first) if done > first else None
         more = (
-            told.get(key) if isinstance(told.get(key), (int, float)) else None
+            file.get(key) if isinstance(file.get(key), (int, float)) else None
             for key in ("reward", "penalty")
         )
-        return Progress(done, total, str(told["what"]), str(told["attempt"]), left, *more)
+        return Progress(done, total, str(file["what"]), str(file["attempt"]), left, *more)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def read_curves(run: RunDir, node: Node) -> dict[str, list[float]]:
     """Reward and penalty of every step so far of a training unit; empty where there are none."""
-    told = read_progress(run, node)
+    progress = read_progress(run, node)
     manifest = run.manifest(*node)
-    attempt = manifest.attempt if manifest else told.attempt if told else ""
+    attempt = manifest.attempt if manifest else progress.attempt if progress else ""
     curves: dict[str, list[float]] = {"reward": [], "penalty": []}
     try:
         lines = (
@@ -188,10 +188,10 @@ class View:
     def update(self, units: Sequence[Unit]) -> None:
         """Say what has changed since the last time, and show how it stands."""
         # On a screen the first look is all there; without one it is said line by line.
-        told = bool(self.seen) or self.live is None
+        line_by_line = bool(self.seen) or self.live is None
         for unit in units:
             kind = "waiting" if unit.kind == "pending" else unit.kind
-            if told and self.seen.get(unit.node, "waiting") != kind:
+            if line_by_line and self.seen.get(unit.node, "waiting") != kind:
                 self.say(f"{unit.node!s:28} {unit.state}{f', {unit.note}' if unit.note else ''}")
             self.seen[unit.node] = kind
         if self.live:
@@ -233,10 +233,10 @@ def screen(
     rows: list[tuple[str, Text, str]] = []
 
     def add(name: str, state: str, kind: str, unit: Unit | None) -> None:
-        told = unit_lines(run, unit, ascii_only) if unit else [""]
-        told = ["  ".join(told)] if console.width >= 120 else told
-        rows.append((name, Text(state, COLOURS.get(kind, "red")), told[0]))
-        rows.extend(("", Text(""), line) for line in told[1:])
+        notes = unit_lines(run, unit, ascii_only) if unit else [""]
+        notes = ["  ".join(notes)] if console.width >= 120 else notes
+        rows.append((name, Text(state, COLOURS.get(kind, "red")), notes[0]))
+        rows.extend(("", Text(""), line) for line in notes[1:])
 
     for phase, group in groupby(units, key=lambda unit: unit.node.phase):
         members = list(group)
@@ -259,8 +259,8 @@ def screen(
     table = Table(box=None, show_header=False, padding=(0, 1), expand=True)
     for ratio in (None, None, 1):  # what there is to say gets the room that is left
         table.add_column(no_wrap=True, overflow="crop" if ascii_only else "ellipsis", ratio=ratio)
-    for name, word, told in rows[:room]:
-        table.add_row(Text(name), word, Text(told))
+    for name, word, note in rows[:room]:
+        table.add_row(Text(name), word, Text(note))
     more = (
         Text(f"  and {len(rows) - room} more lines; make this terminal taller", "dim")
         if len(rows) > room
@@ -275,17 +275,20 @@ def unit_lines(run: RunDir, unit: Unit, ascii_only: bool) -> list[str]:
     """
     if unit.kind == "failed":
         return [" ".join(last_lines(run.log(*unit.node), 1)) or unit.note]
-    told = read_progress(run, unit.node) if unit.kind == "running" else None
-    if told is None:
+    progress = read_progress(run, unit.node) if unit.kind == "running" else None
+    if progress is None:
         return [unit.note]
     if unit.node.phase != "ppo":
-        return [str(told)]
+        return [str(progress)]
     curves = [
         f"{name} {sparkline(curve, 12, ascii_only=ascii_only)} {curve[-1]:.3f}"
         for name, curve in read_curves(run, unit.node).items()
         if curve
     ]
-    return [str(told._replace(reward=None, penalty=None)), *(["  ".join(curves)] if curves else [])]
+    return [
+        str(progress._replace(reward=None, penalty=None)),
+        *(["  ".join(curves)] if curves else []),
+    ]
 
 
 def bar(done: int, total: int, ascii_only: bool, width: int = 8) -> str:

@@ -25,7 +25,7 @@ from sarm.config import PARTS, PHASES, ROOT, Config, load_config, parse_config
 from tests.runs import evaluated_run
 
 PAGES = sorted(
-    [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "artifacts/sarm-smollm2/README.md"]
+    [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "artifacts").glob("*/README.md")]
 )
 
 
@@ -110,7 +110,7 @@ def test_a_command_is_one_that_its_program_takes(page, command):
         flags = [word for word in arguments if word.startswith("--")]
         assert all(flag in done.stdout for flag in flags), line
         if at.group(1) == "jobs":
-            assert arguments[0] in (*PHASES, "train_sarm", "export"), line
+            assert arguments[0] in (*PHASES, "train_sarm", "train_refusals", "export"), line
         for config in re.findall(r"configs/\S+\.yaml", line):
             load_config(ROOT / config)
 

@@ -38,6 +38,7 @@ from sarm.config.phases import (
     SelectConfig,
     SteerConfig,
     SteerPolicyConfig,
+    TrainRefusalsConfig,
     TrainSarmConfig,
     VerdictConfig,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "Strict",
     "SweepConfig",
     "SweepPoint",
+    "TrainRefusalsConfig",
     "TrainSarmConfig",
     "UserError",
     "VerdictConfig",

@@ -232,10 +232,28 @@ class VerdictConfig(Strict):
 
 
 class TrainSarmConfig(Strict):
-    """Training a SARM on the policy's model: the SAE by SAELens, the head by Bradley-Terry."""
+    """Training a SARM on the policy's model: the layers and the head by Bradley-Terry, the SAE by
+    reconstruction; see `sarm/training/`.
+    """
 
     layer: Positive = 15
     """Decoder layers kept; the SAE reads what they leave in the residual stream."""
+    cut_tokens: Annotated[tuple[Positive, Positive], FromList] | None = None
+    """Learn from every pair also with both responses cut at a number of tokens between these and
+    trimmed to the last sentence end; null leaves that out.
+    """
+    refusals: str | None = None
+    """A JSONL file of refusals that fit any prompt (`any_prompt`, `text`), set against answers to
+    safe prompts and compliance with unsafe ones; relative to the checkout.
+    """
+    backbone_rank: Count = 0
+    """Of the low-rank updates to the layers, which are saved with the SARM; 0 keeps the layers as
+    they are.
+    """
+    backbone_steps: Positive = 600
+    backbone_batch: Positive = 64
+    """Pairs a step."""
+    backbone_learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     d_sae: Positive = 4608
     k: Positive = 64
     positions: Literal["token", "last", "both"] = "token"
@@ -261,3 +279,19 @@ class TrainSarmConfig(Strict):
     folds: Annotated[int, Field(ge=2)] = 5
     output: str | None = None
     """Also copy the trained SARM to this folder, relative to the checkout."""
+
+
+class TrainRefusalsConfig(Strict):
+    """Training the refusal classifier; see `sarm/training/refusals.py`."""
+
+    certain: Annotated[tuple[str, ...], FromList] = ()
+    """Data sources of whose pairs the kind of prompt says which side refuses."""
+    texts: str = "data/train/refusals.jsonl"
+    labels: str = "data/train/refusal_labels.jsonl"
+    """Single labels by the hash of the response, where phrases do not decide."""
+    l2: Annotated[float, Field(gt=0)] = 5e-6
+    folds: Annotated[int, Field(ge=2)] = 5
+    xstest: str | None = None
+    """The folder of XSTest's labelled answers, which judge the result and nothing else."""
+    output: str | None = None
+    """Also copy the classifier to this folder, relative to the checkout."""

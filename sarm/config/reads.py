@@ -91,6 +91,7 @@ READS: dict[str, tuple[str, ...]] = {
     ),
     "report": ("",),
     "export": ("sarm", "data", "encode.shards"),
+    "train_refusals": ("name", "data", "train_refusals"),
     "train_sarm": (
         "name",
         "seed",

@@ -20,6 +20,7 @@ from sarm.config.phases import (
     ResponsesConfig,
     SelectConfig,
     SteerConfig,
+    TrainRefusalsConfig,
     TrainSarmConfig,
     VerdictConfig,
 )
@@ -31,7 +32,7 @@ Phase = Literal[
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
-NON_PHASE_JOBS = ("train_sarm", "export")
+NON_PHASE_JOBS = ("train_sarm", "train_refusals", "export")
 """Jobs that are no phase of a run: started by hand."""
 
 
@@ -55,6 +56,7 @@ class Config(Strict):
     evaluate: EvaluateConfig = EvaluateConfig()
     verdict: VerdictConfig = VerdictConfig()
     train_sarm: TrainSarmConfig = TrainSarmConfig()
+    train_refusals: TrainRefusalsConfig = TrainRefusalsConfig()
     hardware: str = ""
     """Shown in the report; where empty, what the PPO job found."""
 

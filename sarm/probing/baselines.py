@@ -38,7 +38,7 @@ def baselines(
     On validation and on the test pairs of every source; standard errors are clustered by prompt.
     `behind` is the SARM's accuracy less the row's, with its own standard error.
     """
-    from sarm.training.train import clustered_accuracy, pair_points  # brings transformers
+    from sarm.training.heads import clustered_accuracy, pair_points  # brings transformers
 
     rows_of = {id_: row for row, id_ in enumerate(encoded.texts["text_id"])}
     x = encoded.states.astype(np.float64)
@@ -114,7 +114,7 @@ def word_scores(pairs: Sequence[Pair], fit: PairRows) -> Callable[[Sequence[str]
 
     TF-IDF as scikit-learn's default: smoothed idf, rows of length 1.
     """
-    from sarm.training.train import fit_head
+    from sarm.training.heads import fit_head
 
     chosen, rejected = [p.chosen for p in pairs], [p.rejected for p in pairs]
     frequency = Counter(word for text in {*chosen, *rejected} for word in set(words_of(text)))

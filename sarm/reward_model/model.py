@@ -23,6 +23,7 @@ from sarm.llama.packed import Packed, end_states, pack
 from sarm.llama.weights import join_projections
 from sarm.model_files import Weights, check_finite, read_tensors
 from sarm.models import check_tokenizer, read_tokenizer
+from sarm.reward_model.adapter import merge_adapter, read_adapter
 from sarm.reward_model.sae import TopKSae
 from sarm.reward_model.weights import (
     SarmModelConfig,
@@ -66,6 +67,7 @@ class SarmModel(PreTrainedModel):
         self.model.norm = nn.Identity()
         self.sae = TopKSae(config.hidden_size, config.d_sae, config.k, decoder=config.has_decoder)
         self.score = nn.Linear(config.d_sae, 1, bias=False)
+        self.adapter: dict[str, Tensor] = {}
         self.post_init()
 
     @classmethod
@@ -92,6 +94,8 @@ class SarmModel(PreTrainedModel):
         wanted = cls.shapes(opened.config)
         check_tensors(opened, wanted)
         state = read_tensors(wanted, opened.weights, opened.folder)
+        adapter = read_adapter(opened, wanted)
+        merge_adapter(state, adapter)
         dtype = dtype or kwargs.pop("torch_dtype", None)
         if dtype in (None, "auto"):
             dtype = opened.keys.get("dtype") or opened.keys.get("torch_dtype") or "float32"
@@ -103,6 +107,7 @@ class SarmModel(PreTrainedModel):
             None, config=opened.config, state_dict=state, dtype=dtype, **kwargs
         )
         model.config.name_or_path = str(path_or_hub)
+        model.adapter = adapter
         return model
 
     @classmethod
@@ -148,10 +153,10 @@ class SarmModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Save in this project's form, `model_type: sarm`; layers that `config.backbone` names are
-        left out.
+        left out, and what was added to them is kept.
         """
         if self.config.backbone and "state_dict" not in kwargs:
-            kwargs["state_dict"] = {
+            kwargs["state_dict"] = self.adapter | {
                 name: t for name, t in self.state_dict().items() if not name.startswith("model.")
             }
         super().save_pretrained(save_directory, **kwargs)

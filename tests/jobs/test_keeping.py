@@ -127,7 +127,7 @@ def a_sarm(folder: Path, weights: str = "w") -> Path:
 
 
 def test_only_a_folder_that_train_sarm_wrote_is_replaced(tmp_path: Path) -> None:
-    from jobs.train_sarm import refuse_foreign, replace_folder
+    from sarm.training.publish import refuse_foreign, replace_folder
 
     target = tmp_path / "mine" / "sarm"
     replace_folder(a_sarm(tmp_path / "first"), target)

@@ -31,7 +31,7 @@ from sarm.probing.replication import (
 from sarm.probing.select import judged
 from sarm.probing.validity import sensitivity, validity
 from sarm.reward_model.interventions import Ranks
-from sarm.training.train import fit_head
+from sarm.training.heads import fit_head
 
 D_SAE, K, D_IN = 64, 12, 10
 BOTH, ONLY_A, TURNED = (3, 11), (20, 21), 30

@@ -212,7 +212,16 @@ print("RuntimeError: Connection closed by peer"); sys.exit(1)
 def test_a_cancelled_job_on_two_nodes_blames_no_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "import os, time; print(os.getpid(), 'up', flush=True); time.sleep(600)"
+    """Rank 0 writes its checkpoint for longer than the others, which have ended, are silent."""
+    code = """
+import os, signal, sys, time
+def end(*_):
+    time.sleep(6 if os.environ["RANK"] == "0" else 0)
+    sys.exit(128 + signal.SIGTERM)
+signal.signal(signal.SIGTERM, end)
+print(os.getpid(), 'up', flush=True)
+time.sleep(600)
+"""
     entries = on_two_nodes(tmp_path, code, monkeypatch)
     for entry in entries:
         entry.send_signal(signal.SIGTERM)
