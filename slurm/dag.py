@@ -46,13 +46,16 @@ evaluate it holds for policies that nobody trains; a trained one needs its own t
 
 def tasks(config: Config) -> list[Task]:
     """Every task of a run, each after all that it needs."""
-    trained = set(config.units("ppo"))
-
-    def needs(node: Node) -> tuple[Node, ...]:
-        if node.phase == "evaluate" and node.unit in trained:
-            return (Node("ppo", node.unit),)
-        return tuple(Node(need, u) for need in NEEDS[node.phase] for u in config.units(need))
-
-    nodes = [Node(phase, unit) for phase in NEEDS for unit in config.units(phase)]
-    report = [Task(Node("report", u), tuple(nodes), "afterany") for u in config.units("report")]
-    return [*(Task(node, needs(node)) for node in nodes), *report]
+    of = {phase: tuple(Node(phase, unit) for unit in config.units(phase)) for phase in NEEDS}
+    needs = {phase: tuple(n for need in NEEDS[phase] for n in of[need]) for phase in NEEDS}
+    trained = {node.unit: node for node in of["ppo"]}
+    found = [
+        Task(node, (trained[node.unit],))
+        if node.phase == "evaluate" and node.unit in trained
+        else Task(node, needs[phase])
+        for phase, nodes in of.items()
+        for node in nodes
+    ]
+    every = tuple(task.node for task in found)
+    report = [Task(Node("report", u), every, "afterany") for u in config.units("report")]
+    return [*found, *report]

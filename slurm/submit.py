@@ -172,7 +172,8 @@ def decide(
     check_needs(run.config, profile, asked, todo, sent, live)
     attached = {n: job for n, job in live.items() if n in todo & wanted and n not in sent}
     superseded = [one.job for one in mine if one.job.live and sent.intersection(one.nodes)]
-    short = {node for node in sent if ran_out_of_memory(run, unit_jobs(run, known).get(node))}
+    jobs = unit_jobs(run, known)
+    short = {node for node in sent if ran_out_of_memory(run, jobs.get(node))}
     batches = [
         batch._replace(retry=bool(short.intersection(batch.nodes)))
         for batch in plan(run.config, profile, sent, waited_for(mine, sent))

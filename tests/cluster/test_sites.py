@@ -216,7 +216,7 @@ def test_a_named_cluster(emptied: None) -> None:
 LOGIN = """
 export PYTHONHOME=/opt/conda APPTAINERENV_PYTHONHOME=/opt/conda APPTAINER_CLEANENV=1
 export APPTAINER_CONTAINALL=1 APPTAINERENV_PATH=/opt/conda/bin:/usr/bin:/bin PYTHONPATH=/elsewhere
-export SQUEUE_STATES=RUNNING APPTAINER_BIND=/opt
+export SQUEUE_STATES=RUNNING APPTAINER_BIND=/srv
 """
 
 
