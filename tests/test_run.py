@@ -301,12 +301,12 @@ def later(monkeypatch: pytest.MonkeyPatch) -> type[Config]:
         penalty: Penalty = Penalty()
         also: str | None = None
 
-    class Calibrate(Strict):
+    class Audit(Strict):
         samples: int = 4
 
     class Later(Config):
         ppo: Ppo = Ppo()
-        calibrate: Calibrate = Calibrate()
+        audit: Audit = Audit()
 
     monkeypatch.setattr("sarm.config.reading.Config", Later)
     return Later

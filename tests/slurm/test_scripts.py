@@ -145,7 +145,7 @@ def test_the_container_keeps_slurms_variables_and_none_of_the_home(tmp_path: Pat
 def test_what_is_pickled_is_a_name_and_a_path(site: Site) -> None:
     site.submit()
     pickles = list((site.path / "submissions").glob("*/*_submitted.pkl"))
-    assert len(pickles) == 16, "one a unit"
+    assert len(pickles) == 17, "one a unit"
     for path in pickles:
         strings = [
             arg
