@@ -408,7 +408,7 @@ SAMPLED = [
     ("what? so it is.", " e e e"),
     ("a thing.", ""),  # cut just there
     ("steps!", " of"),
-    ("is it 1. or", ""),
+    ("first:\n1. make", ""),  # a list's number ends nothing
     ("people who have been hurt.", " see them"),
 ]
 """Eight responses: what counts of each, and what follows its last sentence end."""
@@ -461,7 +461,7 @@ def trimming(world: Any, policy: Path, out: Path) -> None:
         )
         trainer.sample = lambda drawn, step, tails=tails: planted([d.ids for d in drawn], tails)
         line = trainer.run_step()
-        found[name] = {"line": line, "texts": trainer.reward.texts}
+        found[name] = {"line": line, "texts": sorted(trainer.reward.texts)}
         save_file(
             {key: p.detach().clone() for key, p in trainer.learner.actor.named_parameters()},
             out / f"{name}.safetensors",
@@ -476,28 +476,28 @@ def test_what_follows_the_last_sentence_end_is_neither_scored_nor_learnt_from(
     join_ranks(start_ranks(trimming, 1, tiny_policy, tmp_path))
     found = json.loads((tmp_path / "trimming.json").read_text())
     after = {name: load_file(tmp_path / f"{name}.safetensors") for name in found}
-    of_whole = {"response/length", "response/unended"}  # of the text that counts, or sampled
+    aside = {"response/length", "response/unended", "eps"}  # of what was sampled; a speed
 
     def step(name: str) -> dict[str, float]:
         return {
             key: value
             for key, value in found[name]["line"].items()
-            if not key.startswith("time/") and "per_s" not in key and key not in of_whole
+            if not key.startswith("time/") and "per_s" not in key and key not in aside
         }
 
     for name in ("trimmed", "other tails"):
         assert step(name) == pytest.approx(step("short"), rel=1e-6, abs=1e-8, nan_ok=True), name
-        assert found[name]["texts"] == [kept for kept, _ in SAMPLED]
+        assert found[name]["texts"] == sorted(kept for kept, _ in SAMPLED)
         for key, weight in after["short"].items():
             assert torch.equal(after[name][key], weight), (name, key)
     whole = found["whole"]
-    assert whole["texts"] == [kept + tail for kept, tail in SAMPLED]
+    assert whole["texts"] == sorted(kept + tail for kept, tail in SAMPLED)
     assert step("whole") != pytest.approx(step("short"), rel=1e-3, nan_ok=True)
     assert any(not torch.equal(after["whole"][key], after["short"][key]) for key in after["short"])
 
     line, cut = found["trimmed"]["line"], found["other tails"]["line"]
     assert line["response/cut"] == 7 / 8 and line["val/num_eos_tokens"] == 1
-    assert line["response/unended"] == 2 / 8, "`no end here` and a list's number"
+    assert line["response/unended"] == 2 / 8, "what has no sentence end is kept whole"
     assert whole["line"]["response/unended"] == 6 / 8
     assert line["response/scored_length"] == whole["line"]["response/scored_length"] - removed()
     assert line["response/length"] == whole["line"]["response/length"] < cut["response/length"]
