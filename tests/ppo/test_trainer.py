@@ -447,7 +447,7 @@ def trimming(world: Any, policy: Path, out: Path) -> None:
     cases = {
         "short": (False, none),
         "trimmed": (True, [tail for _, tail in SAMPLED]),
-        "other tails": (True, [tail and " he he he he" for _, tail in SAMPLED]),
+        "other tails": (True, [tail and " he" * 9 for _, tail in SAMPLED]),
         "whole": (False, [tail for _, tail in SAMPLED]),
     }
     found: dict[str, Any] = {}
