@@ -283,6 +283,13 @@ def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> N
     assert [p.id for p in sampled.prompts] == [id_ for id_ in unsafe for _ in range(2)]
     again = zip(sampled.ids[::2], sampled.ids[1::2], strict=True)
     assert all(one != other for one, other in again), "each sample has noise of its own"
+    safe = prompts[0]._replace(id="safe", kind="safe")
+    long = prompts[0]._replace(
+        id="long",
+        messages=({"role": "user", "content": "help me " * config.ppo.max_prompt_tokens},),
+    )
+    among = c.base_responses(config, [safe, long, *prompts], "cpu", lambda *_: None)
+    assert among.prompts == sampled.prompts and among.ids == sampled.ids, "neither is asked"
     model, tokenizer = load_sarm(config.sarm)
     texts = [
         c.ending(lambda ids: response_text(tokenizer, ids), ids, cut=cut).text

@@ -460,8 +460,13 @@ def trimming(world: Any, policy: Path, out: Path) -> None:
             trim=trim,
         )
         trainer.sample = lambda drawn, step, tails=tails: planted([d.ids for d in drawn], tails)
+        learnt: list[list[int]] = []
+        forward = trainer.learner.forward
+        trainer.learner.forward = lambda rollout, forward=forward, learnt=learnt: (
+            learnt.extend(rollout.ids(row) for row in range(8)) or forward(rollout)
+        )
         line = trainer.run_step()
-        found[name] = {"line": line, "texts": sorted(trainer.reward.texts)}
+        found[name] = {"line": line, "texts": sorted(trainer.reward.texts), "learnt": learnt}
         save_file(
             {key: p.detach().clone() for key, p in trainer.learner.actor.named_parameters()},
             out / f"{name}.safetensors",
@@ -476,6 +481,7 @@ def test_what_follows_the_last_sentence_end_is_neither_scored_nor_learnt_from(
     join_ranks(start_ranks(trimming, 1, tiny_policy, tmp_path))
     found = json.loads((tmp_path / "trimming.json").read_text())
     after = {name: load_file(tmp_path / f"{name}.safetensors") for name in found}
+    none = [""] * 8
     aside = {"response/length", "response/unended", "eps"}  # of what was sampled; a speed
 
     def step(name: str) -> dict[str, float]:
@@ -488,6 +494,8 @@ def test_what_follows_the_last_sentence_end_is_neither_scored_nor_learnt_from(
     for name in ("trimmed", "other tails"):
         assert step(name) == pytest.approx(step("short"), rel=1e-6, abs=1e-8, nan_ok=True), name
         assert found[name]["texts"] == sorted(kept for kept, _ in SAMPLED)
+        short = planted([[]] * 8, none)
+        assert found[name]["learnt"] == [short.ids(row) for row in range(8)]
         for key, weight in after["short"].items():
             assert torch.equal(after[name][key], weight), (name, key)
     whole = found["whole"]
