@@ -132,13 +132,16 @@ def tiny_trainer(
     ppo: PpoConfig,
     seed: int = 0,
     dtype: str = "float32",
+    trim: bool = False,
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
     from sarm.ppo.trainer import Trainer
 
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
-    return Trainer(ppo, model, tiny_tokenizer(), reward, some_prompts(), seed=seed, world=world)
+    return Trainer(
+        ppo, model, tiny_tokenizer(), reward, some_prompts(), seed=seed, world=world, trim=trim
+    )
 
 
 def gradients(trainer: Any) -> dict[str, Tensor]:

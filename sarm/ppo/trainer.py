@@ -32,7 +32,7 @@ from sarm.ppo.advantages import ADVANTAGES, Episodes
 from sarm.ppo.batching import fitting_prompts, mini_batches, rows_of_step
 from sarm.ppo.kl import kl_per_token, next_kl_coef
 from sarm.ppo.learner.learner import Learner, Logprobs, NotFinite
-from sarm.ppo.reward import CompoundReward, Penalised, Scores
+from sarm.ppo.reward import CompoundReward, Penalised, Scores, conversation
 
 
 class Drawn(NamedTuple):
@@ -126,7 +126,7 @@ class Trainer:
         endings = self.endings(sampled)
         rollout = sampled.first([e.tokens for e in endings])
         read_logprobs = self.learner.forward(rollout)  # computed while texts are scored
-        scores = self.score(drawn, rollout)
+        scores = self.score(drawn, rollout, [e.text for e in endings])
         logprobs = read_logprobs()
         rewards = self.rewards(rollout, scores, logprobs)
         experience = self.experience(rollout, rewards, logprobs)
@@ -174,26 +174,19 @@ class Trainer:
             for row, cut in enumerate(rollout.truncated.tolist())
         ]
 
-    def score(self, drawn: Sequence[Drawn], rollout: Rollout) -> Scores:
-        """Each response's reward, penalty and latents. Raises NotFinite."""
+    def score(self, drawn: Sequence[Drawn], rollout: Rollout, texts: Sequence[str]) -> Scores:
+        """Each response's reward, penalty and latents, read off its text. Raises NotFinite."""
+        conversations = [
+            conversation(d.prompt.messages, text) for d, text in zip(drawn, texts, strict=True)
+        ]
         scores = Scores(
             *self.learner.map_rows(
-                rollout, lambda rows: self.reward.score(self.conversations(drawn, rollout, rows))
+                rollout, lambda rows: self.reward.score([conversations[row] for row in rows])
             )
         )
         if not bool(torch.isfinite(scores.total).all()):
             raise NotFinite("a reward", updated=False)
         return scores
-
-    def conversations(
-        self, drawn: Sequence[Drawn], rollout: Rollout, rows: Sequence[int]
-    ) -> list[list[dict[str, str]]]:
-        """Some rows' prompts with their responses."""
-        texts = [response_text(self.tokenizer, rollout.ids(row)) for row in rows]
-        return [
-            [*drawn[row].prompt.messages, {"role": "assistant", "content": text}]
-            for row, text in zip(rows, texts, strict=True)
-        ]
 
     def rewards(self, rollout: Rollout, scores: Scores, logprobs: Logprobs) -> Rewards:
         """A response's score at its last token, scaled, and the KL's cost at every token."""

@@ -113,8 +113,6 @@ def test_agreement_with_the_same_responses_cut_earlier() -> None:
     assert first.tolist() == second.tolist() == fires and row.n == 6
     assert row.kappa == 1.0
     row, first, second = c.agreement(responses(), base, penalised, 9, True, read)
-    earlier = [c.trim_text(text[:-9]) if hasattr(c, "trim_text") else text[:-9] for text in TEXTS]
-
     earlier = [trim_to_last_sentence(text[:-9]) for text in TEXTS]
     assert second.tolist() == [t.count("e") > 1.5 or t.count("a") > 1.5 for t in earlier]
     assert row.kappa == cohens_kappa(first, second) and row.kappa < 1
@@ -174,8 +172,11 @@ def test_positive_control_replaces_rejected_answers_by_chosen_ones(
         Pair("7", prompt("u", "safe"), "demo", "ah. oh", "fee. fee"),
     ]
     made = config(tmp_path, **{"ppo.max_new_tokens": 5})
-    monitor = c.WatchedLatent(latent=5, tau=0.5, base_rate=0.5, max_cosine=0.0, max_correlation=0.0)
-    found = c.positive_control(made, pairs, responses(), read, [rated(3, 1.5)], [monitor])
+    monitors = [
+        c.WatchedLatent(latent=n, tau=0.5, base_rate=0.5, max_cosine=0.0, max_correlation=0.0)
+        for n in (3, 5)
+    ]
+    found = c.positive_control(made, pairs, responses(), read, [rated(3, 1.5)], monitors)
     # Cut at five letters and trimmed: `see.`, `on.`, `ee.`, `eel.`, `pee.`, `fee.` against `no.`,
     # `no.`, `ee.`, `up.`, `oh.`, `ah.`; two pairs are one prompt's.
     before, after = np.array([0.5, 1, 1, 1, 1]), np.array([0.0, 1, 0, 0, 0])
@@ -186,7 +187,13 @@ def test_positive_control_replaces_rejected_answers_by_chosen_ones(
         "low": expected.low,
         "high": expected.high,
     }
-    assert found.monitors is None or found.monitors.value < 0, "o comes with the chosen"
+    # Either monitor, e and o, counts half: of a prompt's texts `see.` and `on.` both have one.
+    watched = relative_fall(np.full(5, 0.5), np.array([0.5, 0.5, 0, 0.5, 0]))
+    assert watched is not None and watched.estimate == pytest.approx(0.4)
+    assert found.monitors is not None
+    assert found.monitors.model_dump() == pytest.approx(
+        {"value": watched.estimate, "low": watched.low, "high": watched.high}
+    )
     assert c.positive_control(made, [], responses(), read, [rated(3, 1.5)], []).prompts == 0
 
 
@@ -272,6 +279,17 @@ def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> N
     assert found.n_prompts == config.calibrate.prompts and found.samples == 2
     prompts = prompts_in(load_data(config.data), "ppo")
     sampled = c.base_responses(config, prompts, "cpu", lambda *_: None)
+    unsafe = [p.id for p in prompts if p.kind == "unsafe"][: config.calibrate.prompts]
+    assert [p.id for p in sampled.prompts] == [id_ for id_ in unsafe for _ in range(2)]
+    again = zip(sampled.ids[::2], sampled.ids[1::2], strict=True)
+    assert all(one != other for one, other in again), "each sample has noise of its own"
+    safe = prompts[0]._replace(id="safe", kind="safe")
+    long = prompts[0]._replace(
+        id="long",
+        messages=({"role": "user", "content": "help me " * config.ppo.max_prompt_tokens},),
+    )
+    among = c.base_responses(config, [safe, long, *prompts], "cpu", lambda *_: None)
+    assert among.prompts == sampled.prompts and among.ids == sampled.ids, "neither is asked"
     model, tokenizer = load_sarm(config.sarm)
     texts = [
         c.ending(lambda ids: response_text(tokenizer, ids), ids, cut=cut).text

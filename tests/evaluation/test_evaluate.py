@@ -274,7 +274,7 @@ def test_prompts_too_long_for_training_are_left_out(evaluated):
 # The phases
 
 
-def test_steer_evaluate_and_report_after_select(tmp_path):
+def test_steer_evaluate_and_report_without_training(tmp_path):
     config = tiny_config(
         tmp_path,
         **{
@@ -286,7 +286,7 @@ def test_steer_evaluate_and_report_after_select(tmp_path):
     )
     (tmp_path / "steering.json").write_text('{"3": ["*", 0.0], "5": ["+", 1.0]}')
     run = RunDir.create(tmp_path / "run", config)
-    for phase in ("fetch", "encode", "probe", "select", "steer"):
+    for phase in ("fetch", "encode", "probe", "select", "steer", "calibrate"):
         run_unit(run, phase, config.units(phase)[0])  # type: ignore[arg-type]
     run_unit(run, "evaluate", "base")
     steered = run.read("steer").json("summary.json")

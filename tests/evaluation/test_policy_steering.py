@@ -123,9 +123,10 @@ def steered(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run
 
 
-def test_the_unit_needs_select_alone(steered: RunDir) -> None:
+def test_the_unit_needs_no_training(steered: RunDir) -> None:
+    """Nor the other evaluations: only what calibrate says of the latents."""
     needs = {task.node: task.needs for task in tasks(steered.config)}
-    assert needs[Node("evaluate", "steered")] == (Node("select", "all"),)
+    assert needs[Node("evaluate", "steered")] == (Node("calibrate", "all"),)
     assert Node("evaluate", "steered") in needs[Node("report", "all")]
 
 
@@ -170,7 +171,7 @@ def test_a_policy_of_another_width_is_refused(
     )
     run = RunDir.create(tmp_path / "run", config)
     for task in tasks(config):
-        if task.node.phase in ("fetch", "encode", "probe", "select"):
+        if task.node.phase in ("fetch", "encode", "probe", "select", "calibrate"):
             run_unit(run, *task.node)
     assert main(["evaluate", "--run", str(run.path), "--unit", "steered"]) == 2
     assert "of width 16" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sarm.config import UserError
 from sarm.llama.weights import gathered
@@ -25,6 +26,7 @@ from sarm.ppo.learner.distributed import World
 from sarm.ppo.learner.optimizer import State, compacted, expanded
 from sarm.ppo.learner.shards import engine_pieces
 from tests.ranks import PlantedReward, join_ranks, start_ranks, tiny_ppo, tiny_trainer
+from tests.tiny import tiny_tokenizer
 
 ALONE = World()
 
@@ -211,7 +213,8 @@ from sarm.ppo.learner.distributed import World
 pieces = [checkpoint.Piece("x", 0, torch.arange(300_000.0))]
 print("ready", flush=True)
 for step in range(1, 10_000):
-    checkpoint.save(Path(sys.argv[1]), step, {"step": step}, pieces, world=World(), made_with="c", attempt=sys.argv[2], keep_last=1)
+    checkpoint.save(Path(sys.argv[1]), step, {"step": step}, pieces, world=World(),
+                    made_with="c", attempt=sys.argv[2], keep_last=1)
 """
 
 
@@ -240,9 +243,16 @@ def test_killed_at_any_point_a_complete_checkpoint_is_left(tmp_path: Path) -> No
 
 
 def uninterrupted_and_resumed(
-    world: World, policy: Path, folder: Path, settings: dict[str, Any], dtype: str = "float32"
-) -> None:
-    """Four steps at once; then two, a checkpoint, and two more by a trainer of its own."""
+    world: World,
+    policy: Path,
+    folder: Path,
+    settings: dict[str, Any],
+    dtype: str = "float32",
+    trim: bool = False,
+) -> list[dict[str, str]]:
+    """Four steps at once; then two, a checkpoint, and two more by a trainer of its own. The steps'
+    numbers.
+    """
     ppo = tiny_ppo(
         num_mini_batches=2,
         micro_batch_tokens=80,
@@ -250,10 +260,10 @@ def uninterrupted_and_resumed(
         missing_eos_penalty=0.3,
         **settings,
     )
-    whole = tiny_trainer(world, policy, PlantedReward(worth=0.5), ppo, dtype=dtype)
+    whole = tiny_trainer(world, policy, PlantedReward(worth=0.5), ppo, dtype=dtype, trim=trim)
     lines = [numbers(whole.run_step()) for _ in range(4)]
 
-    first = tiny_trainer(world, policy, PlantedReward(worth=0.5), ppo, dtype=dtype)
+    first = tiny_trainer(world, policy, PlantedReward(worth=0.5), ppo, dtype=dtype, trim=trim)
     for _ in range(2):
         first.run_step()
     checkpoint.save(
@@ -267,7 +277,7 @@ def uninterrupted_and_resumed(
         keep_last=1,
     )
     torch.manual_seed(99)  # a new process has other random numbers
-    second = tiny_trainer(world, policy, PlantedReward(worth=0.5), ppo, dtype=dtype)
+    second = tiny_trainer(world, policy, PlantedReward(worth=0.5), ppo, dtype=dtype, trim=trim)
     loaded = checkpoint.load(folder, world=world, made_with="c")
     assert loaded is not None
     second.restore(loaded.state, loaded)
@@ -288,6 +298,7 @@ def uninterrupted_and_resumed(
         )
     state, other = second.state(), whole.state()
     assert {**state, "training_s": 0} == {**other, "training_s": 0}
+    return lines
 
 
 def numbers(metrics: dict[str, float]) -> dict[str, str]:
@@ -301,6 +312,28 @@ def numbers(metrics: dict[str, float]) -> dict[str, str]:
 
 def one_rank_cases(world: World, policy: Path, folder: Path) -> None:
     uninterrupted_and_resumed(world, policy, folder / "lora", {"lora": {"rank": 2, "alpha": 4}})
+    lines = uninterrupted_and_resumed(
+        world,
+        policy_of_sentences(policy, folder / "policy"),
+        folder / "trimmed",
+        {"max_new_tokens": 16},
+        trim=True,
+    )
+    trimmed = [
+        float.fromhex(line["response/scored_length"]) < float.fromhex(line["response/length"])
+        for line in lines
+    ]
+    assert any(trimmed[:2]) and any(trimmed[2:]), "before the checkpoint and after it"
+
+
+def policy_of_sentences(policy: Path, folder: Path) -> Path:
+    """The policy, saying full stops and spaces often."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), tiny_tokenizer()
+    with torch.no_grad():
+        for token in (".", "Ġ"):
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(token)] *= 10
+    model.save_pretrained(folder)
+    return folder
 
 
 def two_rank_cases(world: World, policy: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from sarm.ppo.calibration import calibrate
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -37,6 +37,7 @@ from tests.ranks import (
     tiny_ppo,
     tiny_trainer,
 )
+from tests.tiny import tiny_tokenizer
 
 # --- who does what
 # ------------------------------------------------------------------------------------------------
@@ -267,11 +268,7 @@ def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
         PlantedReward(),
         tiny_ppo(lora={"rank": 2, "alpha": 4}, learning_rate=0.05, max_grad_norm=1e9),
     )
-    calibration = calibrate(trainer, 30, [], seed=3)
     drawn = trainer.draw([row % 12 for row in range(30)])
-    rollout = trainer.sample(drawn, -1, seed=3)
-    texts = [c[-1]["content"] for c in trainer.conversations(drawn, rollout, range(30))]
-    found["base_rate"] = [calibration.harming[0].base_rate, sum("e" in text for text in texts) / 30]
     found["keys"] = [d.key for d in drawn]
     found["saves"], found["lines"] = [], []
 
@@ -372,8 +369,7 @@ def test_old_logprobs_are_those_of_the_policy_that_is_updated(outcome: Path) -> 
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
-def test_calibration_counts_the_untrained_policys_responses(found) -> None:
-    assert found["base_rate"][0] == found["base_rate"][1] > 0
+def test_a_prompt_that_is_drawn_again_has_noise_of_its_own(found) -> None:
     assert len(set(found["keys"])) == 30
 
 
@@ -400,6 +396,125 @@ def test_what_is_not_finite_stops_at_a_checkpoint_and_names_the_prompts(found) -
     for text in (reward, loss):
         assert "step 0" in text and some_prompts()[0].id[:8] in text
     assert reward_saves == loss_saves == [0]
+
+
+# --- responses that are trimmed
+# ------------------------------------------------------------------------------------------------
+
+SAMPLED = [
+    ("help me.", " and then he"),
+    ("please. no", ""),  # ended by itself: all of it counts
+    ("no end here", ""),  # cut, without a sentence end
+    ("what? so it is.", " e e e"),
+    ("a thing.", ""),  # cut just there
+    ("steps!", " of"),
+    ("first:\n1. make", ""),  # a list's number ends nothing
+    ("people who have been hurt.", " see them"),
+]
+"""Eight responses: what counts of each, and what follows its last sentence end."""
+ENDED = 1
+
+
+class Scored(PlantedReward):
+    """Keeps the texts that it scores."""
+
+    def _encode(self, conversations):  # type: ignore[no-untyped-def]
+        self.texts = [c[-1]["content"] for c in conversations]
+        return super()._encode(conversations)
+
+
+def planted(prompts: list[list[int]], tails: Sequence[str]) -> Rollout:
+    """`SAMPLED` with these tails, as if a policy had sampled them; all cut but one."""
+    tokenizer = tiny_tokenizer()
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    rows = [
+        ids(kept) + (ids(tail) if row != ENDED else [tokenizer.eos_token_id])
+        for row, ((kept, _), tail) in enumerate(zip(SAMPLED, tails, strict=True))
+    ]
+    mask = torch.arange(max(map(len, rows))) < torch.tensor([len(row) for row in rows])[:, None]
+    responses = torch.full(mask.shape, tokenizer.pad_token_id)
+    responses[mask] = torch.tensor([token for row in rows for token in row])
+    logprobs = torch.where(mask, -5.5 - torch.arange(mask.shape[1]) / 100, 0.0)
+    return Rollout(prompts, responses, mask, logprobs, torch.arange(8) != ENDED)
+
+
+def trimming(world: Any, policy: Path, out: Path) -> None:
+    """One step each from rollouts that differ after the last sentence end only."""
+    none = [""] * 8
+    cases = {
+        "short": (False, none),
+        "trimmed": (True, [tail for _, tail in SAMPLED]),
+        "other tails": (True, [tail and " he" * 9 for _, tail in SAMPLED]),
+        "whole": (False, [tail for _, tail in SAMPLED]),
+    }
+    found: dict[str, Any] = {}
+    for name, (trim, tails) in cases.items():
+        trainer = tiny_trainer(
+            world,
+            policy,
+            Scored(worth=0.5),
+            tiny_ppo(missing_eos_penalty=0.3, max_new_tokens=32),
+            trim=trim,
+        )
+        trainer.sample = lambda drawn, step, tails=tails: planted([d.ids for d in drawn], tails)
+        learnt: list[list[int]] = []
+        forward = trainer.learner.forward
+        trainer.learner.forward = lambda rollout, forward=forward, learnt=learnt: (
+            learnt.extend(rollout.ids(row) for row in range(8)) or forward(rollout)
+        )
+        line = trainer.run_step()
+        found[name] = {"line": line, "texts": sorted(trainer.reward.texts), "learnt": learnt}
+        save_file(
+            {key: p.detach().clone() for key, p in trainer.learner.actor.named_parameters()},
+            out / f"{name}.safetensors",
+        )
+    (out / "trimming.json").write_text(json.dumps(found))
+
+
+def test_what_follows_the_last_sentence_end_is_neither_scored_nor_learnt_from(
+    tiny_policy: Path, tmp_path: Path
+) -> None:
+    """The step is that of responses which were that short, whatever was cut off."""
+    join_ranks(start_ranks(trimming, 1, tiny_policy, tmp_path))
+    found = json.loads((tmp_path / "trimming.json").read_text())
+    after = {name: load_file(tmp_path / f"{name}.safetensors") for name in found}
+    none = [""] * 8
+    aside = {"response/length", "response/unended", "eps"}  # of what was sampled; a speed
+
+    def step(name: str) -> dict[str, float]:
+        return {
+            key: value
+            for key, value in found[name]["line"].items()
+            if not key.startswith("time/") and "per_s" not in key and key not in aside
+        }
+
+    for name in ("trimmed", "other tails"):
+        assert step(name) == pytest.approx(step("short"), rel=1e-6, abs=1e-8, nan_ok=True), name
+        assert found[name]["texts"] == sorted(kept for kept, _ in SAMPLED)
+        short = planted([[]] * 8, none)
+        assert found[name]["learnt"] == [short.ids(row) for row in range(8)]
+        for key, weight in after["short"].items():
+            assert torch.equal(after[name][key], weight), (name, key)
+    whole = found["whole"]
+    assert whole["texts"] == sorted(kept + tail for kept, tail in SAMPLED)
+    assert step("whole") != pytest.approx(step("short"), rel=1e-3, nan_ok=True)
+    assert any(not torch.equal(after["whole"][key], after["short"][key]) for key in after["short"])
+
+    line, cut = found["trimmed"]["line"], found["other tails"]["line"]
+    assert line["response/cut"] == 7 / 8 and line["val/num_eos_tokens"] == 1
+    assert line["response/unended"] == 2 / 8, "what has no sentence end is kept whole"
+    assert whole["line"]["response/unended"] == 6 / 8
+    assert line["response/scored_length"] == whole["line"]["response/scored_length"] - removed()
+    assert line["response/length"] == whole["line"]["response/length"] < cut["response/length"]
+
+
+def removed() -> float:
+    """Tokens of the tails, a response."""
+    none, tails = (planted([[]] * 8, t) for t in ([""] * 8, [tail for _, tail in SAMPLED]))
+    return float(tails.mask.sum() - none.mask.sum()) / 8
 
 
 # --- what does not fit

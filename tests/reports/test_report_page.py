@@ -178,9 +178,9 @@ def test_every_source_is_named_with_manifest_commit_and_image(finished):
     words = visible(text)
     source = found["sources"]["features"][0]
     assert source["file"] in words and source["manifest_sha256"][:8] in words
-    outputs = read.manifests["select", "all"]["outputs"]
+    outputs = read.manifests["select", "all"].outputs
     assert {s["sha256"] for s in found["sources"]["features"]} == {
-        outputs[n]["sha256"] for n in ("features.json", "table.parquet")
+        outputs[n].sha256 for n in ("features.json", "table.parquet")
     }
 
 
