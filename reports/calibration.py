@@ -1,5 +1,5 @@
-"""The section on what calibrate found: whether the SARM reads the policy's text, what penalising each
-candidate would mean, and what the evaluation can detect.
+"""The section on what calibrate found: whether the SARM reads the policy's text, what penalising
+each candidate would mean, and what the evaluation can detect.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ sarm: {model: outputs/sarm}
 encode: {shards: 3}
 data:
   sources:
-    demo: {format: jsonl, label: Demo, path: data/demo/pairs.jsonl, split: {discovery: 0.5, test: 0.5}}
+    demo:
+      {format: jsonl, label: Demo, path: data/demo/pairs.jsonl, split: {discovery: 0.5, test: 0.5}}
 """
 
 

@@ -1,5 +1,5 @@
-"""What failed, was cancelled or was lost is sent again while others still run: with all that follows
-from it, and nothing else.
+"""What failed, was cancelled or was lost is sent again while others still run: with all that
+follows from it, and nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def set_element(site: Site, id_: str, index: int, word: str) -> None:
 
 
 def while_training(site: Site) -> dict[str, list[str]]:
-    """A run whose first arm has failed, its evaluation cancelled with it, while the other trains."""
+    """A run whose first arm has failed, its evaluation cancelled with it, while the other
+    trains.
+    """
     site.submit()
     site.do("encode", "probe", "select", "steer", "cards", "calibrate")
     for batch in ("encode", "probe", "select", "steer", "cards", "calibrate"):
