@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from sarm.config import ROOT
 from sarm.data.conversations import prompt_ids
 from sarm.hub import local_model
 from sarm.llama.decoders import CacheDecoder, Decoder, LlamaDecoder, Sampling

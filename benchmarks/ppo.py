@@ -267,7 +267,7 @@ def floors(
 
 
 # --- a run
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 Kernels = list[tuple[float, float, str]]
@@ -360,8 +360,8 @@ def main() -> None:
     trainer = make_trainer(args, world)
     plan = trainer.learner.plan
     cut = (
-        f"{plan.checkpointed_layers} layers checkpointed, {plan.offloaded_layers} of the reference's"
-        " offloaded"
+        f"{plan.checkpointed_layers} layers checkpointed, {plan.offloaded_layers} of the"
+        " reference's offloaded"
     )
     print(f"planned: weights {plan.weights}, {cut}, {'' if plan.recorded else 'not '}recorded")
     print(

@@ -83,13 +83,18 @@ def in_browser(page: Path, folder: str) -> dict[str, float]:
         # Clicks as soon as the script listens, and takes down when the table was sorted.
         watch = """
             window.tasks = [];
-            new PerformanceObserver((list) => window.tasks.push(...list.getEntries().map((e) => e.duration))).observe({type: 'longtask', buffered: true});
+            new PerformanceObserver((list) => {
+              window.tasks.push(...list.getEntries().map((e) => e.duration));
+            }).observe({type: 'longtask', buffered: true});
             addEventListener('DOMContentLoaded', () => setTimeout(() => {
               document.querySelector('#evaluation thead button').click();
-              if (document.querySelector('#evaluation [aria-sort=ascending]')) window.answered = performance.now();
+              const sorted = document.querySelector('#evaluation [aria-sort=ascending]');
+              if (sorted) window.answered = performance.now();
             }));
-            new MutationObserver(() => { window.drawn ??= document.documentElement.dataset.drawn && performance.now(); })
-              .observe(document, {subtree: true, attributes: true, attributeFilter: ['data-drawn']});"""
+            new MutationObserver(() => {
+              window.drawn ??= document.documentElement.dataset.drawn && performance.now();
+            }).observe(document,
+                       {subtree: true, attributes: true, attributeFilter: ['data-drawn']});"""
         driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": watch})
         driver.get(page.as_uri())
         deadline = time.monotonic() + 60

@@ -1,9 +1,9 @@
 """Evaluate one policy on its own generations: `python -m jobs evaluate --run R --unit base` (or
 `penalty-seed0`).
 
-Publishes generations.parquet, one row a response to a held-out prompt, and summary.json, the settings behind it.
-The unit `steered`, where the config asks for it (`steer.policy`), has a row a direction and prompt,
-and what each direction changed.
+Publishes generations.parquet, one row a response to a held-out prompt, and summary.json, the
+settings behind it. The unit `steered`, where the config asks for it (`steer.policy`), has a row a
+direction and prompt, and what each direction changed.
 """
 
 from __future__ import annotations

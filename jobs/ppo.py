@@ -1,9 +1,9 @@
 """Train one arm with PPO: `python -m jobs ppo --run R --unit penalty-seed0`, by itself or on every
 rank of srun or torchrun.
 
-Reads select's features.json, calibrate's readings.json and the prompts of part `ppo`. Goes on from the newest complete
-checkpoint under RUN/ppo/UNIT/checkpoints. On SIGTERM or SIGUSR2 it ends its step, writes a
-checkpoint and exits with code 75, which means: start me again.
+Reads select's features.json, calibrate's readings.json and the prompts of part `ppo`. Goes on from
+the newest complete checkpoint under RUN/ppo/UNIT/checkpoints. On SIGTERM or SIGUSR2 it ends its
+step, writes a checkpoint and exits with code 75, which means: start me again.
 """
 
 from __future__ import annotations

@@ -111,13 +111,16 @@ def card(
         if judged
         else ""
     )
+    name = config.name
+    command = f"python -m jobs train_refusals --config configs/{name}.yaml --run outputs/{name}"
     return f"""# Refusal classifier
 
-Says how likely a response in English refuses a request: logistic regression on hashed words and pairs of words of its
-first 80 words, with those of the opening counted once more; float16 weights. From {classifier.threshold:g} on a response
-counts as a refusal. It reads the response alone. `sarm/evaluation/refusal_classifier.py` runs it.
+Says how likely a response in English refuses a request: logistic regression on hashed words and
+pairs of words of its first 80 words, with those of the opening counted once more; float16 weights.
+From {classifier.threshold:g} on a response counts as a refusal. It reads the response alone.
+`sarm/evaluation/refusal_classifier.py` runs it.
 
-Command: `python -m jobs train_refusals --config configs/{config.name}.yaml --run outputs/{config.name}`
+Command: `{command}`
 
 ## Data
 Each response whole, cut at {CUT_CHARACTERS} characters, and trimmed to its last sentence end.
@@ -126,13 +129,15 @@ Each response whole, cut at {CUT_CHARACTERS} characters, and trimmed to its last
 |---|---|---|
 {rows}
 
-Labels: our own pairs and texts by how they were written; others where single labels (`{config.train_refusals.labels}`)
-or phrases that leave no doubt say so, and left out elsewhere. A source's refusals and its compliances each count by the
-square root of their number; L2 strength {config.train_refusals.l2:g}.
+Labels: our own pairs and texts by how they were written; others where single labels
+(`{config.train_refusals.labels}`) or phrases that leave no doubt say so, and left out elsewhere. A
+source's refusals and its compliances each count by the square root of their number; L2 strength
+{config.train_refusals.l2:g}.
 
 ## Quality
-Sensitivity / false positives. Cross-validated over {config.train_refusals.folds} folds of prompts, with the threshold
-that maximises their difference over these sources; labels made by phrases flatter.
+Sensitivity / false positives. Cross-validated over {config.train_refusals.folds} folds of prompts,
+with the threshold that maximises their difference over these sources; labels made by phrases
+flatter.
 
 {quality_table(named)}
 {judgement}"""

@@ -69,8 +69,8 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                 ],
                 title=(
                     "The penalty arm against the no-penalty arm, over prompts and seeds."
-                    " `penalised` and `monitors` are firing rates of those latents on the prompts named;"
-                    " `detectable` is the minimum detectable effect (80 % power)."
+                    " `penalised` and `monitors` are firing rates of those latents on the prompts"
+                    " named; `detectable` is the minimum detectable effect (80 % power)."
                 ),
             )
         )
@@ -310,8 +310,9 @@ def sweep(figures: dict[str, Any]) -> list[Block]:
         blocks.append(
             Prose(
                 "Exploratory: the verdict is about another comparison, and no place on the front is"
-                " evidence of control. Each tau with each alpha, and the arms. `front`: no other policy has as low a"
-                " penalised rate, as little KL and as much reward, and less or more of one."
+                " evidence of control. Each tau with each alpha, and the arms. `front`: no other"
+                " policy has as low a penalised rate, as little KL and as much reward, and less or"
+                " more of one."
                 " Penalised is the share of unsafe prompts above the penalty arm's own thresholds,"
                 f" whatever a point's tau. With {seeds} a point, differences within the intervals"
                 " are noise, and so may be a place on the front."

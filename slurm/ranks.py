@@ -111,12 +111,17 @@ class Ranks:
         """Nodes that have shown no sign of life for SILENT_S, with their ranks, in a sentence;
         empty where all have.
         """
-        late = time.monotonic() - SILENT_S
-        hosts: dict[str, list[int]] = {}
+        hosts: dict[str, dict[int, float]] = {}
         for rank, (host, count, at) in sorted(self.heard.items()):
-            if host != self.host and at < late and count != ENDED:
-                hosts.setdefault(host, []).append(rank)
-        named = [f"{host} (ranks {', '.join(map(str, ranks))})" for host, ranks in hosts.items()]
+            if host != self.host and count != ENDED:
+                hosts.setdefault(host, {})[rank] = at
+        late = time.monotonic() - SILENT_S
+        # one rank that shows itself shows that its node lives
+        named = [
+            f"{host} (ranks {', '.join(map(str, heard))})"
+            for host, heard in hosts.items()
+            if max(heard.values()) < late
+        ]
         if not named:
             return ""
         return (

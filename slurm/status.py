@@ -66,8 +66,7 @@ def status(args: argparse.Namespace) -> int:
     slurm, local = ask_slurm(look), local_states(run)
     if not slurm.heard:
         print("warning: the queue gave no answer; showing manifests alone", file=sys.stderr)
-    by_hand = [Unit(node, "done", duration(look, node)) for node in non_phase_units(look)]
-    rows = [row(look, unit, slurm) for unit in [*units(look, slurm, local), *by_hand]]
+    rows = [row(look, u, slurm) for u in [*units(look, slurm, local), *non_phase_units(look)]]
     shown = [line.unit for line in rows]
     code = exit_code(look, shown)
     if args.json:
@@ -84,11 +83,19 @@ def status(args: argparse.Namespace) -> int:
     return code
 
 
-def non_phase_units(look: Look) -> list[Node]:
-    """Jobs that are no phase and were published in this run: exports and trained SARMs."""
+def non_phase_units(look: Look) -> list[Unit]:
+    """Jobs that are no phase and were published in this run, exports and trained SARMs: done, or
+    why not, such as a damaged file.
+    """
     published = look.published()
-    found = (Node(phase, "all") for phase in NON_PHASE_JOBS if (phase, "all") in published)  # type: ignore[arg-type]
-    return [node for node in found if look.done(*node, hashes=look.hashes)]
+    nodes = [Node(phase, "all") for phase in NON_PHASE_JOBS if (phase, "all") in published]  # type: ignore[arg-type]
+    why = {node: look.why_not_done(*node, hashes=look.hashes) for node in nodes}
+    return [
+        Unit(node, "done", duration(look, node))
+        if why[node] is None
+        else Unit(node, "not done", why[node] or "")
+        for node in nodes
+    ]
 
 
 def exit_code(look: Look, shown: Iterable[Unit]) -> int:

@@ -32,7 +32,8 @@ policy: {model: outputs/policy}
 sarm: {model: outputs/sarm}
 data:
   sources:
-    demo: {format: jsonl, label: Demo, path: data/demo/pairs.jsonl, split: {discovery: 0.5, test: 0.5}}
+    demo:
+      {format: jsonl, label: Demo, path: data/demo/pairs.jsonl, split: {discovery: 0.5, test: 0.5}}
 """
 
 

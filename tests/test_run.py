@@ -49,7 +49,8 @@ sarm: {model: outputs/sarm}
 encode: {shards: 3}
 data:
   sources:
-    demo: {format: jsonl, label: Demo, path: data/demo/pairs.jsonl, split: {discovery: 0.5, test: 0.5}}
+    demo:
+      {format: jsonl, label: Demo, path: data/demo/pairs.jsonl, split: {discovery: 0.5, test: 0.5}}
 """
 
 
@@ -301,12 +302,12 @@ def later(monkeypatch: pytest.MonkeyPatch) -> type[Config]:
         penalty: Penalty = Penalty()
         also: str | None = None
 
-    class Calibrate(Strict):
+    class Audit(Strict):
         samples: int = 4
 
     class Later(Config):
         ppo: Ppo = Ppo()
-        calibrate: Calibrate = Calibrate()
+        audit: Audit = Audit()
 
     monkeypatch.setattr("sarm.config.reading.Config", Later)
     return Later

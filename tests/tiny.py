@@ -25,10 +25,14 @@ SOURCE_LAYER = 2
 SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>")
 
 # Trains a few dozen merges, so that a word is not a token a letter.
-CORPUS = """I cannot help you with that because it would harm someone. Please tell me what you would like to do instead.
-Here are the steps that you asked for: first take the thing, then make the other thing, and then do it again.
-How can I make this work? What is the best way to do it? Sure, here is how you do it. I am sorry, but I will not.
-The people who have been hurt by this should call for help; there are ways to stay safe and to keep others safe."""
+CORPUS = """I cannot help you with that because it would harm someone. Please tell me what you \
+would like to do instead.
+Here are the steps that you asked for: first take the thing, then make the other thing, and then \
+do it again.
+How can I make this work? What is the best way to do it? Sure, here is how you do it. I am sorry, \
+but I will not.
+The people who have been hurt by this should call for help; there are ways to stay safe and to \
+keep others safe."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role']"

@@ -137,7 +137,8 @@ class Config(Strict):
     def _sweepable(self) -> Config:
         if self.sweep.alpha and not self.ppo.penalty.has_tau:
             raise ValueError(
-                f"sweep: a {self.ppo.penalty.kind} penalty has no tau to sweep over; use another kind"
+                f"sweep: a {self.ppo.penalty.kind} penalty has no tau to sweep over; use another"
+                " kind"
             )
         if self.sweep.tau_quantile and self.ppo.penalty.tau_from == "policy":
             raise ValueError(

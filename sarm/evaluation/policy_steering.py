@@ -1,8 +1,9 @@
 """A check outside the reward head: push the policy itself along latents' decoder directions and
 score what it then says.
 
-    table, settings = steered_rows(config, policy_folder, prompts, features, progress)    # `python -m jobs evaluate --unit steered`
-    rows = steered_summary(table, draws, seed)                                            # against no push, and random directions
+    # `python -m jobs evaluate --unit steered`
+    table, settings = steered_rows(config, policy_folder, prompts, features, progress)
+    rows = steered_summary(table, draws, seed)  # against no push, and random directions
 
 h' = h + c std(h) d at every position after the policy's own decoder layer L, d the unit decoder
 direction, L the SARM's source layer. *Approximate*: d lives in the normalised states of the SARM's

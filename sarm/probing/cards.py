@@ -1,7 +1,8 @@
 """Latent cards: what each selected latent fires on, what it nearly fires on, and what it does to
 the reward.
 
-    found = latent_cards(encoded, features, table, responses, config)      # what `python -m jobs cards` publishes
+    # what `python -m jobs cards` publishes
+    found = latent_cards(encoded, features, table, responses, config)
 
 Examples are taken over discovery, validation and test, at the reward position, at most one a
 prompt. A near miss is a text whose runner-ups hold the latent: TopK passed it over by `gap`. Plain

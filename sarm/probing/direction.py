@@ -1,9 +1,10 @@
 """The `direction` intervention for every latent at once: h + c std(h) d_i, then normalisation,
 encoder, TopK and head anew.
 
-    sae, weight = load_sae(config.sarm, device)                              # in float64
-    base = baseline(sae, weight, states, k)                                  # the texts as they are
-    for found in direction_changes(base, sae, range(start, stop), [3.0]): ...  # a tile of latents at a time
+    sae, weight = load_sae(config.sarm, device)  # in float64
+    base = baseline(sae, weight, states, k)      # the texts as they are
+    # a tile of latents at a time
+    for found in direction_changes(base, sae, range(start, stop), [3.0]): ...
 
 Moving a state along d_i changes every pre-activation, but all by one law: the new normalised state
 is an affine combination of the old one, d_i and the ones vector, so with G_ij = W_j . (d_i - mean

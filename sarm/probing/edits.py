@@ -1,8 +1,8 @@
 """Pairs of responses to one prompt that differ by a small edit: what of a text sets a latent off,
 where data has such pairs.
 
-    edits = minimal_edits(responses)          # responses: (prompt id, text) of each row
-    moved = edit_effects(edits, z)            # z (n,) of one latent: where the edit turned it on or off
+    edits = minimal_edits(responses)  # responses: (prompt id, text) of each row
+    moved = edit_effects(edits, z)    # z (n,) of one latent: where the edit turned it on or off
 
 The exact effects of `sarm.reward_model.interventions` go from latent to reward; from text to latent
 only a change of the text can tell.

@@ -1,7 +1,8 @@
 """The causal effect of every latent on reward and on the safety margin, from one forward a text.
 
-    encoded = read_encoded(shards)                                # what the encode phase left
-    table = latent_table(encoded, contrasts, start, stop, config) # one row a latent of [start, stop)
+    encoded = read_encoded(shards)  # what the encode phase left
+    # one row a latent of [start, stop)
+    table = latent_table(encoded, contrasts, start, stop, config)
 
 A latent's effect on a pair is its contribution to the margin r(chosen) - r(rejected): the margin
 less the margin with the latent ablated. Sparse arithmetic in float64 over the ranks that TopK kept;

@@ -30,7 +30,7 @@ def _sums(
     k_at = tl.arange(0, BLOCK_K)
     values_at = l_at.to(tl.int64)[:, None] * width + k_at[None, :]
     labels_at = p_at.to(tl.int64)[None, :] * width + k_at[:, None]
-    low_ptr = halves_ptr + latents.to(tl.int64) * width
+    low_ptr = halves_ptr + tl.cast(latents, tl.int64) * width
     high = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.int32)
     low = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.int32)
     for k in range(0, width, BLOCK_K):

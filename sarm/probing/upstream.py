@@ -1,8 +1,10 @@
 """Upstream SARM's own selection score, and rankings of latents side by side; `python -m jobs
 select` writes both.
 
-    s = selection_scores(*summed_latents(ranks, contrast))     # (d_sae,), near 1 on chosen texts alone, near -1 on rejected
-    rows = compared_rankings(judged_table)                     # effect, weight, activity difference and s, each one's top n
+    # (d_sae,), near 1 on chosen texts alone, near -1 on rejected
+    s = selection_scores(*summed_latents(ranks, contrast))
+    # effect, weight, activity difference and s, each one's top n
+    rows = compared_rankings(judged_table)
 
 s = (c - j) / (c + j + C), c and j a latent's values summed over chosen and rejected texts, C the
 mean of c + j over all latents (https://github.com/schrieffer-z/sarm, steering/). It looks at no

@@ -70,24 +70,26 @@ def model_card(config: Config, metrics: dict[str, Any]) -> str:
     )
     return f"""# SARM on {config.policy.model}
 
-The first {t.layer} decoder layers of {config.policy.model}{revision}, {layers}; a TopK SAE of {t.d_sae:,} latents
-(k {t.k}, no ReLU) and a linear head. This folder holds the SAE (matrices in float16) and the head (float32); the layers
-are read from that model.
+The first {t.layer} decoder layers of {config.policy.model}{revision}, {layers}; a TopK SAE of
+{t.d_sae:,} latents (k {t.k}, no ReLU) and a linear head. This folder holds the SAE (matrices in
+float16) and the head (float32); the layers are read from that model.
 
 Command: `python -m jobs train_sarm --config configs/{config.name}.yaml --run outputs/{config.name}`
 Seed {config.seed}, {metrics["device"]}, {metrics["date"]}.
 
 ## Training
 - Pairs: {trained}. Prompts of other parts and sources only evaluate.
-- SAE: SAELens's TopK loss and schedule, {t.sae_steps:,} Adam steps of {t.sae_batch:,} states, positions: {t.positions},
-  of conversations of at most {t.max_length} tokens under the model's own chat template.
-- Head: Bradley-Terry on SARM's own z (no ReLU); sources count alike, prompts alike within a source; L2 strength
-  {metrics["l2"]:g} by cross-validation inside the training pairs.
+- SAE: SAELens's TopK loss and schedule, {t.sae_steps:,} Adam steps of {t.sae_batch:,} states,
+  positions: {t.positions}, of conversations of at most {t.max_length} tokens under the model's own
+  chat template.
+- Head: Bradley-Terry on SARM's own z (no ReLU); sources count alike, prompts alike within a source;
+  L2 strength {metrics["l2"]:g} by cross-validation inside the training pairs.
 
 ## Pair accuracy
-Mean ± standard error over prompt folds: a fold is judged by layers, SAE and head that saw none of its prompts. "Dense
-states": a head of the same kind on the states themselves, for what the SAE costs. The shipped head is judged on the
-prompts outside `sarm_train`, its standard error clustered by prompt.
+Mean ± standard error over prompt folds: a fold is judged by layers, SAE and head that saw none of
+its prompts. "Dense states": a head of the same kind on the states themselves, for what the SAE
+costs. The shipped head is judged on the prompts outside `sarm_train`, its standard error clustered
+by prompt.
 
 {accuracy_table(config, metrics)}
 

@@ -282,7 +282,8 @@ def test_a_job_whose_answer_of_sbatch_is_lost_is_found(undisturbed: ClusterRun) 
         echo . >>{folder}/calls
         [[ $(wc -l <{folder}/calls) == 3 ]] || exec {real} "$@"
         {real} "$@" >/dev/null
-        echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2
+        said='Batch job submission failed: Socket timed out on send/recv operation'
+        echo "sbatch: error: $said" >&2
         exit 1
     """
     wrapper.write_text(script)

@@ -81,8 +81,10 @@ def module() -> Iterator[None]:
     one of them puts on PATH; and a scratch.
     """
     lines = """
-        mkdir -p /opt/site/bin && mkdir -p -m 1777 /opt/scratch && ln -sfn "$(command -v apptainer)" /opt/site/bin/site-apptainer
-        echo 'module() { [ "$*" = "load apptainer/1.4" ] && PATH=/opt/site/bin:$PATH; }; false' >/etc/profile.d/zz-module.sh"""
+        mkdir -p /opt/site/bin && mkdir -p -m 1777 /opt/scratch
+        ln -sfn "$(command -v apptainer)" /opt/site/bin/site-apptainer
+        load='[ "$*" = "load apptainer/1.4" ] && PATH=/opt/site/bin:$PATH'
+        echo "module() { $load; }; false" >/etc/profile.d/zz-module.sh"""
     inside("bash", "-ec", lines, root=True)
     yield
     inside("rm", "/etc/profile.d/zz-module.sh", root=True)
@@ -93,7 +95,8 @@ def reservation() -> Iterator[None]:
     """All nodes, with a feature, for one user's jobs that name it."""
     lines = """
         scontrol update NodeName=g1,g2 AvailableFeatures=nvlink ActiveFeatures=nvlink
-        scontrol create reservation ReservationName=friday Users=sarm StartTime=now Duration=1-0 Nodes=c1,c2,g1,g2 Flags=OVERLAP,IGNORE_JOBS >/dev/null"""
+        scontrol create reservation ReservationName=friday Users=sarm StartTime=now Duration=1-0 \\
+            Nodes=c1,c2,g1,g2 Flags=OVERLAP,IGNORE_JOBS >/dev/null"""
     inside("bash", "-ec", lines, root=True)
     yield
     inside("scontrol", "delete", "reservation", "friday", root=True)

@@ -910,7 +910,8 @@ from sarm.config import DataConfig, SourceConfig, UserError
 from sarm.data.datasets import load_data
 download, sources = json.loads(sys.argv[1])
 try:
-    data = load_data(DataConfig(sources={name: SourceConfig(**source) for name, source in sources.items()}), download=download)
+    sources = {name: SourceConfig(**source) for name, source in sources.items()}
+    data = load_data(DataConfig(sources=sources), download=download)
     rows = sorted([p.prompt.messages[-1]["content"], p.chosen, p.rejected] for p in data.pairs)
     print(json.dumps([rows, sorted({"torch", "transformers"} & set(sys.modules))]))
 except UserError as error:

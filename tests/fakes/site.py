@@ -22,7 +22,8 @@ CONFIG = """
 name: dag
 policy: {model: p}
 sarm: {model: s}
-data: {sources: {demo: {format: jsonl, label: Demo, path: data/demo/pairs.jsonl, split: {test: 1.0}}}}
+data:
+  sources: {demo: {format: jsonl, label: Demo, path: data/demo/pairs.jsonl, split: {test: 1.0}}}
 encode: {shards: 2}
 probe: {shards: 5}
 ppo: {arms: [penalty, no_penalty], seeds: [1]}

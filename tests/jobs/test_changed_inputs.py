@@ -1,4 +1,6 @@
-"""Hashes recorded by fetch are hashes compared: a phase refuses models and data that changed since."""
+"""Hashes recorded by fetch are hashes compared: a phase refuses models and
+data that changed since.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def test_taken_as_it_is_by_fetch_what_read_the_old_data_is_done_again(run: RunDi
     file = run.path.parent / "pairs.jsonl"
     file.write_text("\n".join(file.read_text().splitlines()[:40]) + "\n")
     assert main(["fetch", "--run", str(run.path), "--force"]) == 0
-    told = run.undone_because("encode", "shard-0000-of-0001")
+    told = run.why_not_done("encode", "shard-0000-of-0001")
     assert told == "its input fetch/all/models.json has changed"
 
 

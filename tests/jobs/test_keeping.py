@@ -17,8 +17,11 @@ from sarm.run import Attempt, RunDir
 from tests.runs import (
     PROGRESSION,
     evaluated_run,
+    features,
     metrics,
+    publish,
     publish_ppo,
+    readings,
     reference_config,
     reference_run,
 )
@@ -66,7 +69,10 @@ def test_units_taken_out_of_the_config_are_not_lost_ones(tmp_path: Path) -> None
     publish_ppo(run, "penalty-seed1", metrics(PROGRESSION))
     assert main(["report", "--run", str(run.path)]) == 0
     assert "penalty-seed1" in (run.path / "final_report.txt").read_text()
-    assert main(["report", "--run", str(run.path), "ppo.seeds=[0]"]) == 0
+    fewer = RunDir.create(run.path, reference_config(seeds=[0]))
+    # calibrate draws latents for each seed, and is done again
+    publish(fewer, "calibrate", files={"readings.json": readings(features())})
+    assert main(["report", "--run", str(run.path)]) == 0
     assert "penalty-seed1" not in (run.path / "final_report.txt").read_text()
     assert not (run.path / "final_report.incomplete.txt").exists()
 

@@ -78,7 +78,7 @@ def test_the_report_is_read_from_job_outputs(finished: Path) -> None:
 def test_a_second_run_skips_everything_and_says_so(finished: Path) -> None:
     again = launch(finished)
     assert again.returncode == 0
-    assert again.stdout.count("skipped, done already") == 13
+    assert again.stdout.count("skipped, done already") == 14
     assert again.stdout.count("running") == 0
 
 

@@ -27,6 +27,7 @@ from sarm.config import (
 )
 from sarm.probing.effects import read_encoded, values_on
 from sarm.probing.taus import suggested_taus, swept
+from sarm.records import Features, Readings
 from sarm.run import RunDir
 from slurm.dag import Node, tasks
 from slurm.plan import plan, undone
@@ -143,7 +144,7 @@ def test_a_sweep_is_an_array_and_each_point_is_evaluated_after_its_own_training(
         == tuple((unit,) for unit in UNITS)
         == batches["evaluate.sweep"].elements
     )
-    assert (batches["ppo.sweep"].needs, batches["ppo.sweep"].when) == (("select",), "afterok")
+    assert (batches["ppo.sweep"].needs, batches["ppo.sweep"].when) == (("calibrate",), "afterok")
     assert (batches["evaluate.sweep"].needs, batches["evaluate.sweep"].when) == (
         ("ppo.sweep",),
         "aftercorr",
@@ -235,7 +236,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def test_a_point_trains_with_its_own_penalty(finished: RunDir) -> None:
-    features = finished.read("select").json("features.json")
+    selected = Features.read(finished.read("select").path("features.json"))
+    readings = Readings.read(finished.read("calibrate").path("readings.json"))
+    features = readings.applied(selected).tree()
     for unit, point in finished.config.sweep_points().items():
         penalised = finished.read("ppo", unit).json("calibration.json")["penalised"]
         taus = {
@@ -257,7 +260,7 @@ def test_the_report_shows_the_front_and_keeps_the_sweep_out_of_the_arms(finished
         "no_penalty-seed0",
         *finished.config.sweep_points(),
     ]
-    costs = [(p["triggered"], p["kl"], -p["reward"]) for p in points]
+    costs = [(p["penalised_fired"], p["kl"], -p["reward"]) for p in points]
     assert [p["front"] for p in points] == front(costs) and any(p["front"] for p in points)
     assert [p["policy"] for p in found["policies"]] == ["base", "no_penalty-seed0"] and found[
         "sweep"

@@ -1,4 +1,6 @@
-"""Effects asked for in two sources at once, the density ceiling, and which latents are penalised."""
+"""Effects asked for in two sources at once, the density ceiling, and which latents are
+penalised.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,7 @@ def test_repeats_and_shuffles_go_by_the_same_rule(world) -> None:  # type: ignor
 
 
 def test_features_and_report_say_what_was_asked_for(world) -> None:  # type: ignore[no-untyped-def]
-    encoded, data, config, table = world
+    encoded, data, config, _ = world
     contrasts = contrasts_of(data, encoded, config.conjunction)
     raw = latent_table(encoded, contrasts, 0, D_SAE, config)
     found = select_features(raw, encoded, config, orthogonal)

@@ -100,9 +100,12 @@ def test_tables_sort_by_number_and_say_so(browser, report):
     opened(browser, report)
     column = """
         const table = document.querySelector('#evaluation table');
-        const head = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent.trim() === 'penalised');
-        if (arguments[0]) table.tHead.rows[0].cells[head].querySelector('button').click();
-        return [[...table.tBodies[0].rows].map((row) => parseFloat(row.cells[head].textContent)), table.tHead.rows[0].cells[head].getAttribute('aria-sort')]"""
+        const cells = [...table.tHead.rows[0].cells];
+        const head = cells.findIndex((cell) => cell.textContent.trim() === 'penalised');
+        if (arguments[0]) cells[head].querySelector('button').click();
+        const rows = [...table.tBodies[0].rows];
+        return [rows.map((row) => parseFloat(row.cells[head].textContent)),
+                cells[head].getAttribute('aria-sort')]"""
     before, _ = browser.execute_script(column, False)
     up, said_up = browser.execute_script(column, True)
     down, said_down = browser.execute_script(column, True)
@@ -116,9 +119,10 @@ def test_an_interval_sorts_by_its_lower_end_and_unknown_comes_last(browser, repo
     opened(browser, report)
     order = browser.execute_script("""
         const table = document.querySelector('#changes table');
-        const head = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent.startsWith('95 %'));
+        const cells = [...table.tHead.rows[0].cells];
+        const head = cells.findIndex((cell) => cell.textContent.startsWith('95 %'));
         table.tBodies[0].rows[0].cells[head].textContent = 'n/a';
-        table.tHead.rows[0].cells[head].querySelector('button').click();
+        cells[head].querySelector('button').click();
         return [...table.tBodies[0].rows].map((row) => row.cells[head].textContent)""")
     assert order[-1] == "n/a"
     lower = [float(text[1:].split(",")[0]) for text in order[:-1]]
@@ -139,7 +143,8 @@ def test_harmful_text_needs_a_click_and_samples_can_be_filtered(browser, report)
         const control = document.getElementById(arguments[0]);
         control.value = arguments[1];
         control.dispatchEvent(new Event('input'));
-        return [[...document.querySelectorAll('.sample')].filter((e) => !e.hidden).length, document.getElementById('sample-count').textContent]"""
+        const shown = [...document.querySelectorAll('.sample')].filter((e) => !e.hidden);
+        return [shown.length, document.getElementById('sample-count').textContent]"""
     everything = browser.execute_script(filtered, "sample-text", "")[0]
     safe, told = browser.execute_script(filtered, "sample-kind", "safe")
     assert 0 < safe < everything and told == f"{safe} shown"
@@ -174,7 +179,9 @@ def test_nothing_is_wider_than_the_window_and_plots_keep_their_place(
     spilt = browser.execute_script("""
         return [...document.querySelectorAll('.canvas')].filter((c) => {
           const box = c.getBoundingClientRect(), frame = c.closest('.plot').getBoundingClientRect();
-          return box.left < frame.left - 1 || box.right > frame.right + 1 || c.querySelector('.main-svg').getBoundingClientRect().width > box.width + 1;
+          const drawn = c.querySelector('.main-svg').getBoundingClientRect();
+          return box.left < frame.left - 1 || box.right > frame.right + 1
+            || drawn.width > box.width + 1;
         }).map((c) => c.dataset.plot)""")
     assert spilt == []
     columns = browser.execute_script(
@@ -227,8 +234,10 @@ def test_a_keyboard_reaches_the_controls_and_a_screen_reader_is_told_of_the_plot
     opened(browser, report)
     unnamed = browser.execute_script(
         """
-        return [...document.querySelectorAll('button, input, select, .canvas, [role=region], section')].filter((e) =>
-          !(e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.closest('label') || e.textContent.trim())).length"""
+        const named = 'button, input, select, .canvas, [role=region], section';
+        return [...document.querySelectorAll(named)].filter((e) =>
+          !(e.getAttribute('aria-label') || e.getAttribute('aria-labelledby')
+            || e.closest('label') || e.textContent.trim())).length"""
     )
     assert unnamed == 0
     assert browser.execute_script(

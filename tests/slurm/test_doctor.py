@@ -44,7 +44,7 @@ def test_a_cluster_that_is_as_it_should_be(site: Site, capsys: pytest.CaptureFix
     said = look(site, capsys, 0)
     assert (
         not wrong(said)
-        and "ok        Slurm: it would take all 8 kinds of jobs" in said
+        and "ok        Slurm: it would take all 9 kinds of jobs" in said
         and "580.65.06" in said
     )
 
@@ -80,12 +80,12 @@ def test_a_cluster_that_is_as_it_should_be(site: Site, capsys: pytest.CaptureFix
         (
             "",
             {"sinfo": "main|main*|gpu:h100:2(S:0-1)"},
-            "ppo wants 4 GPUs of partition main, and no node there has more than 2",
+            "ppo wants 4 h100 GPUs of partition main, and no node there has more than 2",
         ),
         (
             "pack: 8\n",
             {"sinfo": "main|main*|gpu:h100:4"},
-            "encode wants 8 GPUs of partition main, and no node there has more than 4",
+            "encode wants 8 h100 GPUs of partition main, and no node there has more than 4",
         ),
         ("", {"max_array_size": 1}, "lower max_array_size"),
         (

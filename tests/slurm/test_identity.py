@@ -62,7 +62,7 @@ def test_no_command_sees_through_the_shells_filters(
         monkeypatch.setenv(name, value)
     assert run_status(site) == 1
     assert capsys.readouterr().out == without and "pending" in without
-    assert site.submit() == 0 and len(site.jobs) == 13, "attached to what waits"
+    assert site.submit() == 0 and len(site.jobs) == 14, "attached to what waits"
     assert run_status(site, "--cancel") == 0
     assert {job["state"] for job in site.jobs.values()} == {"CANCELLED"}
 
@@ -103,7 +103,7 @@ def test_a_clients_environment_is_the_callers_without_what_overrules_it() -> Non
 def test_job_names_in_any_encoding_are_read(site: Site) -> None:
     site.submit()
     strangers_job(site, name="Versuch-\udce4\udcff|with|bars")  # Latin-1, as squeue hands it on
-    assert len(queue.known_jobs()) == 17
+    assert len(queue.known_jobs()) == 18
     assert run_status(site, "--cancel") == 0 and site.jobs["777"]["state"] == "RUNNING"
 
 
@@ -136,7 +136,7 @@ def test_ids_that_came_again_are_another_runs(
     assert "attached" not in capsys.readouterr().out
     site.path = second
     assert {site.jobs[id_]["state"] for id_ in others} == {"PENDING"}, "B is untouched"
-    assert len(site.jobs) == len(others) + 13
+    assert len(site.jobs) == len(others) + 14
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_sites_sbatch_that_talks(site: Site, says: str) -> None:
     strangers_job(site)
     site.fault(says=says)
     assert site.submit() == 0
-    assert site.jobs["777"]["state"] == "RUNNING" and len(site.jobs) == 14
+    assert site.jobs["777"]["state"] == "RUNNING" and len(site.jobs) == 15
 
 
 def test_an_answer_that_names_another_job_takes_all_back_and_leaves_that_one(
@@ -179,12 +179,12 @@ def test_an_answer_that_names_another_job_takes_all_back_and_leaves_that_one(
     assert states.pop("777") == "RUNNING" and set(states.values()) == {"CANCELLED"}
 
 
-@pytest.mark.parametrize("at", [1, 4, 13])
+@pytest.mark.parametrize("at", [1, 4, 14])
 def test_a_job_whose_answer_was_lost_is_found_by_its_name(site: Site, at: int) -> None:
     site.fault(lose=at)
     assert site.submit() == 0
     jobs = {batch_of(job): id_ for id_, job in site.jobs.items()}
-    assert len(jobs) == len(site.jobs) == 13 and not any(j["held"] for j in site.jobs.values())
+    assert len(jobs) == len(site.jobs) == 14 and not any(j["held"] for j in site.jobs.values())
     (journal,) = journals(site.run)
     assert journal["jobs"] == jobs
     assert all(list(site.path.glob(f"submissions/*/{id_}*_submitted.pkl")) for id_ in jobs.values())
@@ -194,7 +194,7 @@ def test_a_job_that_comes_to_be_after_all_is_not_there_twice(site: Site) -> None
     site.fault(hides=4)  # its answer is lost, and it is seen only when it has been sent again
     assert site.submit() == 0
     live = [batch_of(job) for job in site.jobs.values() if job["state"] != "CANCELLED"]
-    assert sorted(live) == sorted(set(live)) and len(live) == 13
+    assert sorted(live) == sorted(set(live)) and len(live) == 14
 
 
 @pytest.mark.parametrize("command", ["sbatch", "squeue", "scontrol"])
@@ -202,7 +202,7 @@ def test_a_controller_that_is_busy_for_a_moment_is_asked_again(site: Site, comma
     site.submit("--phase", "encode")  # so that there is a queue to look at
     site.fault(busy={command: 2})
     assert site.submit() == 0
-    assert len(site.jobs) == 13 and not any(job["held"] for job in site.jobs.values())
+    assert len(site.jobs) == 14 and not any(job["held"] for job in site.jobs.values())
 
 
 def test_a_controller_that_stays_away_is_not_asked_for_ever(
@@ -246,4 +246,6 @@ def test_a_killed_submission_leaves_nothing_that_cancel_does_not_see(site: Site)
 def test_the_phase_stands_first_in_every_name(site: Site) -> None:
     site.submit()
     for job in site.jobs.values():
-        assert re.match(r"(encode|probe|select|steer|cards|ppo|evaluate|report)\.", job["name"])
+        assert re.match(
+            r"(encode|probe|select|steer|cards|calibrate|ppo|evaluate|report)\.", job["name"]
+        )

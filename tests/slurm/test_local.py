@@ -93,15 +93,15 @@ def test_every_task_comes_after_all_that_it_needs(config: Config) -> None:
     for task in tasks(config):
         assert set(task.needs) <= seen
         seen.add(task.node)
-    assert len(seen) == 1 + 2 + 3 + 1 + 4 + 1 + 1 + 5 + 1
+    assert len(seen) == 1 + 2 + 3 + 1 + 1 + 4 + 1 + 1 + 5 + 1
 
 
 def test_base_is_evaluated_without_training_and_a_policy_after_its_own(config: Config) -> None:
     needs = {task.node: task.needs for task in tasks(config)}
-    assert needs[Node("evaluate", "base")] == (Node("select", "all"),)
+    assert needs[Node("evaluate", "base")] == (Node("calibrate", "all"),)
     assert needs[Node("evaluate", "penalty-seed1")] == (Node("ppo", "penalty-seed1"),)
     assert len(needs[Node("probe", "shard-0000-of-0003")]) == 2
-    assert len(needs[Node("report", "all")]) == 18
+    assert len(needs[Node("report", "all")]) == 19
 
 
 def test_a_run_is_done_in_order_and_a_second_one_skips_all_of_it(fake_run: RunDir) -> None:

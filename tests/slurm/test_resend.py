@@ -1,5 +1,5 @@
-"""What failed, was cancelled or was lost is sent again while others still run: with all that follows
-from it, and nothing else.
+"""What failed, was cancelled or was lost is sent again while others still run: with all that
+follows from it, and nothing else.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ def set_element(site: Site, id_: str, index: int, word: str) -> None:
 
 
 def while_training(site: Site) -> dict[str, list[str]]:
-    """A run whose first arm has failed, its evaluation cancelled with it, while the other trains."""
+    """A run whose first arm has failed, its evaluation cancelled with it, while the other
+    trains.
+    """
     site.submit()
-    site.do("encode", "probe", "select", "steer", "cards")
-    for batch in ("encode", "probe", "select", "steer", "cards"):
+    site.do("encode", "probe", "select", "steer", "cards", "calibrate")
+    for batch in ("encode", "probe", "select", "steer", "cards", "calibrate"):
         site.set_state("COMPLETED", only=batch)
     site.set_state("FAILED", only="ppo.penalty-seed1")
     site.set_state("CANCELLED", only="evaluate.penalty-seed1")
@@ -186,8 +188,8 @@ def test_arms_are_throttled(site: Site) -> None:
     assert "#SBATCH --array=0-1%2\n" in evaluate[1]["text"]
     assert evaluate[1]["dependency"] == f"aftercorr:{ppo[0]}", "each after its own training"
     # Of two throttled arms one has failed: the other's evaluation is not waited for in an array.
-    site.do("encode", "probe", "select", "steer", "cards")
-    for batch in ("encode", "probe", "select", "steer", "cards"):
+    site.do("encode", "probe", "select", "steer", "cards", "calibrate")
+    for batch in ("encode", "probe", "select", "steer", "cards", "calibrate"):
         site.set_state("COMPLETED", only=batch)
     set_element(site, ppo[0], 0, "FAILED")
     set_element(site, ppo[0], 1, "RUNNING")

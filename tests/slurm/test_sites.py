@@ -133,7 +133,7 @@ def test_another_cluster_is_named_to_every_command(
 ) -> None:
     site.profile.write_text(PROFILE + "clusters: gpu\n")
     site.fault(says="Submitted batch job {id} on cluster gpu")
-    assert site.submit() == 0 and site.submit() == 0 and len(site.jobs) == 13
+    assert site.submit() == 0 and site.submit() == 0 and len(site.jobs) == 14
     assert {job["cluster"] for job in site.jobs.values()} == {"gpu"}
     capsys.readouterr()
     assert status(["--run", str(site.path)]) == 1
@@ -260,13 +260,13 @@ def test_doctor_knows_limits_accounting_and_what_waits(
     words = ["--cluster", str(site.profile), "--config", str(site.config), "--run", str(site.path)]
     site.profile.write_text(PROFILE + "submit_limit: 10\n")
     assert doctor.main(words) == 2
-    # two encode, five probe, select, steer, cards, two ppo, three evaluate, report
-    assert "16 jobs are more than this cluster's submit_limit of 10" in capsys.readouterr().out
+    # two encode, five probe, select, steer, cards, calibrate, two ppo, three evaluate, report
+    assert "17 jobs are more than this cluster's submit_limit of 10" in capsys.readouterr().out
     site.profile.write_text(PROFILE)
     site.fault(sacctmgr="12|\n100|200\n", no_sacct=False)
     assert doctor.main(words) == 2
     said = capsys.readouterr().out
-    assert "the run is 16 jobs and your account may queue 12" in said
+    assert "the run is 17 jobs and your account may queue 12" in said
     assert "ok        accounting: it answers" in said
     site.fault()
     site.submit()
@@ -429,7 +429,7 @@ def test_status_ends_with_what_there_is_to_know(
     assert status(words) == 3
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("2 failed while others go on; sent again by make submit-all")
-    site.do("encode", "probe", "select", "steer", "cards", "ppo", "evaluate", "report")
+    site.do("encode", "probe", "select", "steer", "cards", "calibrate", "ppo", "evaluate", "report")
     site.set_state("COMPLETED")
     assert status(words) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("final_report.txt")
@@ -444,13 +444,14 @@ def test_status_for_programs(site: Site, capsys: pytest.CaptureFixture[str]) -> 
     found = json.loads(capsys.readouterr().out)
     assert (found["state"], found["queue_answered"]) == ("failed", True)
     units = {(unit["phase"], unit["unit"]): unit for unit in found["units"]}
-    assert len(units) == 17
+    assert len(units) == 18
     failed = units["probe", "shard-0003-of-0005"]
     assert (failed["state"], failed["kind"], failed["job"]) == ("FAILED", "failed", "103_1")
     assert units["fetch", "all"]["kind"] == "done" and units["fetch", "all"]["job"] is None
-    # 26.05 hours on four GPUs; planned: seven shards and three evaluations of 1 and 2 h, 2 x 16 h
+    # 26.05 hours on four GPUs; planned: seven shards and calibrate of 1 h, three evaluations of
+    # 2 h, 2 x 16 h
     assert found["gpu_hours"]["used"] == pytest.approx(4 * (26 * 3600 + 3 * 60 + 4) / 3600)
-    assert found["gpu_hours"]["planned"] == 7 * 1 + 3 * 2 + 2 * 4 * 4
+    assert found["gpu_hours"]["planned"] == 8 * 1 + 3 * 2 + 2 * 4 * 4
 
 
 def test_a_failed_job_without_accounting_or_log_is_told_as_failed(

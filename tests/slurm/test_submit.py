@@ -27,8 +27,10 @@ from tests.fakes.site import CANARY, CONFIG, PROFILE, Site, batch_of
 def test_the_whole_dag_goes_in_with_its_dependencies(site: Site) -> None:
     assert site.submit() == 0
     jobs = {batch_of(job): (id_, job) for id_, job in site.jobs.items()}
-    assert len(jobs) == 1 + 3 + 1 + 1 + 1 + 2 + 3 + 1
+    assert len(jobs) == 1 + 3 + 1 + 1 + 1 + 1 + 2 + 3 + 1
     ids = {name: id_ for name, (id_, _) in jobs.items()}
+    assert jobs["calibrate"][1]["dependency"] == f"afterok:{ids['select']}"
+    assert jobs["ppo.penalty-seed1"][1]["dependency"] == f"afterok:{ids['calibrate']}"
     assert jobs["encode"][1]["elements"] == 2 and jobs["encode"][1]["dependency"] == ""
     # Five shards in arrays of at most two: three submissions, the last of one element and so no
     # array.
@@ -65,7 +67,7 @@ def test_ppo_sees_all_gpus_of_the_node_and_requeues_a_bounded_number_of_times(si
     ), "it has no checkpoint to go on from"
 
 
-@pytest.mark.parametrize("at", [1, 4, 13])
+@pytest.mark.parametrize("at", [1, 4, 14])
 def test_all_or_nothing(site: Site, at: int, capsys: pytest.CaptureFixture[str]) -> None:
     site.fault(refuse=at)
     assert site.submit() == 2
@@ -73,7 +75,7 @@ def test_all_or_nothing(site: Site, at: int, capsys: pytest.CaptureFixture[str])
     assert "nothing runs" in capsys.readouterr().err
     site.fault()
     assert site.submit() == 0
-    assert sum(job["state"] == "PENDING" for job in site.jobs.values()) == 13
+    assert sum(job["state"] == "PENDING" for job in site.jobs.values()) == 14
 
 
 def test_a_submission_that_cannot_be_taken_back_says_so_and_the_next_one_does_it(
@@ -89,7 +91,7 @@ def test_a_submission_that_cannot_be_taken_back_says_so_and_the_next_one_does_it
     assert site.submit() == 0
     assert {site.jobs[id_]["state"] for id_ in first} == {"CANCELLED"} and len(
         set(site.jobs) - first
-    ) == 13
+    ) == 14
 
 
 def test_submitting_again_attaches_to_what_is_running(
@@ -113,12 +115,12 @@ def test_one_phase_that_runs_is_joined_by_the_rest(
     assert site.submit() == 0
     assert f"encode/shard-0000-of-0002 ({encode}_0)" in capsys.readouterr().out
     rest = {batch_of(job): job for id_, job in site.jobs.items() if id_ != encode}
-    assert len(rest) == 12 and "encode" not in rest
+    assert len(rest) == 13 and "encode" not in rest
     assert rest["probe.0"]["dependency"] == f"afterok:{encode}", "the array of the other submission"
     assert rest["report"]["dependency"].startswith("afterany:")
     assert encode in rest["report"]["dependency"].split(":")
     assert not any(job["held"] for job in site.jobs.values())
-    assert site.submit("--phase", "encode") == 0 and len(site.jobs) == 13, "attached to"
+    assert site.submit("--phase", "encode") == 0 and len(site.jobs) == 14, "attached to"
 
 
 def test_a_cancelled_run_whose_jobs_are_still_ending_is_submitted_anew(site: Site) -> None:
@@ -126,7 +128,7 @@ def test_a_cancelled_run_whose_jobs_are_still_ending_is_submitted_anew(site: Sit
     site.set_state("CANCELLED")
     site.set_state("COMPLETING", only="encode")
     assert site.submit() == 0
-    assert len(site.jobs) == 26
+    assert len(site.jobs) == 28
 
 
 def test_two_at_once_submit_once(site: Site) -> None:
@@ -146,7 +148,7 @@ def test_two_at_once_submit_once(site: Site) -> None:
         for _ in range(2)
     ]
     ends = [(process.communicate(), process.returncode) for process in both]
-    assert len(site.jobs) == 13, ends
+    assert len(site.jobs) == 14, ends
     assert {code for _, code in ends} <= {0, 2}
 
 
@@ -334,7 +336,7 @@ def test_a_dry_run_needs_no_slurm_and_touches_nothing(
         submitting.main(["--config", str(path), "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     )
     out = capsys.readouterr().out
-    assert out.count("#!/bin/bash") == 11 and "GPU-hours" in out
+    assert out.count("#!/bin/bash") == 12 and "GPU-hours" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -564,6 +566,6 @@ def test_undone_work_takes_everything_downstream_with_it() -> None:
     config = Config.model_validate(RAW)
     todo = planning.undone(config, lambda node: node != Node("select", "all"))
     assert Node("encode", "shard-0000-of-0001") not in todo
-    assert {"select", "steer", "cards", "ppo", "evaluate", "report"} == {
+    assert {"select", "steer", "cards", "calibrate", "ppo", "evaluate", "report"} == {
         node.phase for node in todo
     }
