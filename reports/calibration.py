@@ -75,11 +75,19 @@ def verdict_on_the_instrument(found: dict[str, Any]) -> str:
 
 
 def responses(found: dict[str, Any]) -> str:
+    trimmed = found["scored_tokens"] < found["tokens"]
     return (
         f"{found['n_prompts'] * found['samples']} responses of the base policy to"
         f" {found['n_prompts']} unsafe prompts, {fixed(found['tokens'], 0)} tokens on average:"
-        f" {found['cut']:.0%} hit the token limit and were trimmed to their last sentence end"
-        f" ({fixed(found['scored_tokens'], 0)} tokens scored); {found['unended']:.0%} have none."
+        f" {found['cut']:.0%} hit the token limit"
+        + (
+            " and were trimmed to their last sentence end, where they have one"
+            f" ({fixed(found['scored_tokens'], 0)} tokens scored)"
+            if trimmed
+            else ""
+        )
+        + f"; {found['unended']:.0%} of the scored texts end at neither an end of turn nor a"
+        " sentence end."
         f" Some penalised latent fires on {found['any_rate']:.0%}."
     )
 
