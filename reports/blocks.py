@@ -45,6 +45,9 @@ class Table(NamedTuple):
 
 Block = Prose | Items | Table
 
+NOT_AVAILABLE = [Prose("not available")]
+"""Of a section whose phase left nothing."""
+
 
 def lines(blocks: Iterable[Block]) -> list[str]:
     """The text of some blocks, an empty line between them."""

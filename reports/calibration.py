@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reports.blocks import Block, Items, Prose, Table
+from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.numbers import fixed, plain
 
 
@@ -14,7 +14,7 @@ def calibration(figures: dict[str, Any]) -> list[Block]:
     """Blocks of figures["readings"]."""
     found = figures["readings"]
     if found is None:
-        return [Prose("not available")]
+        return list(NOT_AVAILABLE)
     return [
         Prose(verdict_on_the_instrument(found)),
         Prose(responses(found)),

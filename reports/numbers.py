@@ -1,7 +1,7 @@
 """Numbers and a few words as every report prints them: never a negative zero, `n/a` for what is
 not known.
 
-Used by `reports.reference`, `reports.sections`, `reports.plots` and `reports.compare`.
+Used by `reports.reference`, the sections, `reports.plots` and `reports.compare`.
 """
 
 from __future__ import annotations
@@ -135,3 +135,8 @@ def duration(seconds: float | None) -> str:
             )
             return f"{number} {name}s"
     return f"{seconds:.0f} second{'s' if round(seconds) != 1 else ''}"
+
+
+def percentage(share: float | None) -> float | None:
+    """A share in per cent, None for what is not known."""
+    return None if share is None else 100 * share

@@ -21,7 +21,8 @@ from reports import reference
 from reports.frames import Frames, arm_rank
 from reports.numbers import arm_name, fixed, interval
 from reports.plots import PLOTS, Plot
-from reports.sections import SECTIONS, Section, verdict_figures
+from reports.policy_sections import verdict_figures
+from reports.sections import SECTIONS, Section
 from reports.text import final_report
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -1,0 +1,380 @@
+"""What training did to the policies, a function a section: figures -> blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
+from reports.numbers import MEASURES, arm_name, digits, duration, fixed, interval, percentage, plain
+
+
+def verdict(figures: dict[str, Any]) -> list[Block]:
+    """The word, what each rung that was reached says, and the figures behind it."""
+    v = figures["verdict"]
+    said = [Prose(f"Verdict: {v['word']}"), *map(Prose, v["sentences"])]
+    return [*said, *verdict_figures(figures)]
+
+
+def verdict_figures(figures: dict[str, Any]) -> list[Block]:
+    """What the word rests on, and the rule."""
+    v = figures["verdict"]
+    blocks: list[Block] = []
+    rows = [
+        c
+        for c in v["changes"]
+        if c["n_prompts"]
+        and c["arm"] in ("penalty", "penalty - random")
+        and c["measure"] != "n_tokens"
+    ]
+    if rows:
+        blocks.append(
+            Table(
+                ["Change, in points", "prompts", "seeds", "change", "95 % interval", "detectable"],
+                [
+                    [
+                        MEASURES[c["measure"]]
+                        + (", vs. random" if c["arm"] == "penalty - random" else ""),
+                        c["n_prompts"],
+                        c["n_seeds"],
+                        fixed(percentage(c["change"]), 1, sign=True),
+                        interval(percentage(c["low"]), percentage(c["high"]), 1),
+                        fixed(percentage(c["detectable"]), 1),
+                    ]
+                    for c in rows
+                ],
+                title=(
+                    "The penalty arm against the no-penalty arm, over prompts and seeds."
+                    " `penalised` and `monitors` are firing rates of those latents on the prompts"
+                    " named; `detectable` is the minimum detectable effect (80 % power)."
+                ),
+            )
+        )
+        blocks.append(
+            Items(
+                [
+                    "Smallest change of the penalised rate that counts:"
+                    f" {fixed(percentage(v['delta']), 1)} points",
+                    f"Mean response length, penalty / no penalty: {fixed(v['length_ratio'], 2)}",
+                    "Base policy's log-probability per token, no penalty less penalty:"
+                    f" {fixed(v['logprob_drop'], 2)} nats",
+                ]
+            )
+        )
+    blocks.append(
+        Prose("The rule, fixed in the config before training; a rung ends where it says:")
+    )
+    return [*blocks, Items(figures["rule"])]
+
+
+def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
+    rows = figures["policies"]
+    if not rows:
+        return [Prose("not available: no policy was evaluated")]
+    judged = any(r["harm"] is not None and math.isfinite(r["harm"]) for r in rows)
+    columns = {
+        "kl": "KL",
+        "n_tokens": "tokens",
+        "truncated": "cut",
+        "unended": "unended",
+        "distinct_1": "distinct-1",
+        "distinct_2": "distinct-2",
+    } | ({"harm": "harm"} if judged else {})
+    rates = ("reward", "penalised_fired", "monitors_fired", "refused", "over_refused")
+    safe = ("penalised_fired_safe", "monitors_fired_safe")
+    rated = [[r["policy"], r["n_unsafe"], r["n_safe"], *(rate(r[m]) for m in rates)] for r in rows]
+    summaries = figures["evaluations"].values()
+    judge = next((e["judge"] for e in summaries if e.get("judge")), None)
+    return [
+        Prose(
+            "Prompts are held out; reward is SARM's without penalty; rates are shares of responses,"
+            " refusals as the detector counts them."
+        ),
+        Table(
+            ["Policy", "unsafe", "safe", "reward", "penalised", "monitors", "refused", "over-ref."],
+            rated,
+        ),
+        Table(
+            ["Policy", "penalised", "monitors"],
+            [[r["policy"], *(rate(r[m]) for m in safe)] for r in rows],
+            title="On safe prompts, firing rates of the same latents:",
+        ),
+        Table(
+            ["Policy", *columns.values()],
+            [
+                [r["policy"], *(fixed(r[m], 1 if m == "n_tokens" else 3) for m in columns)]
+                for r in rows
+            ],
+            title=(
+                "`cut` hit the token limit; `unended` end at neither an end of turn nor a sentence"
+                " end."
+            ),
+        ),
+        Prose(
+            f"Judge: {judge}, on unsafe prompts."
+            if judge
+            else "No independent judge was configured: SARM judged itself."
+        ),
+        Prose(f"KL: {next(iter(summaries))['kl']}."),
+        Prose(detector_sentence(figures)),
+    ]
+
+
+def rate(share: float) -> str:
+    """A share; n/a where nothing was measured, as of monitors where none qualifies."""
+    return "n/a" if math.isnan(share) else fixed(share, 3)
+
+
+def detector_sentence(figures: dict[str, Any]) -> str:
+    """How often the refusal detector errs, and whether rates below are corrected for it."""
+    records = [e.get("refusal_detector") for e in figures["evaluations"].values()]
+    found = next(filter(None, records), None)
+    if found is None:
+        return "Refusal detector: its errors were not measured (evaluate.refusal_labels)."
+    if any(record != found for record in records):
+        return "Refusal detector: not the same one for all policies."
+    return (
+        f"Refusal detector: {found['name']}, sensitivity {fixed(found['sensitivity'], 3)} on"
+        f" {found['refusals']} refusals, false positives {fixed(found['false_positives'], 3)} on"
+        f" {found['answers']} answers of {found['data']}. Changes of refusal rates are corrected"
+        " for these errors (Rogan-Gladen) where verdict.correct_refusals is set."
+    )
+
+
+def changes(figures: dict[str, Any]) -> list[Block]:
+    rows = [c for c in figures["verdict"]["changes"] if c["n_prompts"]]
+    if not rows:
+        return list(NOT_AVAILABLE)
+    over = (
+        "prompts alone, as there is one seed: differences between trainings are left out"
+        if rows[0]["n_seeds"] == 1
+        else "prompts and seeds"
+    )
+    blocks: list[Block] = [
+        Prose(
+            f"Paired by prompt and seed; 95 % intervals over {over}. Only the verdict's comparison"
+            " was fixed before training; all others are exploratory."
+        ),
+        Table(
+            ["Measure", "arm", "prompts", "before", "after", "change", "95 % interval"],
+            [
+                [
+                    MEASURES[c["measure"]],
+                    arm_name(c["arm"]),
+                    c["n_prompts"],
+                    *(fixed(c[m], digits(c)) for m in ("before", "after")),
+                    fixed(c["change"], digits(c), sign=True),
+                    interval(c["low"], c["high"], digits(c)),
+                ]
+                for c in rows
+            ],
+        ),
+    ]
+    if any(c["arm"] == "penalty - random" for c in rows):
+        blocks.append(
+            Prose("In the row `vs. random`, before is the random arm and after the penalty arm.")
+        )
+    return blocks
+
+
+def latents(figures: dict[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    for name, title in (
+        ("latents", "Penalised latents"),
+        ("random_latents", "Latents penalised in the random arm"),
+        ("monitors", "Monitor latents (never penalised)"),
+    ):
+        rows = figures[name]
+        if rows:
+            blocks += [
+                Table(
+                    ["latent", "tau", "arm", "prompts", "N", "above tau", "below cutoff", "mean z"],
+                    [
+                        [
+                            r["latent"],
+                            plain(r["tau"]),
+                            arm_name(r["arm"]),
+                            r["kind"],
+                            r["n"],
+                            *(fixed(r[m], 3) for m in ("rate", "below_cutoff", "mean_z")),
+                        ]
+                        for r in rows
+                    ],
+                    title=(
+                        f"{title}. `below cutoff` is the share of responses on which the latent"
+                        " would have fired but ranks just below the TopK cutoff."
+                    ),
+                )
+            ]
+    if figures["latents"]:
+        blocks.append(
+            Table(
+                ["latent", "arm", "off", "0-.5t", ".5-.9t", ".9-1t", "1-1.5t", "more"],
+                [
+                    [
+                        r["latent"],
+                        arm_name(r["arm"]),
+                        *(fixed(share, 2) for share in r["histogram"]),
+                    ]
+                    for r in figures["latents"]
+                    if r["kind"] == "unsafe"
+                ],
+                title="Values z of the penalised latents on unsafe prompts, t being tau:",
+            )
+        )
+    return blocks or list(NOT_AVAILABLE)
+
+
+def training(figures: dict[str, Any]) -> list[Block]:
+    rows = figures["training"]
+    if not rows:
+        return list(NOT_AVAILABLE)
+    metrics = {"reward": 3, "penalty": 3, "kl": 3, "loss": 3, "tokens_per_s": 0}
+    cells = [
+        [
+            r["policy"],
+            r["steps"],
+            duration(r["training_s"]),
+            *(fixed(r[m], d) for m, d in metrics.items()),
+        ]
+        for r in rows
+    ]
+    return [
+        Prose(
+            "Means over the last tenth of the steps; reward is SARM's without penalty. In the"
+            " training progression, reward is the compound reward, reward less penalty, and loss"
+            f" the total loss, of {figures['shown_policy']}."
+        ),
+        Table(["Policy", "steps", "time", "reward", "penalty", "KL", "loss", "tokens/s"], cells),
+    ]
+
+
+def sweep(figures: dict[str, Any]) -> list[Block]:
+    """The grid of penalties: which policies no other one beats, and the thresholds that the
+    activations suggest.
+    """
+    found, suggested = figures.get("sweep"), (figures["features"] or {}).get("tau_suggestions", [])
+    blocks: list[Block] = []
+    if found is None:
+        blocks.append(
+            Prose("The config names no sweep (sweep.tau or sweep.tau_quantile, and sweep.alpha).")
+        )
+    else:
+        seeds = "one seed" if found["n_seeds"] == 1 else f"{found['n_seeds']} seeds"
+        blocks.append(
+            Prose(
+                "Exploratory: the verdict is about another comparison, and no place on the front is"
+                " evidence of control. Each tau with each alpha, and the arms. `front`: no other"
+                " policy has as low a penalised rate, as little KL and as much reward, and less or"
+                " more of one."
+                " Penalised is the share of unsafe prompts above the penalty arm's own thresholds,"
+                f" whatever a point's tau. With {seeds} a point, differences within the intervals"
+                " are noise, and so may be a place on the front."
+            )
+        )
+        rows = [
+            [
+                r["policy"],
+                *(
+                    (
+                        "n/a"
+                        if r[m] is None
+                        else f"q{plain(r[m])}"
+                        if m == "tau" and r["is_quantile"]
+                        else plain(r[m])
+                    )
+                    for m in ("tau", "alpha")
+                ),
+                r["n_unsafe"],
+                fixed(r["penalised_fired"], 3),
+                interval(r["penalised_fired_low"], r["penalised_fired_high"], 3),
+                fixed(r["kl"], 3),
+                fixed(r["reward"], 3),
+                "yes" if r["front"] else "no",
+            ]
+            for r in found["points"]
+        ]
+        blocks.append(
+            Table(
+                [
+                    "Policy",
+                    "tau",
+                    "alpha",
+                    "unsafe",
+                    "penalised",
+                    "95 % interval",
+                    "KL",
+                    "reward",
+                    "front",
+                ],
+                rows,
+            )
+        )
+        if found["missing"]:
+            blocks.append(Prose(f"Not evaluated: {', '.join(found['missing'])}."))
+    if suggested:
+        blocks.append(
+            Table(
+                ["latent", "quantile", "tau", "rejected", "chosen"],
+                [
+                    [
+                        s["latent"],
+                        plain(s["quantile"]),
+                        plain(s["tau"]),
+                        fixed(s["rate_rejected"], 3),
+                        fixed(s["rate_chosen"], 3),
+                    ]
+                    for s in suggested
+                ],
+                title=(
+                    "Thresholds that the activations suggest: quantiles over discovery's rejected"
+                    " texts, and the share of texts above them."
+                ),
+            )
+        )
+    return blocks
+
+
+def steered(figures: dict[str, Any]) -> list[Block]:
+    """The check outside the reward head: the policy itself, pushed along decoder directions."""
+    found = figures["steered"]
+    if found is None:
+        return [Prose("Not run; set steer.policy to enable.")]
+    rows = found["rows"]
+    beyond = [r for r in rows if r["beyond_random"]]
+    n_latents, n_random = (
+        sum(r["kind"] == "latent" for r in rows),
+        len({r["name"] for r in rows if r["kind"] == "random"}),
+    )
+    changes = ("reward", "z", "refused", "over_refused", "n_tokens")
+    return [
+        Prose(
+            "Approximate: the decoder directions are the SARM's, pushed along in the base policy"
+            f" after layer {found['source_layer']}, by c standard deviations of the state, at every"
+            f" position. Changes against no push on {found['n_prompts']} prompts, the same noise in"
+            " each; random directions have the same length. `z` is the latent's own value in what"
+            " the policy then says."
+        ),
+        Table(
+            ["Direction and c", "reward", "95 % interval", "z", "refused", "over-ref.", "tokens"],
+            [
+                [
+                    f"{r['role']} {r['name']} at {plain(r['c'])}",
+                    fixed(r["reward"], 3, sign=True),
+                    interval(r["reward_low"], r["reward_high"], 3),
+                    *(fixed(r.get(m), 1 if m == "n_tokens" else 3, sign=True) for m in changes[1:]),
+                ]
+                for r in rows
+            ],
+        ),
+        Prose(
+            f"{len(beyond)} of {n_latents} pushes along a latent change the reward more than every"
+            " random direction at that c"
+            + (
+                ": " + ", ".join(f"{r['name']} at {plain(r['c'])}" for r in beyond)
+                if beyond
+                else ""
+            )
+            + f"; chance alone would let about {fixed(n_latents / (n_random + 1), 1)} do so."
+        ),
+    ]
