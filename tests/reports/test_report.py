@@ -15,7 +15,7 @@ import pytest
 
 import jobs.report
 import sarm.run
-from reports import blocks, evidence, frames, numbers, reference, sections
+from reports import blocks, evidence, frames, numbers, probe_sections, reference
 from reports.blocks import Table
 from reports.figures import (
     distinct,
@@ -493,19 +493,19 @@ def test_steering_sentence(chosen, rejected, words):
 
 
 def test_margin_sentence_stands_against_the_word_improvement():
-    assert "telling unsafe from safe texts less well" in sections.margin_sentence(
+    assert "telling unsafe from safe texts less well" in probe_sections.margin_sentence(
         steering(STEERING).tree()
     )
-    assert sections.margin_sentence(
+    assert probe_sections.margin_sentence(
         steering({("A", "chosen"): (0.0, 0.1), ("A", "rejected"): (0.0, 0.0)}).tree()
     ).startswith("The margin rises.")
     both = steering({("A", "chosen"): (0.0, 0.1), ("A", "rejected"): (0.0, 0.2)}).tree()
     assert (
         "suppressing harm detectors raises the scores of rejected texts more than those of chosen"
-        " ones." in sections.margin_sentence(both)
+        " ones." in probe_sections.margin_sentence(both)
     )
     both["intervention"]["file"] = "own.json"
-    assert "the intervention raises" in sections.margin_sentence(both)
+    assert "the intervention raises" in probe_sections.margin_sentence(both)
 
 
 def test_steps_are_counted_from_one_and_a_repeated_one_counts_once(tmp_path):
