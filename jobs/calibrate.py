@@ -19,7 +19,8 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Sample, score, publish."""
     import torch
 
-    from sarm.evaluation.calibrate import calibrate, power_sentence, underpowered
+    from sarm.evaluation.calibrate import calibrate
+    from sarm.evaluation.readability import power_sentence, underpowered
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features = Features.read(attempt.read("select").path("features.json"))

@@ -2,7 +2,8 @@
 with what it shows in words.
 
 Colours are Okabe and Ito's, which colour-blind people can tell apart; a dash or a symbol says the
-same again. The page sets the colours of text, axes and ground, which differ between light and dark.
+same again. Long, as there is a function a plot, in the order of the sections. The page sets the
+colours of text, axes and ground, which differ between light and dark.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ read it.
 
 Every file holds its schema's number, and `read` refuses another one by name: raise a class's
 `SCHEMA` when its keys change meaning, or when one is added that has no default. JSON has no NaN:
-numbers that are none are written as null. Imports no torch and no numpy: login nodes use it.
+numbers that are none are written as null. All in one file, long as it is: what crosses between
+phases is read in one place. Imports no torch and no numpy: login nodes use it.
 """
 
 from __future__ import annotations

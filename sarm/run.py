@@ -2,7 +2,8 @@
 
 A job opens an `Attempt`, writes files under names of its own, and publishes a manifest last.
 No manifest, or one that does not match its files, config or inputs, means not done.
-Imports no torch: login nodes use it.
+What is done is decided here alone, which is why the file is long. Imports no torch: login nodes
+use it.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from sarm.data.conversations import response_text
 from sarm.data.datasets import Pair, Prompt, load_data, prompts_in
 from sarm.data.endings import trim_to_last_sentence
 from sarm.evaluation import calibrate as c
+from sarm.evaluation import readability
 from sarm.evaluation.instrument import cohens_kappa, relative_fall, within_prompt_share
 from sarm.records import Bounds, PositiveControl, RatedLatent, Readings
 from sarm.reward_model.model import load_sarm
@@ -246,21 +247,21 @@ def instrument(**more: Any) -> Readings:
     ],
 )
 def test_what_makes_an_instrument_unreadable(tmp_path, more: dict[str, Any], says: str) -> None:
-    found = c.unreadable(config(tmp_path), instrument(**more))
+    found = readability.unreadable(config(tmp_path), instrument(**more))
     assert len(found) == (1 if says else 0) and all(says in why for why in found)
 
 
 def test_a_tau_that_the_policy_never_reaches_and_a_small_plan_are_warned_of(tmp_path) -> None:
     silent = rated(7, 30.0)
     found = instrument(penalised=[silent], detectable=0.25)
-    told = c.warnings_of(config(tmp_path), found)
+    told = readability.warnings_of(config(tmp_path), found)
     assert any("penalised latent 7 never exceeds tau 30 in 40 responses" in w for w in told)
     assert any("no monitor qualifies" in w for w in told)
     assert any(
         "of 25 points with 80 % power, and calibrate.detectable asks for 10" in w for w in told
     )
-    assert c.underpowered(config(tmp_path), instrument(detectable=None))
-    assert not c.underpowered(config(tmp_path), instrument(detectable=0.1))
+    assert readability.underpowered(config(tmp_path), instrument(detectable=None))
+    assert not readability.underpowered(config(tmp_path), instrument(detectable=0.1))
 
 
 def test_what_is_applied_are_the_policys_thresholds_and_monitors() -> None:

@@ -4,7 +4,8 @@ CONFIG=configs/llama31-8b.yaml GPUS=4x80`.
 `make_plan` is the one place that chooses ZeRO stage, how weights are kept, micro-batch, layers
 under activation checkpointing, layers of the reference that are offloaded, and whether the pass is
 recorded, wherever the config leaves them open. The learner asks it with the models it has loaded;
-here it is asked with their shapes. No torch: a login node can plan.
+here it is asked with their shapes. One file, since memory, time and choice share their terms. No
+torch: a login node can plan.
 
 Memory is counted for the worst batch (every row at `max_prompt_tokens + max_new_tokens`), per GPU,
 as the sum of what is persistent and the largest of what is transient. Seconds are at what an

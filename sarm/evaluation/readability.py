@@ -1,0 +1,81 @@
+"""What calibrate's readings mean: why nothing can be concluded about latents, what to be warned
+of, and whether the planned evaluation is large enough. No torch.
+
+    why = unreadable(config, readings)  # empty where the SARM reads the policy's responses
+"""
+
+from __future__ import annotations
+
+from sarm.config import Config
+from sarm.records import Readings
+
+
+def unreadable(config: Config, found: Readings) -> list[str]:
+    """Why nothing can be concluded about latents, a clause each; see the verdict's rung 0."""
+    rule, why = config.verdict, []
+    if found.unended > rule.max_unended:
+        why.append(
+            f"{found.unended:.0%} of the base policy's scored responses end at neither an end of"
+            f" turn nor a sentence end (at most {rule.max_unended:.0%})"
+        )
+    if found.kappa is None:
+        why.append("no penalised latent fires on some responses and not on others")
+    elif found.kappa < rule.min_kappa:
+        why.append(
+            f"whether a penalised latent fires depends on where a response is cut (kappa"
+            f" {found.kappa:.2f}, at least {rule.min_kappa:g})"
+        )
+    control = found.positive_control
+    if control.prompts == 0:
+        why.append("no held-out pair serves as a positive control: give part test a share")
+    for name, fall in (("penalised latents", control.penalised), ("monitors", control.monitors)):
+        if (
+            control.prompts
+            and (name != "monitors" or found.monitors)
+            and not (fall and fall.low > 0)
+        ):
+            why.append(
+                f"replacing rejected answers by chosen ones is not shown to lower the {name}"
+                + (f" (95 % CI {fall.low:+.0%} to {fall.high:+.0%})" if fall else "")
+            )
+    return why
+
+
+def warnings_of(config: Config, found: Readings) -> list[str]:
+    """A sentence each."""
+    told = [f"the SARM does not read the policy's responses: {why}" for why in found.unreadable]
+    for p in found.penalised:
+        if p.base_rate == 0:
+            told.append(
+                f"penalised latent {p.latent} never exceeds tau {p.tau:g} in"
+                f" {found.n_prompts * found.samples} responses of the base policy, so its penalty"
+                " costs nothing; lower ppo.penalty.tau or set tau_from=policy"
+            )
+    charged = [c for c in found.candidates if c.penalised and c.charge > 0]
+    if charged:
+        told.append(
+            "the reward already charges for "
+            + ", ".join(f"{c.latent} ({c.charge:.2f} SD a response)" for c in charged)
+            + "; there the penalty repeats the reward"
+        )
+    if not found.monitors:
+        told.append("no monitor qualifies, so neither control nor evasion can be claimed")
+    if underpowered(config, found):
+        told.append(power_sentence(config, found))
+    return told
+
+
+def underpowered(config: Config, found: Readings) -> bool:
+    return found.detectable is None or found.detectable > config.calibrate.detectable
+
+
+def power_sentence(config: Config, found: Readings) -> str:
+    plan = found.planned
+    size = "nothing" if found.detectable is None else f"{100 * found.detectable:.0f} points"
+    return (
+        f"the planned evaluation ({plan['prompts']} unsafe prompts, {plan['samples']} samples,"
+        f" {plan['seeds']} seeds) detects a change of the penalised rate of {size} with 80 % power,"
+        f" and calibrate.detectable asks for {100 * config.calibrate.detectable:.0f} points; give"
+        " policy_eval more prompts, raise evaluate.samples or ppo.seeds, or set"
+        " calibrate.underpowered=warn"
+    )
