@@ -40,8 +40,8 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("verdict", "Verdict", verdict),
     Section("calibration", "Calibration", calibration, "the base policy's own responses"),
+    Section("verdict", "Verdict", verdict),
     Section("failures", "Failed and missing parts", failures),
     Section(
         "evaluation", "Policy evaluation", policy_evaluation, "own generations on held-out prompts"
