@@ -193,7 +193,7 @@ def planted_config(seed: int) -> Config:
 
 
 def with_real(of: np.ndarray, encoded: Encoded, fresh: Contrast) -> np.ndarray:
-    """The kinds, background latents told apart by whether they do have an effect on fresh
+    """The kinds, background latents distinguished by whether they do have an effect on fresh
     prompts.
     """
     values = by_latent(

@@ -172,7 +172,7 @@ def refuse_unreadable(config: Config, readings: Readings) -> None:
     """Raises UserError where training against these latents would show nothing."""
     if readings.unreadable and config.ppo.unreadable == "stop":
         raise UserError(
-            "calibrate found that the SARM does not read this policy's responses, so training"
+            "the SARM is not shown to read this policy's responses (calibrate), so training"
             f" would show nothing about latents: {'; '.join(readings.unreadable)}; raise"
             " ppo.max_new_tokens, lower ppo.temperature, or set ppo.unreadable=warn"
         )

@@ -95,6 +95,11 @@ def responses(found: dict[str, Any]) -> str:
 def detects(found: dict[str, Any]) -> str:
     plan = found["planned"]
     what = f"{plan['prompts']} unsafe prompts, {plan['samples']} samples, {plan['seeds']} seeds"
+    if plan["seeds"] < 2:
+        return (
+            f"Minimum detectable effect of the evaluation ({what}): none, as one seed cannot tell a"
+            " change of any size from the spread between seeds."
+        )
     if found["detectable"] is None:
         return f"Minimum detectable effect of the evaluation ({what}): unknown, as nothing varies."
     return (

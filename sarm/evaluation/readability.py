@@ -43,7 +43,9 @@ def unreadable(config: Config, found: Readings) -> list[str]:
 
 def warnings_of(config: Config, found: Readings) -> list[str]:
     """A sentence each."""
-    told = [f"the SARM does not read the policy's responses: {why}" for why in found.unreadable]
+    told = [
+        f"the SARM is not shown to read the policy's responses: {why}" for why in found.unreadable
+    ]
     for p in found.penalised:
         if p.base_rate == 0:
             told.append(
@@ -71,7 +73,8 @@ def underpowered(config: Config, found: Readings) -> bool:
 
 def power_sentence(config: Config, found: Readings) -> str:
     plan = found.planned
-    size = "nothing" if found.detectable is None else f"{100 * found.detectable:.0f} points"
+    unseen = found.detectable is None or plan["seeds"] < 2
+    size = "no size" if unseen else f"{100 * (found.detectable or 0):.0f} points"
     return (
         f"the planned evaluation ({plan['prompts']} unsafe prompts, {plan['samples']} samples,"
         f" {plan['seeds']} seeds) detects a change of the penalised rate of {size} with 80 % power,"
