@@ -43,7 +43,13 @@ def train_and_publish(
 ) -> None:
     from sarm.ppo.learner import checkpoint
     from sarm.ppo.learner.distributed import start_world
-    from sarm.ppo.learner.export import exported, rounding_warning, save_adapter, save_policy
+    from sarm.ppo.learner.export import (
+        exported,
+        rounding_warning,
+        save_adapter,
+        save_policy,
+        try_export,
+    )
     from sarm.ppo.trainer import train
     from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
@@ -68,7 +74,11 @@ def train_and_publish(
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
-    if loaded is not None:
+    actor = trainer.learner.actor
+    if loaded is None:
+        # What cannot be saved is known before it is trained. Beside the checkpoints, which go away.
+        try_export(source, actor, trainer.tokenizer, config.policy.model, checkpoints, world)
+    else:
         trainer.restore(loaded.state["trainer"], loaded)
     trainer.reward = reward_of(arm, trainer.reward, readings.random.get(str(seed), []))
     log = (
@@ -99,7 +109,6 @@ def train_and_publish(
     )
     if not finished:
         raise SystemExit(STOPPED)
-    actor = trainer.learner.actor
     weights, adapter, rounding = exported(actor, world)
     names = world.gather_texts(device_name(world.device))
     if log:

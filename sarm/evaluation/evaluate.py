@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from sarm.config import Config, EvaluateConfig, UserError
-from sarm.data.conversations import prompt_ids, response_text, stop_ids
+from sarm.data.conversations import prompt_ids, response_text, spelled_in, stop_ids
 from sarm.data.datasets import Prompt
 from sarm.data.endings import ending
 from sarm.evaluation.classifiers import Classifier, label_positions
@@ -217,8 +217,9 @@ def generate_responses(
 def score_responses(
     config: Config, features: Features, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> tuple[pd.DataFrame, int]:
-    """(reward, penalty, z and the value just below TopK's cutoff of the penalised, monitor and
-    candidate latents, a row a text; parameters), by one forward a text, no clamping.
+    """(reward, penalty, how many special tokens it spells in letters, z and the value just below
+    TopK's cutoff of the penalised, monitor and candidate latents, a row a text; parameters), by
+    one forward a text, no clamping.
 
     Parameters are those that the reward depends on: not the SAE's decoder.
     """
@@ -240,7 +241,13 @@ def score_responses(
     scores = reward.score(
         [conversation(p.messages, text) for p, text in zip(prompts, texts, strict=True)]
     )
-    table = pd.DataFrame({"reward": scores.reward.numpy(), "penalty": scores.penalty.numpy()})
+    table = pd.DataFrame(
+        {
+            "reward": scores.reward.numpy(),
+            "penalty": scores.penalty.numpy(),
+            "spelled": [spelled_in(tokenizer, text) for text in texts],
+        }
+    )
     latents = [*penalised, *others]
     for prefix, values in (
         ("z", np.concatenate([scores.z.numpy(), scores.monitors_z.numpy()], axis=1)),

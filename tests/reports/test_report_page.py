@@ -11,12 +11,14 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 
 from reports import evidence, plots
 from reports.figures import figures
 from reports.frames import Frames, read_run
 from reports.page import SAMPLES, environment, page
+from reports.plots import Plot
 from reports.sections import SECTIONS
 from sarm.evaluation.verdict import decide
 from sarm.run import RunDir
@@ -197,6 +199,13 @@ def test_what_models_write_is_text_and_folded(tmp_path):
     )
     first = text[text.index('<details class="sample"') :]
     assert first.index("</summary>") < first.index("&lt;script&gt;")
+
+
+@pytest.mark.parametrize("label", ["<!-- demo", "</script>", "<!--<script>", "a\\u003cb\u2028"])
+def test_a_label_cannot_break_out_of_a_plots_json(label):
+    figure = go.Figure(go.Scatter(x=[1], y=[1], name=label))
+    text = environment().filters["plot_json"](Plot("x", "t", "t", figure))
+    assert "<" not in text and json.loads(text)["data"][0]["name"] == label
 
 
 def test_samples_are_capped_and_long_ones_clipped(tmp_path):
