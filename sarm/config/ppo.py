@@ -7,12 +7,12 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
+from sarm.config.arms import Arm
 from sarm.config.base import Count, Fraction, FromList, Nonnegative, Positive, Strict
 from sarm.ppo.advantages import ADVANTAGES
 from sarm.ppo.penalties import PENALTIES
 
 PositiveFloat = Annotated[float, Field(gt=0)]
-Arm = Literal["penalty", "no_penalty", "random"]
 
 
 class PenaltyConfig(Strict):
