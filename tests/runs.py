@@ -53,7 +53,8 @@ STEERING = {
 }
 
 
-def reference_config(**ppo: Any) -> Config:
+def reference_config(*, sections: dict[str, Any] | None = None, **ppo: Any) -> Config:
+    """The reference run's, with other settings of PPO, or whole sections beside them."""
     part = {"path": "data/x", "split": {"test": 1.0}}
     return parse_config(
         {
@@ -68,6 +69,7 @@ def reference_config(**ppo: Any) -> Config:
             },
             "ppo": {"arms": ["penalty", "no_penalty", "random"], **ppo},
             "steer": {"bootstrap": 300},
+            **(sections or {}),
         },
         "test",
     )
@@ -449,7 +451,8 @@ def readings(features: Features, **changes: Any) -> Readings:
 
 def reference_run(path: Path, **changes: Any) -> RunDir:
     """A run directory that holds the reference run's numbers; its policies were never evaluated."""
-    run = RunDir.create(path, reference_config(**changes.pop("ppo", {})))
+    config = reference_config(sections=changes.pop("sections", None), **changes.pop("ppo", {}))
+    run = RunDir.create(path, config)
     given = {"progression": PROGRESSION, "steering": STEERING, "features": features()} | changes
     publish(run, "fetch")
     publish(run, "encode", "shard-0000-of-0001", sarm_parameters=4_284_000_000)

@@ -149,11 +149,12 @@ class Verdict(NamedTuple):
 
 def rule_sha256(config: Config) -> str:
     """Hash of the rule and of the evaluation it is about, which PPO manifests record: what is
-    changed after training decides nothing.
+    changed after training decides nothing. The untrained arms are no part of it.
     """
+    untrained = {"arms", "system_prompt", "best_of"}
     plan = {
         "verdict": config.verdict.model_dump(mode="json"),
-        "evaluate": config.evaluate.model_dump(mode="json"),
+        "evaluate": config.evaluate.model_dump(mode="json", exclude=untrained),
         "data": config.data.model_dump(mode="json"),
         "seed": config.seed,
     }

@@ -463,4 +463,6 @@ def test_the_hash_is_of_rule_and_plan_and_of_nothing_else():
     assert changed(ppo=config.ppo.model_dump(mode="json") | {"learning_rate": 1e-3}) == stands
     assert changed(verdict={"over_refusal_margin": 0.06}) != stands
     assert changed(evaluate={"samples": 2}) != stands
+    untrained = {"arms": ["prompted"], "system_prompt": "Be good.", "best_of": 9}
+    assert changed(evaluate=untrained) == stands
     assert changed(seed=3) != stands
