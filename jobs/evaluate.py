@@ -1,5 +1,5 @@
 """Evaluate one policy on its own generations: `python -m jobs evaluate --run R --unit base` (or
-`penalty-seed0`).
+`penalty-seed0`, or an arm that nobody trains, such as `best_of_n`).
 
 Publishes generations.parquet, one row a response to a held-out prompt, and summary.json, the
 settings behind it. The unit `steered`, where the config asks for it (`steer.policy`), has a row a
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from sarm.config import Config
+from sarm.config import Config, arm_and_seed
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
 from sarm.hub import local_model
@@ -26,7 +26,8 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     if unit == "steered":
         steer(config, features, attempt)
         return
-    trained = unit != "base"
+    arm, _ = arm_and_seed(unit)
+    trained = unit in config.units("ppo")
     policy = (
         attempt.read("ppo", unit).directory("policy")
         if trained
@@ -34,7 +35,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     )
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
     table, settings = policy_rows(
-        config, policy, prompts, features, trained=trained, progress=attempt.progress
+        config, policy, prompts, features, arm=arm, progress=attempt.progress
     )
     table.to_parquet(attempt.path("generations.parquet"), index=False)
     n_prompts = int(table["prompt_id"].nunique())

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sarm.config import PHASES, ROOT, Phase, UserError, arm_and_seed
+from sarm.config import ARMS, PHASES, ROOT, Phase, UserError, arm_and_seed
 from sarm.records import (
     Calibration,
     Cards,
@@ -30,8 +30,6 @@ from sarm.records import (
 )
 from sarm.run import Published, RunDir, latest
 
-ARM_ORDER = ("base", "no_penalty", "penalty", "random")
-"""How arms are listed; one that is not named here comes after these."""
 LOG_TAIL_BYTES = 65_536
 ERROR_LINE = re.compile(
     r"^(error:|slurmstepd: error|[\w.]*(Error|Exception|Interrupt)\b|.*\b(Killed|CANCELLED|TIME"
@@ -268,7 +266,7 @@ def _metrics(path: Path, unit: str) -> pd.DataFrame:
 
 
 def _with_policy(table: pd.DataFrame, unit: str) -> pd.DataFrame:
-    arm, seed = ("base", 0) if unit == "base" else arm_and_seed(unit)
+    arm, seed = arm_and_seed(unit)
     table = table.reset_index(drop=True)
     for position, (name, value) in enumerate((("policy", unit), ("arm", arm), ("seed", seed))):
         table.insert(position, name, value)
@@ -345,5 +343,5 @@ def shown(path: Path) -> str:
 
 
 def arm_rank(arm: str) -> tuple[int, str]:
-    """Sorts arms by `ARM_ORDER`."""
-    return (ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), arm)
+    """Sorts arms by the order of `ARMS`; one that is not named there comes after these."""
+    return (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm)

@@ -24,6 +24,7 @@ from reports.plots import PLOTS, Plot
 from reports.policy_sections import verdict_figures
 from reports.sections import SECTIONS, Section
 from reports.text import final_report
+from sarm.config import ARMS
 
 TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = {"unsafe": 80, "safe": 40}
@@ -159,7 +160,8 @@ def samples(figures: dict[str, Any], generations: pd.DataFrame) -> dict[str, Any
     if generations.empty:
         return {"policies": [], "prompts": [], "n": 0, "length": SAMPLE_LENGTH, "sources": []}
     seed = figures["provenance"]["ppo_seeds"][0]
-    mine = generations[(generations["arm"] == "base") | (generations["seed"] == seed)]
+    untrained = [arm for arm, kind in ARMS.items() if not kind.trained]
+    mine = generations[generations["arm"].isin(untrained) | (generations["seed"] == seed)]
     policies = sorted(
         mine["policy"].unique(),
         key=lambda policy: arm_rank(mine.loc[mine["policy"] == policy, "arm"].iloc[0]),
@@ -203,7 +205,8 @@ def samples(figures: dict[str, Any], generations: pd.DataFrame) -> dict[str, Any
 
 
 def _answer(row: pd.Series) -> dict[str, Any]:
-    seed = "" if row["arm"] == "base" else f", seed {row['seed']}"
+    trained = row["arm"] not in ARMS or ARMS[row["arm"]].trained
+    seed = f", seed {row['seed']}" if trained else ""
     return {
         "policy": arm_name(row["arm"]) + seed,
         "text": clipped(str(row["response"])),

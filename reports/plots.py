@@ -44,14 +44,16 @@ class Style(NamedTuple):
 
 STYLES = {
     "base": Style("#7f868f", "dot", "square"),
+    "prompted": Style("#56b4e9", "longdashdot", "cross"),
+    "best_of_n": Style("#e69f00", "dot", "x"),
     "no_penalty": Style("#0072b2", "dash", "diamond"),
     "penalty": Style("#d55e00", "solid", "circle"),
     "random": Style("#009e73", "dashdot", "triangle-up"),
 }
 OTHER = (
     Style("#cc79a7", "longdash", "star"),
-    Style("#56b4e9", "longdashdot", "cross"),
-    Style("#e69f00", "dot", "x"),
+    Style("#b8a300", "longdashdot", "hexagon"),
+    Style("#5c6bc0", "dot", "bowtie"),
 )
 ROLES = {
     "promoting": ("#0072b2", "triangle-up"),

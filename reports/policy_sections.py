@@ -116,7 +116,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
             if judge
             else "No independent judge was configured: SARM judged itself."
         ),
-        Prose(f"KL: {next(iter(summaries))['kl']}."),
+        *kl_sentences(figures),
         Prose(detector_sentence(figures)),
         *spelling_sentence(rows),
     ]
@@ -135,6 +135,18 @@ def spelling_sentence(rows: Sequence[dict[str, Any]]) -> list[Block]:
             f" how a policy would try to end what is scored: {', '.join(spelling)}. They are scored"
             " as the letters that they are; read them before trusting rates above."
         )
+    ]
+
+
+def kl_sentences(figures: dict[str, Any]) -> list[Block]:
+    """What the KL column holds, and of which policies something else."""
+    told: dict[str, list[str]] = {}
+    for policy, evaluation in figures["evaluations"].items():
+        told.setdefault(evaluation["kl"], []).append(policy)
+    common, *others = sorted(told, key=lambda kl: -len(told[kl]))
+    return [
+        Prose(f"KL: {common}."),
+        *(Prose(f"KL of {', '.join(told[kl])}: {kl}.") for kl in others),
     ]
 
 

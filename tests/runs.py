@@ -18,8 +18,9 @@ import pandas as pd
 
 from sarm.config import Config, arm_and_seed, parse_config
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.verdict import Bounds, rule_sha256
+from sarm.evaluation.verdict import rule_sha256
 from sarm.records import (
+    Bounds,
     Calibration,
     Cards,
     Evaluation,
@@ -52,7 +53,8 @@ STEERING = {
 }
 
 
-def reference_config(**ppo: Any) -> Config:
+def reference_config(*, sections: dict[str, Any] | None = None, **ppo: Any) -> Config:
+    """The reference run's, with other settings of PPO, or whole sections beside them."""
     part = {"path": "data/x", "split": {"test": 1.0}}
     return parse_config(
         {
@@ -67,6 +69,7 @@ def reference_config(**ppo: Any) -> Config:
             },
             "ppo": {"arms": ["penalty", "no_penalty", "random"], **ppo},
             "steer": {"bootstrap": 300},
+            **(sections or {}),
         },
         "test",
     )
@@ -448,7 +451,8 @@ def readings(features: Features, **changes: Any) -> Readings:
 
 def reference_run(path: Path, **changes: Any) -> RunDir:
     """A run directory that holds the reference run's numbers; its policies were never evaluated."""
-    run = RunDir.create(path, reference_config(**changes.pop("ppo", {})))
+    config = reference_config(sections=changes.pop("sections", None), **changes.pop("ppo", {}))
+    run = RunDir.create(path, config)
     given = {"progression": PROGRESSION, "steering": STEERING, "features": features()} | changes
     publish(run, "fetch")
     publish(run, "encode", "shard-0000-of-0001", sarm_parameters=4_284_000_000)
@@ -473,8 +477,8 @@ def reference_run(path: Path, **changes: Any) -> RunDir:
 
 CALIBRATED = {
     "kappa": 0.7,
-    "penalised_control": Bounds(0.5, 0.4, 0.6),
-    "monitors_control": Bounds(0.4, 0.25, 0.55),
+    "penalised_control": Bounds(value=0.5, low=0.4, high=0.6),
+    "monitors_control": Bounds(value=0.4, low=0.25, high=0.55),
 }
 """What a calibration finds of an instrument that works."""
 

@@ -90,7 +90,8 @@ class Config(Strict):
                 *self.sweep_points(),
             )
         if phase == "evaluate":
-            return ("base", *self.units("ppo"), *(("steered",) if self.steer.policy else ()))
+            steered = ("steered",) if self.steer.policy else ()
+            return ("base", *self.evaluate.arms, *self.units("ppo"), *steered)
         return ("all",)
 
     def sweep_points(self) -> dict[str, SweepPoint]:
@@ -160,9 +161,3 @@ def shard_range(unit: str, total: int) -> tuple[int, int]:
     _, index, _, shards = unit.split("-")
     i, n = int(index), int(shards)
     return total * i // n, total * (i + 1) // n
-
-
-def arm_and_seed(unit: str) -> tuple[str, int]:
-    """`penalty-seed0` as `("penalty", 0)`."""
-    arm, _, seed = unit.rpartition("-seed")
-    return arm, int(seed)
