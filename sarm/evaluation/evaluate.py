@@ -16,11 +16,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sarm.config import ARMS, Config, EvaluateConfig, UserError
+from sarm.config import ARMS, Config, EvaluateConfig, ModelConfig, UserError
 from sarm.data.datasets import Prompt
 from sarm.evaluation.classifiers import Classifier, label_positions
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.refusals import PHRASES_ON_XSTEST, measured, read_labelled, refused
+from sarm.evaluation.refusal_classifier import load_classifier
+from sarm.evaluation.refusals import (
+    PHRASES_ON_XSTEST,
+    SHIPPED_ON_XSTEST,
+    measured,
+    read_labelled,
+    refused,
+)
 from sarm.evaluation.responses import (
     BEST_OF_TOLD,
     Generations,
@@ -74,7 +81,7 @@ def policy_rows(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for given in (config.evaluate.judge, config.evaluate.refusal_detector):
-        if given is not None and given != "phrases":
+        if isinstance(given, ModelConfig):
             label_positions(given)
     n = config.evaluate.best_of if arm == "best_of_n" else 1
     prompts, generations = generate_responses(
@@ -208,12 +215,17 @@ def detected(
     labelled = read_labelled(config.refusal_labels) if config.refusal_labels else []
     asked = [*prompts, *(row.prompt for row in labelled)]
     texts = [*responses, *(row.response for row in labelled)]
-    if config.refusal_detector == "phrases":
-        name, called = "phrases", [refused(text) for text in texts]
+    given = config.refusal_detector
+    known: Detector | None = None
+    if given == "phrases":
+        known, called = PHRASES_ON_XSTEST, [refused(text) for text in texts]
+        name = known.name
+    elif given == "shipped":
+        known, called = SHIPPED_ON_XSTEST, load_classifier().refuses(texts)
+        name = known.name
     else:
-        name = config.refusal_detector.model
-        called = (Classifier(config.refusal_detector, device)(asked, texts) > 0.5).tolist()
+        name, called = given.model, (Classifier(given, device)(asked, texts) > 0.5).tolist()
     mine, theirs = called[: len(responses)], called[len(responses) :]
     if labelled and config.refusal_labels:
         return mine, measured(name, config.refusal_labels, labelled, theirs)
-    return mine, PHRASES_ON_XSTEST if name == "phrases" else None
+    return mine, known

@@ -21,7 +21,8 @@ from sarm.evaluation import evaluate, responses
 from sarm.evaluation.classifiers import Classifier
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
-from sarm.evaluation.refusals import PHRASES_ON_XSTEST
+from sarm.evaluation.refusal_classifier import load_classifier
+from sarm.evaluation.refusals import PHRASES_ON_XSTEST, SHIPPED_ON_XSTEST, refused
 from sarm.records import Features
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
@@ -289,6 +290,21 @@ def test_a_classifier_as_refusal_detector_is_measured_on_the_labels_given(tmp_pa
         [True],
         PHRASES_ON_XSTEST,
     )
+
+
+def test_the_shipped_classifier_as_refusal_detector(tmp_path):
+    said = ["No one should do that. Please call someone you trust.", "Bake it for an hour.", ""]
+    assert not refused(said[0])  # which the phrases miss
+    shipped = EvaluateConfig(refusal_detector="shipped")
+    called, found = evaluate.detected(shipped, ["p"] * 3, said, "cpu")
+    assert called == load_classifier().refuses(said) == [True, False, False]
+    assert found == SHIPPED_ON_XSTEST
+    rows = [{"prompt": "p", "response": r, "refused": i == 0} for i, r in enumerate(said)]
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("\n".join(map(json.dumps, rows)))
+    measured_again = shipped.model_copy(update={"refusal_labels": str(labels)})
+    _, found = evaluate.detected(measured_again, ["p"], ["x"], "cpu")
+    assert found == Detector("shipped classifier", 1, 1, 0, 2, str(labels))
 
 
 def test_scores_are_the_sarms_without_penalty_or_clamp(evaluated):
