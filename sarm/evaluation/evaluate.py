@@ -1,6 +1,8 @@
 """What training did to a policy: its own generations on held-out prompts, one row a response.
 
-    table, settings = policy_rows(config, folder, prompts, features)  # `python -m jobs evaluate`
+    table, settings = policy_rows(config, [(math.nan, folder)], prompts, features, ...)
+
+`python -m jobs evaluate` runs it.
 
 Steering the reward model is in `sarm/evaluation/reward_steering.py`, the verdict in
 `sarm/evaluation/verdict.py`, aggregation over generations in `reports/`.
@@ -60,15 +62,16 @@ def evaluation_prompts(prompts: Sequence[Prompt], config: EvaluateConfig) -> lis
 
 def policy_rows(
     config: Config,
-    policy: Path,
+    policies: Sequence[tuple[float, Path]],
     prompts: Sequence[Prompt],
     features: Features,
     *,
     arm: str,
     progress: Progress,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """(a row a response, the settings behind them) for the policy in a folder, which is the base's
-    for the untrained arms (`sarm.config.ARMS`).
+    """(a row a response, the settings behind them) for the policies of an arm and seed, each with
+    its `distance`: in nats that at which training kept it, NaN of the policy at the end. For the
+    untrained arms (`sarm.config.ARMS`) it is the base's folder.
 
     A system prompt is the policy's alone: SARM, judge, detector and the base side of the KL read
     the conversation without it, in every arm.
@@ -86,7 +89,7 @@ def policy_rows(
     n = config.evaluate.best_of if arm == "best_of_n" else 1
     prompts, generations = generate_responses(
         config,
-        policy,
+        [folder for _, folder in policies],
         prompts,
         trained=arm not in ARMS or ARMS[arm].trained,
         system=config.evaluate.system_prompt if arm == "prompted" else None,
@@ -107,6 +110,7 @@ def policy_rows(
     table = pd.DataFrame(
         {
             "prompt_id": [p.id for p in prompts],
+            "distance": np.repeat([d for d, _ in policies], len(prompts) // len(policies)),
             "sample": generations.samples,
             "source": [p.source for p in prompts],
             "kind": [p.kind for p in prompts],
