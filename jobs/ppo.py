@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sarm.config import Config, UserError, arm_and_seed
@@ -41,10 +42,11 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
 def train_and_publish(
     config: Config, run: RunDir, unit: str, attempt: Attempt, stop_requested: Callable[[], bool]
 ) -> None:
+    from sarm.ppo.kept import Kept, remove_others
     from sarm.ppo.learner import checkpoint
     from sarm.ppo.learner.distributed import start_world
     from sarm.ppo.learner.export import exported, rounding_warning, save_adapter, save_policy
-    from sarm.ppo.trainer import train
+    from sarm.ppo.loop import train
     from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
 
@@ -52,9 +54,9 @@ def train_and_publish(
     warnings.filterwarnings("ignore", category=FutureWarning)
     arm, seed = arm_and_seed(unit)
     world = start_world()
+    selected = Features.read(attempt.read("select").path("features.json"))
     calibrated = attempt.read("calibrate")
     readings = Readings.read(calibrated.path("readings.json"))
-    selected = Features.read(attempt.read("select").path("features.json"))
     if config.ppo.arms != ("no_penalty",) or config.sweep_points():
         refuse_unconfirmed(selected, config.select)
         refuse_unreadable(config, readings)
@@ -71,14 +73,17 @@ def train_and_publish(
     if loaded is not None:
         trainer.restore(loaded.state["trainer"], loaded)
     trainer.reward = reward_of(arm, trainer.reward, readings.random.get(str(seed), []))
-    log = (
-        Log(config, unit, attempt, loaded.state["metrics"] if loaded else [])
-        if world.rank == 0
-        else None
-    )
+    log = kept = None
+    if world.rank == 0:
+        log = Log(config, unit, attempt, loaded.state["metrics"] if loaded else [])
+        kept = Kept(attempt, loaded.state["kept"] if loaded else [])
 
     def save() -> Any:
-        state = {"trainer": trainer.state(), "metrics": log.lines if log else []}
+        state = {
+            "trainer": trainer.state(),
+            "metrics": log.lines if log else [],
+            "kept": kept.state if kept else [],
+        }
         step = trainer.progress.step
         return checkpoint.save(
             checkpoints,
@@ -91,36 +96,54 @@ def train_and_publish(
             keep_last=config.ppo.keep_last,
         )
 
+    actor = trainer.learner.actor
+
+    def write_policy(found: Any, folder: Path, adapter: Path | None) -> None:
+        save_policy(source, found.weights, trainer.tokenizer, folder)
+        if adapter:
+            save_adapter(actor, found.adapter, config.policy.model, adapter)
+
+    def keep(distances: list[float]) -> None:
+        found, progress = exported(actor, world), trainer.progress
+
+        def write(folder: Path) -> None:
+            write_policy(found, folder, folder / "adapter" if found.adapter else None)
+
+        for distance in distances if kept else ():
+            kept.add(distance, step=progress.step, kl=progress.drift.mean, write=write)
+
     finished = train(
         trainer,
         save=save,
         log=log.write if log else lambda line: None,
+        keep=keep,
         stop_requested=lambda: world.any(stop_requested()),
     )
     if not finished:
         raise SystemExit(STOPPED)
-    actor = trainer.learner.actor
-    weights, adapter, rounding = exported(actor, world)
+    found = exported(actor, world)
     names = world.gather_texts(device_name(world.device))
-    if log:
+    if log and kept:
         log.close()
-        save_policy(source, weights, trainer.tokenizer, attempt.directory("policy"))
-        if adapter:
-            save_adapter(actor, adapter, config.policy.model, attempt.directory("adapter"))
-        if told := rounding_warning(rounding, config.ppo.peak_learning_rate):
+        adapter = attempt.directory("adapter") if found.adapter else None
+        write_policy(found, attempt.directory("policy"), adapter)
+        if told := rounding_warning(found.rounding, config.ppo.peak_learning_rate):
             print(f"warning: {told}", file=sys.stderr, flush=True)
         arm_penalty(arm, trainer.reward, readings).write(attempt.path("calibration.json"))
+        if config.ppo.kl_distances:
+            kept.publish()
         progress = trainer.progress
-        attempt.publish(
+        published = attempt.publish(
             device=str(world.device),
             training_s=round(progress.training_s, 3),
             steps=progress.step,
             device_names=names,
             ranks=world.size,
             rule_sha256=rule_sha256(config),
-            bf16_rounding=None if rounding is None else rounding.told(),
+            bf16_rounding=None if found.rounding is None else found.rounding.told(),
         )
         shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_others(attempt.folder, published.manifest.attempt)
     world.barrier()
 
 

@@ -545,6 +545,27 @@ class Calibration(File):
     harming: list[Row]
 
 
+class KeptPolicy(Record):
+    """A policy as it was when its distance to the base was first reached."""
+
+    distance: float
+    """The configured one, in nats."""
+    step: int
+    """Steps done."""
+    kl: float
+    """The five-step mean then."""
+    path: str
+    """The output folder: `published.directory(path)`."""
+
+
+class KeptPolicies(File):
+    """The policies of `ppo.kl_distances`, those alone whose distance was reached."""
+
+    NAME, REDO = "kept.json", "ppo"
+
+    kept: list[KeptPolicy]
+
+
 class Evaluation(File):
     """The settings behind a policy's generations."""
 

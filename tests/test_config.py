@@ -176,6 +176,12 @@ def test_a_missing_section_is_named() -> None:
         (["ppo.value_max_grad_norm=1.0", "ppo.zero_stage=2"], "needs zero_stage 0"),
         (["ppo.kl_in=loss"], "k1 as a loss has a gradient of mean 0"),
         (["ppo.kl_estimator=k2"], "k2 in the reward is biased"),
+        *(
+            ([f"ppo.kl_distances={distances}"], "is not ascending; list each distance once")
+            for distances in ("[1.0, 0.5]", "[0.5, 0.5]", "[0.5, 2.0, 1.0]")
+        ),
+        (["ppo.kl_distances=[0.0, 1.0]"], "ppo.kl_distances.0: Input should be greater than 0"),
+        (["ppo.kl_distances=[1.0, -2.0]"], "ppo.kl_distances.1: Input should be greater than 0"),
         (["ppo.arms=[penalty, penalty]"], "named twice"),
         (["ppo.seeds=[]"], "at least one arm and one seed"),
         (["data.sources.demo.split={discovery: 0.7, test: 0.4}"], "add up to 1.1"),

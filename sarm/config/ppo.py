@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +11,8 @@ from sarm.config.arms import Arm
 from sarm.config.base import Count, Fraction, FromList, Nonnegative, Positive, Strict
 from sarm.ppo.advantages import ADVANTAGES
 from sarm.ppo.penalties import PENALTIES
+
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class PenaltyConfig(Strict):
@@ -95,7 +98,7 @@ class PpoConfig(Strict):
     ones, or stop. They are counted.
     """
     max_new_tokens: Positive = 128
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] | None = None
@@ -108,7 +111,7 @@ class PpoConfig(Strict):
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 0
     weight_decay: Nonnegative = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     advantage: str = "gae"
     """gae, rloo or grpo; see `sarm/ppo/advantages.py`."""
     gamma: Fraction = 1.0
@@ -117,11 +120,11 @@ class PpoConfig(Strict):
     cliprange_high: Nonnegative = 0.2
     cliprange_value: Nonnegative = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
-    log_ratio_max: Annotated[float, Field(gt=0)] = 20.0
+    log_ratio_max: PositiveFloat = 20.0
     vf_coef: Nonnegative = 0.1
     value_learning_rate: Nonnegative | None = None
     """Of the value head; where unset, the policy's. So the next one."""
-    value_max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    value_max_grad_norm: PositiveFloat | None = None
     """The value head's gradient is then clipped by its own norm, apart from the policy's."""
     value_warmup_steps: Count = 0
     """First steps in which the value head alone learns; the policy's schedule begins after them."""
@@ -136,15 +139,19 @@ class PpoConfig(Strict):
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     kl_coef: Nonnegative = 0.05
-    kl_target: Annotated[float, Field(gt=0)] = 6.0
+    kl_target: PositiveFloat = 6.0
     kl_horizon: Positive = 10_000
-    kl_stop: Annotated[float, Field(gt=0)] | None = None
+    kl_stop: PositiveFloat | None = None
     """Stop a step's remaining updates when the approximate KL to the rollout policy exceeds this.
+    """
+    kl_distances: Annotated[tuple[PositiveFloat, ...], FromList] = ()
+    """In nats, ascending: a policy is kept when the KL to the reference, as a mean over five steps,
+    first reaches each, so that arms can be compared at equal KL.
     """
     missing_eos_penalty: Nonnegative = 0.0
     reward_scale: Literal["none", "running_sd"] = "running_sd"
     """Divide rewards by their running standard deviation, after the penalty."""
-    reward_clip: Annotated[float, Field(gt=0)] | None = 10.0
+    reward_clip: PositiveFloat | None = 10.0
     penalty: PenaltyConfig = PenaltyConfig()
     unreadable: Literal["stop", "warn"] = "stop"
     """What to do where calibrate finds that the SARM does not read the policy's responses."""
@@ -221,6 +228,15 @@ class PpoConfig(Strict):
                 " kl_estimator to k1 or k3, or kl_in=loss"
             )
         return self
+
+    @field_validator("kl_distances")
+    @classmethod
+    def _ascending(cls, distances: tuple[float, ...]) -> tuple[float, ...]:
+        if any(later <= earlier for earlier, later in itertools.pairwise(distances)):
+            raise ValueError(
+                f"{list(distances)} is not ascending; list each distance once, the smallest first"
+            )
+        return distances
 
     @model_validator(mode="after")
     def _trainable(self) -> PpoConfig:

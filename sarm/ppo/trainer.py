@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sarm.config import PpoConfig, UserError
+from sarm.config import PpoConfig
 from sarm.data.conversations import response_text, stop_ids
 from sarm.data.datasets import Prompt
 from sarm.data.endings import Ending, ending
@@ -30,6 +29,7 @@ from sarm.llama.generate import Rollout
 from sarm.ppo import losses, metrics, objective
 from sarm.ppo.advantages import ADVANTAGES, Episodes
 from sarm.ppo.batching import fitting_prompts, mini_batches, rows_of_step
+from sarm.ppo.drift import Drift
 from sarm.ppo.kl import kl_per_token, next_kl_coef
 from sarm.ppo.learner.learner import Learner, Logprobs, NotFinite
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, conversation
@@ -73,6 +73,7 @@ class Progress(NamedTuple):
     kl_coef: float
     running: objective.RunningSd
     training_s: float
+    drift: Drift = Drift()
 
 
 class Trainer:
@@ -139,6 +140,7 @@ class Trainer:
             self.next_kl_coef(found["objective/kl"]),
             rewards.running,
             self.progress.training_s + pace["time/step"],
+            self.progress.drift.after(found["objective/kl"]),
         )
         return found | pace
 
@@ -344,50 +346,15 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """JSON that, with the learner's pieces, says all that the next steps depend on."""
-        return self.progress._asdict() | {"running": self.progress.running._asdict()}
+        progress = self.progress
+        return progress._asdict() | {
+            "running": progress.running._asdict(),
+            "drift": progress.drift._asdict(),
+        }
 
     def restore(self, state: dict[str, Any], loaded: Any) -> None:
         """Go on as if never interrupted, from a checkpoint's state and tensors."""
         self.learner.restore(loaded)
-        self.progress = Progress(**(state | {"running": objective.RunningSd(**state["running"])}))
-
-
-def train(
-    trainer: Trainer,
-    *,
-    save: Callable[[], Path],
-    log: Callable[[dict[str, Any]], None],
-    stop_requested: Callable[[], bool],
-) -> bool:
-    """Run the steps that are left; False where it was asked to stop, after a checkpoint.
-
-    `stop_requested` says the same on every rank. Raises UserError, after a checkpoint, where a loss
-    or reward is not finite.
-    """
-    ppo = trainer.ppo
-    while trainer.progress.step < ppo.steps:
-        step = trainer.progress.step
-        try:
-            found = trainer.run_step()
-        except NotFinite as error:
-            kept = (
-                f"the state before it is in {save()}"
-                if not error.updated
-                else "its first updates were made, so the newest checkpoint is an earlier one"
-            )
-            ids = sorted({trainer.prompts[row].id for row in trainer.rows(step)})
-            raise UserError(
-                f"step {step}: {error} is not finite, {kept}; look at the batch's prompts"
-                f" ({', '.join(ids)}) or lower ppo.learning_rate"
-            ) from error
-        except torch.OutOfMemoryError as error:
-            told = trainer.learner.out_of_memory(trainer.reward.tokens_per_batch)
-            raise UserError(f"step {step}: {told}") from error
-        log({"step": step, **found})
-        done = trainer.progress.step
-        stop = stop_requested()
-        if stop or (done % ppo.checkpoint_every == 0 and done < ppo.steps):
-            save()
-        if stop and done < ppo.steps:
-            return False
-    return True
+        drift = Drift(tuple(state["drift"]["recent"]), state["drift"]["farthest"])
+        running = objective.RunningSd(**state["running"])
+        self.progress = Progress(**(state | {"running": running, "drift": drift}))
