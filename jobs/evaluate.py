@@ -3,14 +3,16 @@
 
 Publishes generations.parquet, one row a response to a held-out prompt, and summary.json, the
 settings behind it. A trained unit's policies, the one at the end and those kept at KL distances,
-are all evaluated here, and the column `distance` tells them apart. The unit `steered`, where the config asks for it (`steer.policy`), has a row a
-direction and prompt, and what each direction changed.
+are all evaluated here, and the column `distance` tells them apart. The unit `steered`, where the
+config asks for it (`steer.policy`), has a row a direction and prompt, and what each direction
+changed.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 from sarm.config import Config, arm_and_seed
 from sarm.data.datasets import load_data, prompts_in
@@ -23,8 +25,8 @@ from sarm.run import Attempt, RunDir
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Generate, score, publish."""
     started = time.perf_counter()
-    readings = Readings.read(attempt.read("calibrate").path("readings.json"))
-    features = readings.applied(Features.read(attempt.read("select").path("features.json")))
+    selected = Features.read(attempt.read("select").path("features.json"))
+    features = Readings.read(attempt.read("calibrate").path("readings.json")).applied(selected)
     if unit == "steered":
         steer(config, features, attempt)
         return
@@ -35,7 +37,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         published = attempt.read("ppo", unit)
         if "kept.json" in published.manifest.outputs:
             kept = KeptPolicies.read(published.path("kept.json")).kept
-        policies = [(math.nan, published.directory("policy"))]
+        policies: list[tuple[float, Path]] = [(math.nan, published.directory("policy"))]
         policies += [(one.distance, published.directory(one.path)) for one in kept]
     else:
         policies = [(math.nan, local_model(config.policy.model, config.policy.revision))]
@@ -49,7 +51,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         policy=unit,
         n_prompts=n_prompts,
         n_too_long=len(prompts) - n_prompts,
-        kept=[one.tree() for one in kept],
+        kept=kept,
         seconds=round(time.perf_counter() - started, 1),
         **settings,
     ).write(attempt.path("summary.json"))

@@ -13,9 +13,9 @@ from sarm.data.endings import trim_to_last_sentence
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.refusal_classifier import load_classifier
 from sarm.evaluation.refusals import (
-    Labelled,
     PHRASES_ON_XSTEST,
     SHIPPED_ON_XSTEST,
+    Labelled,
     measured,
     read_labelled,
     refused,
