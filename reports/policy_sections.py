@@ -258,6 +258,11 @@ def training(figures: dict[str, Any]) -> list[Block]:
             f" the total loss, of {figures['shown_policy']}."
         ),
         Table(["Policy", "steps", "time", "reward", "penalty", "KL", "loss", "tokens/s"], cells),
+        *(
+            Prose(f"{r['policy']} ended before its last step: {r['ended_early']}.")
+            for r in rows
+            if r["ended_early"]
+        ),
     ]
 
 
