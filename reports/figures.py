@@ -284,6 +284,7 @@ def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
                 "n_tokens": _mean(table["n_tokens"]),
                 "truncated": _mean(table["truncated"]),
                 "unended": _mean(table["unended"]) if "unended" in table else math.nan,
+                "spelled": int((table["spelled"] > 0).sum()) if "spelled" in table else 0,
                 "distinct_1": distinct(table["response"], 1),
                 "distinct_2": distinct(table["response"], 2),
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
@@ -117,6 +118,23 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         ),
         *kl_sentences(figures),
         Prose(detector_sentence(figures)),
+        *spelling_sentence(rows),
+    ]
+
+
+def spelling_sentence(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """Which policies write out special tokens, as one that feigns an end of turn; nothing where
+    none does.
+    """
+    spelling = [f"{row['policy']} {row['spelled']:,}" for row in rows if row.get("spelled")]
+    if not spelling:
+        return []
+    return [
+        Prose(
+            "Responses that spell a special token of the SARM's, such as an end of turn, which is"
+            f" how a policy would try to end what is scored: {', '.join(spelling)}. They are scored"
+            " as the letters that they are; read them before trusting rates above."
+        )
     ]
 
 

@@ -125,7 +125,9 @@ class Trainer:
         self.progress = Progress(0, ppo.kl_coef, objective.RunningSd(), 0.0)
 
     def run_step(self) -> dict[str, float]:
-        """One PPO step; its metrics. Raises NotFinite."""
+        """One PPO step; its metrics. Raises NotFinite, and UserError where the first finds that
+        sampler and trainer disagree.
+        """
         drawn = self.draw(self.rows(self.progress.step))
         sampled = self.sample(drawn, self.progress.step)
         endings = self.endings(sampled)
@@ -133,11 +135,13 @@ class Trainer:
         read_logprobs = self.learner.forward(rollout)  # computed while texts are scored
         scores = self.score(drawn, rollout, [e.text for e in endings])
         logprobs = read_logprobs()
+        if self.progress.step == 0:
+            metrics.refuse_mismatch(rollout, logprobs)
         rewards = self.rewards(rollout, scores, logprobs)
         experience = self.experience(rollout, rewards, logprobs)
         read_updates = self.update(rollout, experience)
         found = self.metrics(rollout, scores, logprobs, rewards, experience) | read_updates()
-        found |= metrics.ending_metrics(sampled, endings)
+        found |= metrics.ending_metrics(sampled, endings, self.reward.tokenizer)
         pace = self.learner.pace(rollout)
         self.progress = Progress(
             self.progress.step + 1,
