@@ -45,8 +45,14 @@ def train_and_publish(
     from sarm.ppo.kept import Kept, remove_others
     from sarm.ppo.learner import checkpoint
     from sarm.ppo.learner.distributed import start_world
-    from sarm.ppo.learner.export import exported, rounding_warning, save_adapter, save_policy
-    from sarm.ppo.loop import train
+    from sarm.ppo.learner.export import (
+        exported,
+        rounding_warning,
+        save_adapter,
+        save_policy,
+        try_export,
+    )
+    from sarm.ppo.loop import train, why_ended
     from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
 
@@ -70,7 +76,11 @@ def train_and_publish(
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
-    if loaded is not None:
+    actor = trainer.learner.actor
+    if loaded is None:
+        # What cannot be saved is known before it is trained. Beside the checkpoints, which go away.
+        try_export(source, actor, trainer.tokenizer, config.policy.model, checkpoints, world)
+    else:
         trainer.restore(loaded.state["trainer"], loaded)
     trainer.reward = reward_of(arm, trainer.reward, readings.random.get(str(seed), []))
     log = kept = None
@@ -95,8 +105,6 @@ def train_and_publish(
             attempt=attempt.id,
             keep_last=config.ppo.keep_last,
         )
-
-    actor = trainer.learner.actor
 
     def write_policy(found: Any, folder: Path, adapter: Path | None) -> None:
         save_policy(source, found.weights, trainer.tokenizer, folder)
@@ -137,6 +145,9 @@ def train_and_publish(
             device=str(world.device),
             training_s=round(progress.training_s, 3),
             steps=progress.step,
+            ended_early=(
+                why_ended(config.ppo, progress) if progress.step < config.ppo.steps else None
+            ),
             device_names=names,
             ranks=world.size,
             rule_sha256=rule_sha256(config),
@@ -186,6 +197,7 @@ def make_trainer(config: Config, features: Features, seed: int, world: Any) -> A
             seed=seed,
             world=world,
             trim=config.responses.cut == "trim",
+            base_reward_sd=features.reward_sd or 1.0,
         ),
         source,
     )

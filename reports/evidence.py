@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 
 from reports.frames import Frames
-from sarm import records
 from sarm.config import arm_and_seed
 from sarm.evaluation.comparison import Rows
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.verdict import Bounds, Instrument, Verdict, decide, rule_sha256
+from sarm.evaluation.verdict import Instrument, Verdict, decide, rule_sha256
 from sarm.records import Features
 from sarm.run import RunDir
 
@@ -70,17 +69,13 @@ def instrument(run: RunDir, frames: Frames) -> Instrument:
     control = readings.positive_control if readings else None
     return Instrument(
         kappa=readings.kappa if readings else None,
-        penalised_control=bounds(control.penalised) if control else None,
-        monitors_control=bounds(control.monitors) if control else None,
+        penalised_control=control.penalised if control else None,
+        monitors_control=control.monitors if control else None,
         detector=shared_detector(frames.evaluations),
         confirmed=confirmed(frames.features),
         rule_problem=rule_problem(run, frames),
         kl_problem=frames.compared.problem,
     )
-
-
-def bounds(record: records.Bounds | None) -> Bounds | None:
-    return None if record is None else Bounds(record.value, record.low, record.high)
 
 
 def shared_detector(evaluations: Mapping[str, Mapping[str, Any]]) -> Detector | None:

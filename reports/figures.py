@@ -248,7 +248,7 @@ def _training(frames: Frames) -> list[dict[str, Any]]:
     rows = []
     for policy, table in frames.training.groupby("policy", sort=False):
         trained = frames.manifests.get(("ppo", str(policy)))
-        training_s = trained.more.get("training_s") if trained else None
+        more = trained.more if trained else {}
         end = table.tail(max(1, len(table) // 10))
         means = {short: mean(end[name]) if name in end else None for short, name in names.items()}
         rows.append(
@@ -256,7 +256,8 @@ def _training(frames: Frames) -> list[dict[str, Any]]:
                 "policy": policy,
                 "arm": table["arm"].iloc[0],
                 "steps": int(table["step"].max()),
-                "training_s": training_s,
+                "training_s": more.get("training_s"),
+                "ended_early": more.get("ended_early"),
                 **means,
             }
         )

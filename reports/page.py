@@ -109,8 +109,8 @@ def _coded(text: str) -> markupsafe.Markup:
 
 
 def _inline(text: str) -> str:
-    """Text that cannot end the script element that it stands in."""
-    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+    """JSON that cannot end the script element that it stands in, nor open a comment there."""
+    return text.replace("<", "\\u003c")
 
 
 def section_parts(section: Section, figures: dict[str, Any], plots: list[Plot]) -> dict[str, Any]:

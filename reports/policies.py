@@ -46,6 +46,7 @@ def measures(table: pd.DataFrame) -> dict[str, Any]:
         "n_tokens": mean(table["n_tokens"]),
         "truncated": mean(table["truncated"]),
         "unended": mean(table["unended"]) if "unended" in table else math.nan,
+        "spelled": int((table["spelled"] > 0).sum()) if "spelled" in table else 0,
         "distinct_1": distinct(table["response"], 1),
         "distinct_2": distinct(table["response"], 2),
     }

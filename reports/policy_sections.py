@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
@@ -118,6 +119,23 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         ),
         *kl_sentences(figures),
         Prose(detector_sentence(figures)),
+        *spelling_sentence(rows),
+    ]
+
+
+def spelling_sentence(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """Which policies write out special tokens, as one that feigns an end of turn; nothing where
+    none does.
+    """
+    spelling = [f"{row['policy']} {row['spelled']:,}" for row in rows if row.get("spelled")]
+    if not spelling:
+        return []
+    return [
+        Prose(
+            "Responses that spell a special token of the SARM's, such as an end of turn, which is"
+            f" how a policy would try to end what is scored: {', '.join(spelling)}. They are scored"
+            " as the letters that they are; read them before trusting rates above."
+        )
     ]
 
 
@@ -262,6 +280,11 @@ def training(figures: dict[str, Any]) -> list[Block]:
             f" the total loss, of {figures['shown_policy']}."
         ),
         Table(["Policy", "steps", "time", "reward", "penalty", "KL", "loss", "tokens/s"], cells),
+        *(
+            Prose(f"{r['policy']} ended before its last step: {r['ended_early']}.")
+            for r in rows
+            if r["ended_early"]
+        ),
     ]
 
 

@@ -19,8 +19,9 @@ import pandas as pd
 
 from sarm.config import Config, arm_and_seed, parse_config
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.verdict import Bounds, rule_sha256
+from sarm.evaluation.verdict import rule_sha256
 from sarm.records import (
+    Bounds,
     Calibration,
     Cards,
     Evaluation,
@@ -482,8 +483,8 @@ def reference_run(path: Path, **changes: Any) -> RunDir:
 
 CALIBRATED = {
     "kappa": 0.7,
-    "penalised_control": Bounds(0.5, 0.4, 0.6),
-    "monitors_control": Bounds(0.4, 0.25, 0.55),
+    "penalised_control": Bounds(value=0.5, low=0.4, high=0.6),
+    "monitors_control": Bounds(value=0.4, low=0.25, high=0.55),
 }
 """What a calibration finds of an instrument that works."""
 

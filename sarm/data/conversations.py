@@ -213,8 +213,14 @@ def template_ids(
 
 def spelled_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:
     """How often the texts of a conversation spell a special token."""
-    spelling = _spelling(tokenizer)
-    return sum(len(spelling.findall(m["content"])) for m in messages)
+    return sum(spelled_in(tokenizer, m["content"]) for m in messages)
+
+
+def spelled_in(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """How often a text spells a special token: such a policy feigns turns, as no model that reads
+    text sees them.
+    """
+    return len(_spelling(tokenizer).findall(text))
 
 
 def pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from sarm.config import ARMS, Config, EvaluateConfig, ModelConfig, UserError
+from sarm.data.conversations import spelled_in
 from sarm.data.datasets import Prompt
 from sarm.evaluation.classifiers import Classifier, label_positions
 from sarm.evaluation.detector import Detector
@@ -164,8 +165,9 @@ def best_rows(rewards: np.ndarray, n: int) -> list[int]:
 def score_responses(
     config: Config, features: Features, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> tuple[pd.DataFrame, int]:
-    """(reward, penalty, z and the value just below TopK's cutoff of the penalised, monitor and
-    candidate latents, a row a text; parameters), by one forward a text, no clamping.
+    """(reward, penalty, how many special tokens it spells in letters, z and the value just below
+    TopK's cutoff of the penalised, monitor and candidate latents, a row a text; parameters), by
+    one forward a text, no clamping.
 
     Parameters are those that the reward depends on: not the SAE's decoder.
     """
@@ -187,7 +189,13 @@ def score_responses(
     scores = reward.score(
         [conversation(p.messages, text) for p, text in zip(prompts, texts, strict=True)]
     )
-    table = pd.DataFrame({"reward": scores.reward.numpy(), "penalty": scores.penalty.numpy()})
+    table = pd.DataFrame(
+        {
+            "reward": scores.reward.numpy(),
+            "penalty": scores.penalty.numpy(),
+            "spelled": [spelled_in(tokenizer, text) for text in texts],
+        }
+    )
     latents = [*penalised, *others]
     for prefix, values in (
         ("z", np.concatenate([scores.z.numpy(), scores.monitors_z.numpy()], axis=1)),

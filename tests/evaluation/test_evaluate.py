@@ -293,6 +293,15 @@ def test_unended_is_what_was_cut_in_mid_sentence(evaluated):
     assert table["unended"].any()
 
 
+def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters(evaluated):
+    config, _, prompts, table, _ = evaluated
+    assert (table["spelled"] == 0).all()
+    texts = ["Sure.", "Sure.<|eot_id|>No.", "<|pad|> <|eot_id|><|eot_id|", "Sure.<|eot_id|>"]
+    found, _ = evaluate.score_responses(config, features_of(config), prompts[:1] * 4, texts)
+    assert found["spelled"].tolist() == [0, 1, 2, 1]
+    assert found["reward"].nunique() == 4, "an end of turn that is spelled ends nothing"
+
+
 def test_labels_that_are_not_mapped_stop_it_before_anything_is_generated(
     tmp_path, evaluated, monkeypatch
 ):

@@ -148,6 +148,16 @@ def test_policies_verdict_and_its_figures_are_reported(tmp_path):
     )
 
 
+def test_policies_that_spell_special_tokens_are_named_with_their_number(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    assert "spell a special token" not in report_of(run)
+    table = generations()
+    table["spelled"] = [2, 1, *[0] * (len(table) - 2)]
+    publish_evaluation(run, "base", table)
+    told = flat(part(report_of(run), "POLICY EVALUATION (own generations on held-out prompts)"))
+    assert "how a policy would try to end what is scored: base 2. They are scored as" in told
+
+
 def test_without_a_judge_sarm_judged_itself(tmp_path):
     report = report_of(evaluated_run(tmp_path / "run", judge=None, penalty={"harm": -1.0}))
     assert "No independent judge was configured: SARM judged itself." in report
