@@ -52,7 +52,7 @@ def train_and_publish(
         save_policy,
         try_export,
     )
-    from sarm.ppo.loop import train
+    from sarm.ppo.loop import train, why_ended
     from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
 
@@ -145,6 +145,9 @@ def train_and_publish(
             device=str(world.device),
             training_s=round(progress.training_s, 3),
             steps=progress.step,
+            ended_early=(
+                why_ended(config.ppo, progress) if progress.step < config.ppo.steps else None
+            ),
             device_names=names,
             ranks=world.size,
             rule_sha256=rule_sha256(config),
@@ -194,6 +197,7 @@ def make_trainer(config: Config, features: Features, seed: int, world: Any) -> A
             seed=seed,
             world=world,
             trim=config.responses.cut == "trim",
+            base_reward_sd=features.reward_sd or 1.0,
         ),
         source,
     )

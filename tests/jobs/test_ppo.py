@@ -221,6 +221,22 @@ def test_a_policy_is_kept_when_the_mean_kl_of_five_steps_first_reaches_a_distanc
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
+    # Training ends at a distance.
+    shorter = a_run(
+        tmp_path, "shorter", **KEEPING | {"ppo.stop_at_kl": 1.0, "ppo.kl_distances": [1.0]}
+    )
+    train(shorter, monkeypatch, stops=(6,))
+    manifest = shorter.read("ppo", UNIT).manifest
+    step = expected[1.0]
+    assert manifest.more["steps"] == step < 12
+    assert f"{means[step]:.3g} nats, reached ppo.stop_at_kl 1" in manifest.more["ended_early"]
+    assert published.manifest.more["ended_early"] is None
+    assert kept_of(shorter) == {1.0: kept[1.0]}
+    assert (
+        manifest.outputs["policy/model.safetensors"].sha256
+        == kept[1.0][2]["kept/kl-1.0/model.safetensors"]
+    )
+
     # Stopped within the first window, and again between two distances.
     resumed = a_run(tmp_path, "resumed", **KEEPING)
     train(resumed, monkeypatch, stops=(3, 4))

@@ -22,18 +22,20 @@ from transformers import AutoModelForCausalLM
 
 from sarm.config import UserError
 from sarm.data.conversations import prompt_ids
+from sarm.data.datasets import Prompt
 from sarm.data.endings import Ending
 from sarm.llama.decoders import decoder_for
 from sarm.llama.generate import Rollout
-from sarm.ppo.batching import mini_batches, rows_of_step
+from sarm.ppo.batching import Mix, mini_batches, mix_of, rows_of_step
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.cuda_graphs import Recorded
 from sarm.ppo.learner.distributed import place
 from sarm.ppo.learner.export import exported, save_policy
 from sarm.ppo.learner.learner import Logprobs
 from sarm.ppo.learner.micro_batches import micro_batches, scatter
+from sarm.ppo.loop import train
 from sarm.ppo.metrics import ending_metrics, refuse_mismatch
-from sarm.ppo.trainer import Experience, train
+from sarm.ppo.trainer import Experience
 from tests.ranks import (
     PlantedReward,
     gradients,
@@ -83,6 +85,49 @@ def test_samples_of_a_prompt_lie_side_by_side_and_a_pass_takes_that_many_more_st
     drawn = [row for step in range(5) for row in rows_of_step(ids, 0, step, 6, samples=3)]
     assert drawn[::3] == drawn[1::3] == drawn[2::3]
     assert drawn[::3] == [row for step in range(5) for row in rows_of_step(ids, 0, step, 2)]
+
+
+def mixed(kinds: str, share: float) -> Mix | None:
+    prompts = [
+        Prompt(f"p{i}", (), "s", "safe" if kind == "s" else "unsafe", "", "ppo")
+        for i, kind in enumerate(kinds)
+    ]
+    return mix_of(tiny_ppo(safe_share=share), prompts)
+
+
+def test_safe_prompts_are_drawn_in_their_share_and_either_kind_pass_after_pass() -> None:
+    ids = [f"p{i}" for i in range(10)]
+    mix = mixed("sususuuuuu", 0.3)  # three are safe
+    steps = [rows_of_step(ids, 0, step, 8, mix=mix) for step in range(20)]
+    drawn = [row for rows in steps for row in rows]
+    safe, unsafe = ([row for row in drawn if (row in (0, 2, 4)) == of] for of in (True, False))
+    assert len(safe) == 0.3 * 160
+    for at in range(1, 161):  # 0.3 of all that were drawn so far, to within one
+        assert 0 <= 0.3 * at - sum(row in (0, 2, 4) for row in drawn[:at]) < 1 + 1e-9
+    for start in range(0, 48, 3):
+        assert sorted(safe[start : start + 3]) == [0, 2, 4]
+    for start in range(0, 112, 7):
+        assert sorted(unsafe[start : start + 7]) == [1, 3, 5, 6, 7, 8, 9]
+    assert len({tuple(safe[start : start + 3]) for start in range(0, 48, 3)}) > 1
+    of_two = [row for step in range(20) for row in rows_of_step(ids, 0, step, 8, 2, mix)]
+    assert of_two[::2] == of_two[1::2] == drawn[:80]
+
+
+@pytest.mark.parametrize(
+    "kinds, share, missing",
+    [("uuu", 0.25, "safe"), ("sss", 0.25, "unsafe"), ("sss", 0.0, "unsafe")],
+)
+def test_a_kind_of_prompt_that_is_to_be_drawn_and_missing_is_refused(
+    kinds: str, share: float, missing: str
+) -> None:
+    with pytest.raises(UserError, match=f"ppo.safe_share is {share}, .* no {missing} prompts"):
+        mixed(kinds, share)
+
+
+def test_a_share_of_none_or_all_needs_one_kind_alone() -> None:
+    for kinds, share in (("uuu", 0.0), ("sss", 1.0)):
+        drawn = rows_of_step(["a", "b", "c"], 0, 0, 6, mix=mixed(kinds, share))
+        assert sorted(drawn[:3]) == sorted(drawn[3:]) == [0, 1, 2]
 
 
 def test_minibatches_split_the_batch() -> None:
