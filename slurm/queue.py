@@ -28,7 +28,7 @@ SHORT_S = 10
 """
 PASSING = re.compile(
     r"contact slurm controller|timed out|connection (refused|reset|failure)|temporarily un"
-    r"|try again|zero bytes were transmitted|transport endpoint|unable to connect",
+    r"|try again|in standby mode|zero bytes were transmitted|transport endpoint|unable to connect",
     re.IGNORECASE,
 )
 """Refusals of a controller that is busy, restarting or not to be reached."""
@@ -232,9 +232,17 @@ def history(ids: Iterable[str], cluster: str | None = None) -> list[PastJob]:
 
 def sbatch(script: Path, name: str, cluster: str | None = None) -> str:
     """Submit a script whose job bears this name, which no other has; returns its id, also where the
-    answer was lost. Raises Refused where the answer names no job.
+    answer was lost, or is in words of a site's own. Raises Refused where it names no job, and none
+    of that name is in the queue.
     """
-    return submitted_id(retried(["sbatch", *of_cluster(cluster), str(script)], found=name))
+    answer = retried(["sbatch", *of_cluster(cluster), str(script)], found=name)
+    try:
+        return submitted_id(answer)
+    except Refused:
+        bearers = [job.base for job in known_jobs(cluster, patient=True) if job.name == name]
+        if not bearers:
+            raise
+        return bearers[0]
 
 
 def submitted_id(answer: str) -> str:

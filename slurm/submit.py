@@ -23,7 +23,7 @@ from sarm.config import PHASES, Config, UserError
 from sarm.run import RunDir, config_of, git_commit, now
 from slurm import queue
 from slurm.checks import check_batches, check_named, check_token, own_run
-from slurm.dag import Node, tasks
+from slurm.dag import Node, named, tasks
 from slurm.display import dry_run, show_attached, show_sent
 from slurm.images import check_images, images_of, make_caches, read_image
 from slurm.joblogs import OUT_OF_MEMORY, complaint, job_logs
@@ -36,6 +36,7 @@ from slurm.journal import (
     jobs_of,
     journals,
     owned,
+    place_of,
     record,
     unit_jobs,
 )
@@ -137,22 +138,9 @@ class Asked(NamedTuple):
 
     def of(self, config: Config) -> set[Node]:
         """Raises UserError where no unit has that name."""
-        nodes = [task.node for task in tasks(config)]
-        found = {
-            node
-            for node in nodes
-            if self.phase in (None, node.phase)
-            and (
-                self.unit in (None, node.unit, str(node))
-                or (node.phase == "report" and self.phase is None)
-            )
-        }
-        if not any(self.unit in (None, node.unit, str(node)) for node in found):
-            units = sorted({n.unit for n in nodes if n.phase == (self.phase or "evaluate")})
-            raise UserError(
-                f"no unit is named {self.unit!r}; {self.phase or 'evaluate'} has {', '.join(units)}"
-            )
-        return found
+        found = named(config, self.unit, self.phase)
+        reports = () if self.phase else config.units("report")
+        return found | {Node("report", unit) for unit in reports}
 
 
 def decide(
@@ -273,11 +261,7 @@ def submit(
     is left behind.
     """
     known = journals(run)
-    for journal in known:
-        if journal["state"] == "submitting":
-            # Whoever was submitting is gone, or the lock would not be ours; its first jobs may be
-            # held for ever.
-            cancel_submission(run, journal)
+    take_back_unfinished(run, known)
     decision = decide(run, profile, asked or Asked())
     batches = decision.batches
     if not batches:
@@ -286,6 +270,7 @@ def submit(
         "id": uuid.uuid4().hex[:8],
         "number": 1 + max((journal["number"] for journal in known), default=0),
         "at": now(),
+        "place": place_of(run),
         "state": "submitting",
         "cluster": profile.clusters,
         "config_sha256": run.config.sha256,
@@ -342,6 +327,18 @@ def cause(error: BaseException) -> str:
     """What stopped a submission, in sbatch's words, and what to do about it where that is known."""
     said = re.sub(r"sbatch: (error: )?", "", " ".join(str(error).split())) or "it was interrupted"
     return f"{said}; {more}" if (more := cure(said, "")) else said
+
+
+def take_back_unfinished(run: RunDir, known: Iterable[dict[str, Any]]) -> None:
+    """Cancel what is left of submissions that did not come to their end: whoever was submitting is
+    gone, or the lock would not be ours, and their first jobs may be held for ever. Of one that was
+    taken back already, a job whose sbatch was killed may have come to be since.
+    """
+    unfinished = [journal for journal in known if journal["state"] != "submitted"]
+    left = {one.submission for one in in_queue(run, unfinished) if one.job.live}
+    for journal in unfinished:
+        if journal["state"] == "submitting" or journal["id"] in left:
+            cancel_submission(run, journal)
 
 
 def cancel_submission(run: RunDir, journal: dict[str, Any]) -> None:

@@ -110,6 +110,8 @@ def test_one_arm_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None
     assert "cancelled 1 job of ppo/penalty-seed1" in capsys.readouterr().out
     gone = [b for b, (id_,) in before.items() if site.jobs[id_]["state"] == "CANCELLED"]
     assert gone == ["ppo.penalty-seed1"]
+    assert status(["--run", str(site.path), "--cancel", "--unit", "penalty-sed1"]) == 2
+    assert "no unit is named 'penalty-sed1'; evaluate has base" in capsys.readouterr().err
     site.set_state("FAILED", only="cards")
     assert site.submit("--unit", "penalty-seed1") == 0
     twice = {batch for batch, ids in by_batch(site).items() if len(ids) == 2}
