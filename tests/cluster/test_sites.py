@@ -18,6 +18,7 @@ from slurm.profile_file import CLUSTERS
 from tests.cluster.harness import CONFIG, RUNS, STATE, ClusterRun, inside, until
 from tests.cluster.test_profiles import SiteRun, nothing_is_queued
 
+PPO = "penalty-seed0"
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(900),
@@ -236,19 +237,120 @@ def test_a_login_environment_changes_nothing_in_a_real_image(
     assert run.figures() == undisturbed.figures()
 
 
-def test_ppo_on_two_nodes_trains_as_four_ranks_on_one(
-    undisturbed: ClusterRun, emptied: None
-) -> None:
-    run = undisturbed.copy("twonodes", "ppo/penalty-seed0")
+def on_two_nodes(undisturbed: ClusterRun, name: str) -> tuple[ClusterRun, str]:
+    """A run whose policy is trained on two nodes, two ranks each, and its job."""
+    run = undisturbed.copy(name, f"ppo/{PPO}")
     shipped = yaml.safe_load((CLUSTERS / "development.yaml").read_text())
     shipped["phases"]["ppo"] |= {"nodes": 2, "gpus": 2}
-    profile = RUNS / "twonodes.yaml"
+    profile = RUNS / f"{name}.yaml"
     profile.write_text(yaml.safe_dump(shipped))
     words = ["--cluster", str(profile), "--config", CONFIG, "--run", str(run.path)]
     assert "2 nodes, 4 tasks, 4 GPUs" in inside("python", "-m", "slurm.submit", *words).stdout
+    return run, run.jobs[f"ppo.{PPO}"]
+
+
+def test_ppo_on_two_nodes_trains_as_four_ranks_on_one(
+    undisturbed: ClusterRun, emptied: None
+) -> None:
+    run, _ = on_two_nodes(undisturbed, "twonodes")
     run.wait()
-    manifest = run.dir.manifest("ppo", "penalty-seed0")
+    manifest = run.dir.manifest("ppo", PPO)
     assert manifest is not None and manifest.more["ranks"] == 4
     assert run.figures() == undisturbed.figures()
     shown = inside("python", "-m", "slurm.status", "--run", str(run.path), "--json").stdout
     assert json.loads(shown)["state"] == "done"
+
+
+OF_NODE = """
+for folder in /proc/[0-9]*; do
+  if tr '\\0' '\\n' <$folder/environ 2>/dev/null | grep -qx SLURMD_NODENAME={node}; then
+    echo ${{folder#/proc/}}
+  fi
+done
+pgrep -f 'slurmd -N {node}$'
+pgrep -f 'slurmstepd: \\[{job}\\.' | while read -r pid; do
+  pgrep -P $pid >/dev/null || continue
+  for child in $(pgrep -P $pid); do
+    if tr '\\0' '\\n' </proc/$child/environ 2>/dev/null | grep -qx SLURMD_NODENAME={node}; then
+      echo $pid
+      break
+    fi
+  done
+done
+"""
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", ["KILL", "STOP"])
+def test_a_dead_node_is_named_and_its_job_goes_on_from_its_checkpoint(
+    undisturbed: ClusterRun, emptied: None, how: str
+) -> None:
+    """All of g2 at once, slurmd too: its connections are closed, or, as of a machine without
+    power, only silent.
+    """
+    run, job = on_two_nodes(undisturbed, f"deadnode-{how.lower()}")
+    log = run.path / "logs" / f"ppo.{PPO}.log"
+    until(
+        "a checkpoint",
+        lambda: list((run.path / "ppo" / PPO).glob("checkpoints/step-*/manifest.json")),
+        every_s=0.005,
+    )
+    found = inside("bash", "-c", OF_NODE.format(node="g2", job=job), root=True, check=False)
+    victims = found.stdout.split()
+    assert len(victims) > 4, found
+    try:
+        inside("kill", f"-{how}", *victims, root=True, check=False)
+        said = "no sign of life from node g2 (ranks 2, 3)"
+        until("the word on the node", lambda: said in log.read_text())
+        until(
+            "the requeue",
+            lambda: (
+                inside("squeue", "--noheader", f"--jobs={job}", "--format=%T").stdout.strip()
+                == "PENDING"
+            ),
+        )
+    finally:
+        inside("kill", "-KILL", *victims, root=True, check=False)
+        inside("slurmd", "-N", "g2", root=True)
+    run.wait()
+    attempt = run.attempts()[f"ppo/{PPO}"]
+    assert attempt.startswith(f"{job}-") and not attempt.startswith(f"{job}-0-")
+    stopped, went_on = run.steps(PPO, f"{job}-0-"), run.steps(PPO, attempt.rpartition("-")[0])
+    assert 0 < len(stopped) < len(went_on) == run.dir.config.ppo.steps
+    assert run.figures() == undisturbed.figures()
+
+
+def test_share_group_lets_a_colleague_read_results_and_nothing_that_is_run(
+    tiny_models: None, emptied: None
+) -> None:
+    run = ClusterRun("shared")
+    shipped = yaml.safe_load((CLUSTERS / "development.yaml").read_text())
+    profile = RUNS / "shared.yaml"
+    profile.write_text(yaml.safe_dump({**shipped, "share": "group"}))
+    words = ["--cluster", str(profile), "--config", CONFIG, "--run", str(run.path)]
+    inside("bash", "-c", f"umask 002; python -m slurm.submit {' '.join(words)}")
+    run.wait()
+    assert "undone" not in run.attempts().values(), run.report()
+    modes = {path: path.stat().st_mode & 0o777 for path in [run.path, *run.path.rglob("*")]}
+    private = {path for path in modes if "submissions" in path.relative_to(run.path).parts}
+    assert any(path.suffix == ".pkl" for path in private)
+    for path, mode in modes.items():
+        assert not mode & 0o027, f"{path} is {mode:o}"
+        if path not in private:
+            assert mode & 0o040 and path.suffix not in (".pkl", ".py", ".sh", ".pt", ".so"), path
+    # the folders above, which are the site's
+    for folder in (STATE / "home", RUNS):
+        inside("chmod", "o+x", str(folder))
+    inside("useradd", "--no-create-home", "--groups", "sarm", "colleague", root=True)
+    try:
+        colleague = ["setpriv", "--reuid=colleague", "--regid=colleague", "--init-groups"]
+        shown = inside(*colleague, "cat", f"{run.path}/final_report.txt", root=True).stdout
+        assert shown == run.report()
+        listed = inside(*colleague, "find", str(run.path), "-type", "f", root=True, check=False)
+        assert "submissions" not in listed.stdout and "Permission denied" in listed.stderr
+        kept = len([p for p in modes if p.is_file() and p not in private])
+        assert listed.stdout.count("\n") == kept
+    finally:
+        inside("userdel", "colleague", root=True)
+        for folder in (STATE / "home", RUNS):
+            inside("chmod", "o-x", str(folder))
