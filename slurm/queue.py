@@ -288,18 +288,22 @@ def test_only(text: str, cluster: str | None = None) -> None:
     retried(["sbatch", "--test-only", *of_cluster(cluster)], stdin=text)
 
 
-def accounting_enforced() -> bool:
+def setting(name: str, cluster: str | None = None) -> str:
+    """A setting of a cluster's slurm.conf; empty where Slurm does not tell it."""
+    try:
+        text = call(["scontrol", *of_cluster(cluster), "show", "config"])
+    except UserError:
+        return ""
+    found = re.search(rf"^{name} *= *(.*)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else ""
+
+
+def accounting_enforced(cluster: str | None = None) -> bool:
     """Whether Slurm checks accounts and QOS at submission; otherwise nobody does until the job is
     looked at.
     """
-    try:
-        text = call(["scontrol", "show", "config"])
-    except UserError:
-        return False
-    line = next(
-        (line for line in text.splitlines() if line.startswith("AccountingStorageEnforce")), ""
-    )
-    return any(word in line for word in ("associations", "limits", "qos", "safe"))
+    enforced = setting("AccountingStorageEnforce", cluster)
+    return any(word in enforced for word in ("associations", "limits", "qos", "safe"))
 
 
 def _seconds(clock: str) -> float:

@@ -78,6 +78,9 @@ def account_limit(profile: Profile) -> int | None:
     """The least MaxSubmitJobs that accounting sets for this user; None where it tells none."""
     words = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={getuser()}"]
     where = [f"account={profile.account}"] if profile.account else []
+    # one accounting may serve many clusters, each with its own limits
+    if cluster := profile.clusters or queue.setting("ClusterName"):
+        where.append(f"cluster={cluster}")
     try:
         text = queue.call([*words, *where, "format=MaxSubmitJobs,GrpSubmitJobs"])
     except UserError:

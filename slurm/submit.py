@@ -26,10 +26,9 @@ from slurm.checks import check_batches, check_named, check_token, own_run
 from slurm.dag import Node, named, tasks
 from slurm.display import dry_run, show_attached, show_sent
 from slurm.images import check_images, images_of, make_caches, read_image
-from slurm.joblogs import OUT_OF_MEMORY, complaint, job_logs
+from slurm.joblogs import OUT_OF_MEMORY, complaint, logs_by_job
 from slurm.journal import (
     FOLDER,
-    Job,
     Owned,
     clusters,
     job_name,
@@ -160,8 +159,7 @@ def decide(
     check_needs(run.config, profile, asked, todo, sent, live)
     attached = {n: job for n, job in live.items() if n in todo & wanted and n not in sent}
     superseded = [one.job for one in mine if one.job.live and sent.intersection(one.nodes)]
-    jobs = unit_jobs(run, known)
-    short = {node for node in sent if ran_out_of_memory(run, jobs.get(node))}
+    short = ran_out_of_memory(run, known, sent)
     batches = [
         batch._replace(retry=bool(short.intersection(batch.nodes)))
         for batch in plan(run.config, profile, sent, waited_for(mine, sent))
@@ -243,12 +241,19 @@ def waited_for(mine: Iterable[Owned], sent: set[Node]) -> dict[Node, str]:
     }
 
 
-def ran_out_of_memory(run: RunDir, job: Job | None) -> bool:
-    """Whether Slurm wrote of a unit's last job that it did."""
-    if job is None:
-        return False
-    said = complaint(job_logs(run.path / FOLDER / job.submission, job.id))
-    return bool(OUT_OF_MEMORY.search(said))
+def ran_out_of_memory(
+    run: RunDir, known: Iterable[Mapping[str, Any]], sent: Collection[Node]
+) -> set[Node]:
+    """Those to be sent of which Slurm wrote so, of any job that they have had: the last may have
+    ended otherwise, with more.
+    """
+    found: set[Node] = set()
+    for journal in known:
+        logs = logs_by_job(run.path / FOLDER / journal["id"])
+        for node, job in jobs_of(run, journal).items():
+            if node in sent and OUT_OF_MEMORY.search(complaint(logs.get(job.id, ()))):
+                found.add(node)
+    return found
 
 
 def submit(

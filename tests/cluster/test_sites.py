@@ -16,7 +16,7 @@ import yaml
 
 from slurm.profile_file import CLUSTERS
 from tests.cluster.harness import CONFIG, RUNS, STATE, ClusterRun, inside, until
-from tests.cluster.test_profiles import SiteRun, nothing_is_queued
+from tests.cluster.test_profiles import SiteRun, needs_accounting, nothing_is_queued
 
 PPO = "penalty-seed0"
 pytestmark = [
@@ -201,17 +201,80 @@ def test_by_hand_inside_an_salloc(emptied: None) -> None:
     assert "ran -m slurm.entry" in (run / "log").read_text(), (run / "log").read_text()
 
 
-@pytest.mark.skipif(
-    not (STATE / "accounting").exists() or (STATE / "accounting").read_text().strip() == "0",
-    reason="needs a cluster with ACCOUNTING=1",
-)
-def test_a_named_cluster(emptied: None) -> None:
-    run = pending("named", clusters="dev")
-    run.send()
-    shown = inside("make", "status", f"RUN={run.path}").stdout
-    assert shown.count("pending") > 10
-    assert run.make("cancel").stdout.startswith("cancelled ")
-    assert until("an empty queue", nothing_is_queued)
+SECOND = r"""
+mkdir -p /etc/slurm-gpu
+port=$(sed -n s/SlurmctldPort=//p /etc/slurm/slurm.conf)
+sed -e s/^ClusterName=.*/ClusterName=gpu/ -e s/^SlurmctldPort=.*/SlurmctldPort=$((port + 6))/ \
+  -e 's#^\(StateSaveLocation\|SlurmdSpoolDir\)=/var/spool/slurm/#&gpu-#' \
+  -e 's#^\(SlurmctldPidFile\|SlurmdPidFile\)=/run/#&gpu-#' \
+  -e 's#^\(SlurmctldLogFile\|SlurmdLogFile\)=/var/log/slurm/#&gpu-#' \
+  -e /^NodeName=/d -e s/^PartitionName=/#/ /etc/slurm/slurm.conf >/etc/slurm-gpu/slurm.conf
+cat >>/etc/slurm-gpu/slurm.conf <<END
+NodeName=x1 NodeHostname=login Port=$((port + 7)) CPUs=8 RealMemory=32000 Gres=gpu:h100:4
+PartitionName=cpu Nodes=x1 Default=YES
+PartitionName=gpu Nodes=x1
+END
+cp /etc/slurm/cgroup.conf /etc/slurm-gpu/
+echo 'NodeName=x1 Name=gpu Type=h100 File=/dev/fakegpu[0-3]' >/etc/slurm-gpu/gres.conf
+sacctmgr -iQ add cluster gpu
+sacctmgr -iQ add account sarm Cluster=gpu
+sacctmgr -iQ add user sarm Account=sarm Cluster=gpu
+export SLURM_CONF=/etc/slurm-gpu/slurm.conf
+slurmctld -c
+slurmd -N x1
+until [[ $(sinfo -h -N -o %T) == idle ]]; do sleep 0.3; done
+until sinfo -M gpu -h; do sleep 0.3; done
+"""
+
+
+@pytest.fixture
+def second_cluster() -> Iterator[None]:
+    """Another cluster, `gpu`, of one node, in the same accounting; ids begin anew on both."""
+    reset_controller()
+    inside("env", "-u", "SLURM_CONF", "bash", "-ec", SECOND, root=True)
+    yield
+    inside("bash", "-c", "scancel --user=sarm; scancel --clusters=gpu --user=sarm")
+    lines = """kill -KILL $(cat /run/gpu-slurmctld.pid) $(cat /run/gpu-slurmd-x1.pid)
+        rm -r /etc/slurm-gpu /var/spool/slurm/gpu-*; sacctmgr -iQ delete cluster gpu"""
+    inside("bash", "-c", lines, root=True)
+
+
+def on(cluster: str) -> dict[str, str]:
+    words = ["squeue", f"--clusters={cluster}", "--noheader", "--format=%j|%T"]
+    lines = [line for line in inside(*words).stdout.splitlines() if "|" in line]
+    return dict(line.rsplit("|", 1) for line in lines)
+
+
+@needs_accounting
+def test_two_clusters_whose_ids_are_the_same(emptied: None, second_cluster: None) -> None:
+    here, there = pending("here"), pending("there", clusters="gpu")
+    said = inside(
+        *["env", "SLURM_CLUSTERS=gpu", "python", "-m", "slurm.doctor"],
+        *["--cluster", str(here.profile), "--config", CONFIG, "--run", str(here.path)],
+        check=False,
+    ).stdout
+    assert "ok        Slurm: it would take all" in said, said
+    here.send()
+    there.send()
+    assert set(here.jobs.values()) & set(there.jobs.values()), "ids are not the same"
+    assert set(on("dev").values()) == set(on("gpu").values()) == {"PENDING"}
+    for run, other in ((here, "gpu"), (there, "dev")):
+        words = ["env", f"SLURM_CLUSTERS={other}", "make", "status", f"RUN={run.path}"]
+        assert inside(*words).stdout.count("pending") > 10
+    before = on("dev")
+    words = ["env", "SLURM_CLUSTERS=dev", "make", "cancel", f"RUN={there.path}"]
+    assert inside(*words).stdout.startswith("cancelled ")
+    until("an empty queue", lambda: not on("gpu"))
+    assert on("dev") == before, "the run on the other cluster is touched"
+    there.send()
+    here.make("cancel")
+    assert len(on("gpu")) == len(there.jobs)
+    there.make("cancel")
+    # and one that starts there, as far as its phase's own log
+    ran = SiteRun("ran-there", container=None, clusters="gpu")
+    ran.send("--phase", "fetch")
+    log = ran.path / "logs" / "fetch.all.log"
+    until("the phase's own log", lambda: log.exists() and "=== job" in log.read_text())
 
 
 LOGIN = """

@@ -178,6 +178,11 @@ def test_out_of_memory_asks_for_more_on_the_second_try_where_the_profile_says_ho
     assert f"#SBATCH {asked}\n" in site.jobs[ppo]["text"]
     evaluate = by_batch(site)["evaluate.penalty-seed1"][1]
     assert "#SBATCH --mem=120G\n" in site.jobs[evaluate]["text"], "it alone"
+    site.set_state("NODE_FAIL", only="ppo.penalty-seed1")
+    site.set_state("CANCELLED", only="evaluate.penalty-seed1")
+    assert site.submit() == 0
+    third = by_batch(site)["ppo.penalty-seed1"][2]
+    assert f"#SBATCH {asked}\n" in site.jobs[third]["text"], "also when it ended otherwise since"
 
 
 def test_arms_are_throttled(site: Site) -> None:

@@ -176,7 +176,7 @@ def test_another_cluster_is_named_to_every_command(
     assert status(["--run", str(site.path), "--cancel"]) == 0
     assert {job["state"] for job in site.jobs.values()} == {"CANCELLED"}
     asked = [words for words in site.state["commands"] if words[0] != "sacct"]
-    assert all("--clusters=gpu" in words for words in asked if words[1:] != ["show", "config"])
+    assert all("--clusters=gpu" in words for words in asked)
 
 
 def test_several_nodes(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,6 +317,15 @@ def test_doctor_knows_limits_accounting_and_what_waits(
     said = capsys.readouterr().out
     assert "the run is 17 jobs and your account may queue 12" in said
     assert "ok        accounting: it answers" in said
+    site.profile.write_text(PROFILE + "clusters: gpu\n")
+    doctor.main(words)
+    asked = [words for words in site.state["commands"] if words[0] == "sacctmgr"]
+    assert [w for words in asked for w in words if "cluster=" in w] == [
+        "cluster=here",
+        "cluster=gpu",
+    ], "of another cluster's limits nothing is to be feared"
+    site.profile.write_text(PROFILE)
+    capsys.readouterr()
     site.fault()
     site.submit()
     state = site.state
