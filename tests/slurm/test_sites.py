@@ -312,7 +312,21 @@ def test_doctor_knows_limits_accounting_and_what_waits(
     # two encode, five probe, select, steer, cards, calibrate, two ppo, three evaluate, report
     assert "17 jobs are more than this cluster's submit_limit of 10" in capsys.readouterr().out
     site.profile.write_text(PROFILE)
-    site.fault(sacctmgr="12|\n100|200\n", no_sacct=False)
+    site.profile.write_text(PROFILE + "phases: {probe: {qos: short}, ppo: {qos: long}}\n")
+    # of 17 jobs five are probe's, two ppo's, and ten under the account's own QOS
+    for qos, says in (
+        ("short|4|\nlong||\n", "the run is 5 jobs and QOS short may queue 4 (MaxSubmitJobs)"),
+        ("short|5|\nlong||1\n", "the run is 2 jobs and QOS long may queue 1"),
+        ("long|2|9\nusual|9|\n", "the run is 10 jobs and QOS usual may queue 9"),
+        ("short|5|\nusual|10|\n", "17 jobs; your account may queue 17, QOS short may queue 5, QOS"),
+    ):
+        site.fault(sacctmgr={"assoc": "17||usual\n", "qos": qos})
+        doctor.main(words)
+        assert says in capsys.readouterr().out
+    asked = [words for words in site.state["commands"] if words[:5][-1:] == ["qos"]]
+    assert {tuple(words[5:7]) for words in asked} == {("where", "name=usual,short,long")}
+    site.profile.write_text(PROFILE)
+    site.fault(sacctmgr={"assoc": "12||\n100|200|\n"}, no_sacct=False)
     assert doctor.main(words) == 2
     said = capsys.readouterr().out
     assert "the run is 17 jobs and your account may queue 12" in said
@@ -320,10 +334,8 @@ def test_doctor_knows_limits_accounting_and_what_waits(
     site.profile.write_text(PROFILE + "clusters: gpu\n")
     doctor.main(words)
     asked = [words for words in site.state["commands"] if words[0] == "sacctmgr"]
-    assert [w for words in asked for w in words if "cluster=" in w] == [
-        "cluster=here",
-        "cluster=gpu",
-    ], "of another cluster's limits nothing is to be feared"
+    named = [w for words in asked for w in words if "cluster=" in w]
+    assert named[-2:] == ["cluster=here", "cluster=gpu"], "another cluster's limits are not ours"
     site.profile.write_text(PROFILE)
     capsys.readouterr()
     site.fault()
