@@ -45,6 +45,7 @@ from sarm.config.phases import (
 )
 from sarm.config.ppo import (
     CRITIC_SETTINGS,
+    HeldOutConfig,
     LoraConfig,
     PenaltyConfig,
     PpoConfig,
@@ -86,6 +87,7 @@ __all__ = [
     "EvaluateConfig",
     "Fraction",
     "FromList",
+    "HeldOutConfig",
     "JudgeConfig",
     "LabelConfig",
     "Loader",
