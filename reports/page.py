@@ -18,6 +18,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from reports import reference
+from reports.distances import compared_words
 from reports.frames import Frames, arm_rank
 from reports.numbers import arm_name, fixed, interval
 from reports.plots import PLOTS, Plot
@@ -61,6 +62,7 @@ def page(figures: dict[str, Any], frames: Frames) -> str:
         "report.html",
         title=f"{figures['run']}: report",
         figures=figures,
+        compared=compared_words(figures["compared"]),
         facts=facts(figures),
         headlines=headlines(figures),
         before=sections[:after],

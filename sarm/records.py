@@ -585,6 +585,8 @@ class Evaluation(File):
     n_prompts: int
     n_too_long: int
     seconds: float
+    kept: list[KeptPolicy] = Field(default_factory=list)
+    """The policies kept at KL distances that were evaluated too."""
 
 
 class Steered(File):
@@ -684,6 +686,10 @@ class Report(File):
     phases: list[Row]
     training: list[Row]
     policies: list[Row]
+    compared: Row = Field(default_factory=lambda: {"distance": None, "problem": ""})
+    """At which KL distance, and how far the arms are there."""
+    distances: list[Row] = Field(default_factory=list)
+    """Every trained policy at every distance that the config names."""
     latents: list[Row]
     random_latents: list[Row]
     monitors: list[Row]

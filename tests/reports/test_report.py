@@ -17,16 +17,9 @@ import jobs.report
 import sarm.run
 from reports import blocks, evidence, frames, numbers, probe_sections, reference
 from reports.blocks import Table
-from reports.figures import (
-    distinct,
-    figures,
-    hardware,
-    histogram,
-    latent_table,
-    policy_table,
-    shown_steps,
-)
+from reports.figures import figures, hardware, histogram, latent_table, shown_steps
 from reports.frames import penalised_latents, read_run
+from reports.policies import distinct, policy_table
 from reports.text import RULE, final_report
 from sarm.evaluation.verdict import LEADS, Verdict, decide
 from sarm.records import plain
