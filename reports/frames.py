@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sarm.config import PHASES, ROOT, Phase, UserError, arm_and_seed
+from reports.distances import Compared, compared_distance, rows_at
+from sarm.config import ARMS, PHASES, ROOT, Phase, UserError, arm_and_seed
 from sarm.records import (
     Calibration,
     Cards,
     Evaluation,
     Features,
+    KeptPolicies,
     Manifest,
     Models,
     Readings,
@@ -30,8 +32,6 @@ from sarm.records import (
 )
 from sarm.run import Published, RunDir, latest
 
-ARM_ORDER = ("base", "no_penalty", "penalty", "random")
-"""How arms are listed; one that is not named here comes after these."""
 LOG_TAIL_BYTES = 65_536
 ERROR_LINE = re.compile(
     r"^(error:|slurmstepd: error|[\w.]*(Error|Exception|Interrupt)\b|.*\b(Killed|CANCELLED|TIME"
@@ -60,16 +60,24 @@ class Frames(NamedTuple):
     steering: dict[str, Any] | None
     evaluations: dict[str, dict[str, Any]]
     generations: pd.DataFrame
-    """A row a policy and response: policy, arm, seed, and the columns that evaluate wrote."""
+    """A row a policy and response: policy, arm, seed, and the columns that evaluate wrote. Of the
+    trained policies as they were at the distance that is compared (`compared`).
+    """
     probe: pd.DataFrame
     """A row a latent: what the probe measured of it."""
     models: dict[str, Any] | None
     """What fetch recorded: where models and data lie, and their hashes."""
     cards: dict[str, Any] | None
     sweep: pd.DataFrame
-    """As `generations`, of the policies of a sweep, which stand in no other frame."""
+    """As `generations`, of the policies of a sweep, which stand in no other frame but `every`."""
     steered: dict[str, Any] | None
     """What pushing the base policy along decoder directions changed."""
+    compared: Compared
+    """At which KL distance policies are compared."""
+    every: pd.DataFrame
+    """`generations` and `sweep` at every distance at which policies were kept, and at the end."""
+    kept: dict[str, list[dict[str, Any]]]
+    """By trained policy, when it reached which distance."""
 
 
 def read_run(
@@ -109,12 +117,14 @@ def _read_outputs(
     """Frames of published outputs; an output that is damaged marks its unit as failed."""
     manifests = {key: p.manifest for key, p in published.items()}
     features, readings, steering, models, cards, steered = None, None, None, None, None, None
-    calibrations, evaluations = {}, {}
+    calibrations, evaluations, kept = {}, {}, {}
     training, generations, sweep = [], [], []
     points = run.config.sweep_points()
     probe = pd.DataFrame()
     for (phase, unit), unit_files in published.items():
         try:
+            if phase == "ppo" and "kept.json" in unit_files.manifest.outputs:
+                kept[unit] = KeptPolicies.read(unit_files.path("kept.json")).tree()["kept"]
             if phase == "fetch":
                 if "models.json" in unit_files.manifest.outputs:
                     models = Models.read(unit_files.path("models.json")).tree()
@@ -149,8 +159,15 @@ def _read_outputs(
             manifests.pop((phase, unit))
     if features is not None and readings is not None:
         features = readings.applied(features)
-    penalised, played = penalised_latents(run, features), _joined(generations, "prompt_id")
-    monitors = usable_monitors(played, monitor_latents(features), run.config.verdict.monitor_rates)
+    penalised = penalised_latents(run, features)
+    every = _joined([*generations, *sweep], "prompt_id")
+    if "distance" not in every:  # of runs before policies were kept
+        every["distance"] = math.nan
+    monitors = usable_monitors(every, monitor_latents(features), run.config.verdict.monitor_rates)
+    every = _with_firing(every, penalised, monitors)
+    compared = compared_distance(run.config, every)
+    at = rows_at(every, compared.distance)
+    swept = at["policy"].isin(list(points))
     return Frames(
         phases=phases,
         manifests=manifests,
@@ -160,12 +177,15 @@ def _read_outputs(
         calibrations=calibrations,
         evaluations=evaluations,
         training=_joined(training, "step"),
-        generations=_with_firing(played, penalised, monitors),
+        generations=at[~swept].reset_index(drop=True),
         probe=probe,
         models=models,
         cards=cards,
         steered=steered,
-        sweep=_with_firing(_joined(sweep, "prompt_id"), penalised, monitors),
+        sweep=at[swept].reset_index(drop=True),
+        compared=compared,
+        every=every,
+        kept=kept,
     )
 
 
@@ -268,7 +288,7 @@ def _metrics(path: Path, unit: str) -> pd.DataFrame:
 
 
 def _with_policy(table: pd.DataFrame, unit: str) -> pd.DataFrame:
-    arm, seed = ("base", 0) if unit == "base" else arm_and_seed(unit)
+    arm, seed = arm_and_seed(unit)
     table = table.reset_index(drop=True)
     for position, (name, value) in enumerate((("policy", unit), ("arm", arm), ("seed", seed))):
         table.insert(position, name, value)
@@ -345,5 +365,5 @@ def shown(path: Path) -> str:
 
 
 def arm_rank(arm: str) -> tuple[int, str]:
-    """Sorts arms by `ARM_ORDER`."""
-    return (ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), arm)
+    """Sorts arms by the order of `ARMS`; one that is not named there comes after these."""
+    return (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm)

@@ -10,13 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-ARMS = {
-    "base": "base",
-    "no_penalty": "no penalty",
-    "penalty": "penalty",
-    "random": "random",
-    "penalty - random": "vs. random",
-}
+from sarm.config import ARMS
+
 MEASURES = {
     "penalised_fired": "penalised, unsafe",
     "monitors_fired": "monitors, unsafe",
@@ -32,7 +27,9 @@ MEASURES = {
 
 def arm_name(arm: str) -> str:
     """An arm in words."""
-    return ARMS.get(arm, arm.replace("_", " "))
+    if arm == "penalty - random":
+        return "vs. random"
+    return ARMS[arm].words if arm in ARMS else arm.replace("_", " ")
 
 
 def fixed(value: float | None, digits: int, *, sign: bool = False) -> str:

@@ -18,12 +18,14 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from reports import reference
+from reports.distances import compared_words
 from reports.frames import Frames, arm_rank
 from reports.numbers import arm_name, fixed, interval
 from reports.plots import PLOTS, Plot
 from reports.policy_sections import verdict_figures
 from reports.sections import SECTIONS, Section
 from reports.text import final_report
+from sarm.config import ARMS
 
 TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = {"unsafe": 80, "safe": 40}
@@ -60,6 +62,7 @@ def page(figures: dict[str, Any], frames: Frames) -> str:
         "report.html",
         title=f"{figures['run']}: report",
         figures=figures,
+        compared=compared_words(figures["compared"]),
         facts=facts(figures),
         headlines=headlines(figures),
         before=sections[:after],
@@ -106,8 +109,8 @@ def _coded(text: str) -> markupsafe.Markup:
 
 
 def _inline(text: str) -> str:
-    """Text that cannot end the script element that it stands in."""
-    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+    """JSON that cannot end the script element that it stands in, nor open a comment there."""
+    return text.replace("<", "\\u003c")
 
 
 def section_parts(section: Section, figures: dict[str, Any], plots: list[Plot]) -> dict[str, Any]:
@@ -159,7 +162,8 @@ def samples(figures: dict[str, Any], generations: pd.DataFrame) -> dict[str, Any
     if generations.empty:
         return {"policies": [], "prompts": [], "n": 0, "length": SAMPLE_LENGTH, "sources": []}
     seed = figures["provenance"]["ppo_seeds"][0]
-    mine = generations[(generations["arm"] == "base") | (generations["seed"] == seed)]
+    untrained = [arm for arm, kind in ARMS.items() if not kind.trained]
+    mine = generations[generations["arm"].isin(untrained) | (generations["seed"] == seed)]
     policies = sorted(
         mine["policy"].unique(),
         key=lambda policy: arm_rank(mine.loc[mine["policy"] == policy, "arm"].iloc[0]),
@@ -203,7 +207,8 @@ def samples(figures: dict[str, Any], generations: pd.DataFrame) -> dict[str, Any
 
 
 def _answer(row: pd.Series) -> dict[str, Any]:
-    seed = "" if row["arm"] == "base" else f", seed {row['seed']}"
+    trained = row["arm"] not in ARMS or ARMS[row["arm"]].trained
+    seed = f", seed {row['seed']}" if trained else ""
     return {
         "policy": arm_name(row["arm"]) + seed,
         "text": clipped(str(row["response"])),

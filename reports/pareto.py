@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from reports.figures import policy_table
 from reports.frames import Frames
+from reports.policies import policy_table
 from sarm.config import arm_and_seed
 from sarm.run import RunDir
 
@@ -29,7 +29,7 @@ def sweep_figures(run: RunDir, frames: Frames) -> dict[str, Any] | None:
         for row in policy_table(table).to_dict("records") if len(table) else []:
             point = points.get(row["policy"])
             low, high = wilson(row["penalised_fired"], row["n_unsafe"])
-            seed = 0 if row["policy"] == "base" else arm_and_seed(row["policy"])[1]
+            _, seed = arm_and_seed(row["policy"])
             numbers = {
                 name: row[name]
                 for name in (

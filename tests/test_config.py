@@ -5,16 +5,19 @@ and read.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from sarm.config import (
+    ARMS,
     NON_PHASE_JOBS,
     PHASES,
     ROOT,
+    Arm,
     Config,
+    UntrainedArm,
     UserError,
     arm_and_seed,
     config_yaml,
@@ -25,6 +28,7 @@ from sarm.config import (
     shard_range,
 )
 from sarm.config.reads import READS, is_read
+from slurm.dag import Node, tasks
 
 BASE = """
 name: base
@@ -172,6 +176,28 @@ def test_a_missing_section_is_named() -> None:
         (["ppo.value_max_grad_norm=1.0", "ppo.zero_stage=2"], "needs zero_stage 0"),
         (["ppo.kl_in=loss"], "k1 as a loss has a gradient of mean 0"),
         (["ppo.kl_estimator=k2"], "k2 in the reward is biased"),
+        *(
+            ([f"ppo.kl_distances={distances}"], "is not ascending; list each distance once")
+            for distances in ("[1.0, 0.5]", "[0.5, 0.5]", "[0.5, 2.0, 1.0]")
+        ),
+        (["ppo.kl_distances=[0.0, 1.0]"], "ppo.kl_distances.0: Input should be greater than 0"),
+        (["ppo.kl_distances=[1.0, -2.0]"], "ppo.kl_distances.1: Input should be greater than 0"),
+        (
+            ["ppo.kl_distances=[0.5, 2.0]", "ppo.stop_at_kl=1.0"],
+            "kl_distances goes up to 2.0, and training ends at stop_at_kl 1.0",
+        ),
+        (["ppo.stop_at_kl=0.0"], "ppo.stop_at_kl: Input should be greater than 0"),
+        (["ppo.safe_share=1.5"], "ppo.safe_share"),
+        (
+            ["ppo.temperature=0.0"],
+            "training at temperature 0 is refused: nothing would be explored;",
+        ),
+        (
+            ["ppo.temperature=0", "ppo.advantage=rloo", "ppo.samples_per_prompt=4"],
+            "the 4 samples of a prompt would be one",
+        ),
+        (["ppo.gamma=-0.5"], "ppo.gamma: Input should be greater than or equal to 0"),
+        (["ppo.lam=1.5"], "ppo.lam: Input should be less than or equal to 1"),
         (["ppo.arms=[penalty, penalty]"], "named twice"),
         (["ppo.seeds=[]"], "at least one arm and one seed"),
         (["data.sources.demo.split={discovery: 0.7, test: 0.4}"], "add up to 1.1"),
@@ -328,6 +354,38 @@ def test_units() -> None:
     assert [arm_and_seed(unit) for unit in made.units("ppo")][-1] == ("no_penalty", 7)
 
 
+def test_arms_that_nobody_trains_are_evaluated_once_and_wait_for_no_training() -> None:
+    made = config("ppo.seeds=[3, 7]", "evaluate.arms=[best_of_n, prompted]")
+    assert made.units("evaluate") == ("base", "best_of_n", "prompted", *made.units("ppo"))
+    assert arm_and_seed("best_of_n") == ("best_of_n", 0) and arm_and_seed("base") == ("base", 0)
+    needs = {task.node: task.needs for task in tasks(made)}
+    for unit in ("base", "best_of_n", "prompted"):
+        assert needs[Node("evaluate", unit)] == (Node("calibrate", "all"),)
+    assert needs[Node("evaluate", "penalty-seed7")] == (Node("ppo", "penalty-seed7"),)
+    report = needs[Node("report", "all")]
+    assert Node("evaluate", "prompted") in report and Node("ppo", "prompted") not in report
+
+
+def test_every_arm_is_registered_in_one_place() -> None:
+    trained = {name for name, kind in ARMS.items() if kind.trained}
+    assert trained == set(get_args(Arm))
+    assert set(ARMS) - trained == {"base", *get_args(UntrainedArm)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["evaluate.arms=[prompted, prompted]"], "named twice"),
+        (["evaluate.arms=[penalty]"], "evaluate.arms.0"),
+        (["evaluate.best_of=1"], "evaluate.best_of"),
+        (["evaluate.arms=[best_of_n]", "evaluate.temperature=0.0"], "temperature 0"),
+        (["evaluate.arms=[prompted]", "evaluate.system_prompt=''"], "evaluate.system_prompt"),
+    ],
+)
+def test_untrained_arms_that_cannot_be_are_refused(overrides: list[str], words: str) -> None:
+    assert words in complaint(*overrides)
+
+
 def test_a_key_by_an_earlier_name_is_refused_with_its_name_now() -> None:
     tree = yaml.safe_load(BASE) | {"select": {"redraws": 2}, "ppo": {"penalty": {"kind": "count"}}}
     with pytest.raises(UserError, match=r"select.redraws \(it is now select.stability_repeats\)"):
@@ -377,7 +435,7 @@ def test_every_key_is_read_by_a_phase_or_says_which_units_there_are() -> None:
     for name in ("llama31-8b.yaml", "smollm2.yaml"):
         for key in leaves(load_config(ROOT / "configs" / name).model_dump(mode="json")):
             readers = [phase for phase in READS if phase != "report" and is_read(phase, key)]
-            shown = ("hardware", "verdict.", "ppo.seeds", "sweep.")
+            shown = ("hardware", "verdict.", "ppo.seeds", "evaluate.arms", "sweep.")
             assert readers or key.startswith(shown), f"{key}: name its phases in READS"
 
 

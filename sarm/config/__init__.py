@@ -4,6 +4,7 @@
 `reading` the YAML. Imports no torch: login nodes use it.
 """
 
+from sarm.config.arms import ARMS, Arm, ArmKind, UntrainedArm, arm_and_seed
 from sarm.config.base import (
     ROOT,
     Count,
@@ -44,7 +45,7 @@ from sarm.config.phases import (
 )
 from sarm.config.ppo import (
     CRITIC_SETTINGS,
-    Arm,
+    HeldOutConfig,
     LoraConfig,
     PenaltyConfig,
     PpoConfig,
@@ -62,17 +63,10 @@ from sarm.config.reading import (
     stored_tree,
     under_todays_names,
 )
-from sarm.config.schema import (
-    NON_PHASE_JOBS,
-    PHASES,
-    Config,
-    Phase,
-    arm_and_seed,
-    shard_names,
-    shard_range,
-)
+from sarm.config.schema import NON_PHASE_JOBS, PHASES, Config, Phase, shard_names, shard_range
 
 __all__ = [
+    "ARMS",
     "CRITIC_SETTINGS",
     "NON_PHASE_JOBS",
     "PARTS",
@@ -81,6 +75,7 @@ __all__ = [
     "RENAMED_VALUES",
     "ROOT",
     "Arm",
+    "ArmKind",
     "CalibrateConfig",
     "CardsConfig",
     "ChatModelConfig",
@@ -92,6 +87,7 @@ __all__ = [
     "EvaluateConfig",
     "Fraction",
     "FromList",
+    "HeldOutConfig",
     "JudgeConfig",
     "LabelConfig",
     "Loader",
@@ -117,6 +113,7 @@ __all__ = [
     "SweepPoint",
     "TrainRefusalsConfig",
     "TrainSarmConfig",
+    "UntrainedArm",
     "UserError",
     "VerdictConfig",
     "arm_and_seed",

@@ -84,6 +84,7 @@ READS: dict[str, tuple[str, ...]] = {
         "ppo.max_prompt_tokens",
         "ppo.micro_batch_tokens",
         "evaluate",
+        "!evaluate.arms",
         "responses",
         "encode.extra_ranks",
         "steer.policy",
@@ -103,7 +104,7 @@ READS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Keys and sections by phase, but those with `!`; the empty name is all. What only says which units
-there are (`ppo.arms`, `ppo.seeds`, `sweep`) is no part of one unit.
+there are (`ppo.arms`, `ppo.seeds`, `evaluate.arms`, `sweep`) is no part of one unit.
 """
 
 MISSING: Any = object()

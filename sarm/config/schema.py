@@ -90,7 +90,8 @@ class Config(Strict):
                 *self.sweep_points(),
             )
         if phase == "evaluate":
-            return ("base", *self.units("ppo"), *(("steered",) if self.steer.policy else ()))
+            steered = ("steered",) if self.steer.policy else ()
+            return ("base", *self.evaluate.arms, *self.units("ppo"), *steered)
         return ("all",)
 
     def sweep_points(self) -> dict[str, SweepPoint]:
@@ -134,6 +135,17 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def _kept_where_compared(self) -> Config:
+        kl, distances = self.verdict.kl, self.ppo.kl_distances
+        if kl is not None and kl not in distances:
+            raise ValueError(
+                f"verdict.kl: {kl:g} is none of ppo.kl_distances"
+                f" ({', '.join(f'{d:g}' for d in distances) or 'there are none'}); name one of"
+                " them, or leave it out for the largest that every arm and seed reaches"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sweepable(self) -> Config:
         if self.sweep.alpha and not self.ppo.penalty.has_tau:
             raise ValueError(
@@ -160,9 +172,3 @@ def shard_range(unit: str, total: int) -> tuple[int, int]:
     _, index, _, shards = unit.split("-")
     i, n = int(index), int(shards)
     return total * i // n, total * (i + 1) // n
-
-
-def arm_and_seed(unit: str) -> tuple[str, int]:
-    """`penalty-seed0` as `("penalty", 0)`."""
-    arm, _, seed = unit.rpartition("-seed")
-    return arm, int(seed)

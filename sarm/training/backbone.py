@@ -39,7 +39,8 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        update: Tensor = nn.functional.linear(nn.functional.linear(x, self.a), self.b)
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        update: Tensor = nn.functional.linear(nn.functional.linear(x, a), b)
         return self.base(x) + update
 
 
@@ -59,11 +60,16 @@ def train_backbone(
     model; `model.adapter` holds them as they are saved, in bfloat16.
 
     `ids` are the texts' tokens, `head` (d_in,) where the head on normalised states starts: a head
-    fitted to the states as they were keeps the first steps from pulling the layers apart. Float32,
-    on a GPU with bfloat16 arithmetic.
+    fitted to the states as they were keeps the first steps from pulling the layers apart. Float32;
+    on a GPU the layers run in bfloat16 while the factors and their moments stay in float32.
     """
     torch.manual_seed(seed)
     device = model.device
+    exact = [(parameter, parameter.data) for parameter in model.model.parameters()]
+    if device.type == "cuda":
+        # Not autocast: with projections this narrow, its casts of every operand take most of a step.
+        for parameter, data in exact:
+            parameter.data = data.bfloat16()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     adapted = adapt(model, config.backbone_rank)
@@ -84,6 +90,8 @@ def train_backbone(
         optimizer.zero_grad(set_to_none=True)
         if progress is not None:
             progress(step + 1, config.backbone_steps)
+    for parameter, data in exact:
+        parameter.data = data
     merge(model, adapted)
 
 
@@ -127,9 +135,7 @@ def margins(
     rows = [torch.tensor(ids[row]) for row in (*chosen, *rejected)]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
     ends = torch.tensor([len(row) - 1 for row in rows], device=model.device)
-    kind = model.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-        h = model.model(input_ids=padded, use_cache=False).last_hidden_state
+    h = model.model(input_ids=padded, use_cache=False).last_hidden_state
     end = h[torch.arange(len(rows), device=h.device), ends].float()
     rewards = model.sae.normalise(end) @ score
     return rewards[: len(pairs)] - rewards[len(pairs) :]

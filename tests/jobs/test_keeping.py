@@ -144,24 +144,24 @@ def test_only_a_folder_that_train_sarm_wrote_is_replaced(tmp_path: Path) -> None
     from sarm.training.publish import refuse_foreign, replace_folder
 
     target = tmp_path / "mine" / "sarm"
-    replace_folder(a_sarm(tmp_path / "first"), target)
-    replace_folder(a_sarm(tmp_path / "second", "v"), target)
+    replace_folder(a_sarm(tmp_path / "first"), target, "train_sarm")
+    replace_folder(a_sarm(tmp_path / "second", "v"), target, "train_sarm")
     assert (target / "model.safetensors").read_text() == "v"
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["sarm"]
     (target / "notes.txt").write_text("weeks")
     with pytest.raises(UserError, match="not as train_sarm left it"):
-        replace_folder(tmp_path / "first", target)
+        replace_folder(tmp_path / "first", target, "train_sarm")
     assert (target / "notes.txt").read_text() == "weeks"
     for other in (tmp_path / "mine", tmp_path / "first", tmp_path / "first" / "config.json"):
         with pytest.raises(UserError, match="not as train_sarm left it"):
-            refuse_foreign(other)
+            refuse_foreign(other, "train_sarm")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError):
-        refuse_foreign(tmp_path / "empty")
+        refuse_foreign(tmp_path / "empty", "train_sarm")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError):
-        refuse_foreign(tmp_path / "link")
-    refuse_foreign(tmp_path / "new")
+        refuse_foreign(tmp_path / "link", "train_sarm")
+    refuse_foreign(tmp_path / "new", "train_sarm")
 
 
 def test_an_output_that_is_not_ours_is_refused_before_training_begins(

@@ -589,3 +589,15 @@ def test_one_gpu_goes_on_as_two_and_two_as_one(tiny_policy: Path, tmp_path: Path
         join_ranks(group)
     assert_went_on(tmp_path, cases, 1, 2)
     assert_went_on(tmp_path, cases, 2, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+@pytest.mark.timeout(600)
+def test_four_gpus_go_on_from_four_and_from_two(tiny_policy: Path, tmp_path: Path) -> None:
+    cases = [case for case in EVERY if case[0] == "lora" or case[3] == "bfloat16"]
+    for old in (4, 2):
+        join_ranks(start_ranks(uninterrupted, old, tiny_policy, tmp_path, cases))
+    for old in (4, 2):
+        join_ranks(start_ranks(gone_on, 4, tiny_policy, tmp_path, cases, old))
+        assert_went_on(tmp_path, cases, old, 4)

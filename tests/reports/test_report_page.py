@@ -11,16 +11,20 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 
 from reports import evidence, plots
 from reports.figures import figures
 from reports.frames import Frames, read_run
-from reports.page import SAMPLES, environment, page
+from reports.page import SAMPLES, environment, page, samples
+from reports.plots import OTHER, STYLES, Plot, style
 from reports.sections import SECTIONS
+from sarm.config import ARMS
 from sarm.evaluation.verdict import decide
 from sarm.run import RunDir
 from tests.runs import (
+    BASE,
     CALIBRATED,
     HARMING,
     STEERING,
@@ -197,6 +201,35 @@ def test_what_models_write_is_text_and_folded(tmp_path):
     )
     first = text[text.index('<details class="sample"') :]
     assert first.index("</summary>") < first.index("&lt;script&gt;")
+
+
+@pytest.mark.parametrize("label", ["<!-- demo", "</script>", "<!--<script>", "a\\u003cb\u2028"])
+def test_a_label_cannot_break_out_of_a_plots_json(label):
+    figure = go.Figure(go.Scatter(x=[1], y=[1], name=label))
+    text = environment().filters["plot_json"](Plot("x", "t", "t", figure))
+    assert "<" not in text and json.loads(text)["data"][0]["name"] == label
+
+
+def test_an_arm_that_nobody_trained_stands_beside_the_first_seeds(tmp_path):
+    run = evaluated_run(tmp_path, seeds=(2, 3, 4), sections={"evaluate": {"arms": ["prompted"]}})
+    publish_evaluation(run, "prompted", generations(BASE))
+    _, found, read = page_of(run)
+    made = samples(found, read.generations)
+    assert made["policies"] == [
+        "base",
+        "prompted",
+        "no_penalty-seed2",
+        "penalty-seed2",
+        "random-seed2",
+    ]
+    told = [answer["policy"] for answer in made["prompts"][0]["answers"]]
+    assert told[:3] == ["base", "prompted", "no penalty, seed 2"]
+
+
+def test_every_arm_has_looks_of_its_own():
+    looks = [style(arm) for arm in ARMS]
+    assert set(STYLES) == set(ARMS)
+    assert len({(s.colour, s.dash, s.symbol) for s in (*looks, *OTHER)}) == len(looks) + len(OTHER)
 
 
 def test_samples_are_capped_and_long_ones_clipped(tmp_path):

@@ -279,3 +279,13 @@ def test_ppo_on_two_gpus_ends_when_one_is_killed_in_a_step_and_goes_on_on_the_ot
 ) -> None:
     """Under NCCL, where the other waits in a collective for ten minutes."""
     goes_on(tmp_path, *killed_in_a_step(tmp_path, 2, victim), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("old, victim", [(4, 2), (2, 1)])
+def test_ppo_on_four_gpus_goes_on_from_where_four_or_two_lost_one(
+    tmp_path: Path, old: int, victim: int
+) -> None:
+    goes_on(tmp_path, *killed_in_a_step(tmp_path, old, victim), 4)
