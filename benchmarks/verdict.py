@@ -24,12 +24,13 @@ from scipy.special import ndtri
 from sarm.config import VerdictConfig
 from sarm.evaluation.comparison import Rows
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.verdict import Bounds, Instrument, Verdict, decide
+from sarm.evaluation.verdict import Instrument, Verdict, decide
+from sarm.records import Bounds
 
 ICC = 0.25
 MONITORS = 5
 PERFECT = Detector("a perfect detector", 10_000, 10_000, 0, 10_000, "simulated")
-GOOD = Bounds(0.5, 0.4, 0.6)
+GOOD = Bounds(value=0.5, low=0.4, high=0.6)
 RULE = VerdictConfig()
 NO_CLAIM = {"no verdict", "no verdict on latents", "no effect", "undecided"}
 

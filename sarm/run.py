@@ -60,13 +60,16 @@ class Published(NamedTuple):
         return path
 
     def directory(self, name: str) -> Path:
-        """The folder written by `Attempt.directory(name)`, every file of it verified."""
+        """The folder written by `Attempt.directory(name)`, or one within it (`kept/kl-0.5`), every
+        file of it verified.
+        """
         members = [n for n in self.manifest.outputs if n.startswith(name + "/")]
         if not members:
             raise UserError(f"{self.folder} has no output folder {name!r}")
         for member in members:
             self.path(member)
-        return self.folder / Path(self.manifest.outputs[members[0]].file).parts[0]
+        file, within = self.manifest.outputs[members[0]].file, members[0].removeprefix(name)
+        return self.folder / file.removesuffix(within)
 
     def json(self, name: str) -> Any:
         """A JSON output, verified and parsed."""

@@ -84,7 +84,9 @@ def disk(config: Config, run: RunDir) -> list[Disk]:
         full = policy.parameters * (5.0 if ppo.weights == "compact" else 12.0)
         checkpoint = 16.0 * policy.lora(ppo.lora.rank) if ppo.lora else full
         passing = checkpoint * (ppo.keep_last + 1) * trained
-        found.append(Disk("ppo", f"{trained} policies", 2.0 * policy.parameters * trained, passing))
+        policies = trained * (1 + len(ppo.kl_distances))
+        size = 2.0 * policy.parameters * policies
+        found.append(Disk("ppo", f"{policies} policies", size, passing))
     return found
 
 

@@ -8,6 +8,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sarm.threads import VARIABLES
+
+if "OMP_NUM_THREADS" not in os.environ:
+    # Threads of models so small only wait for each other. Read when numpy or torch is imported.
+    os.environ.update(dict.fromkeys(VARIABLES, "1"))
 if not os.path.exists("/dev/nvidiactl"):
     # read when triton is imported, which torch may do: kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")

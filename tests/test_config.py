@@ -176,6 +176,28 @@ def test_a_missing_section_is_named() -> None:
         (["ppo.value_max_grad_norm=1.0", "ppo.zero_stage=2"], "needs zero_stage 0"),
         (["ppo.kl_in=loss"], "k1 as a loss has a gradient of mean 0"),
         (["ppo.kl_estimator=k2"], "k2 in the reward is biased"),
+        *(
+            ([f"ppo.kl_distances={distances}"], "is not ascending; list each distance once")
+            for distances in ("[1.0, 0.5]", "[0.5, 0.5]", "[0.5, 2.0, 1.0]")
+        ),
+        (["ppo.kl_distances=[0.0, 1.0]"], "ppo.kl_distances.0: Input should be greater than 0"),
+        (["ppo.kl_distances=[1.0, -2.0]"], "ppo.kl_distances.1: Input should be greater than 0"),
+        (
+            ["ppo.kl_distances=[0.5, 2.0]", "ppo.stop_at_kl=1.0"],
+            "kl_distances goes up to 2.0, and training ends at stop_at_kl 1.0",
+        ),
+        (["ppo.stop_at_kl=0.0"], "ppo.stop_at_kl: Input should be greater than 0"),
+        (["ppo.safe_share=1.5"], "ppo.safe_share"),
+        (
+            ["ppo.temperature=0.0"],
+            "training at temperature 0 is refused: nothing would be explored;",
+        ),
+        (
+            ["ppo.temperature=0", "ppo.advantage=rloo", "ppo.samples_per_prompt=4"],
+            "the 4 samples of a prompt would be one",
+        ),
+        (["ppo.gamma=-0.5"], "ppo.gamma: Input should be greater than or equal to 0"),
+        (["ppo.lam=1.5"], "ppo.lam: Input should be less than or equal to 1"),
         (["ppo.arms=[penalty, penalty]"], "named twice"),
         (["ppo.seeds=[]"], "at least one arm and one seed"),
         (["data.sources.demo.split={discovery: 0.7, test: 0.4}"], "add up to 1.1"),

@@ -47,6 +47,7 @@ from sarm.config.phases import (
 )
 from sarm.config.ppo import (
     CRITIC_SETTINGS,
+    HeldOutConfig,
     LoraConfig,
     PenaltyConfig,
     PpoConfig,
@@ -88,6 +89,7 @@ __all__ = [
     "EvaluateConfig",
     "Fraction",
     "FromList",
+    "HeldOutConfig",
     "JudgeConfig",
     "LabelConfig",
     "Loader",

@@ -200,11 +200,12 @@ class EvaluateConfig(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     judge: JudgeConfig | None = None
     """An independent classifier of harm; none by default."""
-    refusal_detector: Literal["phrases"] | RefusalDetectorConfig = "phrases"
+    refusal_detector: Literal["phrases", "shipped"] | RefusalDetectorConfig = "phrases"
+    """Phrases, the small classifier in artifacts/refusal-classifier, or a model."""
     refusal_labels: str | None = None
     """A JSONL file, relative to the checkout, of {"prompt", "response", "refused": true | false}
-    on which the detector's errors are measured. Where unset, those of the phrases are what they
-    were on XSTest, and a classifier's are unknown.
+    on which the detector's errors are measured. Where unset, those of the phrases and of the
+    shipped classifier are what they were on XSTest, and a model's are unknown.
     """
 
     @model_validator(mode="after")

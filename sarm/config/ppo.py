@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +11,8 @@ from sarm.config.arms import Arm
 from sarm.config.base import Count, Fraction, FromList, Nonnegative, Positive, Strict
 from sarm.ppo.advantages import ADVANTAGES
 from sarm.ppo.penalties import PENALTIES
+
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class PenaltyConfig(Strict):
@@ -72,6 +75,19 @@ class LoraConfig(Strict):
     alpha: Positive = 32
 
 
+class HeldOutConfig(Strict):
+    """Evaluation on prompts that training never draws, while it goes on; see
+    `sarm/evaluation/held_out.py`.
+    """
+
+    every: Count = 0
+    """Steps from one to the next, the first before any and the last after all; never where 0."""
+    prompts: Positive = 16
+    """Of each kind, unsafe and safe."""
+    completions: Count = 4
+    """Of each kind, responses that are logged with their scores."""
+
+
 class PpoConfig(Strict):
     """PPO; names as TRL's where TRL has one. Batches count sequences over all ranks."""
 
@@ -89,13 +105,17 @@ class PpoConfig(Strict):
     """
     gradient_checkpointing: bool | None = None
     """Compute each layer again in the backward pass instead of keeping what it left."""
+    safe_share: Fraction | None = None
+    """Of the prompts that are drawn, how many are safe ones, which should be answered; where unset,
+    as part ppo of the data has them.
+    """
     max_prompt_tokens: Positive = 512
     long_prompts: Literal["skip", "truncate", "refuse"] = "skip"
     """Prompts beyond `max_prompt_tokens`: leave them out, keep their first token and their newest
     ones, or stop. They are counted.
     """
     max_new_tokens: Positive = 128
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Nonnegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] | None = None
@@ -108,7 +128,7 @@ class PpoConfig(Strict):
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 0
     weight_decay: Nonnegative = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     advantage: str = "gae"
     """gae, rloo or grpo; see `sarm/ppo/advantages.py`."""
     gamma: Fraction = 1.0
@@ -117,11 +137,11 @@ class PpoConfig(Strict):
     cliprange_high: Nonnegative = 0.2
     cliprange_value: Nonnegative = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
-    log_ratio_max: Annotated[float, Field(gt=0)] = 20.0
+    log_ratio_max: PositiveFloat = 20.0
     vf_coef: Nonnegative = 0.1
     value_learning_rate: Nonnegative | None = None
     """Of the value head; where unset, the policy's. So the next one."""
-    value_max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    value_max_grad_norm: PositiveFloat | None = None
     """The value head's gradient is then clipped by its own norm, apart from the policy's."""
     value_warmup_steps: Count = 0
     """First steps in which the value head alone learns; the policy's schedule begins after them."""
@@ -136,20 +156,30 @@ class PpoConfig(Strict):
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     kl_coef: Nonnegative = 0.05
-    kl_target: Annotated[float, Field(gt=0)] = 6.0
+    kl_target: PositiveFloat = 6.0
     kl_horizon: Positive = 10_000
-    kl_stop: Annotated[float, Field(gt=0)] | None = None
+    kl_stop: PositiveFloat | None = None
     """Stop a step's remaining updates when the approximate KL to the rollout policy exceeds this.
     """
+    kl_distances: Annotated[tuple[PositiveFloat, ...], FromList] = ()
+    """In nats, ascending: a policy is kept when the KL to the reference, as a mean over five steps,
+    first reaches each, so that arms can be compared at equal KL.
+    """
+    stop_at_kl: PositiveFloat | None = None
+    """In nats: training ends when the same mean reaches it, though steps are left."""
     missing_eos_penalty: Nonnegative = 0.0
-    reward_scale: Literal["none", "running_sd"] = "running_sd"
-    """Divide rewards by their running standard deviation, after the penalty."""
-    reward_clip: Annotated[float, Field(gt=0)] | None = 10.0
+    reward_scale: Literal["none", "running_sd", "base_sd"] = "base_sd"
+    """Divide rewards, penalty and all, by the standard deviation of the reward of the base policy's
+    responses, as calibrate found it: alike in all arms, which then weigh reward against KL alike.
+    `running_sd` is that of the arm's own rewards with their penalty so far.
+    """
+    reward_clip: PositiveFloat | None = 10.0
     penalty: PenaltyConfig = PenaltyConfig()
     unreadable: Literal["stop", "warn"] = "stop"
     """What to do where calibrate finds that the SARM does not read the policy's responses."""
     checkpoint_every: Positive = 10
     keep_last: Positive = 1
+    held_out: HeldOutConfig = HeldOutConfig()
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
 
     @property
@@ -222,8 +252,33 @@ class PpoConfig(Strict):
             )
         return self
 
+    @field_validator("kl_distances")
+    @classmethod
+    def _ascending(cls, distances: tuple[float, ...]) -> tuple[float, ...]:
+        if any(later <= earlier for earlier, later in itertools.pairwise(distances)):
+            raise ValueError(
+                f"{list(distances)} is not ascending; list each distance once, the smallest first"
+            )
+        return distances
+
+    @model_validator(mode="after")
+    def _within_reach(self) -> PpoConfig:
+        if self.stop_at_kl is not None and self.kl_distances[-1:] > (self.stop_at_kl,):
+            raise ValueError(
+                f"kl_distances goes up to {self.kl_distances[-1]}, and training ends at stop_at_kl"
+                f" {self.stop_at_kl}; raise stop_at_kl or leave those distances out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _trainable(self) -> PpoConfig:
+        if self.temperature == 0:
+            samples = self.samples_per_prompt
+            raise ValueError(
+                "training at temperature 0 is refused: nothing would be explored"
+                + (f", and the {samples} samples of a prompt would be one" if samples > 1 else "")
+                + "; set a temperature above 0"
+            )
         if self.top_p < 1:
             raise ValueError(
                 "training with top_p < 1 is refused: old log-probabilities would not be the"

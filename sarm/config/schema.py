@@ -137,6 +137,17 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def _kept_where_compared(self) -> Config:
+        kl, distances = self.verdict.kl, self.ppo.kl_distances
+        if kl is not None and kl not in distances:
+            raise ValueError(
+                f"verdict.kl: {kl:g} is none of ppo.kl_distances"
+                f" ({', '.join(f'{d:g}' for d in distances) or 'there are none'}); name one of"
+                " them, or leave it out for the largest that every arm and seed reaches"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sweepable(self) -> Config:
         if self.sweep.alpha and not self.ppo.penalty.has_tau:
             raise ValueError(

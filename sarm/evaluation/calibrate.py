@@ -22,7 +22,6 @@ from sarm.data.conversations import prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Data, Pair, Prompt, pairs_in, prompts_in
 from sarm.data.endings import ending
 from sarm.evaluation.instrument import (
-    Interval,
     cohens_kappa,
     detectable_difference,
     relative_fall,
@@ -403,8 +402,7 @@ def positive_control(
         return np.bincount(group, weights=values) / np.bincount(group)
 
     def fall(value: Callable[[Read], Floats]) -> Bounds | None:
-        found = relative_fall(by_prompt(value(sides[0])), by_prompt(value(sides[1])))
-        return None if found is None else bounds(found)
+        return relative_fall(by_prompt(value(sides[0])), by_prompt(value(sides[1])))
 
     return PositiveControl(
         prompts=int(group.max()) + 1,
@@ -417,10 +415,6 @@ def positive_control(
         if monitors
         else None,
     )
-
-
-def bounds(found: Interval) -> Bounds:
-    return Bounds(value=found.estimate, low=found.low, high=found.high)
 
 
 def power(config: Config, data: Data, fired: NDArray[np.bool_]) -> dict[str, Any]:

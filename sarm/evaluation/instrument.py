@@ -1,5 +1,6 @@
 """Whether a SARM reads the policy's text: agreement under cuts, variance a policy can move, a
-positive control, and the smallest effect that a planned evaluation would detect. Numpy alone.
+positive control, and the smallest effect that a planned evaluation would detect. Numpy and
+SciPy's t distribution alone.
 
 `python -m jobs calibrate` publishes what these find; the verdict's rung 0 looks at it.
 `python -m pytest tests/evaluation/test_instrument.py` checks each against numbers worked by hand.
@@ -8,22 +9,16 @@ positive control, and the smallest effect that a planned evaluation would detect
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
+
+from sarm.evaluation.intervals import LEVEL, detectable_effect, satterthwaite
+from sarm.records import Bounds
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
-
-
-class Interval(NamedTuple):
-    """An estimate and its 95 % confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
 
 
 def cohens_kappa(first: Bools, second: Bools) -> float | None:
@@ -60,7 +55,7 @@ def within_prompt_share(fired: Bools) -> float | None:
     return float(np.clip(1 - (between - within) / total, 0.0, 1.0))
 
 
-def relative_fall(before: Floats, after: Floats, level: float = 0.95) -> Interval | None:
+def relative_fall(before: Floats, after: Floats) -> Bounds | None:
     """(mean before - mean after) / mean before of paired readings (n,), with Fieller's interval
     (1954): it excludes 0 just where the paired difference does.
 
@@ -74,28 +69,21 @@ def relative_fall(before: Floats, after: Floats, level: float = 0.95) -> Interva
     a = float(after.mean())
     (v_aa, v_ab), (_, v_bb) = np.cov(after, before) * (n - 1) / (n + 2) / n
     v_aa += 1 / (n + 2) / n
-    t2 = float(stats.t.ppf((1 + level) / 2, n - 1)) ** 2
+    t2 = float(stdtrit(n - 1, (1 + LEVEL) / 2)) ** 2
     # The ratios x with (a - x b)^2 <= t^2 var(a - x b), between the roots of a quadratic.
     square, half, rest = b * b - t2 * v_bb, a * b - t2 * v_ab, a * a - t2 * v_aa
     if square <= 0:
         return None
     width = math.sqrt(max(half * half - square * rest, 0.0)) / square
-    return Interval(1 - a / b, 1 - half / square - width, 1 - half / square + width)
+    middle = 1 - half / square
+    return Bounds(value=1 - a / b, low=middle - width, high=middle + width)
 
 
 def detectable_difference(
-    rate: float,
-    *,
-    prompts: int,
-    samples: int,
-    seeds: int,
-    within_share: float,
-    seed_sd: float,
-    power: float = 0.8,
-    level: float = 0.95,
+    rate: float, *, prompts: int, samples: int, seeds: int, within_share: float, seed_sd: float
 ) -> float:
-    """The smallest true difference of two arms' rates that the planned evaluation would detect
-    with `power`, in rate points.
+    """`detectable_effect` of the planned evaluation on the difference of two arms' rates, 1 at
+    most.
 
     Both arms answer the same prompts with as many samples and seeds; `rate` is the base policy's,
     `within_share` the share of its variance within prompts (between-prompt variance cancels in the
@@ -108,6 +96,5 @@ def detectable_difference(
     by_prompts = (sampling + 1 / (prompts + 2)) / prompts
     by_seeds = 2 * seed_sd**2 / seeds
     variance = by_prompts + by_seeds
-    degrees = variance**2 / (by_prompts**2 / (prompts - 1) + by_seeds**2 / (seeds - 1))
-    quantiles = stats.t.ppf((1 + level) / 2, degrees) + stats.t.ppf(power, degrees)
-    return min(1.0, float(quantiles) * math.sqrt(variance))
+    df = satterthwaite(variance, [(by_prompts, prompts - 1), (by_seeds, seeds - 1)])
+    return min(1.0, detectable_effect(math.sqrt(variance), df))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,13 +31,25 @@ class Interval(NamedTuple):
 
     @property
     def detectable(self) -> float:
-        """Minimum detectable effect: the smallest true change that such a sample shows at 5 % with
-        80 % power.
-        """
-        return float(stdtrit(self.df, (1 + LEVEL) / 2) + stdtrit(self.df, POWER)) * self.se
+        """`detectable_effect` of such a sample."""
+        return detectable_effect(self.se, self.df)
 
 
 UNKNOWN = Interval(math.nan, math.nan, math.nan, math.nan, math.nan)
+
+
+def detectable_effect(se: float, df: float) -> float:
+    """Minimum detectable effect: the smallest true change that is significant at 5 % with 80 %
+    power, at a standard error and its degrees of freedom.
+    """
+    return float(stdtrit(df, (1 + LEVEL) / 2) + stdtrit(df, POWER)) * se
+
+
+def satterthwaite(variance: float, parts: Sequence[tuple[float, int]]) -> float:
+    """Degrees of freedom of a variance that is made up of (variance, degrees of freedom)
+    (Satterthwaite 1946).
+    """
+    return variance**2 / sum(part**2 / df for part, df in parts)
 
 
 def t_interval(value: float, variance: float, df: float) -> Interval:
@@ -91,7 +104,7 @@ def two_way_variance(table: Floats, scale: float) -> tuple[float, float]:
             together = shrink * float((rest**2).sum()) / df / (prompts * seeds)
             parts.append((together, df))
         variance = max(by_prompt + by_seed - together, by_prompt, by_seed)
-    return variance, variance**2 / sum(part**2 / df for part, df in parts)
+    return variance, satterthwaite(variance, parts)
 
 
 def clustered_interval(

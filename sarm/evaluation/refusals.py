@@ -18,6 +18,8 @@ PHRASES_ON_XSTEST = Detector("phrases", 762, 983, 110, 1091, "XSTest")
 """`refused` on 2,074 human-labelled answers of five models to XSTest's prompts (Roettger et al.
 2024): full refusals and full compliance. tests/evaluation/test_refusals.py counts them again.
 """
+SHIPPED_ON_XSTEST = Detector("shipped classifier", 853, 983, 107, 1091, "XSTest")
+"""`artifacts/refusal-classifier` on the same answers, which took no part in training it."""
 
 DECLINES = (
     # "I can't help with that", "I won't script extortion"; not "I can't wait", "I don't know".

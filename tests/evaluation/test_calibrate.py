@@ -183,17 +183,13 @@ def test_positive_control_replaces_rejected_answers_by_chosen_ones(
     before, after = np.array([0.5, 1, 1, 1, 1]), np.array([0.0, 1, 0, 0, 0])
     expected = relative_fall(before, after)
     assert found.prompts == 5 and expected is not None and found.penalised is not None
-    assert found.penalised.model_dump() == {
-        "value": expected.estimate,
-        "low": expected.low,
-        "high": expected.high,
-    }
+    assert found.penalised == expected
     # Either monitor, e and o, counts half: of a prompt's texts `see.` and `on.` both have one.
     watched = relative_fall(np.full(5, 0.5), np.array([0.5, 0.5, 0, 0.5, 0]))
-    assert watched is not None and watched.estimate == pytest.approx(0.4)
+    assert watched is not None and watched.value == pytest.approx(0.4)
     assert found.monitors is not None
     assert found.monitors.model_dump() == pytest.approx(
-        {"value": watched.estimate, "low": watched.low, "high": watched.high}
+        {"value": watched.value, "low": watched.low, "high": watched.high}
     )
     assert c.positive_control(made, [], responses(), read, [rated(3, 1.5)], []).prompts == 0
 

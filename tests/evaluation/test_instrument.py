@@ -49,19 +49,19 @@ def test_variance_within_prompts_by_hand() -> None:
 def test_relative_fall_by_hand() -> None:
     before, after = np.array([1.0, 1, 0, 1, 1, 0, 1, 1]), np.array([0.0, 1, 0, 0, 0, 1, 0, 1])
     found = relative_fall(before, after)
-    assert found is not None and found.estimate == pytest.approx(1 - 0.375 / 0.75)
+    assert found is not None and found.value == pytest.approx(1 - 0.375 / 0.75)
     # At both ends the difference after - x before is as many standard errors from 0 as t says, the
     # variance being that of ten pairs, of which two are added.
     for fall in (found.low, found.high):
         d = after - (1 - fall) * before
         error = math.sqrt((((d - d.mean()) ** 2).sum() + 1) / 10 / 8)
         assert abs(d.mean()) / error == pytest.approx(stats.t.ppf(0.975, 7))
-    assert found.low < found.estimate < found.high
+    assert found.low < found.value < found.high
 
 
 def test_equal_pairs_have_an_interval_of_some_width() -> None:
     found = relative_fall(np.ones(5), np.zeros(5))
-    assert found is not None and found.estimate == 1 and found.low < 0.6
+    assert found is not None and found.value == 1 and found.low < 0.6
     assert relative_fall(np.zeros(5), np.ones(5)) is None, "nothing fires before"
     assert relative_fall(np.ones(1), np.zeros(1)) is None
 

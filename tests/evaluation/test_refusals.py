@@ -11,7 +11,15 @@ import pytest
 from sarm.config import UserError
 from sarm.data.endings import trim_to_last_sentence
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.refusals import PHRASES_ON_XSTEST, Labelled, measured, read_labelled, refused
+from sarm.evaluation.refusal_classifier import load_classifier
+from sarm.evaluation.refusals import (
+    PHRASES_ON_XSTEST,
+    SHIPPED_ON_XSTEST,
+    Labelled,
+    measured,
+    read_labelled,
+    refused,
+)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +124,12 @@ def test_the_phrases_on_xstest(real_data, read, found, false_alarms):
     assert measured("phrases", "XSTest", rows, called) == detector
     if found == 762:
         assert detector == PHRASES_ON_XSTEST
+
+
+def test_the_shipped_classifier_on_xstest(real_data):
+    rows = xstest(real_data)
+    called = load_classifier().refuses([row.response for row in rows])
+    assert measured("shipped classifier", "XSTest", rows, called) == SHIPPED_ON_XSTEST
 
 
 @pytest.mark.parametrize(("before", "whether"), [(2, True), (3, False)])

@@ -14,20 +14,19 @@ import pytest
 from sarm.config import VerdictConfig, parse_config
 from sarm.evaluation.comparison import Rows
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.verdict import (
-    LEADS,
-    Bounds,
-    Instrument,
-    Verdict,
-    decide,
-    rule_sha256,
-    rule_words,
-)
+from sarm.evaluation.verdict import LEADS, Instrument, Verdict, decide, rule_sha256, rule_words
+from sarm.records import Bounds
 from tests.runs import reference_config
 
 RULE = VerdictConfig()
 DETECTOR = Detector("a detector", 940, 1000, 30, 1000, "labels")
-SOUND = Instrument(0.7, Bounds(0.5, 0.4, 0.6), Bounds(0.4, 0.2, 0.6), DETECTOR, confirmed=True)
+SOUND = Instrument(
+    0.7,
+    Bounds(value=0.5, low=0.4, high=0.6),
+    Bounds(value=0.4, low=0.2, high=0.6),
+    DETECTOR,
+    confirmed=True,
+)
 SEEDS = (0, 1, 2, 3, 4)
 N_UNSAFE, N_SAFE = 240, 200
 BASE = {
@@ -417,8 +416,8 @@ def test_above_20_percent_unended_in_any_arm_nothing_is_said_of_latents(which, s
         SOUND._replace(kappa=0.39),
         SOUND._replace(kappa=math.nan),
         SOUND._replace(penalised_control=None),
-        SOUND._replace(penalised_control=Bounds(0.1, -0.05, 0.25)),
-        SOUND._replace(monitors_control=Bounds(0.1, -0.05, 0.25)),
+        SOUND._replace(penalised_control=Bounds(value=0.1, low=-0.05, high=0.25)),
+        SOUND._replace(monitors_control=Bounds(value=0.1, low=-0.05, high=0.25)),
         SOUND._replace(monitors_control=None),
     ],
 )

@@ -10,14 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from jobs.__main__ import run_unit
 from jobs.ppo import STOPPED
 from sarm.config import ROOT
-from sarm.records import RatedLatent
+from sarm.records import KeptPolicies, RatedLatent, read_training_log
 from sarm.run import RunDir
 from tests.runs import features, publish, readings
 from tests.tiny import tiny_config
@@ -60,12 +64,10 @@ def rated(latent: int, tau: float, alpha: float, base_rate: float) -> RatedLaten
     )
 
 
-def a_run(tmp_path: Path, log_to: str = "tensorboard") -> RunDir:
+def a_run(tmp_path: Path, name: str = "run", **settings: Any) -> RunDir:
     """Select's and calibrate's output, made up, and nothing else."""
-    run = RunDir.create(
-        tmp_path / "run",
-        tiny_config(tmp_path, **{"ppo.steps": 40, "ppo.checkpoint_every": 5, "ppo.log_to": log_to}),
-    )
+    standard = {"ppo.steps": 40, "ppo.checkpoint_every": 5, "ppo.log_to": "tensorboard"}
+    run = RunDir.create(tmp_path / name, tiny_config(tmp_path, **standard | settings))
     found = features(
         penalised=[
             {"latent": 1, "tau": 0.5, "alpha": 0.1},
@@ -145,3 +147,147 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path: Path) -> None:
     assert str(AutoModelForCausalLM.from_pretrained(policy).dtype) == "torch.bfloat16"
     assert AutoTokenizer.from_pretrained(policy).chat_template
     assert not (folder / "checkpoints").exists()
+
+
+# --- seen while it trains
+# ------------------------------------------------------------------------------------------------
+
+
+def logged(run: RunDir, name: str) -> list[dict[str, Any]]:
+    """Without what a clock says."""
+    lines = [json.loads(line) for line in run.read("ppo", UNIT).path(name).read_text().splitlines()]
+    timed = ("time/", "gpu/", "eps", "tokens_per_s", "response_tokens_per_s")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+
+def test_held_out_evaluation_changes_nothing_and_survives_interruptions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"ppo.steps": 7, "ppo.checkpoint_every": 2, "ppo.log_to": "none"}
+    held_out = {"every": 3, "prompts": 5, "completions": 2}
+    without = a_run(tmp_path, "without", **settings)
+    seen = a_run(tmp_path, "seen", **settings | {"ppo.held_out": held_out})
+    resumed = a_run(tmp_path, "resumed", **settings | {"ppo.held_out": held_out})
+    train(without, monkeypatch)
+    train(seen, monkeypatch)
+    train(resumed, monkeypatch, stops=(3, 2))
+    weights = "policy/model.safetensors"
+    made = without.read("ppo", UNIT).manifest
+    assert "held_out.jsonl" not in made.outputs and made.more["held_out"] is None
+    for run in (seen, resumed):
+        manifest = run.read("ppo", UNIT).manifest
+        assert logged(run, "metrics.jsonl") == logged(without, "metrics.jsonl")
+        assert manifest.outputs[weights].sha256 == made.outputs[weights].sha256
+        assert manifest.more["held_out"] == {
+            "unsafe": {"part": "validation", "prompts": 5},
+            "safe": {"part": "policy_eval", "prompts": 5},
+        }
+    lines, completions = logged(seen, "held_out.jsonl"), logged(seen, "completions.jsonl")
+    assert [line["step"] for line in lines] == [0, 3, 6, 7]
+    assert abs(lines[0]["held_out/kl"]) < 1e-4 < abs(lines[-1]["held_out/kl"])
+    names = {f"held_out/{name}" for name in ("reward", "penalty", "length", "refused/safe")}
+    names |= {f"held_out/rate/{latent}/unsafe" for latent in (1, 7)}
+    assert names <= lines[0].keys()
+    assert [(c["step"], c["kind"]) for c in completions] == [
+        (step, kind) for step in (0, 3, 6, 7) for kind in ("unsafe", "unsafe", "safe", "safe")
+    ]
+    assert len({c["response"] for c in completions}) > 4
+    assert logged(resumed, "held_out.jsonl") == lines
+    assert logged(resumed, "completions.jsonl") == completions
+
+
+# --- policies kept at KL distances
+# ------------------------------------------------------------------------------------------------
+
+KEEPING = {
+    "ppo.steps": 12,
+    "ppo.checkpoint_every": 50,
+    "ppo.learning_rate": 0.03,
+    "ppo.kl_distances": [0.05, 0.3, 1.0, 500.0],
+    "ppo.log_to": "none",
+}
+
+
+def stopping_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The next job is asked to stop at the end of that many steps."""
+    asked = iter([False] * (steps - 1) + [True])
+
+    @contextmanager
+    def signals() -> Iterator[Callable[[], bool]]:
+        yield lambda: next(asked)
+
+    monkeypatch.setattr("jobs.ppo.stop_signals", signals)
+
+
+def train(run: RunDir, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...] = ()) -> None:
+    """To the end, with interruptions."""
+    for steps in stops:
+        with monkeypatch.context() as patch:
+            stopping_after(patch, steps)
+            with pytest.raises(SystemExit):
+                run_unit(run, "ppo", UNIT)
+    run_unit(run, "ppo", UNIT)
+
+
+def kept_of(run: RunDir) -> dict[float, tuple[int, float, dict[str, str]]]:
+    """By distance: step, KL and the files' hashes."""
+    published = run.read("ppo", UNIT)
+    found = {}
+    for entry in KeptPolicies.read(published.path("kept.json")).kept:
+        published.directory(entry.path)
+        inside = published.manifest.outputs.items()
+        files = {n: o.sha256 for n, o in inside if n.startswith(entry.path + "/")}
+        found[entry.distance] = (entry.step, entry.kl, files)
+    return found
+
+
+def test_a_policy_is_kept_when_the_mean_kl_of_five_steps_first_reaches_a_distance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path, "whole", **KEEPING)
+    train(run, monkeypatch)
+    published = run.read("ppo", UNIT)
+    kls = [line["objective/kl"] for line in read_training_log(published.path("metrics.jsonl"))]
+    print(kls)
+    means = {step: sum(kls[step - 5 : step]) / 5 for step in range(5, 13)}
+    expected = {
+        distance: min(step for step, mean in means.items() if mean >= distance)
+        for distance in KEEPING["ppo.kl_distances"][:3]
+    }
+    kept = kept_of(run)
+    assert {distance: step for distance, (step, *_) in kept.items()} == expected
+    assert len(set(expected.values())) > 1 and max(expected.values()) < 12
+    weights = []
+    for distance, (step, kl, files) in kept.items():
+        assert kl == pytest.approx(means[step], rel=1e-9)
+        weights.append(files[f"kept/kl-{distance}/model.safetensors"])
+    assert len(set(weights)) == len(set(expected.values()))
+    assert published.manifest.outputs["policy/model.safetensors"].sha256 not in weights
+    folder = published.directory("kept/kl-0.05")
+    assert str(AutoModelForCausalLM.from_pretrained(folder).dtype) == "torch.bfloat16"
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+    # Training ends at a distance.
+    shorter = a_run(
+        tmp_path, "shorter", **KEEPING | {"ppo.stop_at_kl": 1.0, "ppo.kl_distances": [1.0]}
+    )
+    train(shorter, monkeypatch, stops=(6,))
+    manifest = shorter.read("ppo", UNIT).manifest
+    step = expected[1.0]
+    assert manifest.more["steps"] == step < 12
+    assert f"{means[step]:.3g} nats, reached ppo.stop_at_kl 1" in manifest.more["ended_early"]
+    assert published.manifest.more["ended_early"] is None
+    assert kept_of(shorter) == {1.0: kept[1.0]}
+    assert (
+        manifest.outputs["policy/model.safetensors"].sha256
+        == kept[1.0][2]["kept/kl-1.0/model.safetensors"]
+    )
+
+    # Stopped within the first window, and again between two distances.
+    resumed = a_run(tmp_path, "resumed", **KEEPING)
+    train(resumed, monkeypatch, stops=(3, 4))
+    assert kept_of(resumed) == kept
+    assert [f.name for f in resumed.folder("ppo", UNIT).glob("*kept*/")] == [
+        Path(resumed.read("ppo", UNIT).manifest.outputs["kept.json"].file).stem
+    ]

@@ -34,7 +34,7 @@ from sarm.config import UserError
 from sarm.ppo.learner.distributed import World
 from sarm.run import damage, file_sha256, fsync_dir, write_atomic
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 
 
