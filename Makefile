@@ -67,7 +67,7 @@ $(foreach goal,$(filter-out $(TAKING),$(or $(MAKECMDGOALS),help)),$(error make $
 endif
 endif
 
-.PHONY: help setup setup-light demo probe-study test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo probe-study test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export serve-reward lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -154,6 +154,10 @@ train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=output
 export: setup  ## a run's SAE and latents for SAELens, delphi and upstream's scripts: RUN=...
 	@$(PY) -m jobs export $(run)
 
+# Only what was given: a run has a config of its own, and a config may do without a run.
+serve-reward: setup  ## the compound reward over HTTP, for TRL, OpenRLHF and verl: RUN=... or CONFIG=... (docs/other-trainers.md)
+	@$(PY) -m serving $(if $(filter command environment,$(firstword $(origin CONFIG))),--config $(call arg,CONFIG)) $(if $(call given,RUN),--run $(call arg,RUN)) $(overrides)
+
 test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
 	$(PY) -m pytest $(PYTEST_ARGS)
 
@@ -180,11 +184,11 @@ bench: setup  ## speed and memory, each a ratio against a named peer or a limit 
 	$(PY) benchmarks/report.py
 
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
-	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \
+	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve --extra dev -c requirements/constraints.txt --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu.lock
-	uv pip compile -q pyproject.toml --extra light --extra report --extra full -c requirements/constraints.txt -c requirements/cpu.lock --python-version 3.11 \
+	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve -c requirements/constraints.txt -c requirements/cpu.lock --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu-image.lock
-	env -u UV_FIND_LINKS uv pip compile -q pyproject.toml --extra light --extra report --extra full -c requirements/constraints.txt --python-version 3.11 \
+	env -u UV_FIND_LINKS uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve -c requirements/constraints.txt --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate -o requirements/cuda.lock
 	uv pip compile -q pyproject.toml --extra light --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/light.lock
 	uv pip compile -q pyproject.toml --extra light --extra report --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/report.lock
