@@ -37,6 +37,8 @@ from sarm.config.phases import (
     ProbeConfig,
     ResponsesConfig,
     SelectConfig,
+    ServeConfig,
+    ServedLatent,
     SteerConfig,
     SteerPolicyConfig,
     TrainRefusalsConfig,
@@ -45,6 +47,7 @@ from sarm.config.phases import (
 )
 from sarm.config.ppo import (
     CRITIC_SETTINGS,
+    HeldOutConfig,
     LoraConfig,
     PenaltyConfig,
     PpoConfig,
@@ -86,6 +89,7 @@ __all__ = [
     "EvaluateConfig",
     "Fraction",
     "FromList",
+    "HeldOutConfig",
     "JudgeConfig",
     "LabelConfig",
     "Loader",
@@ -103,6 +107,8 @@ __all__ = [
     "ResponsesConfig",
     "SarmConfig",
     "SelectConfig",
+    "ServeConfig",
+    "ServedLatent",
     "SourceConfig",
     "SteerConfig",
     "SteerPolicyConfig",

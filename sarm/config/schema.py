@@ -19,6 +19,7 @@ from sarm.config.phases import (
     ProbeConfig,
     ResponsesConfig,
     SelectConfig,
+    ServeConfig,
     SteerConfig,
     TrainRefusalsConfig,
     TrainSarmConfig,
@@ -57,6 +58,7 @@ class Config(Strict):
     verdict: VerdictConfig = VerdictConfig()
     train_sarm: TrainSarmConfig = TrainSarmConfig()
     train_refusals: TrainRefusalsConfig = TrainRefusalsConfig()
+    serve: ServeConfig = ServeConfig()
     hardware: str = ""
     """Shown in the report; where empty, what the PPO job found."""
 
