@@ -21,8 +21,9 @@ from reports.policy_sections import (
     training,
     verdict,
 )
-from reports.probe_sections import cards, features, rankings, steering, trust
+from reports.probe_sections import cards, features, rankings, steering
 from reports.run_sections import failures, phases, provenance
+from reports.validity_sections import trust
 
 
 class Section(NamedTuple):
