@@ -38,6 +38,8 @@ from sarm.config.phases import (
     ReportConfig,
     ResponsesConfig,
     SelectConfig,
+    ServeConfig,
+    ServedLatent,
     SteerConfig,
     SteerPolicyConfig,
     TrainRefusalsConfig,
@@ -46,6 +48,7 @@ from sarm.config.phases import (
 )
 from sarm.config.ppo import (
     CRITIC_SETTINGS,
+    HeldOutConfig,
     LoraConfig,
     PenaltyConfig,
     PpoConfig,
@@ -87,6 +90,7 @@ __all__ = [
     "EvaluateConfig",
     "Fraction",
     "FromList",
+    "HeldOutConfig",
     "JudgeConfig",
     "LabelConfig",
     "Loader",
@@ -105,6 +109,8 @@ __all__ = [
     "ResponsesConfig",
     "SarmConfig",
     "SelectConfig",
+    "ServeConfig",
+    "ServedLatent",
     "SourceConfig",
     "SteerConfig",
     "SteerPolicyConfig",

@@ -281,6 +281,44 @@ class ReportConfig(Strict):
         return self
 
 
+class ServedLatent(Strict):
+    """A latent that costs reward, where no run says which."""
+
+    latent: Count
+    tau: Number = 0.0
+    alpha: Number
+
+
+class ServeConfig(Strict):
+    """The reward over HTTP; see `serving/`. No phase reads this."""
+
+    arm: Literal["penalty", "no_penalty"] = "penalty"
+    """Of a run: its compound reward, or the plain one with the same latents measured."""
+    penalised: Annotated[tuple[ServedLatent, ...], FromList] = ()
+    """Instead of a run's; the kind of penalty is `ppo.penalty.kind`."""
+    monitors: Annotated[tuple[Count, ...], FromList] = ()
+    """Latents to report beside a run's own monitors."""
+    host: str = "127.0.0.1"
+    """An address beyond this machine needs a token in the environment variable
+    SARM_REWARD_TOKEN.
+    """
+    port: Annotated[int, Field(ge=0, le=65535)] = 5000
+    """0 takes a free one, which the first line printed names."""
+    strict: bool = True
+    """Refuse conversations longer than `sarm.max_length` and texts with control characters; false
+    scores both as training does, the former without their oldest tokens.
+    """
+    max_request: Positive = 512
+    """Conversations in one request."""
+    max_queue: Positive = 4096
+    """Conversations waiting; a request beyond is refused with 503 and may be sent again."""
+    max_body_mib: Positive = 16
+    timeout_s: Annotated[float, Field(gt=0)] = 150.0
+    """A request not scored by then is answered 504; a scoring process that holds it is replaced."""
+    grace_s: Annotated[float, Field(gt=0)] = 25.0
+    """How long requests under way have to end once the server is asked to stop."""
+
+
 class TrainSarmConfig(Strict):
     """Training a SARM on the policy's model: the layers and the head by Bradley-Terry, the SAE by
     reconstruction; see `sarm/training/`.

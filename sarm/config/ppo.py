@@ -75,6 +75,19 @@ class LoraConfig(Strict):
     alpha: Positive = 32
 
 
+class HeldOutConfig(Strict):
+    """Evaluation on prompts that training never draws, while it goes on; see
+    `sarm/evaluation/held_out.py`.
+    """
+
+    every: Count = 0
+    """Steps from one to the next, the first before any and the last after all; never where 0."""
+    prompts: Positive = 16
+    """Of each kind, unsafe and safe."""
+    completions: Count = 4
+    """Of each kind, responses that are logged with their scores."""
+
+
 class PpoConfig(Strict):
     """PPO; names as TRL's where TRL has one. Batches count sequences over all ranks."""
 
@@ -166,6 +179,7 @@ class PpoConfig(Strict):
     """What to do where calibrate finds that the SARM does not read the policy's responses."""
     checkpoint_every: Positive = 10
     keep_last: Positive = 1
+    held_out: HeldOutConfig = HeldOutConfig()
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
 
     @property

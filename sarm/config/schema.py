@@ -20,6 +20,7 @@ from sarm.config.phases import (
     ReportConfig,
     ResponsesConfig,
     SelectConfig,
+    ServeConfig,
     SteerConfig,
     TrainRefusalsConfig,
     TrainSarmConfig,
@@ -59,6 +60,7 @@ class Config(Strict):
     report: ReportConfig = ReportConfig()
     train_sarm: TrainSarmConfig = TrainSarmConfig()
     train_refusals: TrainRefusalsConfig = TrainRefusalsConfig()
+    serve: ServeConfig = ServeConfig()
     hardware: str = ""
     """Shown in the report; where empty, what the PPO job found."""
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sarm.config import Config, EvaluateConfig, UserError
-from sarm.data.conversations import prompt_ids, response_text, stop_ids
+from sarm.data.conversations import check_system, prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
 from sarm.data.endings import Ending, ending
 from sarm.data.formats import Messages
@@ -107,6 +107,7 @@ def generate_responses(
     ]
     told = ids
     if system is not None:
+        check_system(tokenizer)
         told = [prompt_ids(tokenizer, under(system, p.messages)) for p in fitting]
     fitting = [p for p in fitting for _ in draws]
     ids, told = ([tokens for tokens in rows for _ in draws] for rows in (ids, told))
