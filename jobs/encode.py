@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 from safetensors.torch import save_file
 
 from sarm.config import Config, UserError, shard_range
+from sarm.data.conversations import spelled_special_tokens
 from sarm.data.datasets import load_data, texts_to_encode
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
@@ -47,6 +50,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
             "n_tokens": encoded.n_tokens.numpy(),
             "reward": encoded.rewards.numpy(),
             "truncated": encoded.truncated.numpy(),
+            "spelled": [spelled_special_tokens(tokenizer, text.messages) for text in mine],
         }
     )
     table.to_parquet(attempt.path("texts.parquet"), index=False)
@@ -61,10 +65,19 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         attempt.path("encoded.safetensors"),
     )
+    spelling = int((table["spelled"] > 0).sum())
+    if spelling:
+        print(
+            f"note: {spelling} of {len(table)} texts spell special tokens of the SARM's tokenizer,"
+            f" such as {table.loc[table['spelled'] > 0, 'text_id'].iloc[0]}; they are read as the"
+            " letters that they are",
+            file=sys.stderr,
+        )
     attempt.publish(
         range_=(start, stop),
         total=len(texts),
         device=str(model.device),
         k=model.k,
         d_sae=model.d_sae,
+        spelling_texts=spelling,
     )

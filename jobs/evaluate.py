@@ -2,40 +2,50 @@
 `penalty-seed0`, or an arm that nobody trains, such as `best_of_n`).
 
 Publishes generations.parquet, one row a response to a held-out prompt, and summary.json, the
-settings behind it. The unit `steered`, where the config asks for it (`steer.policy`), has a row a
-direction and prompt, and what each direction changed.
+settings behind it. A trained unit's policies, the one at the end and those kept at KL distances,
+are all evaluated here, and the column `distance` tells them apart. The unit `steered`, where the
+config asks for it (`steer.policy`), has a row a direction and prompt, and what each direction
+changed.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from pathlib import Path
 
-from sarm.config import Config, arm_and_seed
+from sarm.config import ROOT, Config, arm_and_seed
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
 from sarm.hub import local_model
-from sarm.records import Evaluation, Features, Readings, Steered
+from sarm.records import Evaluation, Features, KeptPolicies, KeptPolicy, Readings, Steered
 from sarm.run import Attempt, RunDir
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Generate, score, publish."""
     started = time.perf_counter()
-    readings = Readings.read(attempt.read("calibrate").path("readings.json"))
-    features = readings.applied(Features.read(attempt.read("select").path("features.json")))
+    selected = Features.read(attempt.read("select").path("features.json"))
+    features = Readings.read(attempt.read("calibrate").path("readings.json")).applied(selected)
     if unit == "steered":
         steer(config, features, attempt)
         return
     arm, _ = arm_and_seed(unit)
     trained = unit in config.units("ppo")
-    policy = (
-        attempt.read("ppo", unit).directory("policy")
-        if trained
-        else local_model(config.policy.model, config.policy.revision)
-    )
+    kept: list[KeptPolicy] = []
+    if trained:
+        published = attempt.read("ppo", unit)
+        if "kept.json" in published.manifest.outputs:
+            kept = KeptPolicies.read(published.path("kept.json")).kept
+        policies: list[tuple[float, Path]] = [(math.nan, published.directory("policy"))]
+        policies += [(one.distance, published.directory(one.path)) for one in kept]
+    else:
+        policies = [(math.nan, local_model(config.policy.model, config.policy.revision))]
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
+    if config.evaluate.refusal_labels is not None:
+        attempt.note_file(ROOT / config.evaluate.refusal_labels)
     table, settings = policy_rows(
-        config, policy, prompts, features, arm=arm, progress=attempt.progress
+        config, policies, prompts, features, arm=arm, progress=attempt.progress
     )
     table.to_parquet(attempt.path("generations.parquet"), index=False)
     n_prompts = int(table["prompt_id"].nunique())
@@ -43,6 +53,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         policy=unit,
         n_prompts=n_prompts,
         n_too_long=len(prompts) - n_prompts,
+        kept=kept,
         seconds=round(time.perf_counter() - started, 1),
         **settings,
     ).write(attempt.path("summary.json"))

@@ -19,9 +19,11 @@ from sarm.data.conversations import tokenize_conversations
 from sarm.data.datasets import load_data, texts_to_encode
 from sarm.probing.effects import read_encoded
 from sarm.records import Differences, Features
+from sarm.reward_model.adapter import is_adapted
 from sarm.reward_model.delphi import reward_windows, write_cache
 from sarm.reward_model.model import load_sae, load_tokenizer
 from sarm.reward_model.sae import SaelensDifference, saelens_difference, to_saelens
+from sarm.reward_model.weights import open_folder
 from sarm.run import Attempt, RunDir
 
 COMPARED_TEXTS = 256
@@ -35,6 +37,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     features = Features.read(attempt.read("select").path("features.json"))
     encoded = read_encoded(attempt.read_shards("encode"))
     sae, head_weight, settings = load_sae(config.sarm)
+    opened = open_folder(config.sarm.model, config.sarm.revision, use_topk=config.sarm.use_topk)
     layer = settings.source_layer
     backbone = settings.backbone["model"] if settings.backbone else config.sarm.model
     to_saelens(
@@ -52,7 +55,12 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     )
     some = np.unique(np.linspace(0, len(encoded.states) - 1, COMPARED_TEXTS).astype(int))
     difference = saelens_difference(sae, head_weight, torch.from_numpy(encoded.states[some]))
-    warnings = difference_warnings(difference, backbone, own_layers=settings.backbone is None)
+    warnings = difference_warnings(
+        difference,
+        backbone,
+        own_layers=settings.backbone is None,
+        adapted_by=config.sarm.model if is_adapted(opened) else None,
+    )
     tokenizer = load_tokenizer(config.sarm)
     texts = {text.id: text for text in texts_to_encode(load_data(config.data))}
     gone = [id_ for id_ in encoded.texts["text_id"] if id_ not in texts]
@@ -86,9 +94,11 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
 
 
 def difference_warnings(
-    difference: SaelensDifference, backbone: str, *, own_layers: bool
+    difference: SaelensDifference, backbone: str, *, own_layers: bool, adapted_by: str | None = None
 ) -> list[str]:
-    """What a reader of the export has to know, in sentences."""
+    """What a reader of the export has to know, in sentences; `adapted_by` is the SARM whose own
+    low-rank updates `backbone`'s layers lack.
+    """
     warnings = []
     if difference.rows_with_negative_latent:
         warnings.append(
@@ -106,7 +116,14 @@ def difference_warnings(
             f"the activations are those of {backbone}'s own layers, which were trained further:"
             " hook these and not the stock model's"
         )
-    elif backbone.startswith("embedded:"):
+    if adapted_by is not None:
+        warnings.append(
+            f"the activations are those of {backbone}'s layers with the adapter of {adapted_by}"
+            " merged in, and cfg.json can name the bare layers alone, on which the latents mean"
+            " something else: hook the merged ones"
+            f" (sarm.reward_model.model.SarmModel.from_pretrained({adapted_by!r}).model)"
+        )
+    if backbone.startswith("embedded:"):
         warnings.append(
             f"cfg.json names {backbone}, which no hub has: give the model to SAELens by hand"
         )

@@ -43,10 +43,14 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         if backbone is not None:
             place = local_model(backbone["model"], backbone.get("revision"), download=True)
             found["sarm_backbone"] = described(place, backbone["model"], backbone.get("revision"))
-        look_over(model, folder, name)
+        look_over(model, folder, prompted="prompted" in config.evaluate.arms)
         found[name] = described(folder, model.model, model.revision)
     attempt.progress(len(wanted), len(wanted) + 1, "data")
     data = load_data(config.data, download=True)
+    if config.evaluate.refusal_labels is not None and find_spec("scipy") is not None:
+        from sarm.evaluation.refusals import read_labelled
+
+        read_labelled(config.evaluate.refusal_labels)  # evaluate, after training, would be late
     files = {name: source_files(name, source) for name, source in config.data.sources.items()}
     found["data"] = {
         "files": {
@@ -65,20 +69,24 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     attempt.publish()
 
 
-def look_over(model: ModelConfig, folder: Path, name: str) -> None:
-    """Raises UserError where a model would not serve as what the config names it. A login node
-    without torch leaves that to the first phase that opens the model.
+def look_over(model: ModelConfig, folder: Path, *, prompted: bool) -> None:
+    """Raises UserError where a model would not serve as what the config names it; `prompted`: the
+    policy is asked under a system prompt too. A login node without torch leaves that to the first
+    phase that opens the model.
     """
     if find_spec("torch") is None or find_spec("transformers") is None:
         return
+    from sarm.data.conversations import check_system
     from sarm.evaluation.classifiers import label_positions
-    from sarm.models import check_judge, check_policy
+    from sarm.models import check_judge, check_policy, read_tokenizer
     from sarm.reward_model.model import check_sarm
 
     if isinstance(model, SarmConfig):
         check_sarm(model)
     elif isinstance(model, ChatModelConfig):
         check_policy(folder, model.chat_template_kwargs)
+        if prompted:
+            check_system(read_tokenizer(folder, model.chat_template_kwargs))
     else:
         check_judge(folder)
         if isinstance(model, (JudgeConfig, RefusalDetectorConfig)):

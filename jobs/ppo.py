@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jobs.ppo_log import Log
 from sarm.config import Config, UserError, arm_and_seed
 from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation.verdict import rule_sha256
-from sarm.records import Calibration, Features, RatedLatent, Readings, StepMetrics, plain
+from sarm.records import Calibration, Features, RatedLatent, Readings
 from sarm.run import Attempt, RunDir
 
 STOPPED = 75
@@ -45,8 +46,14 @@ def train_and_publish(
     from sarm.ppo.kept import Kept, remove_others
     from sarm.ppo.learner import checkpoint
     from sarm.ppo.learner.distributed import start_world
-    from sarm.ppo.learner.export import exported, rounding_warning, save_adapter, save_policy
-    from sarm.ppo.loop import train
+    from sarm.ppo.learner.export import (
+        exported,
+        rounding_warning,
+        save_adapter,
+        save_policy,
+        try_export,
+    )
+    from sarm.ppo.loop import train, why_ended
     from sarm.probing.select import refuse_unconfirmed
     from sarm.probing.taus import swept
 
@@ -70,18 +77,23 @@ def train_and_publish(
     loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
     if world.rank == 0:
         attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
-    if loaded is not None:
+    actor = trainer.learner.actor
+    if loaded is None:
+        # What cannot be saved is known before it is trained. Beside the checkpoints, which go away.
+        try_export(source, actor, trainer.tokenizer, config.policy.model, checkpoints, world)
+    else:
         trainer.restore(loaded.state["trainer"], loaded)
     trainer.reward = reward_of(arm, trainer.reward, readings.random.get(str(seed), []))
+    held_out = held_out_of(config, trainer, readings)
     log = kept = None
     if world.rank == 0:
-        log = Log(config, unit, attempt, loaded.state["metrics"] if loaded else [])
+        log = Log(config, unit, attempt, loaded.state["log"] if loaded else {})
         kept = Kept(attempt, loaded.state["kept"] if loaded else [])
 
     def save() -> Any:
         state = {
             "trainer": trainer.state(),
-            "metrics": log.lines if log else [],
+            "log": log.state if log else {},
             "kept": kept.state if kept else [],
         }
         step = trainer.progress.step
@@ -95,8 +107,6 @@ def train_and_publish(
             attempt=attempt.id,
             keep_last=config.ppo.keep_last,
         )
-
-    actor = trainer.learner.actor
 
     def write_policy(found: Any, folder: Path, adapter: Path | None) -> None:
         save_policy(source, found.weights, trainer.tokenizer, folder)
@@ -112,11 +122,18 @@ def train_and_publish(
         for distance in distances if kept else ():
             kept.add(distance, step=progress.step, kl=progress.drift.mean, write=write)
 
+    def evaluate() -> None:
+        assert held_out is not None
+        found = held_out.evaluated()
+        if log:
+            log.write_held_out(trainer.progress.step, found)
+
     finished = train(
         trainer,
         save=save,
         log=log.write if log else lambda line: None,
         keep=keep,
+        evaluate=evaluate if held_out else None,
         stop_requested=lambda: world.any(stop_requested()),
     )
     if not finished:
@@ -137,9 +154,13 @@ def train_and_publish(
             device=str(world.device),
             training_s=round(progress.training_s, 3),
             steps=progress.step,
+            ended_early=(
+                why_ended(config.ppo, progress) if progress.step < config.ppo.steps else None
+            ),
             device_names=names,
             ranks=world.size,
             rule_sha256=rule_sha256(config),
+            held_out=held_out.parts if held_out else None,
             bf16_rounding=None if found.rounding is None else found.rounding.told(),
         )
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -186,9 +207,21 @@ def make_trainer(config: Config, features: Features, seed: int, world: Any) -> A
             seed=seed,
             world=world,
             trim=config.responses.cut == "trim",
+            base_reward_sd=features.reward_sd or 1.0,
         ),
         source,
     )
+
+
+def held_out_of(config: Config, trainer: Any, readings: Readings) -> Any:
+    """What evaluates the policy in training; None where it is not asked for."""
+    from sarm.evaluation.held_out import HeldOut
+    from sarm.ppo.reward import Penalised
+
+    if not config.ppo.held_out.every:
+        return None
+    monitors = [Penalised(m.latent, m.tau, 0.0) for m in readings.monitors]
+    return HeldOut(trainer, load_data(config.data), monitors, config.ppo.held_out)
 
 
 def refuse_unreadable(config: Config, readings: Readings) -> None:
@@ -261,66 +294,3 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if asked.is_set() else handler)
-
-
-class Log:
-    """metrics.jsonl of this attempt, begun with the lines of the checkpoint it goes on from;
-    progress; other writers.
-    """
-
-    def __init__(
-        self, config: Config, unit: str, attempt: Attempt, lines: list[dict[str, Any]]
-    ) -> None:
-        self.config, self.attempt, self.lines = config, attempt, list(lines)
-        self.file = attempt.path("metrics.jsonl").open("w", encoding="utf-8")
-        for line in lines:
-            self.file.write(StepMetrics(**line).line() + "\n")
-        self.file.flush()
-        self.tensorboard: Any = None
-        self.wandb: Any = None
-        if config.ppo.log_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(attempt.folder / "tensorboard", purge_step=len(lines))
-        if config.ppo.log_to == "wandb":
-            self.wandb = _start_wandb(config, unit)
-
-    def write(self, line: dict[str, Any]) -> None:
-        line = plain(line)
-        self.lines.append(line)
-        self.file.write(StepMetrics(**line).line() + "\n")
-        self.file.flush()
-        shown = {
-            name: line.get(f"objective/{key}")
-            for name, key in (("reward", "scores"), ("penalty", "penalty"), ("kl", "kl"))
-        }
-        self.attempt.progress(line["step"] + 1, self.config.ppo.steps, "step", **shown)
-        numbers = {key: value for key, value in line.items() if value is not None and key != "step"}
-        if self.tensorboard:
-            for key, value in numbers.items():
-                self.tensorboard.add_scalar(key, value, line["step"])
-        if self.wandb:
-            self.wandb.log(numbers, step=line["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def _start_wandb(config: Config, unit: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "ppo.log_to is wandb, and wandb is not installed; install it or set ppo.log_to=none"
-        ) from None
-    return wandb.init(
-        project="sarm",
-        name=f"{config.name}/{unit}",
-        id=f"{values_sha256('ppo', config)[:16]}-{unit}",
-        resume="allow",
-        config=config.model_dump(mode="json"),
-    )

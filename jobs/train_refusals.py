@@ -15,7 +15,7 @@ from sarm.config import ROOT, Config
 from sarm.data.datasets import load_data
 from sarm.evaluation.refusal_classifier import RefusalClassifier, load_classifier, save_classifier
 from sarm.run import Attempt, RunDir
-from sarm.training.publish import replace_folder
+from sarm.training.publish import refuse_foreign, replace_folder
 from sarm.training.refusals import (
     CUT_CHARACTERS,
     Labelled,
@@ -33,6 +33,8 @@ from sarm.training.refusals import (
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Label, train, judge, save."""
     settings = config.train_refusals
+    if settings.output is not None:
+        refuse_foreign(ROOT / settings.output, "train_refusals")
     data = [
         *labelled_pairs(
             load_data(config.data).pairs, settings.certain, read_labels(ROOT / settings.labels)
@@ -52,7 +54,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     attempt.publish()
     print(quality_table(found | judged), flush=True)
     if settings.output is not None:
-        replace_folder(out, ROOT / settings.output)
+        replace_folder(out, ROOT / settings.output, "train_refusals")
 
 
 def judged_by(

@@ -64,7 +64,7 @@ class Material(NamedTuple):
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Make the pairs, fit a SARM to all that train and one to all but each fold's, judge, save."""
     if config.train_sarm.output is not None:
-        refuse_foreign(ROOT / config.train_sarm.output)
+        refuse_foreign(ROOT / config.train_sarm.output, "train_sarm")
     torch.manual_seed(config.seed)
     material = prepare(config)
     model = fresh_model(config)
@@ -99,7 +99,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     attempt.publish(device=str(model.device))
     print(accuracy_table(config, metrics), flush=True)
     if config.train_sarm.output is not None:
-        replace_folder(out, ROOT / config.train_sarm.output)
+        replace_folder(out, ROOT / config.train_sarm.output, "train_sarm")
 
 
 def prepare(config: Config) -> Material:

@@ -19,6 +19,7 @@ import pandas as pd
 
 from reports.blocks import Block, Items, Prose, Table, lines
 from reports.comparable import MAX_SHOWN, Compared, opened, refuse_incomparable
+from reports.distances import compared_words
 from reports.numbers import MEASURES, arm_name, duration, fixed, interval, plain
 from reports.page import render
 from reports.plots import ABOVE, OTHER, STYLES, TRAINING, Plot, figure
@@ -90,7 +91,8 @@ def verdicts(runs: Sequence[Compared]) -> list[Block]:
         for r in runs
         if r.figures["failures"]
     ]
-    return [Items(words), *map(Prose, failed)]
+    compared = [f"{r.name}: {compared_words(r.figures['compared'])}" for r in runs]
+    return [Items(words), Items(compared), *map(Prose, failed)]
 
 
 def penalties(runs: Sequence[Compared]) -> list[Block]:

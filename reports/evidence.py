@@ -29,29 +29,15 @@ def judgement(run: RunDir, frames: Frames) -> Verdict:
 
 
 def compared_arms(run: RunDir, frames: Frames) -> dict[str, Rows | None]:
-    """The arms of that comparison, under the names that `decide` has for them."""
-    rule = run.config.verdict
+    """The arms of that comparison at the distance that is compared, under the names that `decide`
+    has for them.
+    """
     table = pd.concat([frames.generations, frames.sweep], ignore_index=True)
-    if "distance" in table:  # of a policy kept on the way, in nats
-        kept = table["distance"] == (rule.kl or common_distance(table, rule.arm))
-        table = table[kept | (table["arm"] == "base")]
-    elif rule.kl is not None:
-        table = table.iloc[:0]
     return {
-        "penalty": arm_rows(table, rule.arm),
+        "penalty": arm_rows(table, run.config.verdict.arm),
         "no_penalty": arm_rows(table, "no_penalty"),
         "random": arm_rows(table, "random"),
     }
-
-
-def common_distance(table: pd.DataFrame, arm: str) -> float:
-    """The largest distance that the compared arms reached in every seed that they have; NaN where
-    there is none.
-    """
-    compared = table[table["arm"].isin([arm, "no_penalty", "random"])]
-    reached = [set(mine["distance"].dropna()) for _, mine in compared.groupby(["arm", "seed"])]
-    common = set.intersection(*reached) if reached else set()
-    return max(common, default=float("nan"))
 
 
 def arm_rows(generations: pd.DataFrame, arm: str) -> Rows | None:
@@ -88,6 +74,7 @@ def instrument(run: RunDir, frames: Frames) -> Instrument:
         detector=shared_detector(frames.evaluations),
         confirmed=confirmed(frames.features),
         rule_problem=rule_problem(run, frames),
+        kl_problem=frames.compared.problem,
     )
 
 

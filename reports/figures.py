@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents, shown
+from reports.policies import compared_figures, distance_rows, mean, policy_table
+from reports.texts import shown_cause, texts_figures
 from sarm.evaluation.verdict import rule_words
 from sarm.run import RunDir
 
@@ -48,9 +50,12 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "cards": _cards(frames.cards),
         "steered": frames.steered,
         "outputs": _outputs(run, frames, shown_policy),
-        "failures": _failures(frames.phases),
+        "texts": texts_figures(config),
+        "failures": _failures(run, frames.phases),
         "phases": _phases(frames.phases),
         "training": _training(frames),
+        "compared": compared_figures(run, frames),
+        "distances": distance_rows(run, frames),
         "policies": policy_table(frames.generations).to_dict("records"),
         "latents": (
             latent_table(frames.generations, penalised_latents(run, frames.features)).to_dict(
@@ -220,8 +225,10 @@ def _outputs(run: RunDir, frames: Frames, policy: str) -> list[dict[str, Any]]:
     return found
 
 
-def _failures(phases: pd.DataFrame) -> list[dict[str, Any]]:
+def _failures(run: RunDir, phases: pd.DataFrame) -> list[dict[str, Any]]:
     missing = phases[phases["status"] != "done"]
+    told = [shown_cause(cause, run.config.report) for cause in missing["cause"]]
+    missing = missing.assign(cause=told)
     return missing[["phase", "unit", "status", "cause", "log"]].to_dict("records")
 
 
@@ -245,61 +252,20 @@ def _training(frames: Frames) -> list[dict[str, Any]]:
     rows = []
     for policy, table in frames.training.groupby("policy", sort=False):
         trained = frames.manifests.get(("ppo", str(policy)))
-        training_s = trained.more.get("training_s") if trained else None
+        more = trained.more if trained else {}
         end = table.tail(max(1, len(table) // 10))
-        means = {short: _mean(end[name]) if name in end else None for short, name in names.items()}
+        means = {short: mean(end[name]) if name in end else None for short, name in names.items()}
         rows.append(
             {
                 "policy": policy,
                 "arm": table["arm"].iloc[0],
                 "steps": int(table["step"].max()),
-                "training_s": training_s,
+                "training_s": more.get("training_s"),
+                "ended_early": more.get("ended_early"),
                 **means,
             }
         )
     return sorted(rows, key=lambda row: (arm_rank(row["arm"]), row["policy"]))
-
-
-def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
-    """A row a policy: rates on unsafe prompts, over-refusal on safe ones, the rest on all."""
-    rows = []
-    for policy, table in generations.groupby("policy", sort=False):
-        unsafe, safe = table[table["kind"] == "unsafe"], table[table["kind"] == "safe"]
-        rows.append(
-            {
-                "policy": policy,
-                "arm": table["arm"].iloc[0],
-                "n_unsafe": unsafe["prompt_id"].nunique(),
-                "n_safe": safe["prompt_id"].nunique(),
-                "reward": _mean(table["reward"]),
-                "penalised_fired": _mean(unsafe["penalised_fired"]),
-                "monitors_fired": _mean(unsafe["monitors_fired"]),
-                "penalised_fired_safe": _mean(safe["penalised_fired"]),
-                "monitors_fired_safe": _mean(safe["monitors_fired"]),
-                "refused": _mean(unsafe["refused"]),
-                "over_refused": _mean(safe["refused"]),
-                "harm": _mean(unsafe["harm"]) if "harm" in table else math.nan,
-                "kl": _mean(table["kl"]),
-                "n_tokens": _mean(table["n_tokens"]),
-                "truncated": _mean(table["truncated"]),
-                "unended": _mean(table["unended"]) if "unended" in table else math.nan,
-                "distinct_1": distinct(table["response"], 1),
-                "distinct_2": distinct(table["response"], 2),
-            }
-        )
-    rows.sort(key=lambda row: (arm_rank(row["arm"]), row["policy"]))
-    return pd.DataFrame(rows)
-
-
-def distinct(responses: Iterable[str], n: int) -> float:
-    """Distinct n-grams over all n-grams of the responses, by lower-cased words (arXiv
-    1510.03055).
-    """
-    seen: Counter[tuple[str, ...]] = Counter()
-    for response in responses:
-        words = response.lower().split()
-        seen.update(zip(*(words[i:] for i in range(n)), strict=False))
-    return len(seen) / seen.total() if seen else math.nan
 
 
 def _randoms(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
@@ -368,6 +334,7 @@ def _provenance(run: RunDir, frames: Frames) -> dict[str, Any]:
 SOURCES = {
     "evaluation": ("evaluate", ("generations.parquet", "summary.json")),
     "changes": ("evaluate", ("generations.parquet",)),
+    "distances": ("evaluate", ("generations.parquet", "summary.json")),
     "verdict": ("evaluate", ("generations.parquet",)),
     "latents": ("evaluate", ("generations.parquet",)),
     "samples": ("evaluate", ("generations.parquet",)),
@@ -430,8 +397,3 @@ def _comparable(run: RunDir, frames: Frames) -> dict[str, Any]:
         "seed": config.seed,
         "verdict rules": config.verdict.model_dump(mode="json"),
     }
-
-
-def _mean(values: pd.Series) -> float:
-    numbers = pd.to_numeric(values, errors="coerce").astype(float)
-    return float(numbers.mean()) if len(numbers) else math.nan

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from reports.distances import Compared, compared_distance, rows_at
 from sarm.config import ARMS, PHASES, ROOT, Phase, UserError, arm_and_seed
 from sarm.records import (
     Calibration,
     Cards,
     Evaluation,
     Features,
+    KeptPolicies,
     Manifest,
     Models,
     Readings,
@@ -58,16 +60,24 @@ class Frames(NamedTuple):
     steering: dict[str, Any] | None
     evaluations: dict[str, dict[str, Any]]
     generations: pd.DataFrame
-    """A row a policy and response: policy, arm, seed, and the columns that evaluate wrote."""
+    """A row a policy and response: policy, arm, seed, and the columns that evaluate wrote. Of the
+    trained policies as they were at the distance that is compared (`compared`).
+    """
     probe: pd.DataFrame
     """A row a latent: what the probe measured of it."""
     models: dict[str, Any] | None
     """What fetch recorded: where models and data lie, and their hashes."""
     cards: dict[str, Any] | None
     sweep: pd.DataFrame
-    """As `generations`, of the policies of a sweep, which stand in no other frame."""
+    """As `generations`, of the policies of a sweep, which stand in no other frame but `every`."""
     steered: dict[str, Any] | None
     """What pushing the base policy along decoder directions changed."""
+    compared: Compared
+    """At which KL distance policies are compared."""
+    every: pd.DataFrame
+    """`generations` and `sweep` at every distance at which policies were kept, and at the end."""
+    kept: dict[str, list[dict[str, Any]]]
+    """By trained policy, when it reached which distance."""
 
 
 def read_run(
@@ -107,12 +117,14 @@ def _read_outputs(
     """Frames of published outputs; an output that is damaged marks its unit as failed."""
     manifests = {key: p.manifest for key, p in published.items()}
     features, readings, steering, models, cards, steered = None, None, None, None, None, None
-    calibrations, evaluations = {}, {}
+    calibrations, evaluations, kept = {}, {}, {}
     training, generations, sweep = [], [], []
     points = run.config.sweep_points()
     probe = pd.DataFrame()
     for (phase, unit), unit_files in published.items():
         try:
+            if phase == "ppo" and "kept.json" in unit_files.manifest.outputs:
+                kept[unit] = KeptPolicies.read(unit_files.path("kept.json")).tree()["kept"]
             if phase == "fetch":
                 if "models.json" in unit_files.manifest.outputs:
                     models = Models.read(unit_files.path("models.json")).tree()
@@ -147,8 +159,15 @@ def _read_outputs(
             manifests.pop((phase, unit))
     if features is not None and readings is not None:
         features = readings.applied(features)
-    penalised, played = penalised_latents(run, features), _joined(generations, "prompt_id")
-    monitors = usable_monitors(played, monitor_latents(features), run.config.verdict.monitor_rates)
+    penalised = penalised_latents(run, features)
+    every = _joined([*generations, *sweep], "prompt_id")
+    if "distance" not in every:  # of runs before policies were kept
+        every["distance"] = math.nan
+    monitors = usable_monitors(every, monitor_latents(features), run.config.verdict.monitor_rates)
+    every = _with_firing(every, penalised, monitors)
+    compared = compared_distance(run.config, every)
+    at = rows_at(every, compared.distance)
+    swept = at["policy"].isin(list(points))
     return Frames(
         phases=phases,
         manifests=manifests,
@@ -158,12 +177,15 @@ def _read_outputs(
         calibrations=calibrations,
         evaluations=evaluations,
         training=_joined(training, "step"),
-        generations=_with_firing(played, penalised, monitors),
+        generations=at[~swept].reset_index(drop=True),
         probe=probe,
         models=models,
         cards=cards,
         steered=steered,
-        sweep=_with_firing(_joined(sweep, "prompt_id"), penalised, monitors),
+        sweep=at[swept].reset_index(drop=True),
+        compared=compared,
+        every=every,
+        kept=kept,
     )
 
 

@@ -18,12 +18,14 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from reports import reference
+from reports.distances import compared_words
 from reports.frames import Frames, arm_rank
 from reports.numbers import arm_name, fixed, interval
 from reports.plots import PLOTS, Plot
 from reports.policy_sections import verdict_figures
 from reports.sections import SECTIONS, Section
 from reports.text import final_report
+from reports.texts import texts_words
 from sarm.config import ARMS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,6 +63,8 @@ def page(figures: dict[str, Any], frames: Frames) -> str:
         "report.html",
         title=f"{figures['run']}: report",
         figures=figures,
+        compared=compared_words(figures["compared"]),
+        texts=texts_words(figures["texts"]),
         facts=facts(figures),
         headlines=headlines(figures),
         before=sections[:after],
@@ -107,8 +111,8 @@ def _coded(text: str) -> markupsafe.Markup:
 
 
 def _inline(text: str) -> str:
-    """Text that cannot end the script element that it stands in."""
-    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+    """JSON that cannot end the script element that it stands in, nor open a comment there."""
+    return text.replace("<", "\\u003c")
 
 
 def section_parts(section: Section, figures: dict[str, Any], plots: list[Plot]) -> dict[str, Any]:

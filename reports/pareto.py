@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from reports.figures import policy_table
 from reports.frames import Frames
+from reports.policies import policy_table
 from sarm.config import arm_and_seed
 from sarm.run import RunDir
 

@@ -76,6 +76,13 @@ TRAINING = {
     "response/cut": "Responses cut at the token limit, share",
 }
 """The trainer's metrics that are drawn; per-latent rates follow them."""
+DISTANCES = {
+    "penalised_fired": "Penalised rate on unsafe prompts, against KL",
+    "monitors_fired": "Monitors' rate on unsafe prompts, against KL",
+    "reward": "Reward without penalty, against KL",
+    "over_refused": "Over-refusal of safe look-alikes, against KL",
+}
+"""What is drawn of the policies kept at KL distances."""
 
 
 class Plot(NamedTuple):
@@ -169,6 +176,40 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         " no change. The table has the numbers."
     )
     return [Plot("changes", "Changes with 95 % intervals", told, made)]
+
+
+# Policies kept at KL distances
+
+
+def distances(figures: dict[str, Any], frames: Frames) -> list[Plot]:
+    """Each arm's way: the penalised rate, the reward and over-refusal against the KL."""
+    rows = [row for row in figures["distances"] if row["state"] == "evaluated"]
+    plots = []
+    for i, (measure, title) in enumerate(DISTANCES.items() if rows else ()):
+        made = figure("KL to the base policy, nats", "", 300, showlegend=True, legend=ABOVE)
+        ends = []
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            table = pd.DataFrame([row for row in rows if row["arm"] == arm])
+            table["at"] = table["distance"].fillna(math.inf)
+            at = table.groupby("at")[["kl", measure]].mean().sort_index()
+            looks = style(arm)
+            made.add_scatter(
+                x=at["kl"].to_numpy(float),
+                y=at[measure].to_numpy(float),
+                mode="lines+markers",
+                name=arm_name(arm),
+                line={"color": looks.colour, "dash": looks.dash, "width": 1.8},
+                marker={"color": looks.colour, "symbol": looks.symbol, "size": 9},
+                text=["end" if math.isinf(d) else f"{d:g}" for d in at.index],
+                hovertemplate=(
+                    f"{arm_name(arm)}, distance %{{text}}: KL %{{x:.3f}}, %{{y:.3f}}<extra></extra>"
+                ),
+            )
+            kl, value = (at[name].iloc[-1] for name in ("kl", measure))
+            ends.append(f"{arm_name(arm)} {fixed(value, 3)} at KL {fixed(kl, 2)}")
+        told = f"Means over the seeds that reached each distance. In the end: {'; '.join(ends)}."
+        plots.append(Plot(f"distances-{i}", title, told, made, wide=False))
+    return plots
 
 
 # The sweep
@@ -669,6 +710,7 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
 
 PLOTS: dict[str, Callable[[dict[str, Any], Frames], Sequence[Plot]]] = {
     "changes": changes,
+    "distances": distances,
     "latents": histograms,
     "training": training,
     "sweep": sweep,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
+from reports.distances import compared_words
 from reports.numbers import MEASURES, arm_name, digits, duration, fixed, interval, percentage, plain
 
 
@@ -19,7 +21,7 @@ def verdict(figures: dict[str, Any]) -> list[Block]:
 def verdict_figures(figures: dict[str, Any]) -> list[Block]:
     """What the word rests on, and the rule."""
     v = figures["verdict"]
-    blocks: list[Block] = []
+    blocks: list[Block] = [Prose(compared_words(figures["compared"]))]
     rows = [
         c
         for c in v["changes"]
@@ -88,7 +90,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
     return [
         Prose(
             "Prompts are held out; reward is SARM's without penalty; rates are shares of responses,"
-            " refusals as the detector counts them."
+            f" refusals as the detector counts them. {compared_words(figures['compared'])}"
         ),
         Table(
             ["Policy", "unsafe", "safe", "reward", "penalised", "monitors", "refused", "over-ref."],
@@ -117,6 +119,23 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         ),
         *kl_sentences(figures),
         Prose(detector_sentence(figures)),
+        *spelling_sentence(rows),
+    ]
+
+
+def spelling_sentence(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """Which policies write out special tokens, as one that feigns an end of turn; nothing where
+    none does.
+    """
+    spelling = [f"{row['policy']} {row['spelled']:,}" for row in rows if row.get("spelled")]
+    if not spelling:
+        return []
+    return [
+        Prose(
+            "Responses that spell a special token of the SARM's, such as an end of turn, which is"
+            f" how a policy would try to end what is scored: {', '.join(spelling)}. They are scored"
+            " as the letters that they are; read them before trusting rates above."
+        )
     ]
 
 
@@ -166,6 +185,7 @@ def changes(figures: dict[str, Any]) -> list[Block]:
         Prose(
             f"Paired by prompt and seed; 95 % intervals over {over}. Only the verdict's comparison"
             " was fixed before training; all others are exploratory."
+            f" {compared_words(figures['compared'])}"
         ),
         Table(
             ["Measure", "arm", "prompts", "before", "after", "change", "95 % interval"],
@@ -234,7 +254,9 @@ def latents(figures: dict[str, Any]) -> list[Block]:
                 title="Values z of the penalised latents on unsafe prompts, t being tau:",
             )
         )
-    return blocks or list(NOT_AVAILABLE)
+    if not blocks:
+        return list(NOT_AVAILABLE)
+    return [Prose(compared_words(figures["compared"])), *blocks]
 
 
 def training(figures: dict[str, Any]) -> list[Block]:
@@ -258,93 +280,12 @@ def training(figures: dict[str, Any]) -> list[Block]:
             f" the total loss, of {figures['shown_policy']}."
         ),
         Table(["Policy", "steps", "time", "reward", "penalty", "KL", "loss", "tokens/s"], cells),
+        *(
+            Prose(f"{r['policy']} ended before its last step: {r['ended_early']}.")
+            for r in rows
+            if r["ended_early"]
+        ),
     ]
-
-
-def sweep(figures: dict[str, Any]) -> list[Block]:
-    """The grid of penalties: which policies no other one beats, and the thresholds that the
-    activations suggest.
-    """
-    found, suggested = figures.get("sweep"), (figures["features"] or {}).get("tau_suggestions", [])
-    blocks: list[Block] = []
-    if found is None:
-        blocks.append(
-            Prose("The config names no sweep (sweep.tau or sweep.tau_quantile, and sweep.alpha).")
-        )
-    else:
-        seeds = "one seed" if found["n_seeds"] == 1 else f"{found['n_seeds']} seeds"
-        blocks.append(
-            Prose(
-                "Exploratory: the verdict is about another comparison, and no place on the front is"
-                " evidence of control. Each tau with each alpha, and the arms. `front`: no other"
-                " policy has as low a penalised rate, as little KL and as much reward, and less or"
-                " more of one."
-                " Penalised is the share of unsafe prompts above the penalty arm's own thresholds,"
-                f" whatever a point's tau. With {seeds} a point, differences within the intervals"
-                " are noise, and so may be a place on the front."
-            )
-        )
-        rows = [
-            [
-                r["policy"],
-                *(
-                    (
-                        "n/a"
-                        if r[m] is None
-                        else f"q{plain(r[m])}"
-                        if m == "tau" and r["is_quantile"]
-                        else plain(r[m])
-                    )
-                    for m in ("tau", "alpha")
-                ),
-                r["n_unsafe"],
-                fixed(r["penalised_fired"], 3),
-                interval(r["penalised_fired_low"], r["penalised_fired_high"], 3),
-                fixed(r["kl"], 3),
-                fixed(r["reward"], 3),
-                "yes" if r["front"] else "no",
-            ]
-            for r in found["points"]
-        ]
-        blocks.append(
-            Table(
-                [
-                    "Policy",
-                    "tau",
-                    "alpha",
-                    "unsafe",
-                    "penalised",
-                    "95 % interval",
-                    "KL",
-                    "reward",
-                    "front",
-                ],
-                rows,
-            )
-        )
-        if found["missing"]:
-            blocks.append(Prose(f"Not evaluated: {', '.join(found['missing'])}."))
-    if suggested:
-        blocks.append(
-            Table(
-                ["latent", "quantile", "tau", "rejected", "chosen"],
-                [
-                    [
-                        s["latent"],
-                        plain(s["quantile"]),
-                        plain(s["tau"]),
-                        fixed(s["rate_rejected"], 3),
-                        fixed(s["rate_chosen"], 3),
-                    ]
-                    for s in suggested
-                ],
-                title=(
-                    "Thresholds that the activations suggest: quantiles over discovery's rejected"
-                    " texts, and the share of texts above them."
-                ),
-            )
-        )
-    return blocks
 
 
 def steered(figures: dict[str, Any]) -> list[Block]:

@@ -12,17 +12,10 @@ from typing import Any, NamedTuple
 
 from reports.blocks import Block
 from reports.calibration import calibration
-from reports.policy_sections import (
-    changes,
-    latents,
-    policy_evaluation,
-    steered,
-    sweep,
-    training,
-    verdict,
-)
+from reports.policy_sections import changes, latents, policy_evaluation, steered, training, verdict
 from reports.probe_sections import cards, features, rankings, steering
 from reports.run_sections import failures, phases, provenance
+from reports.sweep_sections import distances, sweep
 from reports.validity_sections import trust
 
 
@@ -48,6 +41,7 @@ SECTIONS = (
         "evaluation", "Policy evaluation", policy_evaluation, "own generations on held-out prompts"
     ),
     Section("changes", "Changes against the no-penalty arm", changes),
+    Section("distances", "Policies by KL distance", distances),
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),
     Section("sweep", "Penalty sweep", sweep),

@@ -18,9 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sarm.config import UserError
+from sarm.data.files import POINTER
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-POINTER = b"version https://git-lfs"
+WHOLE_NUMBERS = ("F64", "F32", "F16", "BF16")
+"""What weights may be stored in, by safetensors' names: 8 bits and fewer need scales that nothing
+here reads.
+"""
 
 
 class Weights:
@@ -44,6 +48,7 @@ class Weights:
         for shard in self.shards:
             with opened(shard) as tensors:
                 self.files |= dict.fromkeys(tensors.keys(), shard)
+                _refuse_quantised(shard, tensors)
         lost = sorted(set(indexed or ()) - set(self.files))
         if lost:
             raise UserError(
@@ -53,6 +58,12 @@ class Weights:
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        with opened(self.files[name]) as tensors:
+            found: Tensor = tensors.get_tensor(name)
+        return found
 
 
 def opened(file: Path, device: str = "cpu") -> Any:
@@ -103,6 +114,22 @@ def check_finite(weights: Weights) -> None:
             for name in tensors.keys():  # noqa: SIM118
                 if not is_finite(tensors.get_tensor(name)):
                     raise UserError(_not_finite(weights.folder, name))
+
+
+def refuse_altered(folder: Path, keys: Mapping[str, Any]) -> None:
+    """Raises UserError where what config.json (`keys`) or a file beside it says would make another
+    model of the weights: quantisation, or an adapter, which transformers would attach unasked.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds adapter_config.json beside the weights, and which of the two is meant"
+            " is not said; merge the adapter into them, or move the adapter files away"
+        )
+    if keys.get("quantization_config"):
+        raise UserError(
+            f"{folder / 'config.json'} has a quantization_config, and quantised weights are neither"
+            " trained nor probed here; take the model in bfloat16 or float32"
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -158,7 +185,23 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map; fetch the model again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(
+                f"{index} names {name!r}, which is no file beside it; fetch the model again"
+            )
     return weight_map
+
+
+def _refuse_quantised(shard: Path, tensors: Any) -> None:
+    for name in tensors.keys():  # noqa: SIM118
+        if name.endswith("weight"):
+            stored = tensors.get_slice(name).get_dtype()
+            if stored not in WHOLE_NUMBERS:
+                raise UserError(
+                    f"{shard}: {name} is stored as {stored}, and quantised weights are neither"
+                    " trained nor probed here; take the model in bfloat16 or float32"
+                )
 
 
 def _not_finite(folder: Path, name: str) -> str:

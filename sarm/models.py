@@ -10,12 +10,14 @@ docs/your-model.md lists what is asked of a model, and which families pass.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,8 +28,8 @@ from transformers import (
 )
 
 from sarm.config import UserError
-from sarm.data.conversations import end_of_turn_id, pinned_template, stop_ids, use_template_kwargs
-from sarm.model_files import Weights, check_finite, is_finite, read_json
+from sarm.data.conversations import check_template, end_of_turn_id, stop_ids, use_template_kwargs
+from sarm.model_files import Weights, check_finite, is_finite, read_json, refuse_altered
 
 REFUSED = (
     OSError,
@@ -39,6 +41,7 @@ REFUSED = (
     AssertionError,
     IndexError,
     RuntimeError,
+    StrictDataclassError,
 )
 """What transformers raises on folders that it cannot open."""
 AFTER_HEAD = {
@@ -50,6 +53,8 @@ AFTER_HEAD = {
 which it does not: log-probabilities are computed here from the head's own.
 """
 PROBE_TOKENS = 12
+LEAST_POSITIONS = 32
+"""A judge that reads less sees no answer."""
 AGREE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Nats between the model's own forward and its head on its last states; 0.05 in half precision."""
 
@@ -82,6 +87,12 @@ def open_judge(folder: Path, dtype: str | torch.dtype) -> tuple[Any, PreTrainedT
 
 def _judge_reading(model: Any, folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
     tokenizer = _tokenizer(folder)
+    longest = _positions(model, tokenizer)
+    if longest < LEAST_POSITIONS:
+        raise UserError(
+            f"judge {folder} reads {longest} tokens at most, in which no question and answer fit;"
+            " correct its max_position_embeddings or the tokenizer's model_max_length"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -94,13 +105,13 @@ def _judge_reading(model: Any, folder: Path) -> tuple[PreTrainedTokenizerBase, i
             f"judge {folder} pads with token {tokenizer.pad_token_id} and has embeddings for"
             f" {embedding_rows(model)}; set another pad_token"
         )
-    return tokenizer, _positions(model, tokenizer)
+    return tokenizer, longest
 
 
 def read_tokenizer(folder: Path, template_kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, which has a chat template. Raises UserError."""
+    """The tokenizer in a folder, whose chat template says what it is given. Raises UserError."""
     tokenizer = use_template_kwargs(_tokenizer(folder), template_kwargs)
-    pinned_template(tokenizer)
+    check_template(tokenizer)
     return tokenizer
 
 
@@ -149,16 +160,21 @@ def check_judge(folder: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError where config.json or the weights are not there, or an adapter lies beside
-    them, which transformers would attach unasked.
+    """Raises UserError where config.json or the weights are not there, quantised, or altered by
+    what lies beside them, or generation_config.json says no stop tokens that can be read:
+    transformers would go on without.
     """
-    read_json(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} holds adapter_config.json beside the weights, and which of the two is meant"
-            " is not said; merge the adapter into them, or move the adapter files away"
-        )
+    refuse_altered(folder, read_json(folder / "config.json"))
     Weights(folder)
+    made = folder / "generation_config.json"
+    if made.exists():
+        stops = read_json(made).get("eos_token_id")
+        listed = stops if isinstance(stops, list) else [0 if stops is None else stops]
+        if not all(type(stop) is int and stop >= 0 for stop in listed):
+            raise UserError(
+                f"{made} has eos_token_id {stops!r}, which is no token or list of tokens; correct"
+                " it"
+            )
 
 
 def check_policy_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -191,7 +207,7 @@ def check_saves(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
         except REFUSED as error:
             raise UserError(
                 f"{folder} can be opened but not saved again, so a policy trained from it could not"
-                f" be either: {_line(error)}; correct its generation_config.json, config.json or"
+                f" be either: {one_line(error)}; correct its generation_config.json, config.json or"
                 " tokenizer"
             ) from None
 
@@ -272,7 +288,7 @@ def _opened(kind: Any, folder: Path, what: str, **how: Any) -> Any:
             **how,
         )
     except REFUSED as error:
-        raise UserError(f"{folder} cannot be opened as a {what}: {_line(error)}") from None
+        raise UserError(f"{folder} cannot be opened as a {what}: {one_line(error)}") from None
     for key, fault in (
         ("missing_keys", "lacks {n} tensors, such as {name}, and would run on random ones"),
         (
@@ -287,16 +303,43 @@ def _opened(kind: Any, folder: Path, what: str, **how: Any) -> Any:
             )
     if told.get("error_msgs"):
         raise UserError(f"{folder} cannot be opened as a {what}: {told['error_msgs'][0]}")
-    modules = {name for name, _ in model.named_modules()}
-    unread = sorted(
-        name for name in told.get("unexpected_keys") or () if name.rpartition(".")[0] in modules
-    )
+    unread = [name for name in told.get("unexpected_keys") or () if _is_part(name, model)]
     if unread:
         raise UserError(
             f"{folder} holds {len(unread)} tensors that its config.json has no place for, such as"
-            f" {unread[0]}; without them it is another model: correct config.json"
+            f" {min(unread)}; without them it is another model: correct config.json"
         )
+    _refuse_untied(model, folder)
     return model.eval()
+
+
+def _is_part(name: str, model: Any) -> bool:
+    """Whether a tensor that was not read belongs to the model: in a module of its, or in one more
+    layer than config.json counts.
+    """
+    modules = dict(model.named_modules())
+    if name.rpartition(".")[0] in modules:
+        return True
+    lists = (name[: dot.start()] for dot in re.finditer(r"\.\d+\.", name))
+    return any(isinstance(modules.get(before), nn.ModuleList) for before in lists)
+
+
+def _refuse_untied(model: Any, folder: Path) -> None:
+    """Raises UserError where config.json ties weights that the files hold twice and differently."""
+    weights = Weights(folder)
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    if not model.config.get_text_config().tie_word_embeddings or not isinstance(tied, dict):
+        return
+    for name, other in tied.items():
+        if (
+            name in weights
+            and other in weights
+            and not torch.equal(*(weights.read(of) for of in (name, other)))
+        ):
+            raise UserError(
+                f"{folder / 'config.json'} ties {name} to {other}, and the files hold two that"
+                " differ; set tie_word_embeddings to false, or fetch the model again"
+            )
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -306,8 +349,8 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     except REFUSED as error:
         raise UserError(
-            f"{folder} has no tokenizer that can be opened ({_line(error)}); bring tokenizer.json"
-            " and tokenizer_config.json"
+            f"{folder} has no tokenizer that can be opened ({one_line(error)}); bring"
+            " tokenizer.json and tokenizer_config.json"
         ) from None
     return tokenizer
 
@@ -324,5 +367,6 @@ def _positions(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(min(limit, tokenizer.model_max_length))
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an exception says, short enough for a sentence."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

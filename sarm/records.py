@@ -585,6 +585,8 @@ class Evaluation(File):
     n_prompts: int
     n_too_long: int
     seconds: float
+    kept: list[KeptPolicy] = Field(default_factory=list)
+    """The policies kept at KL distances that were evaluated too."""
 
 
 class Steered(File):
@@ -596,16 +598,53 @@ class Steered(File):
     rows: list[Row]
 
 
-class StepMetrics(File):
-    """One step of PPO's log: its number, counted from 0, and the trainer's metrics."""
+class Line(File):
+    """A line of a log of PPO's."""
 
-    NAME, REDO = "a line of metrics.jsonl", "ppo"
-    model_config = ConfigDict(extra="allow")
+    REDO = "ppo"
 
     step: int
 
     def line(self) -> str:
         return json_text(self.tree(), indent=None)
+
+
+class StepMetrics(Line):
+    """One step: its number, counted from 0, and the trainer's metrics."""
+
+    NAME = "a line of metrics.jsonl"
+    model_config = ConfigDict(extra="allow")
+
+
+class HeldOutMetrics(Line):
+    """What the policy does on held-out prompts after so many steps."""
+
+    NAME = "a line of held_out.jsonl"
+    model_config = ConfigDict(extra="allow")
+
+
+class Completion(Line):
+    """A response to a held-out prompt after so many steps, and its scores."""
+
+    NAME = "a line of completions.jsonl"
+
+    prompt_id: str
+    kind: str
+    prompt: str
+    """The last message."""
+    response: str
+    reward: float
+    """The SARM's, without penalty."""
+    penalty: float
+    kl: float
+    """To the reference, in nats: the log ratio of the tokens that are scored."""
+    tokens: int
+    cut: bool
+    """At the token limit."""
+    refused: bool
+    """By phrases (`sarm/evaluation/refusals.py`)."""
+    z: dict[str, float]
+    """By latent, of those penalised in any arm and of monitors."""
 
 
 def read_training_log(path: Path) -> list[dict[str, Any]]:
@@ -647,6 +686,12 @@ class Report(File):
     phases: list[Row]
     training: list[Row]
     policies: list[Row]
+    compared: Row = Field(default_factory=lambda: {"distance": None, "problem": ""})
+    """At which KL distance, and how far the arms are there."""
+    texts: Row = Field(default_factory=lambda: {"whose": "all", "shown": [], "left_out": []})
+    """Whose texts page and cards show."""
+    distances: list[Row] = Field(default_factory=list)
+    """Every trained policy at every distance that the config names."""
     latents: list[Row]
     random_latents: list[Row]
     monitors: list[Row]

@@ -134,6 +134,7 @@ def tiny_ppo(**changes: Any) -> PpoConfig:
         "learning_rate": 1e-3,
         "lora": None,
         "kl_coef": 0.05,
+        "reward_scale": "running_sd",
     }
     return PpoConfig.model_validate(settings | changes)
 

@@ -8,8 +8,9 @@ cluster's size.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from sarm.records import (
     Features,
     File,
     Intervention,
+    KeptPolicies,
+    KeptPolicy,
     Models,
     Readings,
     Steering,
@@ -235,9 +238,12 @@ def publish_ppo(
     policy_bytes: int = 1000,
     *,
     penalised: Any = None,
+    kept: Sequence[dict[str, Any]] = (),
     **more: Any,
 ) -> None:
     attempt = Attempt(run, "ppo", unit)
+    if kept:
+        KeptPolicies(kept=[KeptPolicy(**one) for one in kept]).write(attempt.path("kept.json"))
     logged = "\n".join(StepMetrics(**line).line() for line in lines)
     attempt.path("metrics.jsonl").write_text(logged)
     Calibration(
@@ -515,6 +521,49 @@ def evaluated_run(
         if arm in arms:
             table = generations(arms[arm], seed=seed, n=n, n_safe=n_safe)
             publish_evaluation(run, unit, table, judge=judge)
+    return run
+
+
+DISTANCES = (0.5, 1.0, 2.0)
+
+
+def run_kept_at_distances(
+    path: Path,
+    *,
+    rates: Mapping[tuple[str, float], dict[str, float]] | None = None,
+    reached: Mapping[str, Sequence[float]] | None = None,
+    **changes: Any,
+) -> RunDir:
+    """`evaluated_run` whose trained policies were kept at `DISTANCES`, or at those that `reached`
+    names of a unit. Rates differ between distances: those of control are reached at 1 nat alone, at
+    2 the penalty arm is too far away, at 0.5 nothing has happened. `rates` are changes to an arm's
+    at a distance.
+    """
+    reached, rates = reached or {}, rates or {}
+    ppo = {"kl_distances": list(DISTANCES)} | changes.pop("ppo", {})
+    run = evaluated_run(path, ppo=ppo, **changes)
+    arms = {"penalty": SAFER, "no_penalty": BASE, "random": ALIKE}
+    at = {
+        0.5: {"penalised": 0.52, "monitors": 0.44, "refused": 0.3, "over_refused": 0.06, "kl": 0.6},
+        1.0: {"kl": 1.1},
+        2.0: {"penalised": 0.2, "monitors": 0.2},
+    }
+    for unit in run.config.units("ppo"):
+        arm, seed = arm_and_seed(unit)
+        distances = reached.get(unit, DISTANCES)
+        kept = [
+            {"distance": d, "step": int(10 * d) + seed, "kl": d + 0.01, "path": f"kept/kl-{d!r}"}
+            for d in distances
+        ]
+        penalised = [RANDOM_LATENT] if arm == "random" else None
+        publish_ppo(run, unit, metrics(PROGRESSION), penalised=penalised, kept=kept)
+        tables = [generations(arms[arm], seed=seed).assign(distance=math.nan, kl=4.0)]
+        for d in distances:
+            found = arms[arm] | at[d] | rates.get((arm, d), {})
+            if (arm, d) == ("penalty", 2.0):
+                found |= {"kl": 3.0}
+            tables.append(generations(found, seed=seed).assign(distance=d))
+        publish_evaluation(run, unit, pd.concat(tables, ignore_index=True), kept=kept)
     return run
 
 

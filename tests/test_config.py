@@ -182,6 +182,22 @@ def test_a_missing_section_is_named() -> None:
         ),
         (["ppo.kl_distances=[0.0, 1.0]"], "ppo.kl_distances.0: Input should be greater than 0"),
         (["ppo.kl_distances=[1.0, -2.0]"], "ppo.kl_distances.1: Input should be greater than 0"),
+        (
+            ["ppo.kl_distances=[0.5, 2.0]", "ppo.stop_at_kl=1.0"],
+            "kl_distances goes up to 2.0, and training ends at stop_at_kl 1.0",
+        ),
+        (["ppo.stop_at_kl=0.0"], "ppo.stop_at_kl: Input should be greater than 0"),
+        (["ppo.safe_share=1.5"], "ppo.safe_share"),
+        (
+            ["ppo.temperature=0.0"],
+            "training at temperature 0 is refused: nothing would be explored;",
+        ),
+        (
+            ["ppo.temperature=0", "ppo.advantage=rloo", "ppo.samples_per_prompt=4"],
+            "the 4 samples of a prompt would be one",
+        ),
+        (["ppo.gamma=-0.5"], "ppo.gamma: Input should be greater than or equal to 0"),
+        (["ppo.lam=1.5"], "ppo.lam: Input should be less than or equal to 1"),
         (["ppo.arms=[penalty, penalty]"], "named twice"),
         (["ppo.seeds=[]"], "at least one arm and one seed"),
         (["data.sources.demo.split={discovery: 0.7, test: 0.4}"], "add up to 1.1"),
@@ -419,7 +435,15 @@ def test_every_key_is_read_by_a_phase_or_says_which_units_there_are() -> None:
     for name in ("llama31-8b.yaml", "smollm2.yaml"):
         for key in leaves(load_config(ROOT / "configs" / name).model_dump(mode="json")):
             readers = [phase for phase in READS if phase != "report" and is_read(phase, key)]
-            shown = ("hardware", "verdict.", "ppo.seeds", "evaluate.arms", "sweep.")
+            shown = (
+                "hardware",
+                "verdict.",
+                "ppo.seeds",
+                "evaluate.arms",
+                "sweep.",
+                "report.",
+                "serve.",
+            )
             assert readers or key.startswith(shown), f"{key}: name its phases in READS"
 
 

@@ -22,11 +22,20 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from sarm.config import SarmConfig, UserError
+from jobs.fetch import look_over
+from sarm.config import ChatModelConfig, SarmConfig, UserError
+from sarm.data.conversations import check_system
 from sarm.model_files import Weights, is_finite
-from sarm.models import check_judge, check_policy, check_rotation, open_judge, open_policy
+from sarm.models import (
+    check_judge,
+    check_policy,
+    check_rotation,
+    open_judge,
+    open_policy,
+    read_tokenizer,
+)
 from sarm.reward_model.model import SarmModel, check_sarm, load_sae, load_sarm
-from tests.tiny import llama_config, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, llama_config, tiny_tokenizer
 
 WHOLE = "model.safetensors"
 
@@ -56,6 +65,21 @@ def retokenize(folder: Path, add: list[str] | None = None, **changes: Any) -> No
     for name, value in changes.items():
         setattr(tokenizer, name, value)
     tokenizer.save_pretrained(folder)
+
+
+def stored(folder: Path, dtype: torch.dtype) -> None:
+    tensors(folder, lambda state: {name: t.mul(9).to(dtype) for name, t in state.items()})
+
+
+def template(folder: Path, silenced: str) -> None:
+    """A chat template that leaves out what one role says."""
+    content = "{{ message['content'] | trim }}"
+    assert content in CHAT_TEMPLATE
+    (folder / "chat_template.jinja").write_text(
+        CHAT_TEMPLATE.replace(
+            content, f"{{% if message['role'] != '{silenced}' %}}{content}{{% endif %}}"
+        )
+    )
 
 
 def dangling(folder: Path) -> None:
@@ -89,12 +113,61 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an index of a missing shard": (lambda f: index(f, {UP: "x.safetensors"}), "is missing"),
     "an index of missing tensors": (lambda f: index(f, {"lost": SHARD}), "such as lost"),
     "an empty index": (lambda f: index(f, {}), "no weight_map"),
+    "an index of another folder's file": (lambda f: index(f, {UP: "../x"}), r"names '\.\./x'"),
+    "an index of no file": (lambda f: index(f, {UP: None}), "names None"),
+    "weights in 8 bits": (lambda f: stored(f, torch.float8_e4m3fn), "is stored as F8_E4M3"),
+    "weights in whole numbers": (lambda f: stored(f, torch.int8), "is stored as I8"),
+    "a quantised config": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "fp8"}),
+        "has a quantization_config",
+    ),
+    "an adapter beside": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter"),
+    "a config whose sizes are words": (
+        lambda f: edit(f / "config.json", hidden_size="big"),
+        "hidden_size",
+    ),
+    "a config of no activation": (lambda f: edit(f / "config.json", hidden_act="nope"), "nope"),
+    "a template without the answers": (
+        lambda f: template(f, "assistant"),
+        "leaves out or rewrites what the assistant says",
+    ),
+    "a template of the last turn alone": (
+        lambda f: (f / "chat_template.jinja").write_text(
+            CHAT_TEMPLATE.replace("in messages %}", "in messages[-1:] %}")
+        ),
+        "leaves out or rewrites what the user says",
+    ),
+    "a template that opens no turn": (
+        lambda f: (f / "chat_template.jinja").write_text(
+            CHAT_TEMPLATE.replace("if add_generation_prompt", "if false")
+        ),
+        r"opens no assistant turn.*assistant<\|end_header_id\|>",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
     "a config that is a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
     "a config cut short": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
 }
 POLICY: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "an adapter beside": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter"),
+    "fewer layers than its weights": (
+        lambda f: edit(f / "config.json", num_hidden_layers=1),
+        r"9 tensors that its config\.json has no place for.*layers\.1",
+    ),
+    "ties weights that differ": (
+        lambda f: edit(f / "config.json", tie_word_embeddings=True),
+        "ties lm_head.*two that differ",
+    ),
+    "stops at words": (
+        lambda f: edit(f / "generation_config.json", eos_token_id="<|eot_id|>"),
+        "eos_token_id '<",
+    ),
+    "stops below zero": (
+        lambda f: edit(f / "generation_config.json", eos_token_id=[3, -1]),
+        r"eos_token_id \[3, -1\]",
+    ),
+    "a generation config cut short": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ['),
+        r"generation_config\.json is not JSON",
+    ),
     "one tensor missing": (
         lambda f: tensors(f, lambda s: {n: t for n, t in s.items() if n != UP}),
         f"lacks 1.*{UP}",
@@ -163,9 +236,21 @@ def test_a_faulty_policy_is_refused_at_the_door(
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("fault", ["one tensor missing", "NaN", "a bias", "an adapter beside"])
+OPENED = (
+    "one tensor missing",
+    "NaN",
+    "a bias",
+    "an adapter beside",
+    "fewer layers than its weights",
+    "ties weights that differ",
+    "weights in 8 bits",
+    "a generation config cut short",
+)
+
+
+@pytest.mark.parametrize("fault", OPENED)
 def test_and_where_it_is_opened(fault: str, tiny_policy: Path, tmp_path: Path) -> None:
-    change, says = POLICY[fault]
+    change, says = (FILES | POLICY)[fault]
     folder = Path(shutil.copytree(tiny_policy, tmp_path / "policy"))
     change(folder)
     with pytest.raises(UserError, match=says):
@@ -210,6 +295,32 @@ SARM: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: tensors(f, put("score.weight", (0, 7), float("inf"))),
         r"score\.weight holds.*infinite",
     ),
+}
+
+
+def sarm_param(**keys: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        param = json.loads((folder / "config.json").read_text())["sarm_param"]
+        edit(folder / "config.json", sarm_param=param | keys)
+
+    return change
+
+
+SARM |= {
+    "an untrained head": (
+        lambda f: tensors(f, lambda s: s | {"score.weight": 0 * s["score.weight"]}),
+        r"score\.weight is zero everywhere",
+    ),
+    "an untrained encoder": (
+        lambda f: tensors(f, lambda s: s | {"sae.encoder.weight": 0 * s["sae.encoder.weight"]}),
+        r"sae\.encoder\.weight is zero everywhere",
+    ),
+    "a k that is true": (sarm_param(sae_k=True), "sae_k"),
+    "a list of ks": (sarm_param(sae_k=[8]), "sae_k"),
+    "TopK in words": (sarm_param(sarm_use_activation="false"), "'false' for whether TopK"),
+    "sizes in a list": (lambda f: edit(f / "config.json", sarm_param=[8]), r"sarm_param \[8\]"),
+    "layers of a word": (lambda f: edit(f / "config.json", backbone="x"), "backbone 'x'"),
+    "layers of nobody": (lambda f: edit(f / "config.json", backbone={}), r"backbone \{\}"),
 }
 SARM_WHOLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a bias of a layer": (
@@ -358,6 +469,38 @@ def test_a_published_judge_is_padded_and_cut_at_its_positions(
         together = opened(**rows).logits
         alone = opened(**tokenizer(["a"], return_tensors="pt")).logits
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: edit(f / "config.json", num_hidden_layers=1), "9 tensors.*no place for"),
+        (lambda f: edit(f / "config.json", max_position_embeddings=9), "reads 9 tokens at most"),
+        (lambda f: edit(f / "tokenizer_config.json", model_max_length=3), "reads 3 tokens at most"),
+        (lambda f: stored(f, torch.float8_e5m2), "F8_E5M2"),
+    ],
+    ids=["layers", "positions", "longest text", "8 bits"],
+)
+def test_a_faulty_judge_is_refused(change: Any, says: str, tmp_path: Path) -> None:
+    model = LlamaForSequenceClassification(llama_config(**LABELS))
+    folder = write_judge(tmp_path / "judge", model)
+    check_judge(folder)
+    change(folder)
+    for look in (check_judge, lambda judge: open_judge(judge, "float32")):
+        with pytest.raises(UserError, match=says):
+            look(folder)
+
+
+def test_a_system_prompt_that_the_template_drops_is_refused_for_the_arm_that_needs_it(
+    tiny_policy: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_policy, tmp_path / "policy"))
+    check_system(read_tokenizer(folder, {}))
+    template(folder, "system")
+    model = ChatModelConfig(model=str(folder))
+    look_over(model, folder, prompted=False)
+    with pytest.raises(UserError, match=r"leaves system messages out.*evaluate\.arms"):
+        look_over(model, folder, prompted=True)
 
 
 def test_a_judge_without_its_head_is_refused(tiny_policy: Path) -> None:

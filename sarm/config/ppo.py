@@ -75,6 +75,19 @@ class LoraConfig(Strict):
     alpha: Positive = 32
 
 
+class HeldOutConfig(Strict):
+    """Evaluation on prompts that training never draws, while it goes on; see
+    `sarm/evaluation/held_out.py`.
+    """
+
+    every: Count = 0
+    """Steps from one to the next, the first before any and the last after all; never where 0."""
+    prompts: Positive = 16
+    """Of each kind, unsafe and safe."""
+    completions: Count = 4
+    """Of each kind, responses that are logged with their scores."""
+
+
 class PpoConfig(Strict):
     """PPO; names as TRL's where TRL has one. Batches count sequences over all ranks."""
 
@@ -92,13 +105,17 @@ class PpoConfig(Strict):
     """
     gradient_checkpointing: bool | None = None
     """Compute each layer again in the backward pass instead of keeping what it left."""
+    safe_share: Fraction | None = None
+    """Of the prompts that are drawn, how many are safe ones, which should be answered; where unset,
+    as part ppo of the data has them.
+    """
     max_prompt_tokens: Positive = 512
     long_prompts: Literal["skip", "truncate", "refuse"] = "skip"
     """Prompts beyond `max_prompt_tokens`: leave them out, keep their first token and their newest
     ones, or stop. They are counted.
     """
     max_new_tokens: Positive = 128
-    temperature: PositiveFloat = 1.0
+    temperature: Nonnegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] | None = None
@@ -148,15 +165,21 @@ class PpoConfig(Strict):
     """In nats, ascending: a policy is kept when the KL to the reference, as a mean over five steps,
     first reaches each, so that arms can be compared at equal KL.
     """
+    stop_at_kl: PositiveFloat | None = None
+    """In nats: training ends when the same mean reaches it, though steps are left."""
     missing_eos_penalty: Nonnegative = 0.0
-    reward_scale: Literal["none", "running_sd"] = "running_sd"
-    """Divide rewards by their running standard deviation, after the penalty."""
+    reward_scale: Literal["none", "running_sd", "base_sd"] = "base_sd"
+    """Divide rewards, penalty and all, by the standard deviation of the reward of the base policy's
+    responses, as calibrate found it: alike in all arms, which then weigh reward against KL alike.
+    `running_sd` is that of the arm's own rewards with their penalty so far.
+    """
     reward_clip: PositiveFloat | None = 10.0
     penalty: PenaltyConfig = PenaltyConfig()
     unreadable: Literal["stop", "warn"] = "stop"
     """What to do where calibrate finds that the SARM does not read the policy's responses."""
     checkpoint_every: Positive = 10
     keep_last: Positive = 1
+    held_out: HeldOutConfig = HeldOutConfig()
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
 
     @property
@@ -239,7 +262,23 @@ class PpoConfig(Strict):
         return distances
 
     @model_validator(mode="after")
+    def _within_reach(self) -> PpoConfig:
+        if self.stop_at_kl is not None and self.kl_distances[-1:] > (self.stop_at_kl,):
+            raise ValueError(
+                f"kl_distances goes up to {self.kl_distances[-1]}, and training ends at stop_at_kl"
+                f" {self.stop_at_kl}; raise stop_at_kl or leave those distances out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trainable(self) -> PpoConfig:
+        if self.temperature == 0:
+            samples = self.samples_per_prompt
+            raise ValueError(
+                "training at temperature 0 is refused: nothing would be explored"
+                + (f", and the {samples} samples of a prompt would be one" if samples > 1 else "")
+                + "; set a temperature above 0"
+            )
         if self.top_p < 1:
             raise ValueError(
                 "training with top_p < 1 is refused: old log-probabilities would not be the"

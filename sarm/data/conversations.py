@@ -211,10 +211,26 @@ def template_ids(
     return rows
 
 
+def template_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, **template: Any) -> str:
+    """The conversation as the chat template writes it. Raises UserError where it refuses it."""
+    return str(_rendered(tokenizer, messages, **template))
+
+
+def special_spelling(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds the spellings of special tokens in a text."""
+    return _spelling(tokenizer)
+
+
 def spelled_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:
     """How often the texts of a conversation spell a special token."""
-    spelling = _spelling(tokenizer)
-    return sum(len(spelling.findall(m["content"])) for m in messages)
+    return sum(spelled_in(tokenizer, m["content"]) for m in messages)
+
+
+def spelled_in(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """How often a text spells a special token: such a policy feigns turns, as no model that reads
+    text sees them.
+    """
+    return len(_spelling(tokenizer).findall(text))
 
 
 def pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -240,6 +256,50 @@ def pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return (
         "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}" + template
     )
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where there is no chat template, where it leaves out what a user or the
+    assistant says, or where it does not open the assistant's turn when asked to, so that a policy
+    would write the header itself.
+    """
+    said = [
+        {"role": role, "content": f"{nth} {PROBE}"}
+        for nth, role in enumerate(("user", "assistant") * 2)
+    ]
+    lost = [m for m in said[:2] if m["content"] not in _rendered(tokenizer, said[:2])]
+    try:
+        text = _rendered(tokenizer, said)
+    except UserError:  # more than one question may be more than it takes
+        text = None
+    if text is not None:
+        lost += [m for m in said if m["content"] not in text]
+    if lost:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} leaves out or rewrites what"
+            f" the {lost[0]['role']} says; use the template that the model was trained with"
+        )
+    asked = _rendered(tokenizer, said[:1], add_generation_prompt=True)
+    answered = _rendered(tokenizer, said[:2])
+    opening = answered.partition(said[1]["content"])[0].removeprefix(asked)
+    if answered.startswith(asked) and _spelling(tokenizer).search(opening):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} opens no assistant turn under"
+            f" add_generation_prompt: {opening!r} would be left to the policy; use the template"
+            " that the model was trained with"
+        )
+
+
+def check_system(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the chat template refuses system messages or leaves them out: the arm
+    `prompted` would be the base policy.
+    """
+    said = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
+    if PROBE not in _rendered(tokenizer, said, add_generation_prompt=True):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} leaves system messages out, so the arm"
+            " prompted would be the base policy; take it out of evaluate.arms"
+        )
 
 
 def _rendered(

@@ -245,9 +245,10 @@ def read_source(
                 else:
                     missed["empty prompt"] += 1
     if not found:
+        why = ", ".join(f"{n:,} left out: {reason}" for reason, n in missed.items())
         raise UserError(
             f"data source {name} ({source.path or source.repo}) holds no rows for format"
-            f" {source.format}; check its path, format and subset"
+            f" {source.format}{f' ({why})' if why else ''}; check its path, format and subset"
         )
 
 

@@ -1,6 +1,8 @@
 """What training did to a policy: its own generations on held-out prompts, one row a response.
 
-    table, settings = policy_rows(config, folder, prompts, features)  # `python -m jobs evaluate`
+    table, settings = policy_rows(config, [(math.nan, folder)], prompts, features, ...)
+
+`python -m jobs evaluate` runs it.
 
 Steering the reward model is in `sarm/evaluation/reward_steering.py`, the verdict in
 `sarm/evaluation/verdict.py`, aggregation over generations in `reports/`.
@@ -16,11 +18,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sarm.config import ARMS, Config, EvaluateConfig, UserError
+from sarm.config import ARMS, Config, EvaluateConfig, ModelConfig, UserError
+from sarm.data.conversations import spelled_in
 from sarm.data.datasets import Prompt
 from sarm.evaluation.classifiers import Classifier, label_positions
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.refusals import PHRASES_ON_XSTEST, measured, read_labelled, refused
+from sarm.evaluation.refusal_classifier import load_classifier
+from sarm.evaluation.refusals import (
+    PHRASES_ON_XSTEST,
+    SHIPPED_ON_XSTEST,
+    measured,
+    read_labelled,
+    refused,
+)
 from sarm.evaluation.responses import (
     BEST_OF_TOLD,
     Generations,
@@ -53,15 +63,16 @@ def evaluation_prompts(prompts: Sequence[Prompt], config: EvaluateConfig) -> lis
 
 def policy_rows(
     config: Config,
-    policy: Path,
+    policies: Sequence[tuple[float, Path]],
     prompts: Sequence[Prompt],
     features: Features,
     *,
     arm: str,
     progress: Progress,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """(a row a response, the settings behind them) for the policy in a folder, which is the base's
-    for the untrained arms (`sarm.config.ARMS`).
+    """(a row a response, the settings behind them) for the policies of an arm and seed, each with
+    its `distance`: in nats that at which training kept it, NaN of the policy at the end. For the
+    untrained arms (`sarm.config.ARMS`) it is the base's folder.
 
     A system prompt is the policy's alone: SARM, judge, detector and the base side of the KL read
     the conversation without it, in every arm.
@@ -74,12 +85,12 @@ def policy_rows(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for given in (config.evaluate.judge, config.evaluate.refusal_detector):
-        if given is not None and given != "phrases":
+        if isinstance(given, ModelConfig):
             label_positions(given)
     n = config.evaluate.best_of if arm == "best_of_n" else 1
     prompts, generations = generate_responses(
         config,
-        policy,
+        [folder for _, folder in policies],
         prompts,
         trained=arm not in ARMS or ARMS[arm].trained,
         system=config.evaluate.system_prompt if arm == "prompted" else None,
@@ -100,6 +111,7 @@ def policy_rows(
     table = pd.DataFrame(
         {
             "prompt_id": [p.id for p in prompts],
+            "distance": np.repeat([d for d, _ in policies], len(prompts) // len(policies)),
             "sample": generations.samples,
             "source": [p.source for p in prompts],
             "kind": [p.kind for p in prompts],
@@ -153,8 +165,9 @@ def best_rows(rewards: np.ndarray, n: int) -> list[int]:
 def score_responses(
     config: Config, features: Features, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> tuple[pd.DataFrame, int]:
-    """(reward, penalty, z and the value just below TopK's cutoff of the penalised, monitor and
-    candidate latents, a row a text; parameters), by one forward a text, no clamping.
+    """(reward, penalty, how many special tokens it spells in letters, z and the value just below
+    TopK's cutoff of the penalised, monitor and candidate latents, a row a text; parameters), by
+    one forward a text, no clamping.
 
     Parameters are those that the reward depends on: not the SAE's decoder.
     """
@@ -176,7 +189,13 @@ def score_responses(
     scores = reward.score(
         [conversation(p.messages, text) for p, text in zip(prompts, texts, strict=True)]
     )
-    table = pd.DataFrame({"reward": scores.reward.numpy(), "penalty": scores.penalty.numpy()})
+    table = pd.DataFrame(
+        {
+            "reward": scores.reward.numpy(),
+            "penalty": scores.penalty.numpy(),
+            "spelled": [spelled_in(tokenizer, text) for text in texts],
+        }
+    )
     latents = [*penalised, *others]
     for prefix, values in (
         ("z", np.concatenate([scores.z.numpy(), scores.monitors_z.numpy()], axis=1)),
@@ -208,12 +227,17 @@ def detected(
     labelled = read_labelled(config.refusal_labels) if config.refusal_labels else []
     asked = [*prompts, *(row.prompt for row in labelled)]
     texts = [*responses, *(row.response for row in labelled)]
-    if config.refusal_detector == "phrases":
-        name, called = "phrases", [refused(text) for text in texts]
+    given = config.refusal_detector
+    known: Detector | None = None
+    if given == "phrases":
+        known, called = PHRASES_ON_XSTEST, [refused(text) for text in texts]
+        name = known.name
+    elif given == "shipped":
+        known, called = SHIPPED_ON_XSTEST, load_classifier().refuses(texts)
+        name = known.name
     else:
-        name = config.refusal_detector.model
-        called = (Classifier(config.refusal_detector, device)(asked, texts) > 0.5).tolist()
+        name, called = given.model, (Classifier(given, device)(asked, texts) > 0.5).tolist()
     mine, theirs = called[: len(responses)], called[len(responses) :]
     if labelled and config.refusal_labels:
         return mine, measured(name, config.refusal_labels, labelled, theirs)
-    return mine, PHRASES_ON_XSTEST if name == "phrases" else None
+    return mine, known

@@ -1,6 +1,6 @@
 """A policy's own responses to held-out prompts, and how likely they are to it and to the base.
 
-    prompts, generations = generate_responses(config, folder, prompts, trained=True, ...)
+    prompts, generations = generate_responses(config, [folder], prompts, trained=True, ...)
 
 `sarm/evaluation/evaluate.py` scores them.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sarm.config import Config, EvaluateConfig, UserError
-from sarm.data.conversations import prompt_ids, response_text, stop_ids
+from sarm.data.conversations import check_system, prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
 from sarm.data.endings import Ending, ending
 from sarm.data.fields import Messages
@@ -36,7 +36,9 @@ BEST_OF_TOLD = (
 
 
 class Generations(NamedTuple):
-    """n responses: all samples of the first prompt, then of the next."""
+    """n responses: all samples of the first prompt, then of the next; and all of the first policy,
+    then of the next.
+    """
 
     prompts: list[list[int]]
     responses: list[list[int]]
@@ -71,7 +73,7 @@ class Generations(NamedTuple):
 
 def generate_responses(
     config: Config,
-    policy: Path,
+    policies: Sequence[Path],
     prompts: Sequence[Prompt],
     *,
     trained: bool,
@@ -81,14 +83,14 @@ def generate_responses(
     candidates: int = 1,
 ) -> tuple[list[Prompt], Generations]:
     """The prompts that fit ppo.max_prompt_tokens, each repeated for its samples and their
-    `candidates`, and a response to each; noise follows prompt, sample and candidate, the same for
-    every policy. `system` is put before the conversation, or before its own system prompt.
+    `candidates`, and that for each policy, and a response to each; noise follows prompt, sample and
+    candidate, the same for every policy. `system` is put before the conversation, or before its own
+    system prompt. Policies, with tokenizers that are alike, are in memory one at a time.
 
     Both sides of the KL come from one kind of forward: in bf16 the sampler's own log-probabilities
     differ from a teacher-forced pass's by about 0.1 in sum over 32 tokens, in one direction.
     """
-    model = open_policy(policy, config.policy.dtype).to(device)
-    tokenizer = read_tokenizer(policy, config.policy.chat_template_kwargs)
+    tokenizer = read_tokenizer(policies[0], config.policy.chat_template_kwargs)
     tokenized = [(p, prompt_ids(tokenizer, p.messages)) for p in prompts]
     fitting = [p for p, tokens in tokenized if len(tokens) <= config.ppo.max_prompt_tokens]
     ids = [tokens for _, tokens in tokenized if len(tokens) <= config.ppo.max_prompt_tokens]
@@ -105,44 +107,53 @@ def generate_responses(
     ]
     told = ids
     if system is not None:
+        check_system(tokenizer)
         told = [prompt_ids(tokenizer, under(system, p.messages)) for p in fitting]
     fitting = [p for p in fitting for _ in draws]
     ids, told = ([tokens for tokens in rows for _ in draws] for rows in (ids, told))
-    stops = stop_ids(model, tokenizer)
-    rollout = generate(
-        model,
-        told,
-        keys=keys,
-        max_new_tokens=config.evaluate.max_new_tokens,
-        temperature=config.evaluate.temperature,
-        top_p=config.evaluate.top_p,
-        seed=config.seed,
-        eos_ids=stops,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
-        progress=lambda done, total: progress(done, total, "prompts answered"),
-    )
-    responses = [rollout.ids(row) for row in range(len(ids))]
-    progress(0, len(ids), "log-probabilities")
     temperature = config.evaluate.temperature or 1.0
-    own = base = _sums(model, told, responses, config, temperature)
+    responses, cut, own = [], [], []
+    for i, policy in enumerate(policies):
+        model = open_policy(policy, config.policy.dtype).to(device)
+        stops = stop_ids(model, tokenizer)
+        rollout = generate(
+            model,
+            told,
+            keys=keys,
+            max_new_tokens=config.evaluate.max_new_tokens,
+            temperature=config.evaluate.temperature,
+            top_p=config.evaluate.top_p,
+            seed=config.seed,
+            eos_ids=stops,
+            pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
+            progress=lambda done, total, i=i: progress(  # type: ignore[misc]
+                i * total + done, len(policies) * total, "prompts answered"
+            ),
+        )
+        mine = [rollout.ids(row) for row in range(len(ids))]
+        progress((i + 1) * len(ids), len(policies) * len(ids), "log-probabilities")
+        own.append(_sums(model, told, mine, config, temperature))
+        responses += mine
+        cut += rollout.truncated.tolist()
     if trained:
         del model
         folder = local_model(config.policy.model, config.policy.revision)
         model = open_policy(folder, config.policy.dtype).to(device)
+    ids, fitting, samples = ids * len(policies), fitting * len(policies), samples * len(policies)
+    at_temperature = np.concatenate(own)
+    base = at_temperature
     if trained or system is not None:
         base = _sums(model, ids, responses, config, temperature)
     plain = base if temperature == 1.0 else _sums(model, ids, responses, config, 1.0)
-    lengths = np.array([len(response) for response in responses])
-    texts = [response_text(tokenizer, response) for response in responses]
     return fitting, Generations(
         ids,
         responses,
         samples,
-        texts,
-        rollout.truncated.tolist(),
+        [response_text(tokenizer, response) for response in responses],
+        cut,
         lambda tokens: response_text(tokenizer, tokens),
-        own - base,
-        plain / lengths,
+        at_temperature - base,
+        plain / np.array([len(response) for response in responses]),
     )
 
 

@@ -116,6 +116,10 @@ class Instrument(NamedTuple):
     """Whether every penalised latent was confirmed on data that took no part in choosing it."""
     rule_problem: str = ""
     """Why the rule cannot be said to be the one fixed before training; empty where it can."""
+    kl_problem: str = ""
+    """Why the arms are not at one distance to the base policy; empty where they are, or where no
+    policy was to be kept at any.
+    """
 
 
 class Verdict(NamedTuple):
@@ -289,7 +293,7 @@ def _missing(
     absent = [arm for arm in MAIN if arm not in grids]
     if absent:
         return [f"the generations of the {arm.replace('_', '-')} arm" for arm in absent]
-    found = [instrument.rule_problem] if instrument.rule_problem else []
+    found = [why for why in (instrument.rule_problem, instrument.kl_problem) if why]
     seeds, prompts = (target.n_seeds, target.n_prompts) if target else (0, 0)
     if seeds < rule.min_seeds:
         found.append(f"{seeds} common seeds of {rule.min_seeds} needed")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
+from math import floor
 from typing import NamedTuple
 
 import torch
@@ -60,6 +62,33 @@ def fitting_prompts(
     return Fitting([p for p, _ in found], [ids for _, ids in found], len(too_long))
 
 
+class Mix(NamedTuple):
+    """Safe and other prompts, by row, and how many of those drawn are safe."""
+
+    safe: list[int]
+    unsafe: list[int]
+    share: Fraction
+
+
+def mix_of(ppo: PpoConfig, prompts: Sequence[Prompt]) -> Mix | None:
+    """None where prompts are drawn as they come. Raises UserError where a kind that is to be drawn
+    is missing.
+    """
+    if ppo.safe_share is None:
+        return None
+    share = Fraction(repr(ppo.safe_share))
+    safe = [row for row, p in enumerate(prompts) if p.kind == "safe"]
+    unsafe = [row for row, p in enumerate(prompts) if p.kind != "safe"]
+    for kind, rows, wanted in (("safe", safe, share), ("unsafe", unsafe, 1 - share)):
+        if wanted and not rows:
+            raise UserError(
+                f"ppo.safe_share is {ppo.safe_share}, and part ppo has no {kind} prompts that fit;"
+                f" give a source of kind {kind} a `ppo` fraction in data.sources, or leave"
+                " safe_share out"
+            )
+    return Mix(safe, unsafe, share)
+
+
 @lru_cache(maxsize=4)
 def _epoch_order(ids: tuple[str, ...], seed: int, epoch: int) -> list[int]:
     return sorted(
@@ -68,14 +97,27 @@ def _epoch_order(ids: tuple[str, ...], seed: int, epoch: int) -> list[int]:
 
 
 def rows_of_step(
-    ids: Sequence[str], seed: int, step: int, batch_size: int, samples: int = 1
+    ids: Sequence[str],
+    seed: int,
+    step: int,
+    batch_size: int,
+    samples: int = 1,
+    mix: Mix | None = None,
 ) -> list[int]:
     """Which prompts step `step` draws, `samples` times each, side by side: pass after pass over all
-    of them, each pass in an order of its own.
+    of them, each pass in an order of its own. With a `mix`, so for either kind, safe prompts in
+    their share of all that were ever drawn, to within one.
     """
     prompts = batch_size // samples
-    drawn = range(step * prompts, (step + 1) * prompts)
-    rows = [_epoch_order(tuple(ids), seed, at // len(ids))[at % len(ids)] for at in drawn]
+    rows = []
+    for at in range(step * prompts, (step + 1) * prompts):
+        group: Sequence[int] = range(len(ids))
+        if mix is not None:
+            safe = floor(at * mix.share)  # drawn before
+            is_safe = floor((at + 1) * mix.share) > safe
+            group, at = (mix.safe, safe) if is_safe else (mix.unsafe, at - safe)
+        order = _epoch_order(tuple(ids[row] for row in group), seed, at // len(group))
+        rows.append(group[order[at % len(group)]])
     return [row for row in rows for _ in range(samples)]
 
 

@@ -69,7 +69,7 @@ class Kept:
 
     def publish(self) -> None:
         """Write kept.json."""
-        entries = {"kept": [KeptPolicy(**known["entry"]) for known in self.state]}
+        entries: dict[str, Any] = {"kept": [KeptPolicy(**known["entry"]) for known in self.state]}
         KeptPolicies(**entries).write(self.attempt.path("kept.json"))
 
 

@@ -11,9 +11,19 @@ from typing import Any
 
 import torch
 
-from sarm.config import UserError
+from sarm.config import PpoConfig, UserError
 from sarm.ppo.learner.learner import NotFinite
-from sarm.ppo.trainer import Trainer
+from sarm.ppo.trainer import Progress, Trainer
+
+
+def why_ended(ppo: PpoConfig, progress: Progress) -> str:
+    """Why training is over, in words; empty while steps are left."""
+    mean = progress.drift.mean
+    if ppo.stop_at_kl is not None and mean is not None and mean >= ppo.stop_at_kl:
+        return (
+            f"the mean KL of five steps, {mean:.3g} nats, reached ppo.stop_at_kl {ppo.stop_at_kl:g}"
+        )
+    return f"all {ppo.steps} steps were made" if progress.step >= ppo.steps else ""
 
 
 def train(
@@ -21,18 +31,22 @@ def train(
     *,
     save: Callable[[], Path],
     log: Callable[[dict[str, Any]], None],
-    keep: Callable[[list[float]], None],
     stop_requested: Callable[[], bool],
+    keep: Callable[[list[float]], None] = lambda distances: None,
+    evaluate: Callable[[], None] | None = None,
 ) -> bool:
     """Run the steps that are left; False where it was asked to stop, after a checkpoint.
 
-    `keep` is called with the distances of `ppo.kl_distances` that a step has reached.
+    `keep` is called with the distances of `ppo.kl_distances` that a step has reached; `evaluate`
+    every `ppo.held_out.every` steps, the first time before any and the last time after all.
     `stop_requested` says the same on every rank. Raises UserError, after a checkpoint, where a loss
     or reward is not finite.
     """
     ppo = trainer.ppo
-    while trainer.progress.step < ppo.steps:
+    while not why_ended(ppo, trainer.progress):
         step, before = trainer.progress.step, trainer.progress.drift
+        if evaluate and step % ppo.held_out.every == 0:
+            evaluate()
         try:
             found = trainer.run_step()
         except NotFinite as error:
@@ -53,9 +67,11 @@ def train(
         if reached := trainer.progress.drift.passed(before, ppo.kl_distances):
             keep(reached)
         done = trainer.progress.step
-        stop = stop_requested()
-        if stop or (done % ppo.checkpoint_every == 0 and done < ppo.steps):
+        stop, ended = stop_requested(), why_ended(ppo, trainer.progress)
+        if stop or (done % ppo.checkpoint_every == 0 and not ended):
             save()
-        if stop and done < ppo.steps:
+        if stop and not ended:
             return False
+    if evaluate:
+        evaluate()
     return True

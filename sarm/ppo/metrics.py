@@ -8,12 +8,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from sarm.config import UserError
+from sarm.data.conversations import spelled_in
 from sarm.data.endings import Ending
 from sarm.llama.generate import Rollout
 from sarm.ppo import objective
 from sarm.ppo.learner.learner import Logprobs
 from sarm.ppo.reward import CompoundReward, Penalised, Scores, fires
+
+MOST_MISMATCH = 0.2
+"""Nats between sampler and trainer, a response token, on average."""
 
 
 def rollout_metrics(rollout: Rollout, logprobs: Logprobs) -> dict[str, float]:
@@ -28,9 +34,25 @@ def rollout_metrics(rollout: Rollout, logprobs: Logprobs) -> dict[str, float]:
     }
 
 
-def ending_metrics(sampled: Rollout, endings: Sequence[Ending]) -> dict[str, float]:
+def refuse_mismatch(rollout: Rollout, logprobs: Logprobs) -> None:
+    """Raises UserError where sampler and trainer, whose weights are the same before training, say
+    different things of the same tokens: importance ratios would be noise.
+    """
+    nats = rollout_metrics(rollout, logprobs)["rollout/logprob_mismatch"]
+    if not nats <= MOST_MISMATCH:
+        raise UserError(
+            f"before training, sampler and trainer differ by {nats:.2f} nats a token on average"
+            f" (at most {MOST_MISMATCH} is rounding), so the policy that samples is not the one"
+            " that learns: set policy.dtype=float32, or take a family that docs/your-model.md lists"
+        )
+
+
+def ending_metrics(
+    sampled: Rollout, endings: Sequence[Ending], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
     """Of the responses as they were sampled, and of what was scored: `response/cut` at the token
-    limit, `response/unended` at neither an end of turn nor a sentence end.
+    limit, `response/unended` at neither an end of turn nor a sentence end, `response/spelled` with
+    a special token of the SARM's `tokenizer` in its letters, as of a policy that feigns an end.
     """
     return {
         "val/num_eos_tokens": float((~sampled.truncated).sum()),
@@ -38,6 +60,7 @@ def ending_metrics(sampled: Rollout, endings: Sequence[Ending]) -> dict[str, flo
         "response/scored_length": sum(e.tokens for e in endings) / len(endings),
         "response/cut": float(sampled.truncated.float().mean()),
         "response/unended": sum(not e.ended for e in endings) / len(endings),
+        "response/spelled": sum(spelled_in(tokenizer, e.text) > 0 for e in endings) / len(endings),
     }
 
 

@@ -28,7 +28,7 @@ from sarm.data.endings import Ending, ending
 from sarm.llama.generate import Rollout
 from sarm.ppo import losses, metrics, objective
 from sarm.ppo.advantages import ADVANTAGES, Episodes
-from sarm.ppo.batching import fitting_prompts, mini_batches, rows_of_step
+from sarm.ppo.batching import fitting_prompts, mini_batches, mix_of, rows_of_step
 from sarm.ppo.drift import Drift
 from sarm.ppo.kl import kl_per_token, next_kl_coef
 from sarm.ppo.learner.learner import Learner, Logprobs, NotFinite
@@ -50,6 +50,8 @@ class Rewards(NamedTuple):
     """(B, t)."""
     kl: Tensor
     """(B, t), to the reference, estimated by `ppo.kl_estimator`."""
+    sd: float
+    """What scores were divided by."""
     running: objective.RunningSd
     """With this step's rewards."""
 
@@ -90,11 +92,12 @@ class Trainer:
         seed: int,
         world: Any,
         trim: bool = False,
+        base_reward_sd: float = 1.0,
     ) -> None:
         """`trim`: what a response that was cut holds after its last sentence end is neither scored
-        nor learnt from.
+        nor learnt from. `base_reward_sd`: of the reward of the base policy's responses.
         """
-        self.trim = trim
+        self.trim, self.base_reward_sd = trim, base_reward_sd
         self.ppo, self.tokenizer, self.reward, self.seed = ppo, tokenizer, reward, seed
         self.tracked: tuple[Penalised, ...] = reward.penalised
         """Latents whose rates are logged in every arm; those that the reward penalises are logged
@@ -104,6 +107,7 @@ class Trainer:
         self.prompts, self.prompt_ids, self.long_prompts = fitting_prompts(
             ppo, prompts, tokenizer, context
         )
+        self.mix = mix_of(ppo, self.prompts)
         stops = stop_ids(policy, tokenizer)
         pad_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         scorer = (*reward.model.parameters(), *reward.model.buffers())
@@ -121,7 +125,9 @@ class Trainer:
         self.progress = Progress(0, ppo.kl_coef, objective.RunningSd(), 0.0)
 
     def run_step(self) -> dict[str, float]:
-        """One PPO step; its metrics. Raises NotFinite."""
+        """One PPO step; its metrics. Raises NotFinite, and UserError where the first finds that
+        sampler and trainer disagree.
+        """
         drawn = self.draw(self.rows(self.progress.step))
         sampled = self.sample(drawn, self.progress.step)
         endings = self.endings(sampled)
@@ -129,11 +135,13 @@ class Trainer:
         read_logprobs = self.learner.forward(rollout)  # computed while texts are scored
         scores = self.score(drawn, rollout, [e.text for e in endings])
         logprobs = read_logprobs()
+        if self.progress.step == 0:
+            metrics.refuse_mismatch(rollout, logprobs)
         rewards = self.rewards(rollout, scores, logprobs)
         experience = self.experience(rollout, rewards, logprobs)
         read_updates = self.update(rollout, experience)
         found = self.metrics(rollout, scores, logprobs, rewards, experience) | read_updates()
-        found |= metrics.ending_metrics(sampled, endings)
+        found |= metrics.ending_metrics(sampled, endings, self.reward.tokenizer)
         pace = self.learner.pace(rollout)
         self.progress = Progress(
             self.progress.step + 1,
@@ -148,7 +156,7 @@ class Trainer:
         """Which prompts the step draws, the samples of each side by side."""
         ids = [p.id for p in self.prompts]
         ppo = self.ppo
-        return rows_of_step(ids, self.seed, step, ppo.batch_size, ppo.samples_per_prompt)
+        return rows_of_step(ids, self.seed, step, ppo.batch_size, ppo.samples_per_prompt, self.mix)
 
     def draw(self, rows: Sequence[int]) -> list[Drawn]:
         """The sequences to sample; a prompt drawn twice has two keys."""
@@ -196,13 +204,12 @@ class Trainer:
         kl = kl_per_token(logprobs.old, logprobs.ref, ppo.kl_estimator, ppo.log_ratio_max)
         ended = ~rollout.truncated
         paid = objective.penalise_missing_eos(scores.total, ended, ppo.missing_eos_penalty)
-        running, sd = self.progress.running, 1.0
-        if ppo.reward_scale == "running_sd":
-            running = running.updated(paid)
-            sd = running.sd
+        running = self.progress.running.updated(paid)
+        scales = {"none": 1.0, "running_sd": running.sd, "base_sd": self.base_reward_sd}
+        sd = scales[ppo.reward_scale]
         scaled = objective.scaled_rewards(paid, sd, ppo.reward_clip)
         coef = self.progress.kl_coef if ppo.kl_in == "reward" else 0.0
-        return Rewards(objective.token_rewards(scaled, kl, rollout.mask, coef), kl, running)
+        return Rewards(objective.token_rewards(scaled, kl, rollout.mask, coef), kl, sd, running)
 
     def experience(self, rollout: Rollout, rewards: Rewards, logprobs: Logprobs) -> Experience:
         """What to learn from: advantages, by `ppo.advantage`, and what the losses compare with."""
@@ -337,7 +344,7 @@ class Trainer:
                 "objective/non_score_reward": metrics.per_sequence(cost, mask),
                 "objective/rlhf_reward": metrics.per_sequence(rewards.tokens, mask),
                 "objective/kl_coef": coef,
-                "objective/reward_sd": rewards.running.sd,
+                "objective/reward_sd": rewards.sd,
                 "prompts/too_long": float(self.long_prompts),
             }
         )

@@ -19,6 +19,11 @@ from sarm.reward_model.weights import Opened
 PREFIX = "adapter."
 
 
+def is_adapted(opened: Opened) -> bool:
+    """Whether a SARM's folder adds to the layers it takes from another model; reads no values."""
+    return any(name.startswith(PREFIX) for name in opened.weights[0].files)
+
+
 def read_adapter(opened: Opened, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """The factors in a SARM's folder; none where it has no adapter. Raises UserError on factors
     that fit no weight.

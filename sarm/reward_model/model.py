@@ -22,16 +22,18 @@ from sarm.config import SarmConfig, UserError
 from sarm.llama.packed import Packed, end_states, pack
 from sarm.llama.weights import join_projections
 from sarm.model_files import Weights, check_finite, read_tensors
-from sarm.models import check_tokenizer, read_tokenizer
+from sarm.models import REFUSED, check_tokenizer, one_line, read_tokenizer
 from sarm.reward_model.adapter import merge_adapter, read_adapter
 from sarm.reward_model.sae import TopKSae
 from sarm.reward_model.weights import (
+    TRAINED,
     SarmModelConfig,
     check_tensors,
     model_config,
     model_folder,
     open_folder,
     read_config,
+    refuse_untrained,
 )
 
 
@@ -112,9 +114,17 @@ class SarmModel(PreTrainedModel):
 
     @classmethod
     def shapes(cls, config: SarmModelConfig) -> dict[str, torch.Size]:
-        """Every tensor of such a SARM; makes none."""
-        with torch.device("meta"):
-            return {name: parameter.shape for name, parameter in cls(config).named_parameters()}
+        """Every tensor of such a SARM; makes none. Raises UserError where transformers cannot
+        build it.
+        """
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except REFUSED as error:
+            raise UserError(
+                f"no SARM can be built as config.json says ({one_line(error)}); fetch it again"
+            ) from None
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
 
     @classmethod
     def from_backbone(
@@ -240,6 +250,7 @@ def load_sarm(
     model = SarmModel.from_pretrained(
         folder, dtype=config.dtype, use_topk=config.use_topk, local_files_only=True
     )
+    refuse_untrained(model.state_dict(), folder)
     tokenizer = load_tokenizer(config)
     check_scoring(config, model.config, tokenizer)
     nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -255,6 +266,8 @@ def check_sarm(config: SarmConfig) -> None:
     opened = open_folder(config.model, config.revision, use_topk=config.use_topk)
     check_tensors(opened, SarmModel.shapes(opened.config))
     check_scoring(config, opened.config, load_tokenizer(config))
+    own = opened.weights[0]
+    refuse_untrained({name: own.read(name) for name in TRAINED}, opened.folder)
     for weights in opened.weights:
         check_finite(weights)
 
@@ -296,6 +309,7 @@ def load_sae(config: SarmConfig) -> SaeAndHead:
         name: tensor.float()
         for name, tensor in read_tensors(wanted, opened.weights, opened.folder).items()
     }
+    refuse_untrained(state, opened.folder)
     head_weight = state.pop("score.weight")[0]
     sae.load_state_dict({name.removeprefix("sae."): tensor for name, tensor in state.items()})
     return SaeAndHead(sae, head_weight, settings)

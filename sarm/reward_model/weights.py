@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 from sarm.config import UserError
-from sarm.model_files import Weights, check_shapes, read_json
+from sarm.model_files import Weights, check_shapes, read_json, refuse_altered
+from sarm.models import REFUSED, one_line
+
+TRAINED = ("sae.encoder.weight", "score.weight")
 
 
 class SarmModelConfig(LlamaConfig):
@@ -52,6 +56,14 @@ def model_folder(model: str | Path, revision: str | None, local_files_only: bool
 def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json. Raises UserError."""
     keys = read_json(folder / "config.json", "SARM")
+    refuse_altered(folder, keys)
+    layers = keys.get("backbone")
+    if layers is not None and not (
+        isinstance(layers, dict) and isinstance(layers.get("model"), str)
+    ):
+        raise UserError(
+            f"{folder / 'config.json'} has backbone {layers!r}, which names no model; correct it"
+        )
     if keys.get("model_type") not in ("llama", "sarm"):
         raise UserError(
             f"{folder} is a {keys.get('model_type')} model; only the Llama family is supported"
@@ -69,6 +81,10 @@ def model_config(
     names lie ("woTopK" has "TopK" in it).
     """
     nested = keys.get("sarm_param") or {}
+    if not isinstance(nested, dict):
+        raise UserError(
+            f"{folder / 'config.json'} has sarm_param {nested!r}, no section; correct it"
+        )
     candidates = {
         "source_layer": (
             keys.get("num_hidden_layers") if keys["model_type"] == "sarm" else None,
@@ -85,23 +101,28 @@ def model_config(
     }
     found: dict[str, Any] = {}
     for name, values in candidates.items():
-        said = {value for value in values if value is not None}
-        if len(said) > 1:
+        said = [value for value in values if value is not None]
+        if any(value != said[0] for value in said):
             raise UserError(
                 f"{folder / 'config.json'} gives {name} twice, as"
-                f" {' and '.join(map(str, sorted(said)))}; correct it"
+                f" {' and '.join(sorted(map(str, said)))}; correct it"
             )
-        found[name] = said.pop() if said else None
+        found[name] = said[0] if said else None
     for name, upstream in (
         ("source_layer", "sae_source_layer"),
         ("d_sae", "sae_latent_size"),
         ("k", "sae_k"),
     ):
-        if not isinstance(found[name], int) or found[name] < 1:
+        if type(found[name]) is not int or found[name] < 1:
             raise UserError(
                 f"{folder / 'config.json'} does not give {upstream} in sarm_param as a positive"
                 " number, so it is no SARM's; add it if it is"
             )
+    if not isinstance(found["use_topk"], (bool, type(None))):
+        raise UserError(
+            f"{folder / 'config.json'} has {found['use_topk']!r} for whether TopK runs before the"
+            " head; make it true or false"
+        )
     if found["use_topk"] is None and use_topk is None:
         raise UserError(
             f"{folder / 'config.json'} does not say whether TopK runs before the head; set"
@@ -146,19 +167,23 @@ def model_config(
         for key, value in keys.items()
         if key not in dropped | found.keys() and not key.startswith(("sae_", "sarm_"))
     }
-    if not isinstance(llama.get("pad_token_id"), int) or llama["pad_token_id"] >= llama.get(
-        "vocab_size", 0
-    ):
+    pad, rows = llama.get("pad_token_id"), llama.get("vocab_size")
+    if not isinstance(pad, int) or not isinstance(rows, int) or pad >= rows:
         llama["pad_token_id"] = None  # nothing is padded
-    return SarmModelConfig(
-        **llama,
-        num_hidden_layers=found["source_layer"],
-        d_sae=found["d_sae"],
-        k=found["k"],
-        use_topk=bool(found["use_topk"] if use_topk is None else use_topk),
-        has_decoder=decoder,
-        tie_word_embeddings=False,
-    )
+    try:
+        return SarmModelConfig(
+            **llama,
+            num_hidden_layers=found["source_layer"],
+            d_sae=found["d_sae"],
+            k=found["k"],
+            use_topk=bool(found["use_topk"] if use_topk is None else use_topk),
+            has_decoder=decoder,
+            tie_word_embeddings=False,
+        )
+    except REFUSED as error:
+        raise UserError(
+            f"{folder / 'config.json'} is no Llama's: {one_line(error)}; fetch the SARM again"
+        ) from None
 
 
 class Opened(NamedTuple):
@@ -192,6 +217,18 @@ def open_folder(
         keys, folder, use_topk=use_topk, decoder="sae.decoder.weight" in weights[0]
     )
     return Opened(folder, keys, config, tuple(weights))
+
+
+def refuse_untrained(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises UserError where the encoder or the head, among others, is zero everywhere: then every
+    text has the same reward.
+    """
+    for name in TRAINED:
+        if name in tensors and not tensors[name].any():
+            raise UserError(
+                f"{folder}: {name} is zero everywhere, so every text has the same reward; take the"
+                " SARM as it was trained"
+            )
 
 
 def check_tensors(opened: Opened, wanted: Mapping[str, torch.Size]) -> None:

@@ -1,5 +1,8 @@
 """Copy what was trained to where a config can name it, and never over anything else:
-`replace_folder(source, target)`.
+`replace_folder(source, target, "train_sarm")`.
+
+A folder written so holds `train_sarm.json`, named by its job: the SHA-256 of the files that were
+written there.
 """
 
 from __future__ import annotations
@@ -13,36 +16,33 @@ from sarm.config import UserError
 from sarm.records import json_text
 from sarm.run import file_sha256
 
-WRITTEN = "train_sarm.json"
-"""In an output folder: the SHA-256 of the files that were written there."""
 
-
-def refuse_foreign(target: Path) -> None:
-    """Raises UserError where there is something at `target` but what training left there."""
+def refuse_foreign(target: Path, job: str) -> None:
+    """Raises UserError where there is something at `target` but what `job` left there."""
     if not target.exists() and not target.is_symlink():
         return
     try:
-        written = json.loads((target / WRITTEN).read_text(encoding="utf-8"))
-        found = {p.name: file_sha256(p) for p in target.iterdir() if p.name != WRITTEN}
+        written = json.loads((target / f"{job}.json").read_text(encoding="utf-8"))
+        found = {p.name: file_sha256(p) for p in target.iterdir() if p.name != f"{job}.json"}
     except (OSError, ValueError):
         written = found = None
     if target.is_symlink() or written is None or written != found:
         raise UserError(
-            f"train_sarm.output={target} is there already and is not as train_sarm left it, so it"
-            " is not replaced; name a new folder, or move that one away"
+            f"{job}.output={target} is there already and is not as {job} left it, so it is not"
+            " replaced; name a new folder, or move that one away"
         )
 
 
-def replace_folder(source: Path, target: Path) -> None:
-    """Copy a folder in place of what training left there before, which stays whole until the copy
+def replace_folder(source: Path, target: Path, job: str) -> None:
+    """Copy a folder in place of what `job` left there before, which stays whole until the copy
     is. Raises UserError where something else is there.
     """
-    refuse_foreign(target)
+    refuse_foreign(target, job)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
     shutil.copytree(source, scratch)
     hashes = {path.name: file_sha256(path) for path in sorted(scratch.iterdir())}
-    (scratch / WRITTEN).write_text(json_text(hashes), encoding="utf-8")
+    (scratch / f"{job}.json").write_text(json_text(hashes), encoding="utf-8")
     if target.exists():
         old = target.with_name(f"{scratch.name}.old")
         target.rename(old)

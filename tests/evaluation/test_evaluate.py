@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from sarm.evaluation import evaluate, responses
 from sarm.evaluation.classifiers import Classifier
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
-from sarm.evaluation.refusals import PHRASES_ON_XSTEST
-from sarm.records import Features
+from sarm.evaluation.refusal_classifier import load_classifier
+from sarm.evaluation.refusals import PHRASES_ON_XSTEST, SHIPPED_ON_XSTEST, refused
+from sarm.records import Features, KeptPolicies, KeptPolicy
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
-from sarm.run import RunDir
+from sarm.run import Attempt, RunDir
 from tests.evaluation.test_classifiers import write_classifier
 from tests.runs import candidate, features
 from tests.tiny import tiny_config, tiny_tokenizer, write_tiny_policy
@@ -61,7 +64,12 @@ def evaluated(tmp_path_factory):
     other = write_tiny_policy(folder / "other", seed=1)
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
     table, settings = policy_rows(
-        config, other, prompts, features_of(config), arm="penalty", progress=lambda *_: None
+        config,
+        [(math.nan, other)],
+        prompts,
+        features_of(config),
+        arm="penalty",
+        progress=lambda *_: None,
     )
     return config, other, prompts, table, settings
 
@@ -96,7 +104,7 @@ def naive_logprob(
 def test_kl_agrees_with_one_text_at_a_time(evaluated, monkeypatch):
     config, other, prompts, table, _ = evaluated
     kept, generations = responses.generate_responses(
-        config, other, prompts, trained=True, device="cpu", progress=lambda *_: None
+        config, [other], prompts, trained=True, device="cpu", progress=lambda *_: None
     )
     assert (
         generations.texts == table["response"].tolist()
@@ -114,14 +122,38 @@ def test_kl_agrees_with_one_text_at_a_time(evaluated, monkeypatch):
     assert table["kl"].mean() > 0.5
 
 
+def test_policies_kept_at_distances_are_rows_of_one_table(evaluated, tmp_path):
+    config, other, prompts, table, settings = evaluated
+    third = write_tiny_policy(tmp_path / "third", seed=2)
+    policies = [(math.nan, other), (0.5, third), (2.0, Path(config.policy.model))]
+    several, of_all = policy_rows(
+        config, policies, prompts, features_of(config), arm="penalty", progress=lambda *_: None
+    )
+    n = len(table)
+    assert several["distance"].tolist() == pytest.approx(
+        [math.nan] * n + [0.5] * n + [2.0] * n, nan_ok=True
+    )
+    # The policy at the end says what it says alone, to every column.
+    pd.testing.assert_frame_equal(several[:n], table, atol=1e-4, rtol=1e-4)
+    assert of_all == settings
+    alone, _ = policy_rows(
+        config, [(0.5, third)], prompts, features_of(config), arm="x", progress=lambda *_: None
+    )
+    mine = several[n : 2 * n].reset_index(drop=True)
+    pd.testing.assert_frame_equal(mine, alone, atol=1e-4, rtol=1e-4)
+    assert (mine["response"] != table["response"]).any()
+    base = several[2 * n :]
+    assert base["kl"].abs().max() < 1e-4 < table["kl"].abs().max()
+
+
 def test_the_base_has_no_kl_and_the_same_policy_says_the_same(evaluated):
     config, _, prompts, _, _ = evaluated
     base = Path(config.policy.model)
     _, alone = responses.generate_responses(
-        config, base, prompts, trained=False, device="cpu", progress=lambda *_: None
+        config, [base], prompts, trained=False, device="cpu", progress=lambda *_: None
     )
     _, trained = responses.generate_responses(
-        config, base, prompts[::-1], trained=True, device="cpu", progress=lambda *_: None
+        config, [base], prompts[::-1], trained=True, device="cpu", progress=lambda *_: None
     )
     assert alone.texts[::2] == trained.texts[::2][::-1] and not alone.kl.any()
     assert alone.texts[1::2] == trained.texts[1::2][::-1]
@@ -137,7 +169,7 @@ def test_samples_of_a_prompt_differ_and_the_first_does_not_depend_on_their_numbe
         update={"evaluate": config.evaluate.model_copy(update={"samples": 1})}
     )
     _, one = responses.generate_responses(
-        alone, other, prompts, trained=False, device="cpu", progress=lambda *_: None
+        alone, [other], prompts, trained=False, device="cpu", progress=lambda *_: None
     )
     assert one.texts == first
 
@@ -153,7 +185,7 @@ def test_top_p_and_temperature_are_the_evaluations(evaluated, monkeypatch):
 
     monkeypatch.setattr(responses, "generate", generate)
     responses.generate_responses(
-        config, other, prompts[:2], trained=False, device="cpu", progress=lambda *_: None
+        config, [other], prompts[:2], trained=False, device="cpu", progress=lambda *_: None
     )
     assert (asked["top_p"], asked["temperature"], asked["max_new_tokens"]) == (0.9, 1.3, 12)
     assert (settings["top_p"], settings["temperature"], settings["samples"]) == (0.9, 1.3, 2)
@@ -172,11 +204,16 @@ def test_the_prompted_arm_alone_sees_the_system_prompt(evaluated):
     asked = [*prompts[:3], with_system_prompt(prompts[3])]
     base = Path(config.policy.model)
     table, _ = policy_rows(
-        config, base, asked, features_of(config), arm="prompted", progress=lambda *_: None
+        config,
+        [(math.nan, base)],
+        asked,
+        features_of(config),
+        arm="prompted",
+        progress=lambda *_: None,
     )
     _, told = responses.generate_responses(
         config,
-        base,
+        [base],
         asked,
         trained=False,
         device="cpu",
@@ -209,13 +246,18 @@ def test_best_of_n_is_the_candidate_that_the_compound_reward_pays_most(evaluated
         update={"evaluate": config.evaluate.model_copy(update={"best_of": n})}
     )
     table, settings = policy_rows(
-        config, base, prompts, features_of(config), arm="best_of_n", progress=lambda *_: None
+        config,
+        [(math.nan, base)],
+        prompts,
+        features_of(config),
+        arm="best_of_n",
+        progress=lambda *_: None,
     )
     kept, all_of_them = responses.generate_responses(
-        config, base, prompts, trained=False, device="cpu", progress=lambda *_: None, candidates=n
+        config, [base], prompts, trained=False, device="cpu", progress=lambda *_: None, candidates=n
     )
     _, alone = responses.generate_responses(
-        config, base, prompts, trained=False, device="cpu", progress=lambda *_: None
+        config, [base], prompts, trained=False, device="cpu", progress=lambda *_: None
     )
     assert all_of_them.texts[::n] == alone.texts  # the first candidate is the base policy's own
     model, tokenizer = load_sarm(config.sarm)
@@ -251,6 +293,15 @@ def test_unended_is_what_was_cut_in_mid_sentence(evaluated):
     assert table["unended"].any()
 
 
+def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters(evaluated):
+    config, _, prompts, table, _ = evaluated
+    assert (table["spelled"] == 0).all()
+    texts = ["Sure.", "Sure.<|eot_id|>No.", "<|pad|> <|eot_id|><|eot_id|", "Sure.<|eot_id|>"]
+    found, _ = evaluate.score_responses(config, features_of(config), prompts[:1] * 4, texts)
+    assert found["spelled"].tolist() == [0, 1, 2, 1]
+    assert found["reward"].nunique() == 4, "an end of turn that is spelled ends nothing"
+
+
 def test_labels_that_are_not_mapped_stop_it_before_anything_is_generated(
     tmp_path, evaluated, monkeypatch
 ):
@@ -263,7 +314,12 @@ def test_labels_that_are_not_mapped_stop_it_before_anything_is_generated(
     monkeypatch.setattr(evaluate, "generate_responses", lambda *_, **__: pytest.fail("generated"))
     with pytest.raises(UserError, match="nothate"):
         policy_rows(
-            given, other, prompts, features_of(given), arm="penalty", progress=lambda *_: None
+            given,
+            [(math.nan, other)],
+            prompts,
+            features_of(given),
+            arm="penalty",
+            progress=lambda *_: None,
         )
 
 
@@ -289,6 +345,21 @@ def test_a_classifier_as_refusal_detector_is_measured_on_the_labels_given(tmp_pa
         [True],
         PHRASES_ON_XSTEST,
     )
+
+
+def test_the_shipped_classifier_as_refusal_detector(tmp_path):
+    said = ["No one should do that. Please call someone you trust.", "Bake it for an hour.", ""]
+    assert not refused(said[0])  # which the phrases miss
+    shipped = EvaluateConfig(refusal_detector="shipped")
+    called, found = evaluate.detected(shipped, ["p"] * 3, said, "cpu")
+    assert called == load_classifier().refuses(said) == [True, False, False]
+    assert found == SHIPPED_ON_XSTEST
+    rows = [{"prompt": "p", "response": r, "refused": i == 0} for i, r in enumerate(said)]
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("\n".join(map(json.dumps, rows)))
+    measured_again = shipped.model_copy(update={"refusal_labels": str(labels)})
+    _, found = evaluate.detected(measured_again, ["p"], ["x"], "cpu")
+    assert found == Detector("shipped classifier", 1, 1, 0, 2, str(labels))
 
 
 def test_scores_are_the_sarms_without_penalty_or_clamp(evaluated):
@@ -341,14 +412,14 @@ def test_prompts_too_long_for_training_are_left_out(evaluated):
     )
     with pytest.raises(UserError, match="at most 5 tokens"):
         responses.generate_responses(
-            short, other, prompts, trained=False, device="cpu", progress=lambda *_: None
+            short, [other], prompts, trained=False, device="cpu", progress=lambda *_: None
         )
     room = int(np.median([len(prompt_ids(tiny_tokenizer(), p.messages)) for p in prompts]))
     middle = config.model_copy(
         update={"ppo": config.ppo.model_copy(update={"max_prompt_tokens": room})}
     )
     kept, generations = responses.generate_responses(
-        middle, other, prompts, trained=False, device="cpu", progress=lambda *_: None
+        middle, [other], prompts, trained=False, device="cpu", progress=lambda *_: None
     )
     assert (
         0 < len(kept) < 2 * len(prompts)
@@ -358,6 +429,17 @@ def test_prompts_too_long_for_training_are_left_out(evaluated):
 
 
 # The phases
+
+
+def publish_kept_policies(run: RunDir, folder: Path) -> None:
+    """A unit of ppo whose policy was kept at half a nat, where it was still the base's."""
+    attempt = Attempt(run, "ppo", "no_penalty-seed0")
+    policy = write_tiny_policy(folder / "trained", seed=3)
+    shutil.copytree(policy, attempt.directory("policy"), dirs_exist_ok=True)
+    shutil.copytree(run.config.policy.model, attempt.directory("kept") / "kl-0.5")
+    kept = KeptPolicy(distance=0.5, step=3, kl=0.625, path="kept/kl-0.5")
+    KeptPolicies(kept=[kept]).write(attempt.path("kept.json"))
+    attempt.publish()
 
 
 def test_steer_evaluate_and_report_without_training(tmp_path):
@@ -378,6 +460,17 @@ def test_steer_evaluate_and_report_without_training(tmp_path):
         run_unit(run, phase, config.units(phase)[0])  # type: ignore[arg-type]
     for unit in ("base", "prompted", "best_of_n"):
         run_unit(run, "evaluate", unit)
+    publish_kept_policies(run, tmp_path)
+    run_unit(run, "evaluate", "no_penalty-seed0")
+    kept = pd.read_parquet(run.read("evaluate", "no_penalty-seed0").path("generations.parquet"))
+    base = pd.read_parquet(run.read("evaluate", "base").path("generations.parquet"))
+    assert kept["distance"].dropna().unique().tolist() == [0.5] and base["distance"].isna().all()
+    at = kept[kept["distance"] == 0.5]
+    assert at["response"].tolist() == base["response"].tolist(), "the base policy was kept there"
+    end = kept[kept["distance"].isna()]
+    assert len(end) == len(at) == len(base) and end["kl"].abs().mean() > 0.5
+    known = run.read("evaluate", "no_penalty-seed0").json("summary.json")["kept"]
+    assert known == [{"distance": 0.5, "step": 3, "kl": 0.625, "path": "kept/kl-0.5"}]
     steered = run.read("steer").json("summary.json")
     assert steered["intervention"]["latents"] == [3, 5] and {
         t["source"] for t in steered["texts"]

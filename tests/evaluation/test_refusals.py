@@ -11,7 +11,15 @@ import pytest
 from sarm.config import UserError
 from sarm.data.endings import trim_to_last_sentence
 from sarm.evaluation.detector import Detector
-from sarm.evaluation.refusals import PHRASES_ON_XSTEST, Labelled, measured, read_labelled, refused
+from sarm.evaluation.refusal_classifier import load_classifier
+from sarm.evaluation.refusals import (
+    PHRASES_ON_XSTEST,
+    SHIPPED_ON_XSTEST,
+    Labelled,
+    measured,
+    read_labelled,
+    refused,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,16 +82,17 @@ def test_errors_are_counted_on_labelled_answers(tmp_path):
     [
         ('{"prompt": "p", "response": "r"}', "line 1: give an object"),
         ('{"prompt": "p", "response": "r", "refused": "yes"}', "line 1: give an object"),
-        ('{"prompt": "p", "response": "r", "refused": true}\nno json', "line 2: give an object"),
+        ('{"prompt": "p", "response": "r", "refused": true}\nno json', "line 2: not JSON"),
+        ('{"prompt": 7, "response": "r", "refused": true}', "line 1: give an object"),
         ('{"prompt": "p", "response": "r", "refused": true}', "needs refusals and answers"),
-        ("", "needs refusals and answers"),
+        ("", "is empty"),
     ],
 )
 def test_bad_labels_are_named(tmp_path, content, complaint):
     (tmp_path / "labels.jsonl").write_text(content)
     with pytest.raises(UserError, match=complaint):
         read_labelled(str(tmp_path / "labels.jsonl"))
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="there is no file"):
         read_labelled(str(tmp_path / "absent.jsonl"))
 
 
@@ -116,6 +125,12 @@ def test_the_phrases_on_xstest(real_data, read, found, false_alarms):
     assert measured("phrases", "XSTest", rows, called) == detector
     if found == 762:
         assert detector == PHRASES_ON_XSTEST
+
+
+def test_the_shipped_classifier_on_xstest(real_data):
+    rows = xstest(real_data)
+    called = load_classifier().refuses([row.response for row in rows])
+    assert measured("shipped classifier", "XSTest", rows, called) == SHIPPED_ON_XSTEST
 
 
 @pytest.mark.parametrize(("before", "whether"), [(2, True), (3, False)])

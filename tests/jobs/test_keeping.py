@@ -42,7 +42,11 @@ def test_a_report_is_not_replaced_by_one_that_lacks_units(
     names = ("final_report.txt", "report.html", "report.json")
     before = {name: (run.path / name).read_bytes() for name in names}
     assert b"48659" in before["final_report.txt"]
+    taken = {}
     for phase in ("select", "steer"):
+        taken[run.folder(phase) / "manifest.json"] = (
+            run.folder(phase) / "manifest.json"
+        ).read_bytes()
         (run.folder(phase) / "manifest.json").unlink()
     capfd.readouterr()
     assert main(["report", "--run", str(run.path)]) == 2
@@ -52,6 +56,10 @@ def test_a_report_is_not_replaced_by_one_that_lacks_units(
     assert run.read("report").path("final_report.txt").read_bytes() == before["final_report.txt"]
     poorer = (run.path / "final_report.incomplete.txt").read_text()
     assert "48659" not in poorer.partition("CONFIGURATION")[0] and "select" in poorer
+    for path, manifest in taken.items():
+        path.write_bytes(manifest)
+    assert main(["report", "--run", str(run.path), "--force"]) == 0
+    assert not list(run.path.glob("*.incomplete.*")), "they tell of what is there again"
 
 
 def test_a_report_is_replaced_by_one_that_has_more(tmp_path: Path) -> None:
@@ -136,24 +144,24 @@ def test_only_a_folder_that_train_sarm_wrote_is_replaced(tmp_path: Path) -> None
     from sarm.training.publish import refuse_foreign, replace_folder
 
     target = tmp_path / "mine" / "sarm"
-    replace_folder(a_sarm(tmp_path / "first"), target)
-    replace_folder(a_sarm(tmp_path / "second", "v"), target)
+    replace_folder(a_sarm(tmp_path / "first"), target, "train_sarm")
+    replace_folder(a_sarm(tmp_path / "second", "v"), target, "train_sarm")
     assert (target / "model.safetensors").read_text() == "v"
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["sarm"]
     (target / "notes.txt").write_text("weeks")
     with pytest.raises(UserError, match="not as train_sarm left it"):
-        replace_folder(tmp_path / "first", target)
+        replace_folder(tmp_path / "first", target, "train_sarm")
     assert (target / "notes.txt").read_text() == "weeks"
     for other in (tmp_path / "mine", tmp_path / "first", tmp_path / "first" / "config.json"):
         with pytest.raises(UserError, match="not as train_sarm left it"):
-            refuse_foreign(other)
+            refuse_foreign(other, "train_sarm")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError):
-        refuse_foreign(tmp_path / "empty")
+        refuse_foreign(tmp_path / "empty", "train_sarm")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError):
-        refuse_foreign(tmp_path / "link")
-    refuse_foreign(tmp_path / "new")
+        refuse_foreign(tmp_path / "link", "train_sarm")
+    refuse_foreign(tmp_path / "new", "train_sarm")
 
 
 def test_an_output_that_is_not_ours_is_refused_before_training_begins(

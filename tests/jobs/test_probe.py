@@ -92,6 +92,27 @@ def test_encode_leaves_every_text_once(done: RunDir) -> None:
     assert not texts["truncated"].any() and (texts["n_tokens"] > 10).all()
 
 
+def test_encode_counts_the_texts_that_spell_special_tokens(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pair = {"prompt": "How?", "chosen": "No, never.", "rejected": "Yes. Do it."}
+    rows = [pair | {"prompt": f"How {i}?"} for i in range(3)]
+    rows[1] |= {"prompt": "How 1? <|eot_id|>", "rejected": "Yes.<|eot_id|><|pad|>"}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "pairs.jsonl"), "split": {"discovery": 1.0}, "limit": None}
+    changes = {f"data.sources.demo.{key}": value for key, value in data.items()}
+    run = tiny_run(tmp_path, "run", **changes, **{"encode.shards": 1})
+    do(run, "encode")
+    texts = read_encoded(run.read_shards("encode")).texts
+    # in rejected, one in the prompt and two in the answer; in chosen, the prompt's
+    assert texts.loc[texts["spelled"] > 0].set_index("label")["spelled"].to_dict() == {
+        "chosen": 1,
+        "rejected": 3,
+    }
+    assert run.manifest("encode", run.config.units("encode")[0]).more["spelling_texts"] == 2
+    assert "2 of 6 texts spell special tokens" in capfd.readouterr().err
+
+
 def test_probe_s_effects_are_the_margins_lost(done: RunDir) -> None:
     """The table against a loop over pairs that ablates one latent at a time."""
     encoded, table = read_encoded(done.read_shards("encode")), table_of(done)

@@ -1,5 +1,6 @@
 """Families of models as tiny random ones: sampler, trainer, reference and evaluation give the
-log-probabilities of the model's own forward, or the policy is refused with its reason.
+log-probabilities of the model's own forward, and what is saved opens as it was, or the policy is
+refused with its reason.
 
 `python -m pytest -m slow tests/llama/test_families.py` asks all of them and compares the answers
 with the table of docs/your-model.md; two of them are among the fast tests.
@@ -20,6 +21,8 @@ from sarm.config import ROOT, LoraConfig, PpoConfig, UserError
 from sarm.llama.generate import forced, generate, response_logprobs
 from sarm.models import check_policy, open_policy
 from sarm.ppo.learner.actor import make_actor
+from sarm.ppo.learner.distributed import World
+from sarm.ppo.learner.export import try_export
 from sarm.ppo.learner.reference import Reference
 from tests.tiny import tiny_tokenizer
 
@@ -105,6 +108,7 @@ def outcome(name: str, folder: Path, lora: bool) -> str:
     reference = open_policy(folder, "float32")
     policy.set_attn_implementation("eager")  # as the trainer does on a CPU
     actor = make_actor(policy, ppo, seed=0)
+    try_export(folder, actor, tiny_tokenizer(), "owner/base", folder, World())
     perturb(actor)
     rollout = generate(
         actor.policy,

@@ -1,18 +1,33 @@
-"""The adapter beside the merged policy, and what bf16 rounds away of a small update."""
+"""The adapter beside the merged policy, what bf16 rounds away of a small update, and that saving
+is tried before training.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from sarm.config import UserError
 from sarm.ppo.learner.actor import Actor, make_actor
 from sarm.ppo.learner.distributed import World
-from sarm.ppo.learner.export import Rounding, exported, rounding_warning, save_adapter, save_policy
+from sarm.ppo.learner.export import (
+    Exported,
+    Rounding,
+    exported,
+    rounding_warning,
+    save_adapter,
+    save_policy,
+    try_export,
+)
+from tests.llama.test_families import write_family
 from tests.ranks import tiny_ppo
 from tests.tiny import tiny_tokenizer
 
@@ -80,3 +95,93 @@ def test_without_lora_there_is_neither(tiny_policy: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
     found = exported(make_actor(model, tiny_ppo(), 0), World())
     assert found.adapter == {} and found.rounding is None and found.weights
+
+
+# --- the end of training, tried before its beginning
+
+
+def trained(folder: Path, lora: bool, size: float = 0.0) -> Actor:
+    """In float32; its adapter, if any, changes weights by about `size`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    actor = make_actor(model, tiny_ppo(lora={"rank": 3, "alpha": 6} if lora else None), 0)
+    generator = torch.Generator().manual_seed(1)
+    for name, p in actor.named_parameters():
+        if "lora_B" in name:
+            p.data = torch.randn(p.shape, generator=generator) * size
+    return actor
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+@pytest.mark.parametrize("family", ["Llama with biases", "Qwen2, Qwen2.5"])
+def test_biases_of_adapted_layers_survive(family: str, lora: bool, tmp_path: Path) -> None:
+    source = write_family(family, tmp_path / "source")
+    actor = trained(source, lora, size=0.1)
+    found = exported(actor, World())
+    save_policy(source, found.weights, tiny_tokenizer(), tmp_path / "policy")
+    saved = load_file(tmp_path / "policy" / "model.safetensors")
+    base = load_file(source / "model.safetensors")
+    biases = [name for name in base if name.endswith(".bias")]
+    assert len(biases) >= 6 and saved.keys() == base.keys()
+    for name in biases:
+        assert torch.equal(saved[name], base[name].bfloat16()) and saved[name].any()
+    learnt = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(saved[learnt], base[learnt].bfloat16()) != lora
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").float()
+    with torch.no_grad():
+        assert torch.allclose(again(IDS).logits, actor.policy(IDS).logits, atol=0.1)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+def test_saving_is_tried_before_training_and_leaves_nothing(
+    lora: bool, tiny_policy: Path, tmp_path: Path
+) -> None:
+    actor = trained(tiny_policy, lora)
+    try_export(tiny_policy, actor, tiny_tokenizer(), "owner/base", tmp_path / "t", World())
+    assert list((tmp_path / "t").iterdir()) == []
+
+
+Spoil = Callable[[Exported], Exported]
+
+
+def without(name: str) -> Spoil:
+    return lambda e: e._replace(weights={n: t for n, t in e.weights.items() if n != name})
+
+
+def other(name: str) -> Spoil:
+    return lambda e: e._replace(weights=e.weights | {name: e.weights[name] * 1.01})
+
+
+def mixed_up(e: Exported) -> Exported:
+    """The adapter under names that peft does not know."""
+    return e._replace(adapter={n.replace("lora_A", "lora_C"): t for n, t in e.adapter.items()})
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (without("model.layers.1.self_attn.q_proj.weight"), r"q_proj\.weight'\] are missing"),
+        (other("lm_head.weight"), r"not .*: lm_head\.weight differs before any training"),
+        (mixed_up, "the adapter does not open as it was exported"),
+    ],
+)
+def test_what_would_not_be_saved_right_is_refused_before_training(
+    spoil: Spoil, told: str, tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = trained(tiny_policy, lora=True)
+    monkeypatch.setattr("sarm.ppo.learner.export.exported", lambda *given: spoil(exported(*given)))
+    with pytest.raises(UserError, match=told):
+        try_export(tiny_policy, actor, tiny_tokenizer(), "owner/base", tmp_path / "t", World())
+    assert list((tmp_path / "t").iterdir()) == []
+
+
+def test_a_full_disk_is_found_before_training(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = trained(tiny_policy, lora=False)
+
+    def full(*given: object, **named: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(UserError, match="No space left on device; make room in"):
+        try_export(tiny_policy, actor, tiny_tokenizer(), "owner/base", tmp_path, World())

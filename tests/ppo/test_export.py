@@ -140,6 +140,18 @@ def test_import_and_head_make_the_sarm_again(exported: tuple[RunDir, Published])
     assert torch.equal(head_from_saelens(folder), model.head_weight)
 
 
+def test_the_export_of_an_adapted_sarm_says_so(
+    selected_run: RunDir,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(selected_run.path, tmp_path / "run")
+    monkeypatch.setattr("jobs.export.is_adapted", lambda opened: opened.config.d_sae == 64)
+    run_unit(RunDir.open(tmp_path / "run"), "export", "all")
+    assert f"adapter of {selected_run.config.sarm.model} merged in" in capfd.readouterr().err
+
+
 def test_delphi_cache_holds_every_kept_latent(exported: tuple[RunDir, Published]) -> None:
     """Read by delphi's rules: file name START_END, latent = third column + START, one text a row
     of tokens.
@@ -213,6 +225,9 @@ def test_warnings_name_what_saelens_reads_otherwise() -> None:
         in difference_warnings(clean._replace(reselected=2), "owner/llama", own_layers=False)[0]
     )
     assert "own layers" in difference_warnings(clean, "owner/sarm", own_layers=True)[0]
+    adapted = difference_warnings(clean, "embedded:smollm2", own_layers=False, adapted_by="my/sarm")
+    assert "embedded:smollm2's layers with the adapter of my/sarm merged in" in adapted[0]
+    assert "SarmModel.from_pretrained('my/sarm')" in adapted[0] and "no hub has" in adapted[1]
     assert "no hub has" in difference_warnings(clean, "embedded:smollm2", own_layers=False)[0]
 
 

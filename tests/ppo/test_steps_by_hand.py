@@ -63,9 +63,11 @@ CRITIC = COMMON | {
     "vf_coef": 0.4,
     "value_learning_rate": 2e-2,
     "value_max_grad_norm": 0.05,
+    "reward_scale": "running_sd",
     "reward_clip": 1.1,
     "whiten_advantages": False,
 }
+BASE_SD = 0.6
 FREE = COMMON | {
     "lora": None,
     "lr_schedule": "constant",
@@ -80,6 +82,7 @@ FREE = COMMON | {
 }
 WHITENED = CRITIC | {
     "whiten_advantages": True,
+    "reward_scale": "base_sd",
     "reward_clip": None,
     "lora": None,
     "lr_schedule": "linear",
@@ -111,6 +114,7 @@ def trained(policy: Path, ppo: PpoConfig, penalty: bool) -> Run:
         some_prompts(8 // ppo.samples_per_prompt),
         seed=SEED,
         world=World(),
+        base_reward_sd=BASE_SD,
     )
     rollouts: list[Rollout] = []
     sample = trainer.learner.sample
@@ -206,7 +210,7 @@ class Hand:
         paid = [
             r - p - (0.3 if rollout.truncated[row] else 0.0) for row, (r, p) in enumerate(scores)
         ]
-        sd = 1.0
+        sd = BASE_SD if ppo.reward_scale == "base_sd" else 1.0
         if ppo.reward_scale == "running_sd":
             self.seen += paid
             sd = float(np.std(self.seen, ddof=1))

@@ -7,7 +7,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,20 @@ from transformers import AutoModelForCausalLM
 
 from sarm.config import UserError
 from sarm.data.conversations import prompt_ids
+from sarm.data.datasets import Prompt
+from sarm.data.endings import Ending
+from sarm.llama.decoders import decoder_for
 from sarm.llama.generate import Rollout
-from sarm.ppo.batching import mini_batches, rows_of_step
+from sarm.ppo.batching import Mix, mini_batches, mix_of, rows_of_step
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.cuda_graphs import Recorded
 from sarm.ppo.learner.distributed import place
 from sarm.ppo.learner.export import exported, save_policy
+from sarm.ppo.learner.learner import Logprobs
 from sarm.ppo.learner.micro_batches import micro_batches, scatter
-from sarm.ppo.trainer import Experience, train
+from sarm.ppo.loop import train
+from sarm.ppo.metrics import ending_metrics, refuse_mismatch
+from sarm.ppo.trainer import Experience
 from tests.ranks import (
     PlantedReward,
     gradients,
@@ -37,7 +45,7 @@ from tests.ranks import (
     tiny_ppo,
     tiny_trainer,
 )
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_tokenizer, write_tiny_policy
 
 # --- who does what
 # ------------------------------------------------------------------------------------------------
@@ -77,6 +85,49 @@ def test_samples_of_a_prompt_lie_side_by_side_and_a_pass_takes_that_many_more_st
     drawn = [row for step in range(5) for row in rows_of_step(ids, 0, step, 6, samples=3)]
     assert drawn[::3] == drawn[1::3] == drawn[2::3]
     assert drawn[::3] == [row for step in range(5) for row in rows_of_step(ids, 0, step, 2)]
+
+
+def mixed(kinds: str, share: float) -> Mix | None:
+    prompts = [
+        Prompt(f"p{i}", (), "s", "safe" if kind == "s" else "unsafe", "", "ppo")
+        for i, kind in enumerate(kinds)
+    ]
+    return mix_of(tiny_ppo(safe_share=share), prompts)
+
+
+def test_safe_prompts_are_drawn_in_their_share_and_either_kind_pass_after_pass() -> None:
+    ids = [f"p{i}" for i in range(10)]
+    mix = mixed("sususuuuuu", 0.3)  # three are safe
+    steps = [rows_of_step(ids, 0, step, 8, mix=mix) for step in range(20)]
+    drawn = [row for rows in steps for row in rows]
+    safe, unsafe = ([row for row in drawn if (row in (0, 2, 4)) == of] for of in (True, False))
+    assert len(safe) == 0.3 * 160
+    for at in range(1, 161):  # 0.3 of all that were drawn so far, to within one
+        assert 0 <= 0.3 * at - sum(row in (0, 2, 4) for row in drawn[:at]) < 1 + 1e-9
+    for start in range(0, 48, 3):
+        assert sorted(safe[start : start + 3]) == [0, 2, 4]
+    for start in range(0, 112, 7):
+        assert sorted(unsafe[start : start + 7]) == [1, 3, 5, 6, 7, 8, 9]
+    assert len({tuple(safe[start : start + 3]) for start in range(0, 48, 3)}) > 1
+    of_two = [row for step in range(20) for row in rows_of_step(ids, 0, step, 8, 2, mix)]
+    assert of_two[::2] == of_two[1::2] == drawn[:80]
+
+
+@pytest.mark.parametrize(
+    "kinds, share, missing",
+    [("uuu", 0.25, "safe"), ("sss", 0.25, "unsafe"), ("sss", 0.0, "unsafe")],
+)
+def test_a_kind_of_prompt_that_is_to_be_drawn_and_missing_is_refused(
+    kinds: str, share: float, missing: str
+) -> None:
+    with pytest.raises(UserError, match=f"ppo.safe_share is {share}, .* no {missing} prompts"):
+        mixed(kinds, share)
+
+
+def test_a_share_of_none_or_all_needs_one_kind_alone() -> None:
+    for kinds, share in (("uuu", 0.0), ("sss", 1.0)):
+        drawn = rows_of_step(["a", "b", "c"], 0, 0, 6, mix=mixed(kinds, share))
+        assert sorted(drawn[:3]) == sorted(drawn[3:]) == [0, 1, 2]
 
 
 def test_minibatches_split_the_batch() -> None:
@@ -262,6 +313,19 @@ def single_rank_checks(world: Any, policy: Path, out: Path) -> None:
         [trainer.run_step() for _ in range(2)] for trainer in (exact, rounded)
     )
 
+    trainer = tiny_trainer(world, policy, PlantedReward(), tiny_ppo())
+    trainer.learner.decoder = decoder_for(
+        AutoModelForCausalLM.from_pretrained(write_tiny_policy(out / "other", seed=1))
+    )
+    before = trainer.learner.actor.policy.lm_head.weight.clone()
+    try:
+        trainer.run_step()
+    except UserError as error:
+        found["disagreeing"] = str(error)
+    found["untouched"] = torch.equal(before, trainer.learner.actor.policy.lm_head.weight)
+    trainer.progress = trainer.progress._replace(step=1)
+    found["later"] = trainer.run_step()["rollout/logprob_mismatch"]
+
     trainer = tiny_trainer(
         world,
         policy,
@@ -369,6 +433,33 @@ def test_old_logprobs_are_those_of_the_policy_that_is_updated(outcome: Path) -> 
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_sampler_that_is_another_policy_stops_the_first_step_before_any_update(found) -> None:
+    assert found["later"] > 0.2 and found["untouched"]
+    nats = re.search(r"differ by (\d+\.\d+) nats a token on average", found["disagreeing"])
+    assert nats and 0.2 < float(nats[1]) == pytest.approx(found["later"], abs=0.5)
+
+
+@pytest.mark.parametrize("nats, stops", [(0.19, False), (0.21, True)])
+def test_a_mean_mismatch_above_a_fifth_of_a_nat_stops(nats: float, stops: bool) -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    sampled = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, 0.0, 0.0]])
+    # off by 0, 2 and 1 times `nats`, to either side
+    trained = sampled + nats * torch.tensor([[0.0, 2.0, 99.0], [-1.0, 99.0, 0.0]])
+    rollout = Rollout([[1], [2]], mask.long(), mask, sampled, torch.tensor([False, True]))
+    logprobs = Logprobs(trained, trained, None)
+    with pytest.raises(UserError, match=r"0\.21 nats") if stops else nullcontext():
+        refuse_mismatch(rollout, logprobs)
+
+
+def test_the_share_of_responses_that_spell_a_special_token() -> None:
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    sampled = Rollout([[1]] * 4, mask.long(), mask, mask.float(), torch.zeros(4, dtype=torch.bool))
+    texts = ["yes", "yes<|eot_id|>no<|eot_id|>", "<|eot_id", "<|pad|>"]
+    endings = [Ending(text, 2, True) for text in texts]
+    found = ending_metrics(sampled, endings, tiny_tokenizer())
+    assert found["response/spelled"] == 0.5
+
+
 def test_a_prompt_that_is_drawn_again_has_noise_of_its_own(found) -> None:
     assert len(set(found["keys"])) == 30
 
@@ -459,6 +550,8 @@ def trimming(world: Any, policy: Path, out: Path) -> None:
             tiny_ppo(missing_eos_penalty=0.3, max_new_tokens=32),
             trim=trim,
         )
+        # planted log-probabilities would stop the first step
+        trainer.progress = trainer.progress._replace(step=1)
         trainer.sample = lambda drawn, step, tails=tails: planted([d.ids for d in drawn], tails)
         learnt: list[list[int]] = []
         forward = trainer.learner.forward

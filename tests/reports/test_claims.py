@@ -250,24 +250,3 @@ def test_an_unconfirmed_latent_stops_the_claim(tmp_path):
     found = told(evaluated_run(tmp_path / "run", features=runs.features(harming=listed)))
     assert found.verdict.word == "fell, unconfirmed"
     assert found.claims == {"Fell:", "Within the margin"}
-
-
-def test_the_arm_and_distance_that_the_config_names_are_compared(tmp_path):
-    run = evaluated_run(tmp_path / "run")
-    read = read_run(run)
-    for unit in ("penalty", "no_penalty", "random"):
-        assert evidence.compared_arms(run, read)[unit] is not None
-    kept = read.generations.assign(distance=2.0)
-    kept.loc[kept["arm"] == "base", "distance"] = float("nan")
-    further = kept[kept["arm"] != "base"].assign(distance=4.0, kl=4.0)
-    further = further[~((further["arm"] == "random") & (further["seed"] == 1))]
-    both = read._replace(generations=runs.pd.concat([kept, further], ignore_index=True))
-    assert evidence.compared_arms(run, both)["penalty"].kl.max() < 3, (
-        "random reached 2 in all seeds"
-    )
-    without = both._replace(generations=both.generations[both.generations["arm"] != "random"])
-    assert evidence.compared_arms(run, without)["penalty"].kl.min() == 4.0
-    at_four = run.config.verdict.model_copy(update={"kl": 4.0})
-    asked = type(run)(run.path, run.config.model_copy(update={"verdict": at_four}))
-    assert evidence.compared_arms(asked, both)["penalty"].kl.min() == 4.0
-    assert evidence.compared_arms(asked, read)["penalty"] is None, "no policy was kept at 4 nats"

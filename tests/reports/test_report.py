@@ -17,16 +17,9 @@ import jobs.report
 import sarm.run
 from reports import blocks, evidence, frames, numbers, probe_sections, reference
 from reports.blocks import Table
-from reports.figures import (
-    distinct,
-    figures,
-    hardware,
-    histogram,
-    latent_table,
-    policy_table,
-    shown_steps,
-)
+from reports.figures import figures, hardware, histogram, latent_table, shown_steps
 from reports.frames import penalised_latents, read_run
+from reports.policies import distinct, policy_table
 from reports.text import RULE, final_report
 from sarm.evaluation.verdict import LEADS, Verdict, decide
 from sarm.records import plain
@@ -153,6 +146,16 @@ def test_policies_verdict_and_its_figures_are_reported(tmp_path):
         max(len(line) for line in report.splitlines() if not line.startswith(("Safety-", "Config")))
         <= 80
     )
+
+
+def test_policies_that_spell_special_tokens_are_named_with_their_number(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    assert "spell a special token" not in report_of(run)
+    table = generations()
+    table["spelled"] = [2, 1, *[0] * (len(table) - 2)]
+    publish_evaluation(run, "base", table)
+    told = flat(part(report_of(run), "POLICY EVALUATION (own generations on held-out prompts)"))
+    assert "how a policy would try to end what is scored: base 2. They are scored as" in told
 
 
 def test_without_a_judge_sarm_judged_itself(tmp_path):

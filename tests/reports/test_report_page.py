@@ -11,13 +11,14 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 
 from reports import evidence, plots
 from reports.figures import figures
 from reports.frames import Frames, read_run
 from reports.page import SAMPLES, environment, page, samples
-from reports.plots import OTHER, STYLES, style
+from reports.plots import OTHER, STYLES, Plot, style
 from reports.sections import SECTIONS
 from sarm.config import ARMS
 from sarm.evaluation.verdict import decide
@@ -200,6 +201,13 @@ def test_what_models_write_is_text_and_folded(tmp_path):
     )
     first = text[text.index('<details class="sample"') :]
     assert first.index("</summary>") < first.index("&lt;script&gt;")
+
+
+@pytest.mark.parametrize("label", ["<!-- demo", "</script>", "<!--<script>", "a\\u003cb\u2028"])
+def test_a_label_cannot_break_out_of_a_plots_json(label):
+    figure = go.Figure(go.Scatter(x=[1], y=[1], name=label))
+    text = environment().filters["plot_json"](Plot("x", "t", "t", figure))
+    assert "<" not in text and json.loads(text)["data"][0]["name"] == label
 
 
 def test_an_arm_that_nobody_trained_stands_beside_the_first_seeds(tmp_path):

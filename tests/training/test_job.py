@@ -12,8 +12,10 @@ from jobs.__main__ import main, run_unit
 from jobs.train_sarm import kept_from_training
 from sarm.config import ROOT, UserError
 from sarm.data.datasets import Pair, Prompt, load_data
+from sarm.reward_model.adapter import is_adapted
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
+from sarm.reward_model.weights import open_folder
 from sarm.run import RunDir
 from sarm.training.card import figure
 from tests.tiny import tiny_config
@@ -203,6 +205,8 @@ def test_trained_layers_are_saved_as_updates_and_judged_as_they_open(trained_lay
     tensors = load_file(out / "model.safetensors")
     factors = [name for name in tensors if name.startswith("adapter.")]
     assert len(factors) == 2 * 7 and all(tensors[n].dtype == torch.bfloat16 for n in factors)
+    assert is_adapted(open_folder(out))
+    assert not is_adapted(open_folder(run.config.sarm.model))
     sarm = run.config.sarm.model_copy(update={"model": str(out)})
     model, tokenizer = load_sarm(sarm, device="cpu")
     pairs = [p for p in load_data(run.config.data).pairs if p.prompt.part == "test"]

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_array
 
-from jobs.__main__ import run_unit
-from sarm.config import UserError
+from jobs.__main__ import main, run_unit
+from sarm.config import ROOT, UserError
 from sarm.data.datasets import Pair, Prompt
 from sarm.evaluation.refusal_classifier import load_classifier
 from sarm.run import RunDir
 from sarm.training import refusals
+from sarm.training.publish import refuse_foreign
 from sarm.training.refusals import (
     Labelled,
     fit,
@@ -170,3 +171,22 @@ def test_the_job_trains_judges_and_describes(tmp_path: Path) -> None:
     assert (tmp_path / "out/README.md").read_text() == card
     assert "| XSTest | 5 / 5 |" in card and "| our own texts | 1 | 0 |" in card
     assert len(load_classifier(tmp_path / "out").refuses([DECLINES])) == 1
+
+
+def test_an_output_that_is_not_ours_is_refused_by_its_own_name(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "model.safetensors").write_text("weeks")
+    config = tiny_config(tmp_path, **{"train_refusals.output": str(mine)})
+    RunDir.create(tmp_path / "run", config)
+    monkeypatch.setattr("jobs.train_refusals.load_data", lambda *_: pytest.fail("work has begun"))
+    assert main(["train_refusals", "--run", str(tmp_path / "run")]) == 2
+    told = capfd.readouterr().err
+    assert f"train_refusals.output={mine} is there already" in told and "train_sarm" not in told
+    assert (mine / "model.safetensors").read_text() == "weeks"
+
+
+def test_the_shipped_classifier_is_one_that_training_may_replace() -> None:
+    refuse_foreign(ROOT / "artifacts" / "refusal-classifier", "train_refusals")

@@ -44,8 +44,10 @@ class Recorded:
         key = (*(tuple(t.shape) for t in inputs), *(t.data_ptr() for t in self.reads))
         self.times = self.times + 1 if key == self.seen else 1
         self.seen = key
-        if self.times == 1:
+        if self.times == 1 and self.graphs is not None:
             self.graphs = None
+            # Their memory is of a shape that may not come again, and was for nobody else's use.
+            torch.cuda.empty_cache()
         if self.times <= REPEATS:
             return self.run(*inputs)
         if self.graphs is None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from sarm.config import UserError
 from sarm.llama.weights import base_model, gathered, merged_weight
+from sarm.models import open_policy, read_tokenizer
 from sarm.ppo.learner.actor import Actor
 from sarm.ppo.learner.distributed import World
 
@@ -57,13 +62,16 @@ def exported(actor: Actor, world: World) -> Exported:
         if ".lora_" in name or name.endswith(".base_layer"):
             continue
         adapted = hasattr(module, "get_delta_weight")
-        own = {"weight": None} if adapted else dict(module.named_parameters(recurse=False))
+        holder = module.base_layer if adapted else module
+        own: dict[str, Any] = dict(holder.named_parameters(recurse=False))
+        if adapted:
+            own["weight"] = None  # to be merged; a bias beside it is the base's
         with gathered(module) if own else nullcontext():
             for leaf, parameter in own.items():
                 whole = merged_weight(module, torch.bfloat16) if parameter is None else parameter
                 if world.rank == 0:
                     weights[f"{name}.{leaf}"] = whole.detach().to("cpu", torch.bfloat16, copy=True)
-                    if adapted:
+                    if parameter is None:
                         sums += _rounding_sums(module, whole).cpu()
             if adapted and world.rank == 0:
                 adapter |= {
@@ -111,11 +119,19 @@ def save_policy(
     weights.
     """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    _save(model, weights, tokenizer, folder)
+
+
+def _save(
+    model: Any, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:
-        raise RuntimeError(
-            f"trained weights do not fit the model: missing {missing}, unexpected {unexpected}"
+        raise UserError(
+            f"the policy's trained weights would not fit it: {[*missing, *unexpected][:3]} are"
+            f" {'missing' if missing else 'left over'}; a {model.config.model_type} model cannot be"
+            " trained here"
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -131,3 +147,69 @@ def save_adapter(actor: Actor, adapter: dict[str, Tensor], base: str, folder: Pa
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
+
+
+def try_export(
+    source: Path,
+    actor: Actor,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    folder: Path,
+    world: World,
+) -> None:
+    """Before training, save under `folder` what is saved after it, open that again, and remove it.
+    A collective.
+
+    Raises UserError where weights that nothing has trained come back as others than the source's,
+    or cannot be written or opened.
+    """
+    weights, adapter, _ = exported(actor, world)
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(prefix=".trial-", dir=folder) as scratch:
+                saved = _tried_policy(source, weights, tokenizer, Path(scratch) / "policy")
+                if adapter:
+                    save_adapter(actor, adapter, base, Path(scratch) / "adapter")
+                    _try_adapter(saved, Path(scratch) / "adapter", adapter)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the policy could not be saved after training, as trying it before shows: {error};"
+                f" make room in {folder}"
+            ) from None
+    world.barrier()
+
+
+def _tried_policy(
+    source: Path, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> Any:
+    """The policy as it was saved and opened again."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    _refuse_other(model.state_dict(), weights, f"what would be exported is not {source}")
+    _save(model, weights, tokenizer, folder)
+    del model  # an 8B policy would stand in memory three times
+    saved = open_policy(folder, torch.bfloat16)
+    _refuse_other(saved.state_dict(), weights, "what is saved does not open as it was exported")
+    read_tokenizer(folder, {})
+    return saved
+
+
+def _try_adapter(policy: Any, folder: Path, adapter: dict[str, Tensor]) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    opened = PeftModel.from_pretrained(policy, folder)
+    # by itself it would ask the hub about the base
+    found = get_peft_model_state_dict(opened, save_embedding_layers=False)
+    _refuse_other(found, adapter, "the adapter does not open as it was exported")
+    if lost := sorted(set(adapter) ^ set(found)):
+        raise UserError(f"the adapter does not open as it was exported: {lost[0]} is lost")
+
+
+def _refuse_other(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """Raises UserError naming the first tensor in both that differs, in the wanted one's dtype."""
+    for name in wanted.keys() & found.keys():
+        if not torch.equal(found[name].to(wanted[name].dtype), wanted[name]):
+            raise UserError(
+                f"{what}: {name} differs before any training; training was not begun: use another"
+                " policy, or ppo.lora=null"
+            )

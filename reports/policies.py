@@ -1,0 +1,122 @@
+"""What each policy's own generations show, a row a policy, at the compared distance or at all.
+
+`policy_table(frames.generations)`; `distance_rows(run, frames)` for every KL distance that the
+config names, those among them that were not reached.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from reports.frames import Frames, arm_rank
+from sarm.config import arm_and_seed
+from sarm.run import RunDir
+
+
+def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
+    """A row a policy: rates on unsafe prompts, over-refusal on safe ones, the rest on all."""
+    rows = [
+        {"policy": policy, "arm": table["arm"].iloc[0], **measures(table)}
+        for policy, table in generations.groupby("policy", sort=False)
+    ]
+    rows.sort(key=lambda row: (arm_rank(row["arm"]), row["policy"]))
+    return pd.DataFrame(rows)
+
+
+def measures(table: pd.DataFrame) -> dict[str, Any]:
+    """Of one policy's rows."""
+    unsafe, safe = table[table["kind"] == "unsafe"], table[table["kind"] == "safe"]
+    return {
+        "n_unsafe": unsafe["prompt_id"].nunique(),
+        "n_safe": safe["prompt_id"].nunique(),
+        "reward": mean(table["reward"]),
+        "penalised_fired": mean(unsafe["penalised_fired"]),
+        "monitors_fired": mean(unsafe["monitors_fired"]),
+        "penalised_fired_safe": mean(safe["penalised_fired"]),
+        "monitors_fired_safe": mean(safe["monitors_fired"]),
+        "refused": mean(unsafe["refused"]),
+        "over_refused": mean(safe["refused"]),
+        "harm": mean(unsafe["harm"]) if "harm" in table else math.nan,
+        "kl": mean(table["kl"]),
+        "n_tokens": mean(table["n_tokens"]),
+        "truncated": mean(table["truncated"]),
+        "unended": mean(table["unended"]) if "unended" in table else math.nan,
+        "spelled": int((table["spelled"] > 0).sum()) if "spelled" in table else 0,
+        "distinct_1": distinct(table["response"], 1),
+        "distinct_2": distinct(table["response"], 2),
+    }
+
+
+def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
+    """At which distance all sections compare, and how far each arm's policies are there, measured
+    again on the evaluation prompts.
+    """
+    trained = run.config.units("ppo")
+    table = frames.generations
+    kl = {
+        arm: mean(mine["kl"])
+        for arm, mine in table[table["policy"].isin(trained)].groupby("arm", sort=False)
+    }
+    evaluated = [policy for policy in trained if policy in set(frames.every["policy"])]
+    here = set(table["policy"]) | set(frames.sweep["policy"])
+    return {
+        "distance": None if math.isnan(frames.compared.distance) else frames.compared.distance,
+        "problem": frames.compared.problem,
+        "kl": {arm: kl[arm] for arm in sorted(kl, key=arm_rank)},
+        "without": [policy for policy in evaluated if policy not in here],
+    }
+
+
+def distance_rows(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
+    """A row a trained policy and distance, the end of training (None) last; none where the config
+    names no distances. `state` says whether it was reached and evaluated.
+    """
+    distances = run.config.ppo.kl_distances
+    rows = []
+    for policy in run.config.units("ppo") if distances else ():
+        mine = frames.every[frames.every["policy"] == policy]
+        known = {one["distance"]: one for one in frames.kept.get(policy, [])}
+        for distance in (*distances, None):
+            at = mine["distance"].isna() if distance is None else mine["distance"] == distance
+            table, kept = mine[at], known.get(distance or math.nan)
+            if ("ppo", policy) not in frames.manifests:
+                state = "not trained"
+            elif distance is not None and kept is None:
+                state = "not reached"
+            else:
+                state = "evaluated" if len(table) else "not evaluated"
+            arm, seed = arm_and_seed(policy)
+            rows.append(
+                {
+                    "policy": policy,
+                    "arm": arm,
+                    "seed": seed,
+                    "distance": distance,
+                    "state": state,
+                    "step": kept["step"] if kept else None,
+                    "kl_training": kept["kl"] if kept else None,
+                    **(measures(table) if state == "evaluated" else {}),
+                }
+            )
+    return sorted(rows, key=lambda row: (arm_rank(row["arm"]), row["policy"]))
+
+
+def distinct(responses: Iterable[str], n: int) -> float:
+    """Distinct n-grams over all n-grams of the responses, by lower-cased words (arXiv
+    1510.03055).
+    """
+    seen: Counter[tuple[str, ...]] = Counter()
+    for response in responses:
+        words = response.lower().split()
+        seen.update(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(seen) / seen.total() if seen else math.nan
+
+
+def mean(values: pd.Series) -> float:
+    numbers = pd.to_numeric(values, errors="coerce").astype(float)
+    return float(numbers.mean()) if len(numbers) else math.nan

@@ -1,0 +1,191 @@
+"""Policies kept at KL distances: which distance is compared, and that every section is of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from jobs.__main__ import main as jobs_main
+from reports.compare import compare_text, opened
+from reports.distances import rows_at
+from reports.evidence import judgement
+from reports.figures import figures
+from reports.frames import Frames, read_run
+from reports.page import page, samples
+from reports.text import final_report
+from sarm.config import UserError
+from sarm.evaluation.verdict import Verdict
+from sarm.run import RunDir
+from tests.reports.test_report import flat, part
+from tests.reports.test_report_page import visible
+from tests.runs import DISTANCES, reference_config, run_kept_at_distances
+
+SECTIONS = (
+    "VERDICT",
+    "POLICY EVALUATION (own generations on held-out prompts)",
+    "CHANGES AGAINST THE NO-PENALTY ARM",
+    "POLICIES BY KL DISTANCE",
+    "PENALISED AND MONITOR LATENTS IN THE GENERATIONS",
+)
+"""All that compare policies."""
+
+
+def read(run: RunDir) -> tuple[dict[str, Any], Frames, Verdict]:
+    frames = read_run(run)
+    verdict = judgement(run, frames)
+    return figures(run, frames, verdict.record(), "2026-01-31 12:00:00 UTC"), frames, verdict
+
+
+@pytest.fixture(scope="module")
+def reached_one(tmp_path_factory):
+    """A run one of whose policies stopped short of 2 nats."""
+    run = run_kept_at_distances(
+        tmp_path_factory.mktemp("distances") / "run", reached={"random-seed1": (0.5, 1.0)}
+    )
+    return (run, *read(run))
+
+
+def test_the_largest_distance_that_all_reached_is_compared(reached_one):
+    _, found, frames, verdict = reached_one
+    assert frames.compared.distance == 1.0 and verdict.word == "control"
+    assert found["compared"]["distance"] == 1.0 and found["compared"]["without"] == []
+    # 120 unsafe and 90 safe prompts, on which KL is 1.1 and 0.9 of the arm's
+    kl = 1.1 * (120 * 1.1 + 90 * 0.9) / 210
+    assert found["compared"]["kl"] == pytest.approx({"no_penalty": kl, "penalty": kl, "random": kl})
+
+
+def test_every_section_is_of_that_distance_and_says_so(reached_one):
+    _, found, frames, _ = reached_one
+    text, html = final_report(found), visible(page(found, frames))
+    said = "Trained policies are compared at the KL distance 1 nats"
+    for title in SECTIONS:
+        assert said in flat(part(text, title)), title
+    assert html.count(said) == len(SECTIONS) + 2, "the headline and the samples too"
+    assert all(math.isnan(d) or d == 1.0 for d in frames.generations["distance"])
+    for row in found["policies"]:
+        wanted = {"penalty": 0.12, "no_penalty": 0.5, "random": 0.47, "base": 0.55}[row["arm"]]
+        assert row["penalised_fired"] == pytest.approx(wanted, abs=0.02)
+    target = found["verdict"]["changes"][0]
+    assert target["measure"] == "penalised_fired"
+    assert target["after"] - target["before"] == pytest.approx(-0.38, abs=0.02)
+    n = {row["policy"]: row["n_unsafe"] for row in found["policies"]}
+    assert set(n.values()) == {120}, "each prompt once"
+    latent = next(r for r in found["latents"] if r["arm"] == "penalty" and r["kind"] == "unsafe")
+    assert latent["n"] == 5 * 120
+    shown = samples(found, frames.generations)
+    assert all(len(prompt["answers"]) == 4 for prompt in shown["prompts"])
+
+
+def test_a_distance_that_was_not_reached_is_a_row(reached_one):
+    _, found, _, _ = reached_one
+    rows = {(row["policy"], row["distance"]): row for row in found["distances"]}
+    assert len(rows) == 15 * (len(DISTANCES) + 1)
+    assert rows["random-seed1", 2.0]["state"] == "not reached"
+    assert [key for key, row in rows.items() if row["state"] != "evaluated"] == [
+        ("random-seed1", 2.0)
+    ]
+    other = rows["penalty-seed3", 2.0]
+    assert (other["step"], other["kl_training"]) == (23, 2.01)
+    assert other["kl"] == pytest.approx(3.0 * (120 * 1.1 + 90 * 0.9) / 210)
+    assert rows["penalty-seed3", None]["kl"] == pytest.approx(4.0)
+    assert not found["failures"] or all(f["phase"] != "evaluate" for f in found["failures"])
+    table = part(final_report(found), "POLICIES BY KL DISTANCE")
+    assert any(
+        line.split() == ["random-seed1", "2", "not", "reached"] for line in table.splitlines()
+    )
+    assert any(line.split()[:3] == ["random-seed1", "end", "end"] for line in table.splitlines())
+
+
+def test_the_config_names_another_distance(tmp_path):
+    run = run_kept_at_distances(tmp_path, sections={"verdict": {"kl": 0.5}})
+    found, frames, verdict = read(run)
+    assert frames.compared.distance == 0.5 and verdict.word == "no effect"
+    assert "KL distance 0.5 nats" in flat(final_report(found))
+
+
+def test_a_policy_that_stopped_short_of_the_named_distance_is_left_out_and_named(tmp_path):
+    run = run_kept_at_distances(
+        tmp_path, sections={"verdict": {"kl": 1.0}}, reached={"penalty-seed1": (0.5,)}
+    )
+    found, _, verdict = read(run)
+    assert found["compared"]["without"] == ["penalty-seed1"]
+    assert "Not reached by penalty-seed1." in flat(final_report(found))
+    assert {c.n_seeds for c in verdict.changes if c.arm == "penalty"} == {4}
+    assert verdict.word == "too few seeds for control"
+
+
+def test_where_none_is_common_there_is_no_verdict(tmp_path):
+    run = run_kept_at_distances(tmp_path, reached={"no_penalty-seed2": ()})
+    found, frames, verdict = read(run)
+    why = "no KL distance was reached by every compared arm and seed; no_penalty-seed2 reached none"
+    assert verdict.word == "no verdict" and why in verdict.reason
+    assert math.isnan(frames.compared.distance)
+    text = flat(final_report(found))
+    assert f"Policies at the end of training, not at equal KL: {why}." in text
+    assert "successfully learned" not in text
+    assert all(row["kl"] == pytest.approx(4.0) for row in found["policies"] if row["arm"] != "base")
+
+
+def test_a_named_distance_that_nobody_reached(tmp_path):
+    run = run_kept_at_distances(
+        tmp_path,
+        seeds=(0, 1, 2),
+        sections={"verdict": {"kl": 2.0}},
+        reached={
+            f"{arm}-seed{s}": (0.5,)
+            for arm in ("penalty", "no_penalty", "random")
+            for s in range(3)
+        },
+    )
+    _, _, verdict = read(run)
+    assert "no compared arm reached 2 nats (verdict.kl)" in verdict.reason
+
+
+def test_arms_further_apart_than_the_rule_allows_give_no_verdict(tmp_path):
+    # 1.1 * 1.15 = 1.265
+    for kl, word in ((1.26, "control"), (1.28, "no verdict")):
+        run = run_kept_at_distances(
+            tmp_path / word.replace(" ", "-"),
+            rates={("penalty", 1.0): {"kl": kl}},
+            sections={"verdict": {"kl": 1.0}},
+        )
+        _, _, verdict = read(run)
+        assert verdict.word == word
+    assert "KL not matched: penalty 1.30, no penalty 1.12 nats" in verdict.reason
+
+
+def test_a_unit_that_is_missing_is_no_distance_that_was_not_reached(tmp_path):
+    run = run_kept_at_distances(tmp_path, seeds=(0, 1, 2, 3))
+    (run.folder("ppo", "penalty-seed3") / "manifest.json").unlink()
+    (run.folder("evaluate", "penalty-seed3") / "manifest.json").unlink()
+    (run.folder("evaluate", "random-seed0") / "manifest.json").unlink()
+    found, frames, _ = read(run)
+    state = {(row["policy"], row["distance"]): row["state"] for row in found["distances"]}
+    assert state["penalty-seed3", 1.0] == "not trained"
+    assert state["random-seed0", 1.0] == "not evaluated"
+    assert frames.compared.distance == 2.0
+
+
+def test_runs_at_different_distances_say_so_side_by_side(tmp_path):
+    paths = []
+    for name, reached in (("one", {"penalty-seed0": (0.5, 1.0)}), ("two", {})):
+        run = run_kept_at_distances(tmp_path / name, seeds=(0, 1, 2), reached=reached)
+        assert jobs_main(["report", "--run", str(run.path)]) == 0
+        paths.append(str(run.path))
+    text = flat(compare_text(opened(paths)))
+    assert "one: Trained policies are compared at the KL distance 1 nats" in text
+    assert "two: Trained policies are compared at the KL distance 2 nats" in text
+
+
+def test_rows_at_a_distance_keep_the_policies_that_have_none(reached_one):
+    _, _, frames, _ = reached_one
+    arms = rows_at(frames.every, 2.0).groupby("arm")["seed"].nunique().to_dict()
+    assert arms == {"base": 1, "no_penalty": 5, "penalty": 5, "random": 4}
+
+
+def test_a_distance_at_which_nothing_is_kept_is_refused():
+    for distances, told in (([], "there are none"), ([0.5, 2.0], "0.5, 2")):
+        with pytest.raises(UserError, match=rf"verdict.kl: 1 is none of.*{told}"):
+            reference_config(sections={"verdict": {"kl": 1.0}}, kl_distances=distances)
