@@ -26,6 +26,15 @@ def job_logs(folder: Path, job: str) -> list[Path]:
     return sorted(folder.glob(f"{job}_*_log.out"))
 
 
+def logs_by_job(folder: Path) -> dict[str, list[Path]]:
+    """The same of every job of a submission, from one look into its folder."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*_log.out")):
+        job = path.name.removesuffix("_log.out").rstrip("0123456789").rstrip("_")
+        found.setdefault(job, []).append(path)
+    return found
+
+
 def complaint(logs: Iterable[Path]) -> str:
     """Why Slurm ended a job, or its container did not start, by the last line of theirs that says
     so; else empty.

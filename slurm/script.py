@@ -74,13 +74,15 @@ def of_profile(profile: Profile, phase: Phase) -> dict[str, str]:
 
 def path_line(profile: Profile, slurm_folder: str | None) -> str:
     """PATH as the node's login files leave it, then where Slurm's commands were found on the login
-    node, then the usual folders; the profile's own alone where it has one.
+    node, then the usual folders; the profile's own alone where it has one, in which `$PATH` is the
+    node's.
     """
-    if "PATH" in profile.environment:
-        return f"export PATH={shlex.quote(profile.environment['PATH'])}"
+    if own := profile.environment.get("PATH"):
+        folders = [one if one == "$PATH" else shlex.quote(one) for one in own.split(":")]
+        return f"export PATH={':'.join(folders)}"
     usual = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin".split(":")
-    folders = dict.fromkeys([*([slurm_folder] if slurm_folder else []), *usual])
-    return f"export PATH={':'.join(['$PATH', *map(shlex.quote, folders)])}"
+    more = dict.fromkeys([*([slurm_folder] if slurm_folder else []), *usual])
+    return f"export PATH={':'.join(['$PATH', *map(shlex.quote, more)])}"
 
 
 def setup_lines(
@@ -101,6 +103,7 @@ def setup_lines(
     secrets = [] if phase == "fetch" else [NO_TOKEN]
     asks = [FAILED_JOBS] if phase == "report" else []
     lines = [
+        own_line(folder),
         *bound_lines(profile, shlex.quote(str(folder))),
         *secrets,
         path_line(profile, slurm_folder),
@@ -111,6 +114,17 @@ def setup_lines(
         *asks,
     ]
     return ["set -eo pipefail", umask_line(profile), *lines, "set +e"]
+
+
+def own_line(folder: Path) -> str:
+    """What is unpickled is the user's own: where a folder above may be renamed by others, another
+    could have been put in its place since.
+    """
+    said = shlex.quote(
+        f"error: {folder} is not yours, and jobs would run code from it; use a RUN"
+        " where nobody else may write"
+    )
+    return f"[ -O {shlex.quote(str(folder))} ] || {{ echo {said} >&2; exit 1; }}"
 
 
 def umask_line(profile: Profile) -> str:
@@ -140,15 +154,17 @@ def bound_lines(profile: Profile, folder: str) -> list[str]:
 
 def scratch_lines(profile: Profile) -> list[str]:
     """A folder of the job's own for temporary files, seen in the image too. What others left in
-    /tmp is neither trusted nor in the way.
+    /tmp is neither trusted nor in the way. A $TMPDIR that this node lacks was another's.
     """
-    parent = profile.scratch or "${TMPDIR:-/tmp}"
+    parent = profile.scratch or "$TMPDIR"
+    there = [] if profile.scratch else ['[ -w "${TMPDIR:-}" ] || TMPDIR=/tmp']
     binds = (
         "SINGULARITY_BIND"
         if profile.container and Path(profile.container.command).name == "singularity"
         else "APPTAINER_BIND"
     )
     return [
+        *there,
         f'TMPDIR=$(mktemp -d "{parent}/sarm-XXXXXX") || exit 1',
         "trap 'rm -rf \"$TMPDIR\"' EXIT",
         f'export TMPDIR TRITON_CACHE_DIR="$TMPDIR/triton" {binds}="${{{binds}:+${binds},}}$TMPDIR"',
@@ -237,6 +253,7 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
     One shard an array element: several in one job are the launcher's.
     """
     profile = profile.model_copy(update={"pack": 1})
+    cluster = shlex.quote(" ".join(cluster.split()))
     hint = "--export=ALL,CONFIG=configs/llama31-8b.yaml,RUN=outputs/llama31-8b"
     lines = [
         "#!/bin/bash",

@@ -258,6 +258,67 @@ class VerdictConfig(Strict):
     """Of a refusal detector whose rates are not corrected."""
 
 
+class ReportConfig(Strict):
+    """What a report may hold, and its page and cards: prompts, answers and what policies say."""
+
+    texts: Literal["none", "own", "all"] = "all"
+    """Whose: `all` that the run read; `own` those of the sources in `report.own`, and what policies
+    answer to their prompts; `none`: ids and numbers alone.
+    """
+    own: Annotated[tuple[str, ...], FromList] = ()
+    """The names of those of `data.sources` whose texts are the user's to pass on."""
+
+    def shows(self, source: str) -> bool:
+        """Whether texts of a source, by its name in the config, may stand in what is written."""
+        return self.texts == "all" or (self.texts == "own" and source in self.own)
+
+    @model_validator(mode="after")
+    def _own_what(self) -> ReportConfig:
+        if self.texts == "own" and not self.own:
+            raise ValueError(
+                "texts is own, and report.own names no source; name yours, or set none"
+            )
+        return self
+
+
+class ServedLatent(Strict):
+    """A latent that costs reward, where no run says which."""
+
+    latent: Count
+    tau: Number = 0.0
+    alpha: Number
+
+
+class ServeConfig(Strict):
+    """The reward over HTTP; see `serving/`. No phase reads this."""
+
+    arm: Literal["penalty", "no_penalty"] = "penalty"
+    """Of a run: its compound reward, or the plain one with the same latents measured."""
+    penalised: Annotated[tuple[ServedLatent, ...], FromList] = ()
+    """Instead of a run's; the kind of penalty is `ppo.penalty.kind`."""
+    monitors: Annotated[tuple[Count, ...], FromList] = ()
+    """Latents to report beside a run's own monitors."""
+    host: str = "127.0.0.1"
+    """An address beyond this machine needs a token in the environment variable
+    SARM_REWARD_TOKEN.
+    """
+    port: Annotated[int, Field(ge=0, le=65535)] = 5000
+    """0 takes a free one, which the first line printed names."""
+    strict: bool = True
+    """Refuse conversations longer than `sarm.max_length` and texts with control characters; false
+    scores both as training does, the former without their oldest tokens.
+    """
+    max_request: Positive = 512
+    """Conversations in one request."""
+    max_queue: Positive = 4096
+    """Conversations waiting; a request beyond is refused with 503 and may be sent again."""
+    max_body_mib: Positive = 16
+    timeout_s: Annotated[float, Field(gt=0)] = 150.0
+    """A request not scored by then is answered 504; a scoring process that holds it is replaced."""
+    grace_s: Annotated[float, Field(gt=0)] = 25.0
+    """How long requests under way have to end once the server is asked to stop."""
+
+
 class TrainSarmConfig(Strict):
     """Training a SARM on the policy's model: the layers and the head by Bradley-Terry, the SAE by
     reconstruction; see `sarm/training/`.

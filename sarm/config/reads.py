@@ -90,7 +90,7 @@ READS: dict[str, tuple[str, ...]] = {
         "steer.policy",
         "steer.bootstrap",
     ),
-    "report": ("",),
+    "report": ("", "!serve"),
     "export": ("sarm", "data", "encode.shards"),
     "train_refusals": ("name", "data", "train_refusals"),
     "train_sarm": (

@@ -184,6 +184,9 @@ def test_a_jobs_scratch_is_its_own_and_goes_with_it(site: Site, tmp_path: Path) 
         f'echo "$TMPDIR $TRITON_CACHE_DIR $APPTAINER_BIND" >{tmp_path}/said; touch "$TMPDIR/left";'
         " exit 3"
     )
+    for elsewhere in ("/no/such/folder", ""):  # a login node's, or none
+        assert batch_script(site, "select", srun, TMPDIR=elsewhere) == (3, [])
+        assert (tmp_path / "said").read_text().startswith("/tmp/sarm-")
     assert batch_script(site, "select", srun, TMPDIR=str(scratch)) == (3, [])
     folder, cache, bind = (
         (tmp_path / "said").read_text().replace("node scratch", "node-scratch").split()
