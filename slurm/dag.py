@@ -61,7 +61,7 @@ def tasks(config: Config) -> list[Task]:
     return [*found, *report]
 
 
-def named(config: Config, unit: str | None = None, phase: Phase | None = None) -> set[Node]:
+def named(config: Config, unit: str | None = None, phase: str | None = None) -> set[Node]:
     """The units of this name, `penalty-seed0` or `ppo/penalty-seed0`, of one phase where it is
     given; all where no name is. Raises UserError where there is none.
     """

@@ -271,7 +271,7 @@ def submit(
     batches = decision.batches
     if not batches:
         return decision, None
-    journal = {
+    journal: dict[str, Any] = {
         "id": uuid.uuid4().hex[:8],
         "number": 1 + max((journal["number"] for journal in known), default=0),
         "at": now(),
