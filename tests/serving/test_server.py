@@ -94,6 +94,11 @@ BAD = {
         "role",
     ),
     "latent": (b'{"items": [{"prompt": "a", "response": "b"}], "latents": [64]}', 422, "64"),
+    "many-latents": (
+        b'{"items": [{"prompt": "a", "response": "b"}], "latents": [' + b"1," * 64 + b"1]}",
+        422,
+        "at most 64",
+    ),
     "negative": (b'{"items": [{"prompt": "a", "response": "b"}], "latents": [-1]}', 422, "latents"),
 }
 
@@ -264,6 +269,20 @@ def test_asked_to_stop_it_ends_what_is_under_way(
     assert not Path(f"/proc/{worker}").exists()
 
 
+def test_a_scoring_process_that_hangs_is_replaced(
+    tiny_policy: Path, tiny_sarm: Path, tmp_path: Path
+) -> None:
+    server = Server(tmp_path, [*settings(tiny_policy, tiny_sarm), "serve.timeout_s=4"])
+    hung = server.worker()
+    os.kill(hung, signal.SIGSTOP)
+    answer = server.score()
+    assert answer.status_code == 504 and "serve.timeout_s" in answer.json()["error"]
+    assert not Path(f"/proc/{hung}").exists() or server.worker() != hung
+    answers = [server.score() for _ in range(8)]  # four seconds each, while another starts
+    assert answers[-1].status_code == 200
+    assert server.stop() == 0
+
+
 def run(*arguments: str, token: str = "") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"SARM_REWARD_TOKEN": token, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -283,6 +302,7 @@ def test_what_cannot_be_served_is_one_sentence(
         ([], "", "give a run"),
         ([*tiny, "serve.host=0.0.0.0"], "", "SARM_REWARD_TOKEN is not set"),
         ([*tiny, "serve.host=0.0.0.0"], "short", "at least 16 letters"),
+        (tiny, "a token with spaces in it", "no spaces"),
         ([*tiny, f"sarm.model={tmp_path}"], "", "error: "),
         ([*tiny, "serve.penalised=[{latent: 64, alpha: 1}]"], "", "which has 64"),
         ([*tiny, "ppo.penalty={kind: density, tau: 1.0}"], "", "density penalty"),
