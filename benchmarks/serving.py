@@ -112,7 +112,7 @@ class Served:
         command = [sys.executable, "-m", "serving", "--config", "configs/smollm2.yaml"]
         environment = {k: v for k, v in os.environ.items() if k != "SARM_REWARD_TOKEN"}
         self.process = subprocess.Popen(
-            [*command, *overrides, "serve.port=0"],
+            [*command, *overrides, "serve.port=0", "serve.timeout_s=900"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
