@@ -14,7 +14,7 @@ import math
 import time
 from pathlib import Path
 
-from sarm.config import Config, arm_and_seed
+from sarm.config import ROOT, Config, arm_and_seed
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
 from sarm.hub import local_model
@@ -42,6 +42,8 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     else:
         policies = [(math.nan, local_model(config.policy.model, config.policy.revision))]
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
+    if config.evaluate.refusal_labels is not None:
+        attempt.note_file(ROOT / config.evaluate.refusal_labels)
     table, settings = policy_rows(
         config, policies, prompts, features, arm=arm, progress=attempt.progress
     )
