@@ -262,6 +262,7 @@ def _training(frames: Frames) -> list[dict[str, Any]]:
                 "steps": int(table["step"].max()),
                 "training_s": more.get("training_s"),
                 "ended_early": more.get("ended_early"),
+                "parent": more.get("parent"),
                 **means,
             }
         )

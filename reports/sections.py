@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from reports.blocks import Block
 from reports.calibration import calibration
 from reports.policy_sections import changes, latents, policy_evaluation, steered, training, verdict
-from reports.probe_sections import cards, features, rankings, steering, trust
+from reports.probe_sections import cards, features, rankings, steering
 from reports.run_sections import failures, phases, provenance
 from reports.sweep_sections import distances, sweep
+from reports.validity_sections import trust
 
 
 class Section(NamedTuple):

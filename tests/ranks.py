@@ -1,4 +1,8 @@
-"""Run a test's function on one or more gloo ranks, each a process of its own."""
+"""Run a test's function on one or more gloo ranks, each a process of its own.
+
+The processes are forked from one that has imported all of it: on a CPU, importing torch,
+transformers and DeepSpeed takes longer than most tests' steps.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +23,35 @@ from sarm.ppo.reward import CompoundReward, Penalised
 from sarm.reward_model.scoring import Encoded
 from tests.tiny import tiny_tokenizer
 
+IMPORTED = [
+    "deepspeed",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "peft",
+    "sarm.ppo.trainer",
+    __name__,
+]
+
 WORDS = ("help", "make", "steps", "harm", "people", "safe", "thing", "please")
 
 
-def start_ranks(worker: Callable[..., None], size: int, *args: Any) -> list[SpawnProcess]:
+def start_ranks(worker: Callable[..., None], size: int, *args: Any) -> list[BaseProcess]:
     """`worker(world, *args)` on each of `size` ranks; give them to `join_ranks`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # A process that has used a GPU once cannot be forked.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(IMPORTED)
     processes = [
-        multiprocessing.get_context("spawn").Process(
-            target=_rank, args=(worker, rank, size, port, args)
-        )
-        for rank in range(size)
+        context.Process(target=_rank, args=(worker, rank, size, port, args)) for rank in range(size)
     ]
     for process in processes:
         process.start()
     return processes
 
 
-def join_ranks(processes: list[SpawnProcess], expect: int = 0, timeout_s: float = 240) -> None:
+def join_ranks(processes: list[BaseProcess], expect: int = 0, timeout_s: float = 240) -> None:
     """Wait for all; fails where one exits with another code than `expect`."""
     for process in processes:
         process.join(timeout_s)
