@@ -109,12 +109,7 @@ class _Server:
     async def answer(self, request: Request, parse: Parse) -> Response:
         try:
             body = await self._body(request)
-            job = parse(
-                body,
-                most=self.serve.max_request,
-                max_length=self.max_length,
-                control_characters=not self.serve.strict,
-            )
+            job = parse(body, most=self.serve.max_request, max_length=self.max_length)
             return JSONResponse(await self._ask(request, job))
         except Refused as error:
             return refused(error)

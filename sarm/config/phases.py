@@ -304,9 +304,9 @@ class ServeConfig(Strict):
     """
     port: Annotated[int, Field(ge=0, le=65535)] = 5000
     """0 takes a free one, which the first line printed names."""
-    strict: bool = True
-    """Refuse conversations longer than `sarm.max_length` and texts with control characters; false
-    scores both as training does, the former without their oldest tokens.
+    too_long: Literal["refuse", "truncate"] = "refuse"
+    """A conversation of more than `sarm.max_length` tokens: refuse it, or score it without its
+    oldest tokens, as training does.
     """
     max_request: Positive = 512
     """Conversations in one request."""

@@ -75,7 +75,7 @@ BAD = {
     "not-utf-8": (b'{"items": "\xff"}', 400, "no JSON"),
     "deep": (b"[" * 100_000, 400, "no JSON"),
     "raw-control": (b'{"items": [{"prompt": "a\x01", "response": "b"}]}', 400, "no JSON"),
-    "control": (b'{"items": [{"prompt": "a", "response": "b\\u0000"}]}', 422, "U+0000"),
+    "control": (b'{"items": [{"prompt": "a\\u0000", "response": "b"}]}', 422, "U+0000"),
     "half-a-pair": (b'{"items": [{"prompt": "a", "response": "\\ud800"}]}', 400, "no JSON"),
     "list": (b"[]", 422, "object"),
     "empty": (b"", 400, "no JSON"),
@@ -225,7 +225,7 @@ def test_what_waits_when_the_scoring_process_dies_is_scored_by_the_next(server: 
 def test_no_log_holds_a_token_or_a_text(server: Server) -> None:
     for path, content in (
         ("/score", json.dumps({"items": [{"prompt": SECRET, "response": 1}]})),
-        ("/score", json.dumps({"items": [{"prompt": SECRET, "response": "a\x00" + SECRET}]})),
+        ("/score", json.dumps({"items": [{"prompt": SECRET + "\x00", "response": SECRET}]})),
         ("/score", json.dumps({SECRET: 1})),
         ("/score", SECRET),
         ("/get_reward", json.dumps({"query": [SECRET], "prompts": ["other"]})),
