@@ -44,7 +44,7 @@ SECTIONS = (
     Section("distances", "Policies by KL distance", distances),
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),
-    Section("sweep", "Penalty sweep", sweep),
+    Section("sweep", "Penalised rate against reward, KL and over-refusal", sweep),
     Section("features", "Features: effects on held-out prompts", features),
     Section("trust", "How far the selection can be trusted", trust),
     Section("rankings", "Features: rankings compared", rankings),
