@@ -60,7 +60,7 @@ PHASES := fetch encode probe select steer cards calibrate ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 # What takes overrides; anything else would pass them over without a word.
-TAKING := run doctor submit-all train-sarm plan $(PHASES) $(SUBMIT)
+TAKING := run doctor submit-all train-sarm plan serve-reward $(PHASES) $(SUBMIT)
 ifeq ($(MAKELEVEL),0)
 ifneq ($(OVERRIDES),)
 $(foreach goal,$(filter-out $(TAKING),$(or $(MAKECMDGOALS),help)),$(error make $(goal) takes no $(firstword $(OVERRIDES)); overrides of the config are for $(TAKING)))
@@ -175,7 +175,7 @@ check: setup  ## lint, types, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-format: setup  ## mend what ruff can
+format: setup  ## fix what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 

@@ -46,11 +46,11 @@ SECTIONS = (
     Section("training", "Training, all arms", training),
     Section("sweep", "Penalised rate against reward, KL and over-refusal", sweep),
     Section("features", "Features: effects on held-out prompts", features),
-    Section("trust", "How far the selection can be trusted", trust),
+    Section("trust", "Validity checks", trust),
     Section("rankings", "Features: rankings compared", rankings),
     Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
     Section("steered", "Steering the policy", steered, "approximate"),
-    Section("phases", "The run's parts", phases),
+    Section("phases", "Pipeline status", phases),
     Section("provenance", "Provenance", provenance),
 )
