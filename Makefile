@@ -158,8 +158,10 @@ export: setup  ## a run's SAE and latents for SAELens, delphi and upstream's scr
 serve-reward: setup  ## the compound reward over HTTP, for TRL, OpenRLHF and verl: RUN=... or CONFIG=... (docs/other-trainers.md)
 	@$(PY) -m serving $(if $(filter command environment,$(firstword $(origin CONFIG))),--config $(call arg,CONFIG)) $(if $(call given,RUN),--run $(call arg,RUN)) $(overrides)
 
+# A worker takes whole files, so that what their tests share is made once, in the order of the folders: otherwise files of
+# few but long tests come last.
 test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: setup  ## the slow tests
 	$(PY) -m pytest -m "slow and not gpu and not cluster" $(PYTEST_ARGS)
