@@ -18,7 +18,7 @@ from reports.evidence import arm_rows
 from reports.frames import Frames, arm_rank
 from reports.numbers import arm_name
 from reports.policies import mean
-from sarm.config import ARMS, arm_and_seed
+from sarm.config import ARMS, VerdictConfig, arm_and_seed
 from sarm.evaluation.comparison import Grid, aligned, change, grid, means_of
 from sarm.evaluation.intervals import two_way
 from sarm.run import RunDir
@@ -57,7 +57,7 @@ def sweep_figures(run: RunDir, frames: Frames) -> dict[str, Any] | None:
                     "distance": distance,
                     **numbers(mine, arm),
                     "beside_no_penalty": (
-                        beside(plain, grid_of(mine, arm), arm, run.config.verdict.kl_tolerance)
+                        beside(plain, grid_of(mine, arm), arm, run.config.verdict)
                         if trained and arm != "no_penalty"
                         else None
                     ),
@@ -121,18 +121,24 @@ def rate_interval(arm: Grid | None) -> tuple[float, float]:
 
 
 def beside(
-    no_penalty: Grid | None, arm: Grid | None, name: str, tolerance: float
+    no_penalty: Grid | None, arm: Grid | None, name: str, rule: VerdictConfig
 ) -> dict[str, Any] | None:
-    """The change of the penalised rate against no penalty at the same distance, and whether the
-    two are too far apart in KL to be compared; None where one is missing.
+    """The change of the penalised rate against no penalty at the same distance, whether the two are
+    too far apart in KL to be compared, and whether they share as many seeds and prompts as the rule
+    asks for; None where one is missing.
     """
     if no_penalty is None or arm is None:
         return None
     before, after = aligned(no_penalty, arm)
     found = change(before, after, "penalised_fired", name, "no_penalty")
     kl = means_of({"no_penalty": no_penalty, name: arm}, "kl", ("no_penalty", name)).values()
-    apart = not (min(kl) > 0 and max(kl) <= (1 + tolerance) * min(kl))
-    return {"change": found.change, "low": found.low, "high": found.high, "kl_apart": apart}
+    return {
+        "change": found.change,
+        "low": found.low,
+        "high": found.high,
+        "kl_apart": not (min(kl) > 0 and max(kl) <= (1 + rule.kl_tolerance) * min(kl)),
+        "enough": found.n_seeds >= rule.min_seeds and found.n_prompts >= rule.min_unsafe,
+    }
 
 
 def front(costs: Sequence[Sequence[float]]) -> list[bool]:

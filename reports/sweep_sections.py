@@ -67,7 +67,7 @@ def sweep(figures: dict[str, Any]) -> list[Block]:
             )
         )
     else:
-        blocks += front_blocks(found)
+        blocks += front_blocks(found, figures["verdict"])
     if suggested:
         blocks.append(
             Table(
@@ -91,7 +91,7 @@ def sweep(figures: dict[str, Any]) -> list[Block]:
     return blocks
 
 
-def front_blocks(found: dict[str, Any]) -> list[Block]:
+def front_blocks(found: dict[str, Any], verdict: dict[str, Any]) -> list[Block]:
     """Every arm and point of the sweep; in words, where a penalty does more than the reward."""
     rows = found["points"]
     blocks: list[Block] = [
@@ -104,7 +104,7 @@ def front_blocks(found: dict[str, Any]) -> list[Block]:
             " them are noise, and so may be a place on the front."
         ),
         Table(
-            ["", "seeds", "penalised", "95 % interval", "KL", "reward", "over-ref.", "front"],
+            ["Arm", "seeds", "penalised", "95 % interval", "KL", "reward", "over-ref.", "front"],
             [
                 [
                     r["label"],
@@ -119,11 +119,20 @@ def front_blocks(found: dict[str, Any]) -> list[Block]:
                 for r in rows
             ],
         ),
-        *([Items(said)] if (said := beside_words(rows)) else []),
+        *beside_blocks(rows, verdict),
     ]
     if found["missing"]:
         blocks.append(Prose(f"Not evaluated: {', '.join(found['missing'])}."))
     return blocks
+
+
+def beside_blocks(rows: Sequence[dict[str, Any]], verdict: dict[str, Any]) -> list[Block]:
+    """`beside_words`, unless the ladder's rung 0 says nothing of latents: then neither do these."""
+    said = beside_words(rows)
+    if said and verdict["rung"] == 0:
+        why = "Whether a penalty does more than the reward is not said here"
+        return [Prose(f"{why}, as the verdict says nothing of latents ({verdict['word']}).")]
+    return [Items(said)] if said else []
 
 
 def beside_words(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -131,6 +140,8 @@ def beside_words(rows: Sequence[dict[str, Any]]) -> list[str]:
     far as the rows can tell: against no penalty at the same distance.
     """
     compared = [row for row in rows if row["beside_no_penalty"]]
+    few = [row for row in compared if not row["beside_no_penalty"]["enough"]]
+    compared = [row for row in compared if row not in few]
     matched = [row for row in compared if not row["beside_no_penalty"]["kl_apart"]]
 
     def named(mine: Sequence[dict[str, Any]]) -> str:
@@ -156,6 +167,8 @@ def beside_words(rows: Sequence[dict[str, Any]]) -> list[str]:
     said = [f"{lead}{named(mine)}." for mine, lead in groups if mine]
     if apart:
         said.append(f"Not at equal KL with no penalty: {', '.join(r['label'] for r in apart)}.")
+    if few:
+        said.append(f"Too few seeds or prompts to tell: {', '.join(row['label'] for row in few)}.")
     return said
 
 

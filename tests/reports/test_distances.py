@@ -16,7 +16,7 @@ from reports.figures import figures
 from reports.frames import Frames, read_run
 from reports.page import page, samples
 from reports.pareto import sweep_figures
-from reports.sweep_sections import beside_words
+from reports.sweep_sections import beside_blocks, beside_words
 from reports.text import final_report
 from sarm.config import UserError
 from sarm.evaluation.verdict import Verdict
@@ -228,14 +228,20 @@ def test_the_front_is_over_seeds_at_each_distance(tmp_path):
     assert rows["base", None]["beside_no_penalty"] is None
     said = [re.sub(r" \([^)]*\)", "", words) for words in beside_words(made["points"])]
     assert said == [
-        f"Below no penalty's rate at equal KL: penalty at 1; penalty at the end; {weak} at the end;"
-        f" {strong} at 1; {strong} at the end.",
+        f"Below no penalty's rate at equal KL: penalty at 1; penalty at the end; {strong} at the"
+        " end.",
         "Not shown to do more than the reward does by itself, whose rate at equal KL is not shown"
-        " to differ: random at 0.5; random at 2; random at the end;"
-        f" {weak} at 0.5; {weak} at 1; {weak} at 2; {strong} at 0.5; {strong} at 2.",
+        f" to differ: random at 0.5; random at 2; random at the end; {strong} at 0.5.",
         "Above no penalty's rate at equal KL: random at 1.",
         "Not at equal KL with no penalty: penalty at 0.5, penalty at 2.",
+        f"Too few seeds or prompts to tell: {weak} at 0.5, {weak} at 1, {weak} at 2,"
+        f" {weak} at the end, {strong} at 1, {strong} at 2.",
     ]
+    (loud,) = beside_blocks(made["points"], {"rung": 1, "word": "no effect"})
+    assert loud.items == beside_words(made["points"])
+    (silent,) = beside_blocks(made["points"], {"rung": 0, "word": "no verdict on latents"})
+    assert "not said here" in silent.text and "(no verdict on latents)" in silent.text
+    assert beside_blocks(made["points"][:1], {"rung": 0, "word": "no verdict"}) == []
 
 
 def test_rows_at_a_distance_keep_the_policies_that_have_none(reached_one):
