@@ -273,6 +273,10 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         "",
         'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
         (
+            '[ -e slurm/entry.py ] || { echo "$PWD is not the checkout; submit from there" >&2;'
+            " exit 2; }"
+        ),
+        (
             ': "${CONFIG:?give --export=ALL,CONFIG=...,RUN=...}" "${RUN:?give'
             ' --export=ALL,CONFIG=...,RUN=...}"'
         ),
