@@ -60,7 +60,7 @@ PHASES := fetch check_sarm encode probe select steer cards calibrate ppo evaluat
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 # What takes overrides; anything else would pass them over without a word.
-TAKING := check-sarm run doctor submit-all train-sarm plan $(PHASES) $(SUBMIT)
+TAKING := check-sarm run doctor submit-all train-sarm plan serve-reward $(PHASES) $(SUBMIT)
 ifeq ($(MAKELEVEL),0)
 ifneq ($(OVERRIDES),)
 $(foreach goal,$(filter-out $(TAKING),$(or $(MAKECMDGOALS),help)),$(error make $(goal) takes no $(firstword $(OVERRIDES)); overrides of the config are for $(TAKING)))
@@ -160,8 +160,10 @@ export: setup  ## a run's SAE and latents for SAELens, delphi and upstream's scr
 serve-reward: setup  ## the compound reward over HTTP, for TRL, OpenRLHF and verl: RUN=... or CONFIG=... (docs/other-trainers.md)
 	@$(PY) -m serving $(if $(filter command environment,$(firstword $(origin CONFIG))),--config $(call arg,CONFIG)) $(if $(call given,RUN),--run $(call arg,RUN)) $(overrides)
 
+# A worker takes whole files, so that what their tests share is made once, in the order of the folders: otherwise files of
+# few but long tests come last.
 test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: setup  ## the slow tests
 	$(PY) -m pytest -m "slow and not gpu and not cluster" $(PYTEST_ARGS)
@@ -175,7 +177,7 @@ check: setup  ## lint, types, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-format: setup  ## mend what ruff can
+format: setup  ## fix what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 

@@ -74,7 +74,9 @@ class Log:
         self._numbers(line)
 
     def write_held_out(self, step: int, found: Evaluated) -> None:
-        """After `step` steps."""
+        """After `step` steps; once, though the run that this one goes on from ended with it."""
+        if any(line["step"] == step for line in self.files["held_out"].lines[-1:]):
+            return
         completions = [{"step": step, **completion} for completion in found.completions]
         self.files["held_out"].write({"step": step, **found.metrics})
         self.files["completions"].write(*completions)

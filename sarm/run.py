@@ -402,8 +402,8 @@ class Attempt:
         errors.
 
         Where another attempt has published since this one began, its manifest stands and is
-        returned: this is then the late writer, such as one on a node given up for lost, and others
-        may have read what stands.
+        returned: this is then the late writer, such as one on a node that was declared dead, and
+        others may have read what stands.
         """
         outputs = {name: _output(path, path.name) for name, path in self._files.items()}
         for name, folder in self._folders.items():

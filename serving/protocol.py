@@ -16,7 +16,6 @@ LETTERS_PER_TOKEN = 64
 """A conversation with more letters than this for each token that the SARM reads is refused unread:
 tokenising it would hold up everyone.
 """
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Refused(Exception):
@@ -63,7 +62,7 @@ class ItemsRequest(_Body):
     """`POST /score`."""
 
     items: Annotated[list[Item], Field(min_length=1)]
-    latents: list[Annotated[int, Field(ge=0)]] = []
+    latents: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] = []
     """More latents whose values are to come back."""
 
 
@@ -80,9 +79,7 @@ class OpenRlhfRequest(BaseModel):
     """Not read."""
 
 
-def items_request(
-    body: bytes, *, most: int, max_length: int, control_characters: bool = False
-) -> dict[str, Any]:
+def items_request(body: bytes, *, most: int, max_length: int) -> dict[str, Any]:
     """The job of a `/score` body. Raises Refused."""
     request = _parsed(ItemsRequest, body)
     _bound(len(request.items), "items", most)
@@ -96,14 +93,12 @@ def items_request(
                 f"{where} ends in a {response[-1]['role']} turn; a reward is for what the assistant"
                 " says: end the response with an assistant turn",
             )
-        _check_text(_texts(prompt) + _texts(response), where, max_length, control_characters)
+        _check_length(_texts(prompt) + _texts(response), where, max_length)
         items.append({"prompt": prompt, "response": response, "ended": item.ended})
     return {"form": "items", "items": items, "latents": list(dict.fromkeys(request.latents))}
 
 
-def openrlhf_request(
-    body: bytes, *, most: int, max_length: int, control_characters: bool = False
-) -> dict[str, Any]:
+def openrlhf_request(body: bytes, *, most: int, max_length: int) -> dict[str, Any]:
     """The job of a `/get_reward` body. Raises Refused."""
     request = _parsed(OpenRlhfRequest, body)
     _bound(len(request.query), "query", most)
@@ -116,7 +111,7 @@ def openrlhf_request(
             )
     for i, query in enumerate(request.query):
         texts = [query, *([request.prompts[i]] if request.prompts is not None else [])]
-        _check_text(texts, f"query[{i}]", 2 * max_length, control_characters)
+        _check_length(texts, f"query[{i}]", 2 * max_length)
     return {"form": "openrlhf", "query": request.query, "prompts": request.prompts}
 
 
@@ -174,7 +169,7 @@ def _bound(n: int, name: str, most: int) -> None:
         )
 
 
-def _check_text(texts: list[str], where: str, max_length: int, control_characters: bool) -> None:
+def _check_length(texts: list[str], where: str, max_length: int) -> None:
     length = sum(map(len, texts))
     if length > LETTERS_PER_TOKEN * max_length:
         raise Refused(
@@ -182,12 +177,3 @@ def _check_text(texts: list[str], where: str, max_length: int, control_character
             f"{where} has {length} letters, more than could be {max_length} tokens"
             " (sarm.max_length); shorten it or raise that",
         )
-    if control_characters:
-        return
-    for text in texts:
-        if found := _CONTROL.search(text):
-            raise Refused(
-                422,
-                f"{where} holds the control character U+{ord(found[0]):04X}; take it out, or serve"
-                " with serve.strict=false",
-            )

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from sarm.run import RunDir
 from serving.protocol import Refused
 from serving.transcripts import Transcripts
 
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 Answer = dict[str, Any]
 """`rewards` and `scores`, a number a conversation, and `extra_logs`, a list of them a name."""
 
@@ -53,7 +55,7 @@ class Scorer:
         transcripts: Transcripts | None,
         *,
         without: str = "",
-        strict: bool = True,
+        truncate: bool = False,
     ) -> None:
         if reward.penalised and PENALTIES[reward.kind].needs_rates:
             raise UserError(
@@ -61,7 +63,7 @@ class Scorer:
                 " not see; serve a threshold or hinge penalty, or serve.arm=no_penalty"
             )
         self.reward, self.transcripts = reward, transcripts
-        self.without, self.strict = without, strict
+        self.without, self.truncate = without, truncate
 
     def read(self, job: dict[str, Any]) -> list[Read]:
         """A job's conversations. Raises Refused where one cannot be scored."""
@@ -72,9 +74,12 @@ class Scorer:
                 f"latents {beyond[:5]} are not in this SARM, which has {self.reward.model.d_sae};"
                 " ask for those it has",
             )
+        said = self._said(job)
+        for i, (prompt, _, _) in enumerate(said):
+            refuse_control_characters(prompt, f"conversation {i}")
         scored = [
             scored_conversation(prompt, response, ended=ended, trim=self.reward.trim)
-            for prompt, response, ended in self._said(job)
+            for prompt, response, ended in said
         ]
         try:
             tokenized = tokenize_conversations(
@@ -83,12 +88,12 @@ class Scorer:
         except UserError as error:
             raise Refused(422, str(error)) from None
         long = [i for i, text in enumerate(tokenized) if text.truncated]
-        if long and self.strict:
+        if long and not self.truncate:
             raise Refused(
                 413,
                 f"conversation {long[0]} has more than {self.reward.max_length} tokens"
-                " (sarm.max_length); shorten it, raise that, or serve with serve.strict=false,"
-                " which scores it without its oldest tokens",
+                " (sarm.max_length); shorten it, raise that, or serve with"
+                " serve.too_long=truncate, which scores it without its oldest tokens",
             )
         return [
             Read(s.messages, len(t.ids), s.ended) for s, t in zip(scored, tokenized, strict=True)
@@ -138,6 +143,19 @@ class Scorer:
         return {"rewards": total, "scores": total, "extra_logs": extra}
 
 
+def refuse_control_characters(prompt: str | Sequence[Message], where: str) -> None:
+    """Raises Refused on a prompt that holds one: its data were read wrongly. Responses may: a
+    policy samples bytes, and training scores what it says.
+    """
+    for text in [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]:
+        if found := CONTROL.search(text):
+            raise Refused(
+                422,
+                f"the prompt of {where} holds the control character U+{ord(found[0]):04X}; mend the"
+                " data that it comes from",
+            )
+
+
 def open_scorer(config: Config, run: str | Path | None) -> Scorer:
     """The configured SARM under a run's penalty, or the config's own. Raises UserError."""
     model, tokenizer = load_sarm(config.sarm)
@@ -160,7 +178,9 @@ def open_scorer(config: Config, run: str | Path | None) -> Scorer:
         transcripts = transcripts_of(config)
     except UserError as error:
         without = str(error)
-    return Scorer(reward, transcripts, without=without, strict=config.serve.strict)
+    return Scorer(
+        reward, transcripts, without=without, truncate=config.serve.too_long == "truncate"
+    )
 
 
 def features_of(config: Config, run: str | Path) -> Features:

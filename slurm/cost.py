@@ -85,7 +85,7 @@ def disk(config: Config, run: RunDir) -> list[Disk]:
         checkpoint = 16.0 * policy.lora(ppo.lora.rank) if ppo.lora else full
         passing = checkpoint * (ppo.keep_last + 1) * trained
         policies = trained * (1 + len(ppo.kl_distances))
-        size = 2.0 * policy.parameters * policies
+        size = 2.0 * policy.parameters * policies + checkpoint * trained * ppo.keeps_state
         found.append(Disk("ppo", f"{policies} policies", size, passing))
     return found
 

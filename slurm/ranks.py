@@ -145,7 +145,8 @@ class Ranks:
             unfinished.write_text(json.dumps(death))
             os.replace(unfinished, self.folder / f"died.{self.stem}.{self.rank}")
         stands = self.folder / f"cause.{self.stem}"
-        deadline = time.monotonic() + HOLD_S
+        # on several nodes rank 0 may have to wait until one has been silent for long enough
+        deadline = time.monotonic() + HOLD_S + (SILENT_S + BEAT_S if self.several else 0.0)
         if self.rank == 0:
             if cause := self.cause(log, 0.0 if asked else PATIENCE_S) or self.lost_node(asked):
                 with (

@@ -273,6 +273,10 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         "",
         'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
         (
+            '[ -e slurm/entry.py ] || { echo "$PWD is not the checkout; submit from there" >&2;'
+            " exit 2; }"
+        ),
+        (
             ': "${CONFIG:?give --export=ALL,CONFIG=...,RUN=...}" "${RUN:?give'
             ' --export=ALL,CONFIG=...,RUN=...}"'
         ),
@@ -281,6 +285,25 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         FORGET_ALLOCATION,
         *bound_lines(profile, BY_HAND),
         "UNIT=${UNIT:-$SLURM_ARRAY_TASK_ID}",  # an element of an array does the shard of its index
+        *surrounding_lines(profile, phase),
+    ]
+    entering, python = image_lines(profile, phase)
+    lines += entering
+    unit = ' ${UNIT:+--unit "$UNIT"}'
+    words = (
+        f'{python} -m slurm.entry {BY_HAND} {grace_s(profile)} {phase} --config "$CONFIG" --run'
+        f' "$RUN"{unit}'
+    )
+    lines += [
+        f"srun {' '.join(srun_args(profile, phase))} {words}",
+        *teardown_lines(profile, phase, BY_HAND),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def surrounding_lines(profile: Profile, phase: Phase) -> list[str]:
+    """PATH, modules, variables, scratch and caches of a stand-alone script."""
+    return [
         path_line(profile, None),
         *module_lines(profile),
         ISOLATE,
@@ -302,49 +325,45 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         *([] if phase == "fetch" else ["export HF_HUB_OFFLINE=1", NO_TOKEN]),
         'mkdir -p "$SARM_CACHE" "$HF_HUB_CACHE"',
     ]
+
+
+def image_lines(profile: Profile, phase: Phase) -> tuple[list[str], str]:
+    """(lines that find the image, the shell words that start Python in it) of a stand-alone
+    script.
+    """
     box = profile.container
     if box is None:
-        python = ".venv/bin/python"
-    else:
-        image = box.light_image if phase == "report" and box.light_image else box.image
-        nv = " --nv" if box.nv and resources(profile, phase).gpus else ""
-        binds = "".join(f" --bind {bind}" for bind in box.binds)
-        writable = ' --bind "$SARM_CACHE" --bind "$HF_HOME" --bind "$HF_HUB_CACHE"'
-        caches = (
-            writable
-            if phase == "fetch"
-            else ' --bind "$SARM_CACHE:$SARM_CACHE:ro" --bind "$HF_HUB_CACHE:$HF_HUB_CACHE:ro"'
-        )
-        python = (
-            f'{box.command} exec{nv} --no-home --pwd "$PWD" --bind "$PWD" --bind "$(realpath'
-            f' "$RUN")"{caches}{binds} "$image" {box.python}'
-        )
-        lines += [
-            (
-                f'image=$(realpath -e {image}) || {{ echo "there is no image {image}; make images"'
-                " >&2; exit 2; }"
-            ),
-            # The note is trusted only where the image is no younger.
-            (
-                'if [ "$image.sha256" -ot "$image" ]; then SARM_IMAGE_SHA256=$(sha256sum "$image");'
-                ' else SARM_IMAGE_SHA256=$(cat "$image.sha256"); fi'
-            ),
-            "export SARM_IMAGE_SHA256=${SARM_IMAGE_SHA256%% *}",
-            (
-                'if [ -e "$image.commit" ]; then SARM_IMAGE_COMMIT=$(cat "$image.commit"); export'
-                " SARM_IMAGE_COMMIT; fi"
-            ),
-        ]
-    unit = ' ${UNIT:+--unit "$UNIT"}'
-    words = (
-        f'{python} -m slurm.entry {BY_HAND} {grace_s(profile)} {phase} --config "$CONFIG" --run'
-        f' "$RUN"{unit}'
+        return [], ".venv/bin/python"
+    image = box.light_image if phase == "report" and box.light_image else box.image
+    nv = " --nv" if box.nv and resources(profile, phase).gpus else ""
+    binds = "".join(f" --bind {bind}" for bind in box.binds)
+    writable = ' --bind "$SARM_CACHE" --bind "$HF_HOME" --bind "$HF_HUB_CACHE"'
+    caches = (
+        writable
+        if phase == "fetch"
+        else ' --bind "$SARM_CACHE:$SARM_CACHE:ro" --bind "$HF_HUB_CACHE:$HF_HUB_CACHE:ro"'
     )
-    lines += [
-        f"srun {' '.join(srun_args(profile, phase))} {words}",
-        *teardown_lines(profile, phase, BY_HAND),
+    python = (
+        f'{box.command} exec{nv} --no-home --pwd "$PWD" --bind "$PWD" --bind "$(realpath'
+        f' "$RUN")"{caches}{binds} "$image" {box.python}'
+    )
+    lines = [
+        (
+            f'image=$(realpath -e {image}) || {{ echo "there is no image {image}; make images"'
+            " >&2; exit 2; }"
+        ),
+        # The note is trusted only where the image is no younger.
+        (
+            'if [ "$image.sha256" -ot "$image" ]; then SARM_IMAGE_SHA256=$(sha256sum "$image");'
+            ' else SARM_IMAGE_SHA256=$(cat "$image.sha256"); fi'
+        ),
+        "export SARM_IMAGE_SHA256=${SARM_IMAGE_SHA256%% *}",
+        (
+            'if [ -e "$image.commit" ]; then SARM_IMAGE_COMMIT=$(cat "$image.commit"); export'
+            " SARM_IMAGE_COMMIT; fi"
+        ),
     ]
-    return "\n".join(lines) + "\n"
+    return lines, python
 
 
 def _array_hint(phase: Phase) -> str:

@@ -36,6 +36,7 @@ LIGHT = (
     "slurm.sbatch",
     "slurm.script",
     "slurm.sending",
+    "slurm.serve",
     "slurm.site_checks",
     "slurm.state",
     "slurm.status",

@@ -177,10 +177,24 @@ class PpoConfig(Strict):
     penalty: PenaltyConfig = PenaltyConfig()
     unreadable: Literal["stop", "warn"] = "stop"
     """What to do where calibrate finds that the SARM does not read the policy's responses."""
+    continue_from: str | None = None
+    """A finished run, by its folder, whose unit of the same name training goes on from: its
+    weights, optimizer state and steps, which `steps` counts too. With more steps or another
+    learning rate; see `sarm/ppo/parent.py`.
+    """
+    keep_state: bool | None = None
+    """Whether a finished unit keeps what `continue_from` needs; where unset, with LoRA, whose
+    optimizer state is small.
+    """
     checkpoint_every: Positive = 10
     keep_last: Positive = 1
     held_out: HeldOutConfig = HeldOutConfig()
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
+
+    @property
+    def keeps_state(self) -> bool:
+        """`keep_state`, resolved."""
+        return self.lora is not None if self.keep_state is None else self.keep_state
 
     @property
     def critic(self) -> bool:

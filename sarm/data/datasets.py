@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sarm.config import PARTS, ROOT, DataConfig, Part, SourceConfig, UserError
+from sarm.data.fields import Message, Messages
 from sarm.data.files import SUFFIXES, read_records
-from sarm.data.formats import FORMATS, Message, Messages, Place, Row
+from sarm.data.formats import FORMATS, Place, Row
 
 ENCODED_PARTS: tuple[Part, ...] = ("discovery", "validation", "test")
 

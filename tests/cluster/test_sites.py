@@ -324,21 +324,21 @@ def test_ppo_on_two_nodes_trains_as_four_ranks_on_one(
     assert json.loads(shown)["state"] == "done"
 
 
+# its daemons first, as they would tell of the ranks' end
 OF_NODE = """
+pgrep -f 'slurmd -N {node}$'
+for step in $(pgrep -f 'slurmstepd: \\[{job}\\.'); do
+  for child in $(pgrep -P $step); do
+    if tr '\\0' '\\n' </proc/$child/environ 2>/dev/null | grep -qx SLURMD_NODENAME={node}; then
+      echo $step
+      break
+    fi
+  done
+done
 for folder in /proc/[0-9]*; do
   if tr '\\0' '\\n' <$folder/environ 2>/dev/null | grep -qx SLURMD_NODENAME={node}; then
     echo ${{folder#/proc/}}
   fi
-done
-pgrep -f 'slurmd -N {node}$'
-pgrep -f 'slurmstepd: \\[{job}\\.' | while read -r pid; do
-  pgrep -P $pid >/dev/null || continue
-  for child in $(pgrep -P $pid); do
-    if tr '\\0' '\\n' </proc/$child/environ 2>/dev/null | grep -qx SLURMD_NODENAME={node}; then
-      echo $pid
-      break
-    fi
-  done
 done
 """
 

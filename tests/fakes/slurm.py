@@ -9,8 +9,9 @@ in $FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch 
 {"no_sacct": true}, {"enforce": "associations"} (accounting, at submission),
 {"flags": {"--account=nobody": "Invalid account"}} (what test-only refuses), {"max_array_size": 5},
 {"deaf": ["squeue"]} (commands that reach no controller), {"elapsed": 9} (seconds, to accounting),
-{"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT, "srun": TEXT, "sacctmgr":
-{"assoc": TEXT, "qos": TEXT}}. As the real ones, its commands hear SQUEUE_*, SBATCH_*, SLURM_CLUSTERS and SCANCEL_STATE.
+{"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT, "srun": TEXT},
+{"sacctmgr": {"assoc": TEXT, "qos": TEXT}}. As the real ones, its commands hear SQUEUE_*, SBATCH_*,
+SLURM_CLUSTERS and SCANCEL_STATE.
 """
 
 import fcntl

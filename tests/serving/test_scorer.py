@@ -70,12 +70,12 @@ def test_jobs_scored_together_get_their_own_answers(scorer: Any) -> None:
     ]
 
 
-def test_without_strict_what_is_too_long_is_scored_as_training_scores_it(
+def test_what_is_too_long_is_truncated_as_in_training_where_asked_for(
     tiny_policy: Path, tiny_sarm: Path
 ) -> None:
     from serving.scorer import open_scorer
 
-    overrides = [*settings(tiny_policy, tiny_sarm), "serve.strict=false", "sarm.max_length=64"]
+    overrides = [*settings(tiny_policy, tiny_sarm), "serve.too_long=truncate", "sarm.max_length=64"]
     loose = open_scorer(load_config(ROOT / "configs" / "tiny.yaml", overrides), None)
     long = {"prompt": "How?", "response": "Here are the steps. " * 30, "ended": True}
     job = {"form": "items", "items": [long]}
@@ -83,7 +83,7 @@ def test_without_strict_what_is_too_long_is_scored_as_training_scores_it(
     scores = loose.reward.score([conversation("How?", long["response"].strip())])
     assert answer["extra_logs"]["truncated"] == [1.0] == scores.truncated.float().tolist()
     assert answer["rewards"] == pytest.approx(scores.total.tolist(), abs=1e-6)
-    loose.strict = True
+    loose.truncate = False
     with pytest.raises(Refused, match="more than 64 tokens"):
         loose.read(job)
 
@@ -102,6 +102,17 @@ def test_a_runs_selection_is_what_is_served(selected_run: Any) -> None:
         load_config(run / "config.yaml", ["serve.arm=no_penalty"], stored=True), run
     ).reward
     assert [p.alpha for p in plain.penalised] == [0.0] * len(reward.penalised)
+
+
+def test_a_response_may_hold_control_characters_and_a_prompt_may_not(scorer: Any) -> None:
+    said = {"prompt": "How?", "response": "It\x1c is.\x00", "ended": True}
+    job = {"form": "items", "items": [said]}
+    want = scorer.reward.score([conversation("How?", "It\x1c is.\x00")]).total.tolist()
+    assert scorer.score([(job, scorer.read(job))])[0]["rewards"] == pytest.approx(want, abs=1e-6)
+    system = [{"role": "system", "content": "a\x07"}, {"role": "user", "content": "b"}]
+    for prompt in ("How\x1c?", system):
+        with pytest.raises(Refused, match=r"conversation 0 holds the control character U\+00"):
+            scorer.read({"form": "items", "items": [said | {"prompt": prompt}]})
 
 
 def test_a_density_penalty_is_refused(scorer: Any) -> None:

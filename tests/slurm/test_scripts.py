@@ -354,6 +354,11 @@ def test_a_stand_alone_script_without_its_image_says_so(phase: str, tmp_path: Pa
         "RUN": str(tmp_path / "run"),
     }
     done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
+    assert done.returncode == 2 and f"{tmp_path} is not the checkout" in done.stderr
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "entry.py").touch()
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
     assert done.returncode == 2 and "make images" in done.stderr
 
 

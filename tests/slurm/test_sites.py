@@ -19,6 +19,7 @@ from sarm.run import Attempt, RunDir
 from slurm import doctor, queue
 from slurm.entry import failed_units, first_host
 from slurm.environment import ISOLATE, forgotten, isolated
+from slurm.joblogs import complaint
 from slurm.profile import Profile, flags, gpu_hours, resources
 from slurm.profile_file import load_profile
 from slurm.sbatch import main as write_scripts
@@ -673,6 +674,14 @@ def test_the_report_hears_how_its_units_jobs_ended_by_name(tmp_path: Path) -> No
         "ppo/c": "",  # another submission's log has its number
     }
     assert failed_units(tmp_path, {}) == {}
+
+
+def test_killed_tasks_are_told_of_where_nothing_else_says_why(tmp_path: Path) -> None:
+    log, killed = tmp_path / "5_0_log.out", "srun: error: g2: tasks 2-3: Killed\n"
+    log.write_text(f"{killed}srun: Terminating StepId=5.0\nsrun: error: g1: task 1: Exited\n")
+    assert complaint([log]) == "g2: tasks 2-3: Killed"
+    log.write_text(f"slurmstepd: error: Detected 1 oom_kill event in StepId=5.0\n{killed}")
+    assert complaint([log]) == "Detected 1 oom_kill event in StepId=5.0"
 
 
 def test_a_job_that_did_a_unit_once_is_not_the_one_that_fails_now(site: Site) -> None:
