@@ -280,14 +280,16 @@ def test_two_clusters_whose_ids_are_the_same(emptied: None, second_cluster: None
 LOGIN = """
 export PYTHONHOME=/opt/conda APPTAINERENV_PYTHONHOME=/opt/conda APPTAINER_CLEANENV=1
 export APPTAINER_CONTAINALL=1 APPTAINERENV_PATH=/opt/conda/bin:/usr/bin:/bin PYTHONPATH=/elsewhere
-export SQUEUE_STATES=RUNNING APPTAINER_BIND=/srv
+export SQUEUE_STATES=RUNNING APPTAINER_BIND=/srv SLURM_CLUSTERS=nowhere TMPDIR=/nowhere
+export APPTAINERENV_TMPDIR=/nowhere APPTAINERENV_HF_HUB_OFFLINE=0 APPTAINERENV_SLURM_PROCID=3
+export APPTAINERENV_HF_TOKEN=hf_canary CUDA_VISIBLE_DEVICES=7
 """
 
 
 def test_a_login_environment_changes_nothing_in_a_real_image(
     undisturbed: ClusterRun, emptied: None
 ) -> None:
-    run = undisturbed.copy("login", "steer/all", "report/all")
+    run = undisturbed.copy("login", "steer/all", "evaluate/base", "report/all")
     home = STATE / "home" / ".bash_profile"
     inside("bash", "-c", f"cat >{home} <<'END'\n{LOGIN}END")
     try:

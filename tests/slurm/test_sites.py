@@ -281,6 +281,19 @@ def test_a_jobs_path_is_its_nodes_and_more(site: Site) -> None:
     assert sum("PATH=" in one for one in lines if one.startswith("export PATH=")) == 1
 
 
+def test_gpus_that_login_files_name_are_none_of_a_job_that_asked_for_none(
+    site: Site, tmp_path: Path
+) -> None:
+    site.submit()
+    say = f'echo "${{CUDA_VISIBLE_DEVICES-none}}" >{tmp_path}/said'
+    for batch, said in (("select", "none"), ("ppo.penalty-seed1", "0,1,2,3")):
+        assert batch_script(site, batch, say, CUDA_VISIBLE_DEVICES="0,1,2,3")[0] == 0
+        assert (tmp_path / "said").read_text().strip() == said
+    for phase, lines in (("report", 1), ("ppo", 0)):
+        text = script(Profile(description="x"), phase, "x")
+        assert text.count("\nunset CUDA_VISIBLE_DEVICES\n") == lines
+
+
 def test_srun_is_found_where_the_login_files_put_it(site: Site) -> None:
     site.submit()
     ran = site.home / "ran"
