@@ -251,14 +251,12 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's node list: `g1` of `g[1-2,5]`, `rack-a1` of `rack-a1,rack-b1`. Rank 0
+    """The first of Slurm's node list: `g1` of `g[1-2,5]`, `rack0_a2` of `rack[0-1]_a[2-3]`. Rank 0
     is there.
     """
-    before, bracket, rest = nodes.partition("[")
-    if not bracket or "," in before:
-        return before.partition(",")[0]
-    inside, _, after = rest.partition("]")
-    return before + re.split("[,-]", inside)[0] + after.partition(",")[0].partition("[")[0]
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None  # an empty one is one
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
 def device_environment(env: Mapping[str, str], tasks: int) -> dict[str, str]:

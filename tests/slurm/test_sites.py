@@ -209,6 +209,7 @@ def test_several_nodes(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
         ("g[5,7-9],h1", "g5"),
         ("a1,b[2-3]", "a1"),
         ("rack-a[1-2]-ib,c", "rack-a1-ib"),
+        ("rack[0-1]_blade[02-03,7],c", "rack0_blade02"),
     ],
 )
 def test_ranks_meet_on_the_first_node(nodes: str, first: str) -> None:
