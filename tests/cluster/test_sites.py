@@ -326,23 +326,26 @@ def test_ppo_on_two_nodes_trains_as_four_ranks_on_one(
     assert json.loads(shown)["state"] == "done"
 
 
-# its daemons first, as they would tell of the ranks' end
 OF_NODE = """
-pgrep -f 'slurmd -N {node}$'
-for step in $(pgrep -f 'slurmstepd: \\[{job}\\.'); do
-  for child in $(pgrep -P $step); do
-    if tr '\\0' '\\n' </proc/$child/environ 2>/dev/null | grep -qx SLURMD_NODENAME={node}; then
-      echo $step
-      break
-    fi
-  done
-done
-for folder in /proc/[0-9]*; do
-  if tr '\\0' '\\n' <$folder/environ 2>/dev/null | grep -qx SLURMD_NODENAME={node}; then
-    echo ${{folder#/proc/}}
-  fi
-done
+import os, pathlib, sys
+
+def of(pid, what):
+    try:
+        return pathlib.Path(f"/proc/{pid}/{what}").read_bytes()
+    except OSError:
+        return b""
+
+node, pids = sys.argv[1].encode(), [int(name) for name in os.listdir("/proc") if name.isdigit()]
+daemons = [pid for pid in pids if of(pid, "cmdline").startswith(b"slurmd\\0-N\\0" + node)]
+found = {pid for pid in pids if b"SLURMD_NODENAME=" + node in of(pid, "environ").split(b"\\0")}
+for pid in list(found):
+    while pid > 1 and of(pid, "comm").strip() != b"slurmstepd":
+        found.add(pid)
+        pid = int((of(pid, "stat").rpartition(b")")[2].split() or [0, 0])[1])
+    daemons += [pid] if pid > 1 else []
+print(*dict.fromkeys(daemons), *found)
 """
+"""The processes of a node, its daemons first, which would tell of the others' end."""
 
 
 @pytest.mark.timeout(1800)
@@ -360,9 +363,8 @@ def test_a_dead_node_is_named_and_its_job_goes_on_from_its_checkpoint(
         lambda: list((run.path / "ppo" / PPO).glob("checkpoints/step-*/manifest.json")),
         every_s=0.005,
     )
-    found = inside("bash", "-c", OF_NODE.format(node="g2", job=job), root=True, check=False)
-    victims = found.stdout.split()
-    assert len(victims) > 4, found
+    victims = inside("python3", "-c", OF_NODE, "g2", root=True).stdout.split()
+    assert len(victims) > 6, "slurmd, a slurmstepd, and of each rank at least Apptainer and entry"
     try:
         inside("kill", f"-{how}", *victims, root=True, check=False)
         said = "no sign of life from node g2 (ranks 2, 3)"
