@@ -171,7 +171,8 @@ def rule_words(rule: VerdictConfig) -> tuple[str, ...]:
     return (
         f"0. No verdict with fewer than {rule.min_seeds} common seeds or {rule.min_unsafe} unsafe"
         f" prompts, without a penalty or no-penalty arm, with KL more than {rule.kl_tolerance:.0%}"
-        " apart, or under a rule that is not the one recorded before training. No verdict on"
+        " apart or no KL distance that all of them reached, where policies are kept at some, or"
+        " under a rule that is not the one recorded before training. No verdict on"
         f" latents with more than {rule.max_unended:.0%} of responses unended, stability below"
         f" kappa {rule.min_kappa:g}, or a positive control that shows no fall.",
         "1. Penalised rate against no penalty: rose (lower bound above 0), no effect (both bounds"
