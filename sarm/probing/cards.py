@@ -5,7 +5,7 @@ the reward.
     found = latent_cards(encoded, features, table, responses, config)
 
 Examples are taken over discovery, validation and test, at the reward position, at most one a
-prompt. A near miss is a text whose runner-ups hold the latent: TopK passed it over by `gap`. Plain
+prompt. A near miss is a text on which the latent ranks just below the TopK cutoff, by `gap`. Plain
 values throughout; `reports.cards` makes the page.
 """
 

@@ -140,14 +140,14 @@ class Plan(NamedTuple):
     weights: str
     micro_batch_tokens: int
     checkpointed_layers: int
-    """Layers of the policy computed once more in the backward pass."""
+    """Layers of the policy under activation checkpointing."""
     offloaded_layers: int
     """Layers of the reference that live on the host, and on the GPU while there are no gradients.
     """
     persistent_gib: dict[str, float]
-    """GiB a GPU, all the time."""
+    """GiB per GPU, persistent."""
     transient_gib: dict[str, float]
-    """GiB a GPU, at most, in each phase of a step."""
+    """Peak transient GiB per GPU in each phase of a step."""
     train_s: float
     """Of a step: reference, forward, update, optimizer."""
     recorded: bool
