@@ -26,6 +26,7 @@ from sarm.records import (
     Manifest,
     Models,
     Readings,
+    SarmCheck,
     Steered,
     Steering,
     read_training_log,
@@ -78,6 +79,8 @@ class Frames(NamedTuple):
     """`generations` and `sweep` at every distance at which policies were kept, and at the end."""
     kept: dict[str, list[dict[str, Any]]]
     """By trained policy, when it reached which distance."""
+    check_sarm: dict[str, Any] | None
+    """The SARM beside its card."""
 
 
 def read_run(
@@ -117,6 +120,7 @@ def _read_outputs(
     """Frames of published outputs; an output that is damaged marks its unit as failed."""
     manifests = {key: p.manifest for key, p in published.items()}
     features, readings, steering, models, cards, steered = None, None, None, None, None, None
+    check_sarm = None
     calibrations, evaluations, kept = {}, {}, {}
     training, generations, sweep = [], [], []
     points = run.config.sweep_points()
@@ -128,6 +132,8 @@ def _read_outputs(
             if phase == "fetch":
                 if "models.json" in unit_files.manifest.outputs:
                     models = Models.read(unit_files.path("models.json")).tree()
+            elif phase == "check_sarm":
+                check_sarm = SarmCheck.read(unit_files.path("check.json")).tree()
             elif phase == "select":
                 features = Features.read(unit_files.path("features.json"))
                 if "table.parquet" in unit_files.manifest.outputs:
@@ -186,6 +192,7 @@ def _read_outputs(
         compared=compared,
         every=every,
         kept=kept,
+        check_sarm=check_sarm,
     )
 
 

@@ -115,6 +115,7 @@ class Override(Strict):
 
 GENERIC: dict[Phase, Resources] = {
     "fetch": Resources(time_min=240, cpus_per_task=2, mem_gb=16),
+    "check_sarm": Resources(time_min=30, cpus_per_task=8, mem_gb=64, gpus=1),
     "encode": Resources(time_min=60, cpus_per_task=8, mem_gb=64, gpus=1),
     "probe": Resources(time_min=60, cpus_per_task=8, mem_gb=64, gpus=1),
     "select": Resources(time_min=30, cpus_per_task=8, mem_gb=64),
