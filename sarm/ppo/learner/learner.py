@@ -8,8 +8,9 @@
 Each is a collective: every rank calls it, and holds the whole batch before and after. Behind them
 are the ranks, micro-batches, ZeRO, the offloaded reference, recorded CUDA graphs, and the first
 forward pass, which is the update's too where a step makes one update of one micro-batch a rank.
-`python -m pytest tests/ppo/test_learner.py` compares gradients with the obvious ones whatever the
-ranks, micro-batches and ZeRO stage.
+`python -m pytest tests/ppo/test_trainer.py` compares gradients with the obvious ones whatever the
+ranks, micro-batches and ZeRO stage. Long, as it is one class: the calls share models, ranks, the
+recorded pass and what one forward pass leaves to the next call.
 
 Notation: B sequences of a step, t response positions, n response tokens of a micro-batch.
 """
