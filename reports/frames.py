@@ -45,7 +45,7 @@ class Frames(NamedTuple):
     """What a run left. Missing phases leave empty frames and dicts."""
 
     phases: pd.DataFrame
-    """A row a unit: phase, unit, status, cause, log, and what its manifest says."""
+    """A row per unit: phase, unit, status, cause, log, and what its manifest says."""
     manifests: dict[tuple[str, str], Manifest]
     features: Features | None
     readings: Readings | None
@@ -57,15 +57,15 @@ class Frames(NamedTuple):
     unit.
     """
     training: pd.DataFrame
-    """A row a policy and step: policy, arm, seed, step, and the trainer's metrics."""
+    """A row per policy and step: policy, arm, seed, step, and the trainer's metrics."""
     steering: dict[str, Any] | None
     evaluations: dict[str, dict[str, Any]]
     generations: pd.DataFrame
-    """A row a policy and response: policy, arm, seed, and the columns that evaluate wrote. Of the
+    """A row per policy and response: policy, arm, seed, and the columns that evaluate wrote. Of the
     trained policies as they were at the distance that is compared (`compared`).
     """
     probe: pd.DataFrame
-    """A row a latent: what the probe measured of it."""
+    """A row per latent: what the probe measured of it."""
     models: dict[str, Any] | None
     """What fetch recorded: where models and data lie, and their hashes."""
     cards: dict[str, Any] | None
@@ -283,7 +283,7 @@ def last_error(log: Path) -> str:
 
 
 def _metrics(path: Path, unit: str) -> pd.DataFrame:
-    """The trainer's log, one row a step; of a step logged twice the later line counts. People
+    """The trainer's log, one row per step; of a step logged twice the later line counts. People
     count steps from 1.
     """
     table = pd.DataFrame(read_training_log(path))

@@ -436,8 +436,8 @@ class Intervention(Record):
 
 
 class Steering(File):
-    """Rewards of fixed texts before and after an intervention: a row a source and label, and a row
-    a source over its pairs.
+    """Rewards of fixed texts before and after an intervention: a row per source and label, and
+    a row per source over its pairs.
     """
 
     NAME, REDO = "summary.json of steer", "steer"
@@ -659,7 +659,7 @@ class Evaluation(File):
 
 
 class Steered(File):
-    """What pushing the base policy along decoder directions changed: a row a direction."""
+    """What pushing the base policy along decoder directions changed: a row per direction."""
 
     NAME, REDO = "summary.json of evaluate/steered", "evaluate"
     model_config = ConfigDict(extra="allow")

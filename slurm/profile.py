@@ -286,7 +286,7 @@ def packed(profile: Profile, phase: Phase) -> int:
 
 
 def tasks_per_node(profile: Profile, phase: Phase) -> int:
-    """One task a GPU for PPO, one a packed shard, otherwise one."""
+    """One task per GPU for PPO, one a packed shard, otherwise one."""
     return max(1, resources(profile, phase).gpus) if phase == "ppo" else packed(profile, phase)
 
 
