@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from reports.beside import opened
+from reports.beside import cost, opened
 from reports.blocks import Block
 from reports.calibration import calibration
 from reports.policy_sections import changes, latents, policy_evaluation, steered, training, verdict
@@ -53,6 +53,7 @@ SECTIONS = (
     Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
     Section("steered", "Steering the policy", steered, "approximate"),
+    Section("cost", "Cost", cost, "planned against used"),
     Section("phases", "Pipeline status", phases),
     Section("provenance", "Provenance", provenance),
 )

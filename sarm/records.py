@@ -745,6 +745,8 @@ class Report(File):
     check_sarm: Row | None = None
     """The SARM beside its card."""
     has_card: bool = False
+    cost: list[Row] = []
+    """GPU-hours planned and used, and bytes left, by phase."""
     penalty: Row
     shown_policy: str
     progression: list[Row]

@@ -17,6 +17,7 @@ from sarm.config.phases import (
     CheckSarmConfig,
     EncodeConfig,
     EvaluateConfig,
+    LimitsConfig,
     ProbeConfig,
     ReportConfig,
     ResponsesConfig,
@@ -57,6 +58,7 @@ class Config(Strict):
     policy: ChatModelConfig
     sarm: SarmConfig
     data: DataConfig
+    limits: LimitsConfig = LimitsConfig()
     check_sarm: CheckSarmConfig = CheckSarmConfig()
     encode: EncodeConfig = EncodeConfig()
     probe: ProbeConfig = ProbeConfig()
