@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
-from reports.numbers import fixed, plain
+from reports.numbers import fixed
 
 
 def opened(figures: dict[str, Any]) -> list[Block]:
@@ -27,9 +27,9 @@ def opened(figures: dict[str, Any]) -> list[Block]:
     rows = [
         [
             row["what"],
-            plain(float(f"{row['published']:.4g}")),
-            plain(float(f"{row['found']:.4g}")),
-            plain(float(f"{row['tolerance']:.2g}")),
+            f"{row['published']:.4g}",
+            f"{row['found']:.4g}",
+            f"{row['tolerance']:.2g}",
             "OFF" if row["off"] else "",
         ]
         for row in found["rows"]
