@@ -127,8 +127,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except (FileExistsError, FileNotFoundError) as error:
             raise UserError(
-                f"{self.path} can be no run's folder ({os.strerror(error.errno).lower()}); use"
-                " another RUN"
+                f"{self.path} can be no run's folder ({error.strerror}); use another RUN"
             ) from None
         foreign = sorted(p.name for p in self.path.iterdir() if not _is_runs(p.name))
         if foreign:

@@ -81,7 +81,7 @@ def latent_cards(
     seed: int,
 ) -> dict[str, Any]:
     """The contents of cards.json. `texts` are those of `encoded.texts`, row by row; `table` is
-    select's, a row a latent.
+    select's, a row per latent.
     """
     selected = selected_latents(features)
     found = activity(encoded, [s.latent for s in selected])

@@ -123,7 +123,7 @@ def select_features(
 
 
 def judged(table: pd.DataFrame, select: SelectConfig) -> pd.DataFrame:
-    """The table, a row a latent by its number, with `effect` and `effect_validation` (the
+    """The table, a row per latent by its number, with `effect` and `effect_validation` (the
     configured kind), `q`, `discovered`, `p_holm` (validation, over the discoveries), `confirmed`
     and `candidate`.
 
