@@ -56,18 +56,18 @@ dry = $(if $(filter-out 0 no false off n No False Off N NO FALSE OFF,$(call give
 # A list of words, each as it is, patterns of file names apart.
 listed = $(foreach word,$(call given,$1),$(foreach one,$(or $(wildcard $(word)),$(word)),$(call quoted,$(one))))
 cluster = --cluster $(call arg,CLUSTER)
-PHASES := fetch encode probe select steer cards calibrate ppo evaluate report
+PHASES := fetch check_sarm encode probe select steer cards calibrate ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
 # What takes overrides; anything else would pass them over without a word.
-TAKING := run doctor submit-all train-sarm plan $(PHASES) $(SUBMIT)
+TAKING := check-sarm run doctor submit-all train-sarm plan serve-reward $(PHASES) $(SUBMIT)
 ifeq ($(MAKELEVEL),0)
 ifneq ($(OVERRIDES),)
 $(foreach goal,$(filter-out $(TAKING),$(or $(MAKECMDGOALS),help)),$(error make $(goal) takes no $(firstword $(OVERRIDES)); overrides of the config are for $(TAKING)))
 endif
 endif
 
-.PHONY: help setup setup-light demo probe-study test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export serve-reward lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo check-sarm probe-study test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export serve-reward lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -98,6 +98,8 @@ run: setup  ## the whole pipeline on this machine: CONFIG=... RUN=...
 
 $(filter-out fetch,$(PHASES)): setup
 	@$(PY) -m jobs $@ $(config) $(run) $(unit) $(overrides)
+
+check-sarm: check_sarm  ## is the SARM opened right? its figures beside those of its card: CONFIG=... RUN=...
 
 # Any environment will do: the full one where there is one.
 login:
@@ -175,7 +177,7 @@ check: setup  ## lint, types, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-format: setup  ## mend what ruff can
+format: setup  ## fix what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 

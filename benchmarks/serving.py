@@ -112,7 +112,7 @@ class Served:
         command = [sys.executable, "-m", "serving", "--config", "configs/smollm2.yaml"]
         environment = {k: v for k, v in os.environ.items() if k != "SARM_REWARD_TOKEN"}
         self.process = subprocess.Popen(
-            [*command, *overrides, "serve.port=0"],
+            [*command, *overrides, "serve.port=0", "serve.timeout_s=900"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -164,6 +164,7 @@ def main() -> None:
 
     threads = bound_threads(os.environ)
     from sarm.config import load_config
+    from serving.client import ask
     from serving.scorer import open_scorer
 
     latent = "serve.penalised=[{latent: 4160, tau: 0.5, alpha: 1.0}]"
@@ -185,7 +186,11 @@ def main() -> None:
         for t in texts
     ]
     served = Served(overrides)
+    items = [json.loads(body)["items"][0] for body in bodies]
     try:
+        same = ask("/score", {"items": items}, url=f"http://127.0.0.1:{served.port}")["rewards"]
+        apart = max(abs(a - b) for a, b in zip(same, whole, strict=True))
+        print(f"all of them in one request differ from offline scoring by at most {apart:.2e}")
         rounds = asyncio.run(measured(args, served, bodies, reward, texts))
     finally:
         served.stop()

@@ -1,10 +1,10 @@
 """Evaluate one policy on its own generations: `python -m jobs evaluate --run R --unit base` (or
 `penalty-seed0`, or an arm that nobody trains, such as `best_of_n`).
 
-Publishes generations.parquet, one row a response to a held-out prompt, and summary.json, the
+Publishes generations.parquet, one row per response to a held-out prompt, and summary.json, the
 settings behind it. A trained unit's policies, the one at the end and those kept at KL distances,
 are all evaluated here, and the column `distance` tells them apart. The unit `steered`, where the
-config asks for it (`steer.policy`), has a row a direction and prompt, and what each direction
+config asks for it (`steer.policy`), has a row per direction and prompt, and what each direction
 changed.
 """
 

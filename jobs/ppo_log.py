@@ -1,5 +1,5 @@
-"""What `python -m jobs ppo` logs while it trains: metrics.jsonl, a line a step; held_out.jsonl and
-completions.jsonl, of the held-out evaluations (`ppo.held_out`); the same to TensorBoard or W&B
+"""What `python -m jobs ppo` logs while it trains: metrics.jsonl, a line per step; held_out.jsonl
+and completions.jsonl, of the held-out evaluations (`ppo.held_out`); the same to TensorBoard or W&B
 (`ppo.log_to`).
 
 Each file begins with the lines of the checkpoint that the attempt goes on from.

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def settings(runs: Sequence[Compared]) -> list[Block]:
-    """The keys of the configs that differ, a column a run."""
+    """The keys of the configs that differ, a column per run."""
     keys = sorted(
         {key for other in runs[1:] for key in differences(runs[0].run.config, other.run.config)}
         - {"name"}
@@ -317,7 +317,7 @@ def change_plot(runs: Sequence[Compared]) -> list[Plot]:
 
 
 def curves(runs: Sequence[Compared]) -> list[Plot]:
-    """The penalty arm's metrics, mean over seeds, a line a run."""
+    """The penalty arm's metrics, mean over seeds, a line per run."""
     plots = []
     for i, (metric, title) in enumerate(TRAINING.items()):
         made = figure("step", "", 270, showlegend=True, legend=ABOVE)
@@ -336,7 +336,7 @@ def curves(runs: Sequence[Compared]) -> list[Plot]:
                 line=line,
             )
         if made.data:
-            told = f"{title} of the {arm_name('penalty')} arm, mean over its seeds, a line a run."
+            told = f"{title} of the {arm_name('penalty')} arm, mean over its seeds, a line per run."
             plots.append(Plot(f"training-{i}", title, told, made, wide=False))
     return plots
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from reports.beside import opened
 from reports.blocks import Block
 from reports.calibration import calibration
 from reports.policy_sections import changes, latents, policy_evaluation, steered, training, verdict
@@ -45,12 +46,13 @@ SECTIONS = (
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),
     Section("sweep", "Penalised rate against reward, KL and over-refusal", sweep),
+    Section("opened", "The SARM beside its card", opened),
     Section("features", "Features: effects on held-out prompts", features),
-    Section("trust", "How far the selection can be trusted", trust),
+    Section("trust", "Validity checks", trust),
     Section("rankings", "Features: rankings compared", rankings),
     Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
     Section("steered", "Steering the policy", steered, "approximate"),
-    Section("phases", "The run's parts", phases),
+    Section("phases", "Pipeline status", phases),
     Section("provenance", "Provenance", provenance),
 )

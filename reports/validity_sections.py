@@ -1,4 +1,4 @@
-"""How far the selection of latents can be trusted: nulls, replication, baselines, sensitivity and
+"""Validity checks of the selection of latents: nulls, replication, baselines, sensitivity and
 the direction probe, figures -> blocks.
 """
 
@@ -62,7 +62,7 @@ def nulls(v: dict[str, Any]) -> list[Block]:
     else:
         blocks.append(
             Prose(
-                "No confirmed latents to hold against matched ones on a test part: none was"
+                "No confirmed latents to compare with matched ones on a test part: none was"
                 " confirmed, too few like them passed the rest of the selection, or the test part"
                 " has fewer than 10 prompts."
             )
@@ -181,12 +181,14 @@ def sensitivity(rows: list[dict[str, Any]]) -> list[Block]:
             ]
         )
     title = (
-        "The selection made again with another seed, split or share of discovery's prompts, means;"
-        " `again` is the share of the confirmed latents found anew:"
+        "Selection stability under another seed, split or share of discovery's prompts, means;"
+        " `recovered` is the share of the confirmed latents that are confirmed again:"
     )
     return [
         Table(
-            ["what", "times", "discoveries", "overlap", "again", "rank corr."], cells, title=title
+            ["what", "times", "discoveries", "overlap", "recovered", "rank corr."],
+            cells,
+            title=title,
         )
     ]
 

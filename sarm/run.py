@@ -127,8 +127,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except (FileExistsError, FileNotFoundError) as error:
             raise UserError(
-                f"{self.path} can be no run's folder ({os.strerror(error.errno).lower()}); use"
-                " another RUN"
+                f"{self.path} can be no run's folder ({error.strerror}); use another RUN"
             ) from None
         foreign = sorted(p.name for p in self.path.iterdir() if not _is_runs(p.name))
         if foreign:
@@ -403,8 +402,8 @@ class Attempt:
         errors.
 
         Where another attempt has published since this one began, its manifest stands and is
-        returned: this is then the late writer, such as one on a node given up for lost, and others
-        may have read what stands.
+        returned: this is then the late writer, such as one on a node that was declared dead, and
+        others may have read what stands.
         """
         outputs = {name: _output(path, path.name) for name, path in self._files.items()}
         for name, folder in self._folders.items():

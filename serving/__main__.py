@@ -10,18 +10,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import ipaddress
-import logging
 import os
-import signal
+import re
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import uvicorn
 
 from sarm.cli import ended
 from sarm.config import Config, UserError
@@ -29,11 +24,10 @@ from sarm.run import config_of, write_atomic
 from serving.app import make_app
 from serving.metrics import Metrics
 from serving.pool import GaveUp, Pool
+from serving.server import CONNECTIONS, StoppableServer, quiet_logs, settings
 
 TOKEN = "SARM_REWARD_TOKEN"
 TOKEN_LETTERS = 16
-KEEP_ALIVE_S = 75
-CONNECTIONS = 2048
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,20 +69,8 @@ async def served(
         timeout_s=config.serve.timeout_s,
         seen=metrics.seen,
     )
-    server = StoppableServer(
-        uvicorn.Config(
-            make_app(config, pool, token, metrics),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            ws="none",
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=max(1, round(config.serve.grace_s)),
-        )
-    )
+    app = make_app(config, pool, token, metrics)
+    server = StoppableServer(settings(app, config.serve.grace_s))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     url = url_of(config.serve.host, listener)
     try:
@@ -136,7 +118,7 @@ def words(about: dict[str, Any]) -> str:
 def token_of(environ: Any, host: str) -> str | None:
     """The token to ask for. Raises UserError where an open address has none, or a guessable one."""
     token = environ.get(TOKEN) or None
-    if token is not None and (len(token) < TOKEN_LETTERS or not token.isascii() or " " in token):
+    if token is not None and not re.fullmatch(rf"[!-~]{{{TOKEN_LETTERS},}}", token):
         raise UserError(
             f"{TOKEN} must have at least {TOKEN_LETTERS} letters, all ASCII and no spaces; make one"
             " with: openssl rand -hex 32"
@@ -176,44 +158,6 @@ def url_of(host: str, listener: socket.socket) -> str:
     """Where others reach it: an address that means all of them is told as this machine's name."""
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
     return f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
-
-
-class StoppableServer(uvicorn.Server):
-    """Stops when asked and returns: uvicorn's own raises the signal again, before the scoring
-    process and the address file are seen to.
-    """
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-        for number in numbers:
-            loop.add_signal_handler(number, self._stop)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
-
-    def _stop(self) -> None:
-        self.should_exit = True
-
-
-class Terse(logging.Formatter):
-    """Kinds and places of errors, never their messages: those may hold what a client sent."""
-
-    def formatException(self, ei: Any) -> str:
-        return ei[0].__name__ if ei and ei[0] else ""
-
-    def formatStack(self, stack_info: str) -> str:
-        return ""
-
-
-def quiet_logs() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(Terse("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("serving").setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

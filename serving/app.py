@@ -113,8 +113,10 @@ class _Server:
             return JSONResponse(await self._ask(request, job))
         except Refused as error:
             return refused(error)
-        except (ClientDisconnect, asyncio.CancelledError):
+        except ClientDisconnect:
             return Response(status_code=HUNG_UP)
+        except asyncio.CancelledError:  # the time to end in has run out
+            return refused(Refused(503, "the server is stopping; ask the next one"))
 
     async def _body(self, request: Request) -> bytes:
         """The body. Raises Refused where it is too large or too slow, and drops the rest."""

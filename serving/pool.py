@@ -27,7 +27,7 @@ from serving.protocol import Refused
 
 log = logging.getLogger("serving")
 
-LETTERS_WAITING = 2**26
+LETTERS_WAITING = 2**24
 """Text that may wait, over all requests."""
 LINE_BYTES = 2**28
 STARTS = 5
@@ -71,6 +71,7 @@ class Pool:
         self.gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._writer: asyncio.StreamWriter | None = None
         self._next = 0
+        self._heard = time.monotonic()
         self._keeping: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -126,8 +127,8 @@ class Pool:
         try:
             return await asyncio.wait_for(asyncio.shield(one.answer), self.timeout_s)
         except TimeoutError:
-            if one.started:
-                log.warning("a request was not scored in time; the scoring process is replaced")
+            if self.ready is not None and time.monotonic() - self._heard > self.timeout_s / 2:
+                log.error("the scoring process is silent; it is replaced")
                 self._kill()
             raise Refused(
                 504,
@@ -192,6 +193,7 @@ class Pool:
             if not line.endswith(b"\n"):
                 return was_ready, ""
             message = json.loads(line)
+            self._heard = time.monotonic()
             if "failed" in message:
                 return was_ready, message["failed"]
             if "ready" in message:

@@ -62,7 +62,7 @@ class ItemsRequest(_Body):
     """`POST /score`."""
 
     items: Annotated[list[Item], Field(min_length=1)]
-    latents: list[Annotated[int, Field(ge=0)]] = []
+    latents: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] = []
     """More latents whose values are to come back."""
 
 

@@ -6,7 +6,9 @@ for each step of a job. Ends when the server does: the socket is then closed. Ho
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from sarm.cli import sentence
+from sarm.config import UserError, parse_config
 from sarm.threads import bound_threads
 from serving.protocol import Refused
 
@@ -53,15 +56,14 @@ def main(fd: int) -> int:
         send({"failed": told or described(error)})
         return 2
     send({"ready": about(scorer)})
-    incoming: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    incoming: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=receive, args=(lines, incoming), daemon=True).start()
     for done in work(scorer, incoming, send):
         send(done)
-    return 0
+    raise AssertionError("work never ends")
 
 
 def opened(begin: dict[str, Any]) -> Any:
-    from sarm.config import parse_config
     from serving.scorer import open_scorer
 
     return open_scorer(parse_config(begin["config"], "of the server"), begin["run"])
@@ -93,54 +95,67 @@ def sender(channel: socket.socket) -> Send:
     return send
 
 
-def receive(lines: Any, incoming: queue.SimpleQueue[dict[str, Any] | None]) -> None:
+def receive(lines: Any, incoming: queue.SimpleQueue[dict[str, Any]]) -> None:
     for line in lines:
         incoming.put(json.loads(line))
-    incoming.put(None)
+    os._exit(0)  # also in the middle of a pass: nobody is there to answer
 
 
 def work(
-    scorer: Any, incoming: queue.SimpleQueue[dict[str, Any] | None], send: Send
+    scorer: Any, incoming: queue.SimpleQueue[dict[str, Any]], send: Send
 ) -> Iterator[dict[str, Any]]:
-    """Messages about jobs, until None comes in. Each round takes the oldest jobs that fit into one
-    batch of `tokens_per_batch`; a larger job is a round of its own, in several batches.
+    """Messages about jobs. Each round takes the oldest jobs that fit into one batch of
+    `tokens_per_batch`; a larger job is a round of its own, in several batches.
     """
     waiting: dict[int, Waiting] = {}
     while True:
-        message: dict[str, Any] | None
         block = not waiting
-        while True:
-            try:
-                message = incoming.get(block=block)
-            except queue.Empty:
-                break
-            if message is None:
-                return
-            block = False
-            if "cancel" in message:
-                waiting.pop(message["cancel"], None)
-                continue
-            try:
-                waiting[message["job"]] = Waiting(message, scorer.read(message))
-            except Exception as error:
-                yield {"job": message["job"], **refusal(error)}
-        if not waiting:
-            continue
-        batch = first_that_fit(waiting, scorer.reward.tokens_per_batch)
-        taken = [waiting.pop(id_) for id_ in batch]
-        send({"started": batch})
-        began = time.monotonic()
-        try:
-            answers = scorer.score([(w.job, w.reads) for w in taken])
-        except Exception as error:
-            # CUDA's errors stay: a new process is the cure, and the server starts one
-            if "CUDA" in str(error) or isinstance(error, MemoryError):
-                raise
-            yield from ({"job": id_, **refusal(error)} for id_ in batch)
-            continue
-        tokens, seconds = sum(w.tokens for w in taken), time.monotonic() - began
-        yield {"batch": sum(len(w.reads) for w in taken), "tokens": tokens, "seconds": seconds}
-        yield from ({"job": id_, "answer": a} for id_, a in zip(batch, answers, strict=True))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                message, block = incoming.get(block=block), False
+                if "cancel" in message:
+                    waiting.pop(message["cancel"], None)
+                    continue
+                try:
+                    waiting[message["job"]] = Waiting(message, scorer.read(message))
+                except Exception as error:
+                    yield {"job": message["job"], **refusal(error)}
+        if waiting:
+            batch = first_that_fit(waiting, scorer.reward.tokens_per_batch)
+            send({"started": batch})
+            yield from scored(scorer, {id_: waiting.pop(id_) for id_ in batch})
+
+
+def scored(scorer: Any, batch: dict[int, Waiting]) -> Iterator[dict[str, Any]]:
+    """Messages about jobs scored together. Where that fails, each is scored by itself, so that one
+    that cannot be scored takes no other with it.
+    """
+    began = time.monotonic()
+    try:
+        answers = scorer.score([(one.job, one.reads) for one in batch.values()])
+        for answer in answers:
+            if not all(map(math.isfinite, answer["rewards"])):
+                raise UserError("a reward is not finite; set sarm.dtype=float32")
+    except Exception as error:
+        if is_fatal(error):
+            raise
+        for id_, one in batch.items():
+            if len(batch) == 1:
+                yield {"job": id_, **refusal(error)}
+            else:
+                yield from scored(scorer, {id_: one})
+        return
+    yield {
+        "batch": sum(len(one.reads) for one in batch.values()),
+        "tokens": sum(one.tokens for one in batch.values()),
+        "seconds": time.monotonic() - began,
+    }
+    yield from ({"job": id_, "answer": answer} for id_, answer in zip(batch, answers, strict=True))
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether it outlives its cause, as CUDA's errors do: a new process is the cure."""
+    return "CUDA" in str(error) and type(error).__name__ != "OutOfMemoryError"
 
 
 def first_that_fit(waiting: dict[int, Waiting], tokens_per_batch: int) -> list[int]:
@@ -161,6 +176,11 @@ def refusal(error: Exception) -> dict[str, Any]:
     """
     if isinstance(error, Refused):
         return {"status": error.status, "sentence": error.sentence}
+    if isinstance(error, UserError):
+        return {"status": 500, "sentence": str(error)}
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
+        told = "out of GPU memory; serve with a lower sarm.tokens_per_batch"
+        return {"status": 500, "sentence": told}
     print(f"defect: {described(error)}", file=sys.stderr, flush=True)
     return {
         "status": 500,

@@ -31,8 +31,9 @@ class Task(NamedTuple):
 
 NEEDS: dict[Phase, tuple[Phase, ...]] = {
     "fetch": (),
+    "check_sarm": ("fetch",),
     "encode": ("fetch",),
-    "probe": ("encode",),
+    "probe": ("encode", "check_sarm"),
     "select": ("probe",),
     "steer": ("select",),
     "cards": ("select",),

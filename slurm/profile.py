@@ -115,6 +115,7 @@ class Override(Strict):
 
 GENERIC: dict[Phase, Resources] = {
     "fetch": Resources(time_min=240, cpus_per_task=2, mem_gb=16),
+    "check_sarm": Resources(time_min=30, cpus_per_task=8, mem_gb=64, gpus=1),
     "encode": Resources(time_min=60, cpus_per_task=8, mem_gb=64, gpus=1),
     "probe": Resources(time_min=60, cpus_per_task=8, mem_gb=64, gpus=1),
     "select": Resources(time_min=30, cpus_per_task=8, mem_gb=64),
@@ -285,7 +286,7 @@ def packed(profile: Profile, phase: Phase) -> int:
 
 
 def tasks_per_node(profile: Profile, phase: Phase) -> int:
-    """One task a GPU for PPO, one a packed shard, otherwise one."""
+    """One task per GPU for PPO, one a packed shard, otherwise one."""
     return max(1, resources(profile, phase).gpus) if phase == "ppo" else packed(profile, phase)
 
 

@@ -106,6 +106,7 @@ def setup_lines(
         own_line(folder),
         *bound_lines(profile, shlex.quote(str(folder))),
         *secrets,
+        *no_devices(profile, phase),
         path_line(profile, slurm_folder),
         *module_lines(profile),
         ISOLATE,
@@ -114,6 +115,11 @@ def setup_lines(
         *asks,
     ]
     return ["set -eo pipefail", umask_line(profile), *lines, "set +e"]
+
+
+def no_devices(profile: Profile, phase: Phase) -> list[str]:
+    """What a user's login files say of GPUs is no GPU of a job that asked for none."""
+    return [] if resources(profile, phase).gpus else ["unset CUDA_VISIBLE_DEVICES"]
 
 
 def own_line(folder: Path) -> str:
@@ -307,6 +313,7 @@ def surrounding_lines(profile: Profile, phase: Phase) -> list[str]:
         path_line(profile, None),
         *module_lines(profile),
         ISOLATE,
+        *no_devices(profile, phase),
         *(
             f"export {name}={shlex.quote(value)}"
             for name, value in of_profile(profile, phase).items()

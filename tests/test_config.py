@@ -350,9 +350,10 @@ def test_units() -> None:
         "no_penalty-seed7",
     )
     assert made.units("evaluate") == ("base", *made.units("ppo"))
-    assert [
-        made.units(phase) for phase in PHASES if phase not in ("encode", "probe", "ppo", "evaluate")
-    ] == [("all",)] * 6
+    several = ("encode", "probe", "ppo", "evaluate")
+    assert [made.units(p) for p in PHASES if p not in (*several, "check_sarm")] == [("all",)] * 6
+    assert made.units("check_sarm") == ()
+    assert config("check_sarm.card=own").units("check_sarm") == ("all",)
     assert [arm_and_seed(unit) for unit in made.units("ppo")][-1] == ("no_penalty", 7)
 
 

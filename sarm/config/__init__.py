@@ -30,6 +30,7 @@ from sarm.config.inputs import (
 from sarm.config.phases import (
     CalibrateConfig,
     CardsConfig,
+    CheckSarmConfig,
     EncodeConfig,
     EvaluateConfig,
     LabelConfig,
@@ -82,6 +83,7 @@ __all__ = [
     "CalibrateConfig",
     "CardsConfig",
     "ChatModelConfig",
+    "CheckSarmConfig",
     "Config",
     "Count",
     "DataConfig",

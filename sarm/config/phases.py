@@ -22,6 +22,23 @@ Number = Annotated[float, BeforeValidator(_as_float)]
 """A float that YAML may spell as an integer."""
 
 
+class CheckSarmConfig(Strict):
+    """Comparing the opened SARM with its card; see `sarm/evaluation/sarm_check.py`."""
+
+    card: str | None = None
+    """A card.json of the SARM, relative to the checkout, or `own`: the one in its folder, where it
+    has one. Where unset the phase has no unit.
+    """
+    prompts: Positive | None = None
+    """At most so many of each benchmark; all where unset."""
+    off: Literal["stop", "warn"] = "stop"
+    """What to do where figures are off by more than their tolerance."""
+    measure: bool = False
+    """Measure without a card, on every source with pairs: the card.json published is one for this
+    SARM.
+    """
+
+
 class EncodeConfig(Strict):
     shards: Positive = 1
     extra_ranks: Positive = 16

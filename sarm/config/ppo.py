@@ -120,7 +120,7 @@ class PpoConfig(Strict):
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] | None = None
     weights: Literal["float32_master", "compact"] | None = None
-    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 18 bytes a parameter,
+    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 18 bytes per parameter,
     or 8; see `sarm/ppo/learner/optimizer.py`.
     """
     learning_rate: Nonnegative | None = None

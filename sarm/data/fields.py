@@ -102,7 +102,7 @@ def text_of(row: Record, key: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: {key!r} holds half a surrogate pair at character {error.start}, which no"
-            " tokenizer takes; mend the text"
+            " tokenizer takes; correct the text"
         ) from None
     return value
 

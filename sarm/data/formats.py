@@ -185,7 +185,7 @@ class HelpSteer3(Format):
 
 
 class RewardBench2(Format):
-    """RewardBench 2 as published: one row a prompt with lists of responses, arXiv 2506.01937."""
+    """RewardBench 2 as published: one row per prompt with lists of responses, arXiv 2506.01937."""
 
     name = "rewardbench2"
     subsets = True

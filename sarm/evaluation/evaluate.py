@@ -1,4 +1,4 @@
-"""What training did to a policy: its own generations on held-out prompts, one row a response.
+"""What training did to a policy: its own generations on held-out prompts, one row per response.
 
     table, settings = policy_rows(config, [(math.nan, folder)], prompts, features, ...)
 
@@ -70,7 +70,7 @@ def policy_rows(
     arm: str,
     progress: Progress,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """(a row a response, the settings behind them) for the policies of an arm and seed, each with
+    """(a row per response, the settings behind them) for the policies of an arm and seed, each with
     its `distance`: in nats that at which training kept it, NaN of the policy at the end. For the
     untrained arms (`sarm.config.ARMS`) it is the base's folder.
 
@@ -166,7 +166,7 @@ def score_responses(
     config: Config, features: Features, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> tuple[pd.DataFrame, int]:
     """(reward, penalty, how many special tokens it spells in letters, z and the value just below
-    TopK's cutoff of the penalised, monitor and candidate latents, a row a text; parameters), by
+    TopK's cutoff of the penalised, monitor and candidate latents, a row per text; parameters), by
     one forward a text, no clamping.
 
     Parameters are those that the reward depends on: not the SAE's decoder.

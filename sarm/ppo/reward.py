@@ -1,5 +1,5 @@
-"""The compound reward: a SARM's reward, docked where chosen latents fire; for `python -m jobs
-ppo`, and for TRL.
+"""The compound reward: a SARM's reward, penalised where chosen latents fire; for `python -m jobs
+ppo`, and for TRL. One file, as scoring, penalties and metrics share one forward pass.
 
     R(x, y) = r(x, y) - sum_i penalty_i(z_i)
 
@@ -7,9 +7,9 @@ over the penalised latents i, z_i being a latent's value after TopK (0 where it 
 largest), neither clamped nor normalised. `penalties.py` has the kinds of penalty. `threshold` and
 `hinge` look at one text, while `density` is a term of the batch: its mean over the batch is about
 alpha_i KL(p_i || q_i), p_i being the rate in the batch and q_i in reference texts; it may be
-negative for a text
-(firing is paid where the batch fires too seldom), and the same text costs differently in another
-batch. With `clamp` the latents are held to at most that value for r; the penalty still sees z.
+negative for a text (firing is paid where the batch fires too seldom), and the same text costs
+differently in another batch. With `clamp` the latents are held to at most that value for r; the
+penalty still sees z.
 
 In TRL (see tests/ppo/test_trl_reward.py):
 

@@ -123,7 +123,7 @@ def select_features(
 
 
 def judged(table: pd.DataFrame, select: SelectConfig) -> pd.DataFrame:
-    """The table, a row a latent by its number, with `effect` and `effect_validation` (the
+    """The table, a row per latent by its number, with `effect` and `effect_validation` (the
     configured kind), `q`, `discovered`, `p_holm` (validation, over the discoveries), `confirmed`
     and `candidate`.
 
@@ -329,8 +329,8 @@ def penalised_latents(
     chosen = (confirmed if len(confirmed) else rows).head(wanted)
     if not len(confirmed):
         warnings.append(
-            f"no {what} latent is confirmed on validation; those to penalise are the likeliest of"
-            f" the unconfirmed: {', '.join(map(str, chosen.index)) or 'none'}"
+            f"no {what} latent is confirmed on validation; those to penalise are the first"
+            f" unconfirmed candidates: {', '.join(map(str, chosen.index)) or 'none'}"
         )
     elif len(chosen) < wanted:
         warnings.append(f"{len(chosen)} of {wanted} confirmed {what} latents to penalise found")

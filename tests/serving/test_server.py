@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from sarm.config import ROOT
+from sarm.config import ROOT, UserError
+from serving.__main__ import bound, main, token_of
 from tests.serving.servers import TOKEN, Server, settings
 
 SECRET = "the words of a client"
@@ -94,6 +95,11 @@ BAD = {
         "role",
     ),
     "latent": (b'{"items": [{"prompt": "a", "response": "b"}], "latents": [64]}', 422, "64"),
+    "many-latents": (
+        b'{"items": [{"prompt": "a", "response": "b"}], "latents": [' + b"1," * 64 + b"1]}",
+        422,
+        "at most 64",
+    ),
     "negative": (b'{"items": [{"prompt": "a", "response": "b"}], "latents": [-1]}', 422, "latents"),
 }
 
@@ -264,37 +270,46 @@ def test_asked_to_stop_it_ends_what_is_under_way(
     assert not Path(f"/proc/{worker}").exists()
 
 
-def run(*arguments: str, token: str = "") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"SARM_REWARD_TOKEN": token, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "serving", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+def test_a_scoring_process_that_hangs_is_replaced(
+    tiny_policy: Path, tiny_sarm: Path, tmp_path: Path
+) -> None:
+    server = Server(tmp_path, [*settings(tiny_policy, tiny_sarm), "serve.timeout_s=4"])
+    hung = server.worker()
+    os.kill(hung, signal.SIGSTOP)
+    answer = server.score()
+    assert answer.status_code == 504 and "serve.timeout_s" in answer.json()["error"]
+    answers = [server.score() for _ in range(8)]  # four seconds each, while another starts
+    assert answers[-1].status_code == 200 and server.worker() != hung
+    assert "silent" in server.log and server.stop() == 0
 
 
 def test_what_cannot_be_served_is_one_sentence(
-    tiny_policy: Path, tiny_sarm: Path, tmp_path: Path
+    tiny_policy: Path, tiny_sarm: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    tiny = ["--config", "configs/tiny.yaml", *settings(tiny_policy, tiny_sarm)]
-    cases = [
-        ([], "", "give a run"),
-        ([*tiny, "serve.host=0.0.0.0"], "", "SARM_REWARD_TOKEN is not set"),
-        ([*tiny, "serve.host=0.0.0.0"], "short", "at least 16 letters"),
-        ([*tiny, f"sarm.model={tmp_path}"], "", "error: "),
-        ([*tiny, "serve.penalised=[{latent: 64, alpha: 1}]"], "", "which has 64"),
-        ([*tiny, "ppo.penalty={kind: density, tau: 1.0}"], "", "density penalty"),
-        (["--run", str(tmp_path)], "", "no config.yaml"),
-    ]
-    for arguments, token, words in cases:
-        done = run(*arguments, token=token)
-        assert done.returncode == 2 and words in done.stderr, done.stderr
-        assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-        assert not token or token not in done.stderr
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        done = run(*tiny, f"serve.port={taken.getsockname()[1]}")
-    assert done.returncode == 2 and "cannot listen" in done.stderr
+    assert main([]) == 2 and "give a run" in capsys.readouterr().err
+    assert main(["--run", str(tmp_path)]) == 2 and "no config.yaml" in capsys.readouterr().err
+    with pytest.raises(UserError, match="SARM_REWARD_TOKEN is not set"):
+        token_of({}, "0.0.0.0")
+    for bad in ("short", "a token with spaces in it", "a-token-with-a-line\nin-it"):
+        with pytest.raises(UserError, match="at least 16 letters") as raised:
+            token_of({"SARM_REWARD_TOKEN": bad}, "127.0.0.1")
+        assert bad not in str(raised.value)
+    assert token_of({"SARM_REWARD_TOKEN": TOKEN}, "0.0.0.0") == TOKEN
+    assert token_of({}, "127.0.0.1") is token_of({}, "::1") is token_of({}, "localhost") is None
+    with bound("127.0.0.1", 0) as taken, pytest.raises(UserError, match="cannot listen"):
+        bound("127.0.0.1", taken.getsockname()[1])
+    # what only the scoring process finds out
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "serving", "--config", "configs/tiny.yaml"),
+            *settings(tiny_policy, tiny_sarm),
+            "serve.penalised=[{latent: 64, alpha: 1}]",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"SARM_REWARD_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "which has 64" in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert TOKEN not in done.stderr

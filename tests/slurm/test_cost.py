@@ -25,7 +25,7 @@ def test_the_sizes_are_those_that_the_models_have() -> None:
     assert sarm is not None and (sarm.trunk.hidden, sarm.d_sae, kept_latents(config, sarm)) == (
         576,
         4608,
-        64,
+        32,
     )
 
 
@@ -78,7 +78,7 @@ def test_encoded_states_follow_from_the_pairs_that_fetch_counted(tmp_path: Path)
     publish(run, "fetch", files={"models.json": fetched("0" * 64, pairs=pairs)})
     assert count_texts(run) == 240
     encode = next(part for part in disk(config, run) if part.phase == "encode")
-    assert encode.stays == 240 * (4 * 576 + 8 * (64 + config.encode.extra_ranks))
+    assert encode.stays == 240 * (4 * 576 + 8 * (32 + config.encode.extra_ranks))
 
 
 def test_a_dry_run_tells_disk_and_gpu_hours_a_phase(

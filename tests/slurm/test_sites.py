@@ -209,6 +209,7 @@ def test_several_nodes(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
         ("g[5,7-9],h1", "g5"),
         ("a1,b[2-3]", "a1"),
         ("rack-a[1-2]-ib,c", "rack-a1-ib"),
+        ("rack[0-1]_blade[02-03,7],c", "rack0_blade02"),
     ],
 )
 def test_ranks_meet_on_the_first_node(nodes: str, first: str) -> None:
@@ -279,6 +280,19 @@ def test_a_jobs_path_is_its_nodes_and_more(site: Site) -> None:
     assert said == "/opt/my+x/bin:/a:/b:/z"
     lines = setup_lines(own, "ppo", {}, Path("/f"), "/opt/slurm/bin")
     assert sum("PATH=" in one for one in lines if one.startswith("export PATH=")) == 1
+
+
+def test_gpus_that_login_files_name_are_none_of_a_job_that_asked_for_none(
+    site: Site, tmp_path: Path
+) -> None:
+    site.submit()
+    say = f'echo "${{CUDA_VISIBLE_DEVICES-none}}" >{tmp_path}/said'
+    for batch, said in (("select", "none"), ("ppo.penalty-seed1", "0,1,2,3")):
+        assert batch_script(site, batch, say, CUDA_VISIBLE_DEVICES="0,1,2,3")[0] == 0
+        assert (tmp_path / "said").read_text().strip() == said
+    for phase, lines in (("report", 1), ("ppo", 0)):
+        text = script(Profile(description="x"), phase, "x")
+        assert text.count("\nunset CUDA_VISIBLE_DEVICES\n") == lines
 
 
 def test_srun_is_found_where_the_login_files_put_it(site: Site) -> None:
