@@ -15,6 +15,7 @@ from reports.frames import Frames, read_run
 from reports.page import page
 from reports.pareto import sweep_figures
 from reports.text import final_report
+from reports.texts import shown_frames, texts_words
 from sarm.config import PHASES, Config, UserError
 from sarm.records import Report
 from sarm.run import Attempt, Published, RunDir, listed, patience_s, write_atomic
@@ -35,12 +36,13 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     found = figures(run, frames, record, datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"))
     found["sweep"] = sweep_figures(run, frames)
     attempt.path("final_report.txt").write_text(final_report(found), encoding="utf-8")
-    attempt.path("report.html").write_text(page(found, frames), encoding="utf-8")
+    shown = shown_frames(frames, config.report)
+    attempt.path("report.html").write_text(page(found, shown), encoding="utf-8")
     Report(**found).write(attempt.path("report.json"))
     names = ["final_report.txt", "report.html", "report.json"]
-    if frames.cards is not None:
+    if shown.cards is not None:
         attempt.path("cards.html").write_text(
-            cards_page(frames.cards, config.name), encoding="utf-8"
+            cards_page(shown.cards, config.name, texts_words(found["texts"])), encoding="utf-8"
         )
         names.append("cards.html")
     if lost:
@@ -49,6 +51,17 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     published = attempt.publish(verdict=record["word"], failures=len(found["failures"]))
     for name in names:  # copies that keep their names, for people
         write_atomic(run.path / name, published.path(name).read_bytes())
+    if config.report.texts != "all":
+        remove_earlier(run, published)
+
+
+def remove_earlier(run: RunDir, published: Published) -> None:
+    """Remove reports that this one takes the place of: they may hold texts that are not shown."""
+    stands = {published.path(name) for name in published.manifest.outputs}
+    for stem in ("final_report", "report", "cards"):
+        for file in (*published.folder.glob(f"{stem}.*"), *run.path.glob(f"{stem}.incomplete.*")):
+            if file not in stands:
+                file.unlink(missing_ok=True)
 
 
 def lost_units(run: RunDir, frames: Frames) -> list[str]:

@@ -16,8 +16,8 @@ from reports.numbers import fixed, general, percent
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def cards_page(cards: dict[str, Any], run_name: str) -> str:
-    """The page of what the cards phase published as cards.json."""
+def cards_page(cards: dict[str, Any], run_name: str, texts: str = "") -> str:
+    """The page of what the cards phase published as cards.json; `texts` says whose it shows."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -30,7 +30,9 @@ def cards_page(cards: dict[str, Any], run_name: str) -> str:
         "fixed": fixed,
         "percent": lambda share: "n/a" if share is None else percent(share),
     }
-    return environment.get_template("cards.html").render(cards=cards, run_name=run_name, bars=bars)
+    return environment.get_template("cards.html").render(
+        cards=cards, run_name=run_name, texts=texts, bars=bars
+    )
 
 
 def bars(histogram: dict[str, Any]) -> list[dict[str, Any]]:

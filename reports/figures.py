@@ -19,6 +19,7 @@ import pandas as pd
 
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents, shown
 from reports.policies import compared_figures, distance_rows, mean, policy_table
+from reports.texts import shown_cause, texts_figures
 from sarm.evaluation.verdict import rule_words
 from sarm.run import RunDir
 
@@ -49,7 +50,8 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "cards": _cards(frames.cards),
         "steered": frames.steered,
         "outputs": _outputs(run, frames, shown_policy),
-        "failures": _failures(frames.phases),
+        "texts": texts_figures(config),
+        "failures": _failures(run, frames.phases),
         "phases": _phases(frames.phases),
         "training": _training(frames),
         "compared": compared_figures(run, frames),
@@ -223,8 +225,10 @@ def _outputs(run: RunDir, frames: Frames, policy: str) -> list[dict[str, Any]]:
     return found
 
 
-def _failures(phases: pd.DataFrame) -> list[dict[str, Any]]:
+def _failures(run: RunDir, phases: pd.DataFrame) -> list[dict[str, Any]]:
     missing = phases[phases["status"] != "done"]
+    told = [shown_cause(cause, run.config.report) for cause in missing["cause"]]
+    missing = missing.assign(cause=told)
     return missing[["phase", "unit", "status", "cause", "log"]].to_dict("records")
 
 

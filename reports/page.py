@@ -25,6 +25,7 @@ from reports.plots import PLOTS, Plot
 from reports.policy_sections import verdict_figures
 from reports.sections import SECTIONS, Section
 from reports.text import final_report
+from reports.texts import texts_words
 from sarm.config import ARMS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -63,6 +64,7 @@ def page(figures: dict[str, Any], frames: Frames) -> str:
         title=f"{figures['run']}: report",
         figures=figures,
         compared=compared_words(figures["compared"]),
+        texts=texts_words(figures["texts"]),
         facts=facts(figures),
         headlines=headlines(figures),
         before=sections[:after],

@@ -6,6 +6,7 @@ from typing import Any
 
 from reports.blocks import Block, Items, Prose, Table
 from reports.numbers import duration
+from reports.texts import texts_words
 
 
 def failures(figures: dict[str, Any]) -> list[Block]:
@@ -54,6 +55,7 @@ def provenance(figures: dict[str, Any]) -> list[Block]:
                 f"Seed: {p['seed']}; PPO seeds: {', '.join(map(str, p['ppo_seeds']))}",
                 f"Commit: {', '.join(p['git_commits']) or 'unknown'}",
                 f"Image SHA-256: {', '.join(p['images']) or 'none (not in a container)'}",
+                texts_words(figures["texts"]),
             ]
         )
     ]

@@ -651,6 +651,8 @@ class Report(File):
     policies: list[Row]
     compared: Row = Field(default_factory=lambda: {"distance": None, "problem": ""})
     """At which KL distance, and how far the arms are there."""
+    texts: Row = Field(default_factory=lambda: {"whose": "all", "shown": [], "left_out": []})
+    """Whose texts page and cards show."""
     distances: list[Row] = Field(default_factory=list)
     """Every trained policy at every distance that the config names."""
     latents: list[Row]

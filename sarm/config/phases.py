@@ -258,6 +258,29 @@ class VerdictConfig(Strict):
     """Of a refusal detector whose rates are not corrected."""
 
 
+class ReportConfig(Strict):
+    """What a report may hold, and its page and cards: prompts, answers and what policies say."""
+
+    texts: Literal["none", "own", "all"] = "all"
+    """Whose: `all` that the run read; `own` those of the sources in `report.own`, and what policies
+    answer to their prompts; `none`: ids and numbers alone.
+    """
+    own: Annotated[tuple[str, ...], FromList] = ()
+    """The names of those of `data.sources` whose texts are the user's to pass on."""
+
+    def shows(self, source: str) -> bool:
+        """Whether texts of a source, by its name in the config, may stand in what is written."""
+        return self.texts == "all" or (self.texts == "own" and source in self.own)
+
+    @model_validator(mode="after")
+    def _own_what(self) -> ReportConfig:
+        if self.texts == "own" and not self.own:
+            raise ValueError(
+                "texts is own, and report.own names no source; name yours, or set none"
+            )
+        return self
+
+
 class TrainSarmConfig(Strict):
     """Training a SARM on the policy's model: the layers and the head by Bradley-Terry, the SAE by
     reconstruction; see `sarm/training/`.

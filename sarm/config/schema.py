@@ -17,6 +17,7 @@ from sarm.config.phases import (
     EncodeConfig,
     EvaluateConfig,
     ProbeConfig,
+    ReportConfig,
     ResponsesConfig,
     SelectConfig,
     SteerConfig,
@@ -55,6 +56,7 @@ class Config(Strict):
     sweep: SweepConfig = SweepConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     verdict: VerdictConfig = VerdictConfig()
+    report: ReportConfig = ReportConfig()
     train_sarm: TrainSarmConfig = TrainSarmConfig()
     train_refusals: TrainRefusalsConfig = TrainRefusalsConfig()
     hardware: str = ""
@@ -131,6 +133,15 @@ class Config(Strict):
                 f"select.sources: name two of the sources that have a discovery share"
                 f" ({', '.join(known) or 'none has'}), in both of which a latent must have its"
                 " effect"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_sources(self) -> Config:
+        if unknown := [name for name in self.report.own if name not in self.data.sources]:
+            raise ValueError(
+                f"report.own: {', '.join(unknown)} is none of data.sources"
+                f" ({', '.join(self.data.sources)})"
             )
         return self
 
