@@ -660,6 +660,10 @@ class Report(File):
     monitors: list[Row]
     evaluations: dict[str, Row]
     verdict: Row
+    abstract: list[Row] = Field(default_factory=list)
+    """Five sentences, each with its name."""
+    ladder: list[Row] = Field(default_factory=list)
+    """The verdict's rungs: which hold, and by how much."""
     rule: list[str]
     """The verdict's, in words."""
     provenance: Row
