@@ -46,9 +46,14 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         attempt.path("generations.html").write_text(text, encoding="utf-8")
         names.append("generations.html")
     if shown.cards is not None:
-        attempt.path("cards.html").write_text(
-            cards_page(shown.cards, config.name, texts_words(found["texts"])), encoding="utf-8"
+        text = cards_page(
+            shown.cards,
+            config.name,
+            texts_words(found["texts"]),
+            examples=shown.examples,
+            distance=shown.compared.distance,
         )
+        attempt.path("cards.html").write_text(text, encoding="utf-8")
         names.append("cards.html")
     if lost:
         keep_beside(run, attempt, names, lost)
