@@ -18,6 +18,7 @@ from sarm.records import Features, OwnExamples
 from sarm.reward_model.model import SarmModel
 from sarm.reward_model.token_activations import token_activations
 
+EMPTY: dict[str, Any] = {"texts": [], "examples": []}
 MOST = {"top": 3, "below": 2, "random": 2}
 """Responses of each kind, by latent and policy."""
 
@@ -38,22 +39,22 @@ def own_examples(
     chosen = chosen_rows(pd.DataFrame(whose), watched, latents, config.seed)
     rows = sorted({row for row, _, _ in chosen})
     if not rows:
-        return OwnExamples(texts=[], examples=[])
+        return OwnExamples(**EMPTY)
     model, tokenizer = sarm
     read = token_activations(
         model,
         tokenizer,
-        [conversation(prompts[row].messages, texts[row]) for row in rows],
+        [tuple(conversation(prompts[row].messages, texts[row])) for row in rows],
         latents,
         max_length=config.sarm.max_length,
     )
     place = {row: i for i, row in enumerate(rows)}
-    return OwnExamples(
-        texts=[
+    found: dict[str, Any] = {
+        "texts": [
             {name: column[row] for name, column in whose.items()} | {"tokens": read[i].tokens}
             for i, row in enumerate(rows)
         ],
-        examples=[
+        "examples": [
             {
                 "latent": latent,
                 "what": what,
@@ -63,7 +64,8 @@ def own_examples(
             }
             for row, latent, what in chosen
         ],
-    )
+    }
+    return OwnExamples(**found)
 
 
 def chosen_rows(

@@ -61,7 +61,7 @@ def token_activations(
             kept = torch.zeros_like(a, dtype=torch.bool)
             kept.scatter_(1, model.sae.topk(a).indices, True)
             tokens = [
-                tokenizer.decode([id_], clean_up_tokenization_spaces=False)
+                str(tokenizer.decode([id_], clean_up_tokenization_spaces=False))
                 for id_ in text.ids[-window:]
             ]
             found.append(
