@@ -32,11 +32,18 @@ quoted = '$(subst ','\'',$1)'
 arg = $(call quoted,$(call given,$1))
 # Variables on the command line that are no variable of this file are overrides of the config, `ppo.steps=2`.
 KNOWN := PYTHON VENV CONFIG RUN UNIT CLUSTER DRY_RUN GPUS RUNS OUT DATA PYTEST_ARGS TORCH_INDEX KIND BASE SARM_IMAGES \
-  ACCOUNTING SHELL MAKEFLAGS HF_TOKEN DEBIAN_MIRROR SARM_CLUSTER SARM_CLUSTER_PORT SARM_CLUSTER_BINDS SLURM_CONF_EXTRA
+  ACCOUNTING SHELL MAKEFLAGS DEBIAN_MIRROR SLURM_CONF_EXTRA SARM_% HF_% PIP_% APPTAINER_% TMPDIR %_PROXY %_proxy
 OVERRIDES := $(filter-out $(KNOWN),$(foreach pair,$(MAKEOVERRIDES),$(if $(findstring =,$(pair)),$(if \
   $(filter command,$(firstword $(origin $(firstword $(subst =, ,$(pair)))))),$(firstword $(subst =, ,$(pair)))))))
 # make hands variables of its command line on to what it runs, and expands them for that.
-unexport CONFIG RUN UNIT CLUSTER RUNS OUT DATA GPUS DRY_RUN $(OVERRIDES)
+WORDS := CONFIG RUN UNIT CLUSTER RUNS OUT DATA GPUS DRY_RUN KIND BASE $(OVERRIDES)
+unexport $(WORDS)
+# A recipe's lines are each a shell's.
+define line_break
+
+
+endef
+$(foreach name,$(WORDS),$(if $(findstring $(line_break),$(value $(name))),$(error $(name) holds a line break; give it without)))
 
 # A run that is there already has a config of its own, and is taken under that where no CONFIG is given.
 OWN := $(if $(filter file default,$(origin CONFIG)),$(if $(call given,RUN),$(shell test ! -e $(call arg,RUN)/config.yaml || echo 1)))
@@ -45,13 +52,22 @@ config = $(if $(OWN),,--config $(call arg,CONFIG))
 run = --run $(if $(call given,RUN),$(call arg,RUN),"outputs/$$(basename -- $(call arg,CONFIG) | sed 's/\.[^.]*$$//')")
 unit = $(if $(call given,UNIT),--unit $(call arg,UNIT))
 overrides = $(foreach name,$(OVERRIDES),$(call quoted,$(name)=$(value $(name))))
-dry = $(if $(filter-out 0 no false,$(call given,DRY_RUN)),--dry-run)
+dry = $(if $(filter-out 0 no false off n No False Off N NO FALSE OFF,$(call given,DRY_RUN)),--dry-run)
+# A list of words, each as it is, patterns of file names apart.
+listed = $(foreach word,$(call given,$1),$(foreach one,$(or $(wildcard $(word)),$(word)),$(call quoted,$(one))))
 cluster = --cluster $(call arg,CLUSTER)
-PHASES := fetch encode probe select steer cards calibrate ppo evaluate report
+PHASES := fetch check_sarm encode probe select steer cards calibrate ppo evaluate report
 
 SUBMIT := $(addprefix submit-,$(PHASES))
+# What takes overrides; anything else would pass them over without a word.
+TAKING := check-sarm run doctor submit-all train-sarm plan serve-reward $(PHASES) $(SUBMIT)
+ifeq ($(MAKELEVEL),0)
+ifneq ($(OVERRIDES),)
+$(foreach goal,$(filter-out $(TAKING),$(or $(MAKECMDGOALS),help)),$(error make $(goal) takes no $(firstword $(OVERRIDES)); overrides of the config are for $(TAKING)))
+endif
+endif
 
-.PHONY: help setup setup-light demo probe-study test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo check-sarm probe-study test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export serve-reward lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -82,6 +98,8 @@ run: setup  ## the whole pipeline on this machine: CONFIG=... RUN=...
 
 $(filter-out fetch,$(PHASES)): setup
 	@$(PY) -m jobs $@ $(config) $(run) $(unit) $(overrides)
+
+check-sarm: check_sarm  ## is the SARM opened right? its figures beside those of its card: CONFIG=... RUN=...
 
 # Any environment will do: the full one where there is one.
 login:
@@ -121,16 +139,16 @@ unlock: login  ## remove a run's locks that an owner on another host left behind
 probe-study: CONFIG := configs/probe-study.yaml
 probe-study: RUN := outputs/probe-study
 probe-study: setup  ## the causal probe on the shipped SARM and real data, replicated across data sets: DATA=folder (docs/probing.md)
-	@test -n "$(DATA)" || { echo "error: give the folder of rewardbench2_safety/ and rmb_harmlessness/ as DATA=...; docs/probing.md says what they hold" >&2; exit 2; }
-	@for phase in fetch encode probe select report; do \
-	  $(PY) -m jobs $$phase $(config) $(run) data.sources.rb2.path=$(abspath $(DATA))/rewardbench2_safety data.sources.rmb.path=$(abspath $(DATA))/rmb_harmlessness || exit $$?; \
+	@test -n $(call arg,DATA) || { echo "error: give the folder of rewardbench2_safety/ and rmb_harmlessness/ as DATA=...; docs/probing.md says what they hold" >&2; exit 2; }
+	@data=$$(realpath -- $(call arg,DATA)); for phase in fetch encode probe select report; do \
+	  $(PY) -m jobs $$phase $(config) $(run) "data.sources.rb2.path=$$data/rewardbench2_safety" "data.sources.rmb.path=$$data/rmb_harmlessness" || exit $$?; \
 	done
 
 plan: login  ## memory, disk and GPU-hours of PPO, and how it would be cut: CONFIG=... GPUS=4x80
-	@$(PY) -m sarm.ppo.learner.memory_plan $(config) --gpus $(call arg,GPUS)
+	@$(PY) -m sarm.ppo.learner.memory_plan --config $(if $(OWN),$(call quoted,$(call given,RUN)/config.yaml),$(call arg,CONFIG)) --gpus $(call arg,GPUS) $(overrides)
 
 compare: setup  ## runs side by side, text and HTML: RUNS="outputs/a outputs/b" OUT=outputs/compare
-	@$(PY) -m reports.compare $(RUNS) --out $(OUT)
+	@$(PY) -m reports.compare $(call listed,RUNS) --out $(call arg,OUT)
 
 train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=outputs/train
 	@$(PY) -m jobs train_sarm $(config) $(run) $(overrides)
@@ -138,8 +156,14 @@ train-sarm: setup  ## train a SARM: CONFIG=configs/train-smollm2.yaml RUN=output
 export: setup  ## a run's SAE and latents for SAELens, delphi and upstream's scripts: RUN=...
 	@$(PY) -m jobs export $(run)
 
+# Only what was given: a run has a config of its own, and a config may do without a run.
+serve-reward: setup  ## the compound reward over HTTP, for TRL, OpenRLHF and verl: RUN=... or CONFIG=... (docs/other-trainers.md)
+	@$(PY) -m serving $(if $(filter command environment,$(firstword $(origin CONFIG))),--config $(call arg,CONFIG)) $(if $(call given,RUN),--run $(call arg,RUN)) $(overrides)
+
+# A worker takes whole files, so that what their tests share is made once, in the order of the folders: otherwise files of
+# few but long tests come last.
 test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: setup  ## the slow tests
 	$(PY) -m pytest -m "slow and not gpu and not cluster" $(PYTEST_ARGS)
@@ -153,7 +177,7 @@ check: setup  ## lint, types, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-format: setup  ## mend what ruff can
+format: setup  ## fix what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
@@ -164,11 +188,11 @@ bench: setup  ## speed and memory, each a ratio against a named peer or a limit 
 	$(PY) benchmarks/report.py
 
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
-	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra dev -c requirements/constraints.txt --python-version 3.11 \
+	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve --extra dev -c requirements/constraints.txt --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu.lock
-	uv pip compile -q pyproject.toml --extra light --extra report --extra full -c requirements/constraints.txt -c requirements/cpu.lock --python-version 3.11 \
+	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve -c requirements/constraints.txt -c requirements/cpu.lock --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu-image.lock
-	env -u UV_FIND_LINKS uv pip compile -q pyproject.toml --extra light --extra report --extra full -c requirements/constraints.txt --python-version 3.11 \
+	env -u UV_FIND_LINKS uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve -c requirements/constraints.txt --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate -o requirements/cuda.lock
 	uv pip compile -q pyproject.toml --extra light --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/light.lock
 	uv pip compile -q pyproject.toml --extra light --extra report --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/report.lock

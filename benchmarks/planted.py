@@ -351,7 +351,7 @@ def calibration() -> None:
             flipped.append((reached + 1) / 5001)
             t_test.append(scipy.stats.ttest_1samp(averages, 0, axis=1).pvalue)
         for name, p in (
-            ("labels dealt within prompts (the probe's)", ours),
+            ("labels permuted within prompts (the probe's)", ours),
             ("sign flips of averages", flipped),
             ("t test of averages", t_test),
         ):

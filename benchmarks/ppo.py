@@ -3,7 +3,7 @@
 
 On several GPUs `torchrun --nproc-per-node 2 benchmarks/ppo.py ...`; memory is that of the fullest.
 `--batch` is of all ranks. `python benchmarks/ppo.py --scaling` on 1, 2, 4 ... GPUs, as many as
-there are, at `--batch` sequences a GPU: a table of step, tokens/s a GPU, efficiency, memory and
+there are, at `--batch` sequences a GPU: a table of step, tokens/s per GPU, efficiency, memory and
 where the time goes, for each of `--ways`.
 
 The real `Trainer` on a policy and a SARM of the given shapes with random bf16 weights, prompts of

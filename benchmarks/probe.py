@@ -4,7 +4,7 @@
 Direction: every latent's direction added to every text's state, everything after it computed again,
 against the peer that does it latent by latent in TF32 (add, normalise, encode, TopK, head), timed
 on a few latents. Results are compared with a float64 recomputation from the states. Permutations:
-labels dealt within prompts, counted for every latent without early stopping, against the CPU's
+labels permuted within prompts, counted for every latent without early stopping, against the CPU's
 sparse product on a share of the latents and permutations, whose p must be the same. Random weights
 of the reference SARM's shape; without a GPU give smaller sizes.
 """

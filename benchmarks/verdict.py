@@ -208,7 +208,7 @@ def print_sizes(draws: int, seed: int) -> None:
 def drawn(
     cell: Cell, truth: Truth, propensity: dict[str, np.ndarray], rng: np.random.Generator
 ) -> Rows:
-    """One arm's generations, a row a prompt and seed."""
+    """One arm's generations, a row per prompt and seed."""
     prompts = cell.unsafe + cell.safe
     unsafe = np.arange(prompts) < cell.unsafe
 

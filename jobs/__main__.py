@@ -52,6 +52,9 @@ def run_units(args: argparse.Namespace) -> int:
 def chosen_units(run: RunDir, phase: str, wanted: str | None) -> tuple[str, ...]:
     """The units named, or all of them. Raises UserError on an unknown one."""
     units = ("all",) if phase in NON_PHASE_JOBS else run.config.units(phase)  # type: ignore[arg-type]
+    if not units:
+        key = {"check_sarm": "check_sarm.card", "ppo": "ppo.arms"}.get(phase, phase)
+        raise UserError(f"{key} of the config leaves {phase} nothing to do; set it")
     if wanted is None:
         return units
     if wanted.isdecimal() and int(wanted) < len(units):

@@ -47,6 +47,10 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         found[name] = described(folder, model.model, model.revision)
     attempt.progress(len(wanted), len(wanted) + 1, "data")
     data = load_data(config.data, download=True)
+    if config.evaluate.refusal_labels is not None and find_spec("scipy") is not None:
+        from sarm.evaluation.refusals import read_labelled
+
+        read_labelled(config.evaluate.refusal_labels)  # evaluate, after training, would be late
     files = {name: source_files(name, source) for name, source in config.data.sources.items()}
     found["data"] = {
         "files": {

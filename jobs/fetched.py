@@ -38,6 +38,7 @@ def _models(models: Models, phase: str) -> Iterator[tuple[str, FetchedModel]]:
         ("SARM", "sarm.model", models.sarm),
         ("SARM's backbone", "sarm.model", models.sarm_backbone),
         ("judge", "evaluate.judge", models.judge),
+        ("refusal detector", "evaluate.refusal_detector", models.refusal_detector),
     )
     for name, key, model in named:
         if model is not None and is_read(phase, key):

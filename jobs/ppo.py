@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jobs.ppo_log import Log
 from sarm.config import Config, UserError, arm_and_seed
 from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
 from sarm.evaluation.verdict import rule_sha256
-from sarm.records import Calibration, Features, RatedLatent, Readings, StepMetrics, plain
+from sarm.records import Calibration, Features, RatedLatent, Readings
 from sarm.run import Attempt, RunDir
 
 STOPPED = 75
@@ -34,128 +35,200 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Train, then save the policy and publish from rank 0. Raises SystemExit(75) where asked to
     stop.
     """
-    # From the first moment: a preemption while models are loading is no reason to die.
-    with stop_signals() as stop_requested:
-        train_and_publish(config, run, unit, attempt, stop_requested)
-
-
-def train_and_publish(
-    config: Config, run: RunDir, unit: str, attempt: Attempt, stop_requested: Callable[[], bool]
-) -> None:
-    from sarm.ppo.kept import Kept, remove_others
-    from sarm.ppo.learner import checkpoint
-    from sarm.ppo.learner.distributed import start_world
-    from sarm.ppo.learner.export import (
-        exported,
-        rounding_warning,
-        save_adapter,
-        save_policy,
-        try_export,
-    )
-    from sarm.ppo.loop import train, why_ended
-    from sarm.probing.select import refuse_unconfirmed
-    from sarm.probing.taus import swept
+    from sarm.ppo.loop import train
 
     # DeepSpeed and peft call torch and transformers by names that have just been deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    arm, seed = arm_and_seed(unit)
-    world = start_world()
+    # From the first moment: a preemption while models are loading is no reason to die.
+    with stop_signals() as stop_requested:
+        training = Training(config, unit, attempt)
+        finished = train(
+            training.trainer,
+            save=training.save,
+            log=training.log.write if training.log else lambda line: None,
+            keep=training.keep,
+            evaluate=training.evaluate if training.held_out else None,
+            stop_requested=lambda: training.world.any(stop_requested()),
+        )
+        if not finished:
+            raise SystemExit(STOPPED)
+        training.publish()
+
+
+class Training:
+    """A unit's training as a job: where it goes on from, what it saves on the way, what it
+    publishes. Every rank has one; rank 0's alone has a log and writes.
+    """
+
+    def __init__(self, config: Config, unit: str, attempt: Attempt) -> None:
+        from sarm.ppo.learner import checkpoint
+        from sarm.ppo.learner.distributed import start_world
+        from sarm.ppo.learner.export import try_export
+        from sarm.ppo.parent import parent_of
+
+        self.config, self.attempt = config, attempt
+        self.arm, seed = arm_and_seed(unit)
+        self.world = world = start_world()
+        self.readings, features = what_to_penalise(config, unit, attempt)
+        self.parent = parent_of(config, unit)
+        self.trainer, self.source = make_trainer(config, features, seed, world)
+        own = self.readings.random.get(str(seed), [])
+        reward = reward_of(self.arm, self.trainer.reward, own)
+        if self.parent:
+            self.parent.check_penalty(arm_penalty(self.arm, reward, self.readings))
+            attempt.note_file(self.parent.manifest_file)
+        self.made_with = made_with(config, attempt, self.parent)
+        self.checkpoints = attempt.folder / "checkpoints"
+        loaded = checkpoint.load(self.checkpoints, world=world, made_with=self.made_with)
+        if loaded is None:
+            # What cannot be saved is known before it is trained. Beside the checkpoints, which go
+            # away.
+            tokenizer, name = self.trainer.tokenizer, config.policy.model
+            try_export(self.source, self.actor, tokenizer, name, self.checkpoints, world)
+            if self.parent:
+                loaded = self.parent.loaded(verify=world.rank == 0)
+        if loaded is not None:
+            self.trainer.restore(loaded.state["trainer"], loaded)
+        self.trainer.reward = reward
+        self.held_out = held_out_of(config, self.trainer, self.readings)
+        self.log = self.kept = None
+        if world.rank == 0:
+            self.begin(unit, loaded)
+
+    def begin(self, unit: str, loaded: Any) -> None:
+        """Open what rank 0 writes, with what the checkpoint has of it."""
+        from sarm.ppo.kept import Kept
+
+        state = loaded.state if loaded else {"log": {}, "kept": []}
+        self.attempt.progress(self.trainer.progress.step, self.config.ppo.steps, "step")
+        self.log = Log(self.config, unit, self.attempt, state["log"])
+        if self.parent and self.parent.holds(loaded.folder):
+            wanted = self.config.ppo.kl_distances
+            found = [k for k in state["kept"] if k["entry"]["distance"] in wanted]
+            self.kept = Kept(self.attempt, found, copied_from=self.parent.folder)
+        else:
+            self.kept = Kept(self.attempt, state["kept"])
+
+    @property
+    def actor(self) -> Any:
+        return self.trainer.learner.actor
+
+    def save(self, folder: Path | None = None) -> Path:
+        """A checkpoint. A collective."""
+        from sarm.ppo.learner import checkpoint
+
+        state = {
+            "trainer": self.trainer.state(),
+            "log": self.log.state if self.log else {},
+            "kept": self.kept.state if self.kept else [],
+        }
+        return checkpoint.save(
+            folder or self.checkpoints,
+            self.trainer.progress.step,
+            state,
+            self.trainer.learner.pieces(),
+            world=self.world,
+            made_with=self.made_with,
+            attempt=self.attempt.id,
+            keep_last=self.config.ppo.keep_last,
+        )
+
+    def keep(self, distances: list[float]) -> None:
+        """Keep the policy for these distances. A collective."""
+        from sarm.ppo.learner.export import exported
+
+        found, progress = exported(self.actor, self.world), self.trainer.progress
+
+        def write(folder: Path) -> None:
+            self.write_policy(found, folder, folder / "adapter" if found.adapter else None)
+
+        for distance in distances if self.kept else ():
+            self.kept.add(distance, step=progress.step, kl=progress.drift.mean, write=write)
+
+    def evaluate(self) -> None:
+        """On held-out prompts. A collective."""
+        found = self.held_out.evaluated()
+        if self.log:
+            self.log.write_held_out(self.trainer.progress.step, found)
+
+    def write_policy(self, found: Any, folder: Path, adapter: Path | None) -> None:
+        from sarm.ppo.learner.export import save_adapter, save_policy
+
+        save_policy(self.source, found.weights, self.trainer.tokenizer, folder)
+        if adapter:
+            save_adapter(self.actor, found.adapter, self.config.policy.model, adapter)
+
+    def publish(self) -> None:
+        """Save the policy, and what another run needs to go on from it. A collective."""
+        from sarm.ppo.learner.export import exported, rounding_warning
+
+        ppo, attempt = self.config.ppo, self.attempt
+        found = exported(self.actor, self.world)
+        names = self.world.gather_texts(device_name(self.world.device))
+        if ppo.keeps_state:
+            # Every rank writes into rank 0's folder.
+            self.save(attempt.folder / f"state.{self.world.broadcast_text(attempt.id)}")
+        if self.world.rank == 0:
+            if ppo.keeps_state:
+                attempt.directory("state")
+            self.log.close()
+            adapter = attempt.directory("adapter") if found.adapter else None
+            self.write_policy(found, attempt.directory("policy"), adapter)
+            if told := rounding_warning(found.rounding, ppo.peak_learning_rate):
+                print(f"warning: {told}", file=sys.stderr, flush=True)
+            penalty = arm_penalty(self.arm, self.trainer.reward, self.readings)
+            penalty.write(attempt.path("calibration.json"))
+            if ppo.kl_distances:
+                self.kept.publish()
+            self.publish_manifest(found.rounding, names)
+        self.world.barrier()
+
+    def publish_manifest(self, rounding: Any, device_names: list[str]) -> None:
+        from sarm.ppo.kept import remove_others
+        from sarm.ppo.loop import why_ended
+
+        config, progress = self.config, self.trainer.progress
+        published = self.attempt.publish(
+            device=str(self.world.device),
+            training_s=round(progress.training_s, 3),
+            steps=progress.step,
+            ended_early=why_ended(config.ppo, progress)
+            if progress.step < config.ppo.steps
+            else None,
+            parent=self.parent.told() if self.parent else None,
+            device_names=device_names,
+            ranks=self.world.size,
+            rule_sha256=rule_sha256(config),
+            held_out=self.held_out.parts if self.held_out else None,
+            bf16_rounding=None if rounding is None else rounding.told(),
+        )
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        remove_others(self.attempt.folder, published.manifest.attempt)
+
+
+def what_to_penalise(config: Config, unit: str, attempt: Attempt) -> tuple[Readings, Features]:
+    """Calibrate's readings, and select's features with the thresholds of this unit. Raises
+    UserError where training would show nothing.
+    """
+    from sarm.probing.select import refuse_unconfirmed
+    from sarm.probing.taus import swept
+
     selected = Features.read(attempt.read("select").path("features.json"))
-    calibrated = attempt.read("calibrate")
-    readings = Readings.read(calibrated.path("readings.json"))
+    readings = Readings.read(attempt.read("calibrate").path("readings.json"))
     if config.ppo.arms != ("no_penalty",) or config.sweep_points():
         refuse_unconfirmed(selected, config.select)
         refuse_unreadable(config, readings)
     features = readings.applied(selected)
     if point := config.sweep_points().get(unit):
         features = swept(features, point, config.ppo.penalty)
-    readings_sha256 = calibrated.manifest.outputs["readings.json"].sha256
-    made_with = f"{values_sha256('ppo', config)}/{readings_sha256}"
-    trainer, source = make_trainer(config, features, seed, world)
-    checkpoints = attempt.folder / "checkpoints"
-    loaded = checkpoint.load(checkpoints, world=world, made_with=made_with)
-    if world.rank == 0:
-        attempt.progress(loaded.step if loaded else 0, config.ppo.steps, "step")
-    actor = trainer.learner.actor
-    if loaded is None:
-        # What cannot be saved is known before it is trained. Beside the checkpoints, which go away.
-        try_export(source, actor, trainer.tokenizer, config.policy.model, checkpoints, world)
-    else:
-        trainer.restore(loaded.state["trainer"], loaded)
-    trainer.reward = reward_of(arm, trainer.reward, readings.random.get(str(seed), []))
-    log = kept = None
-    if world.rank == 0:
-        log = Log(config, unit, attempt, loaded.state["metrics"] if loaded else [])
-        kept = Kept(attempt, loaded.state["kept"] if loaded else [])
+    return readings, features
 
-    def save() -> Any:
-        state = {
-            "trainer": trainer.state(),
-            "metrics": log.lines if log else [],
-            "kept": kept.state if kept else [],
-        }
-        step = trainer.progress.step
-        return checkpoint.save(
-            checkpoints,
-            step,
-            state,
-            trainer.learner.pieces(),
-            world=world,
-            made_with=made_with,
-            attempt=attempt.id,
-            keep_last=config.ppo.keep_last,
-        )
 
-    def write_policy(found: Any, folder: Path, adapter: Path | None) -> None:
-        save_policy(source, found.weights, trainer.tokenizer, folder)
-        if adapter:
-            save_adapter(actor, found.adapter, config.policy.model, adapter)
-
-    def keep(distances: list[float]) -> None:
-        found, progress = exported(actor, world), trainer.progress
-
-        def write(folder: Path) -> None:
-            write_policy(found, folder, folder / "adapter" if found.adapter else None)
-
-        for distance in distances if kept else ():
-            kept.add(distance, step=progress.step, kl=progress.drift.mean, write=write)
-
-    finished = train(
-        trainer,
-        save=save,
-        log=log.write if log else lambda line: None,
-        keep=keep,
-        stop_requested=lambda: world.any(stop_requested()),
-    )
-    if not finished:
-        raise SystemExit(STOPPED)
-    found = exported(actor, world)
-    names = world.gather_texts(device_name(world.device))
-    if log and kept:
-        log.close()
-        adapter = attempt.directory("adapter") if found.adapter else None
-        write_policy(found, attempt.directory("policy"), adapter)
-        if told := rounding_warning(found.rounding, config.ppo.peak_learning_rate):
-            print(f"warning: {told}", file=sys.stderr, flush=True)
-        arm_penalty(arm, trainer.reward, readings).write(attempt.path("calibration.json"))
-        if config.ppo.kl_distances:
-            kept.publish()
-        progress = trainer.progress
-        published = attempt.publish(
-            device=str(world.device),
-            training_s=round(progress.training_s, 3),
-            steps=progress.step,
-            ended_early=(
-                why_ended(config.ppo, progress) if progress.step < config.ppo.steps else None
-            ),
-            device_names=names,
-            ranks=world.size,
-            rule_sha256=rule_sha256(config),
-            bf16_rounding=None if found.rounding is None else found.rounding.told(),
-        )
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        remove_others(attempt.folder, published.manifest.attempt)
-    world.barrier()
+def made_with(config: Config, attempt: Attempt, parent: Any) -> str:
+    """What a checkpoint must have been made with to be gone on from here."""
+    readings = attempt.run.read("calibrate").manifest.outputs["readings.json"].sha256
+    before = [parent.manifest_sha256] if parent else []
+    return "/".join([values_sha256("ppo", config), readings, *before])
 
 
 def make_trainer(config: Config, features: Features, seed: int, world: Any) -> Any:
@@ -201,6 +274,17 @@ def make_trainer(config: Config, features: Features, seed: int, world: Any) -> A
         ),
         source,
     )
+
+
+def held_out_of(config: Config, trainer: Any, readings: Readings) -> Any:
+    """What evaluates the policy in training; None where it is not asked for."""
+    from sarm.evaluation.held_out import HeldOut
+    from sarm.ppo.reward import Penalised
+
+    if not config.ppo.held_out.every:
+        return None
+    monitors = [Penalised(m.latent, m.tau, 0.0) for m in readings.monitors]
+    return HeldOut(trainer, load_data(config.data), monitors, config.ppo.held_out)
 
 
 def refuse_unreadable(config: Config, readings: Readings) -> None:
@@ -273,66 +357,3 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if asked.is_set() else handler)
-
-
-class Log:
-    """metrics.jsonl of this attempt, begun with the lines of the checkpoint it goes on from;
-    progress; other writers.
-    """
-
-    def __init__(
-        self, config: Config, unit: str, attempt: Attempt, lines: list[dict[str, Any]]
-    ) -> None:
-        self.config, self.attempt, self.lines = config, attempt, list(lines)
-        self.file = attempt.path("metrics.jsonl").open("w", encoding="utf-8")
-        for line in lines:
-            self.file.write(StepMetrics(**line).line() + "\n")
-        self.file.flush()
-        self.tensorboard: Any = None
-        self.wandb: Any = None
-        if config.ppo.log_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(attempt.folder / "tensorboard", purge_step=len(lines))
-        if config.ppo.log_to == "wandb":
-            self.wandb = _start_wandb(config, unit)
-
-    def write(self, line: dict[str, Any]) -> None:
-        line = plain(line)
-        self.lines.append(line)
-        self.file.write(StepMetrics(**line).line() + "\n")
-        self.file.flush()
-        shown = {
-            name: line.get(f"objective/{key}")
-            for name, key in (("reward", "scores"), ("penalty", "penalty"), ("kl", "kl"))
-        }
-        self.attempt.progress(line["step"] + 1, self.config.ppo.steps, "step", **shown)
-        numbers = {key: value for key, value in line.items() if value is not None and key != "step"}
-        if self.tensorboard:
-            for key, value in numbers.items():
-                self.tensorboard.add_scalar(key, value, line["step"])
-        if self.wandb:
-            self.wandb.log(numbers, step=line["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def _start_wandb(config: Config, unit: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "ppo.log_to is wandb, and wandb is not installed; install it or set ppo.log_to=none"
-        ) from None
-    return wandb.init(
-        project="sarm",
-        name=f"{config.name}/{unit}",
-        id=f"{values_sha256('ppo', config)[:16]}-{unit}",
-        resume="allow",
-        config=config.model_dump(mode="json"),
-    )

@@ -29,7 +29,7 @@ CHECKED = 16
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
-    """One row a latent of this shard's range, from what encode left."""
+    """One row per latent of this shard's range, from what encode left."""
     encoded = read_encoded(attempt.read_shards("encode"))
     contrasts = contrasts_of(load_data(config.data), encoded, config.conjunction)
     for name, contrast in zip(

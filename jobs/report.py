@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 from datetime import UTC, datetime
+from pathlib import Path
 
 from reports.cards import cards_page
 from reports.evidence import judgement
@@ -61,6 +62,8 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     published = attempt.publish(verdict=record["word"], failures=len(found["failures"]))
     for name in names:  # copies that keep their names, for people
         write_atomic(run.path / name, published.path(name).read_bytes())
+    for name in names:
+        lacking(run, name).unlink(missing_ok=True)  # what one lacked is there now
     if config.report.texts != "all":
         remove_earlier(run, published)
 
@@ -88,15 +91,19 @@ def lost_units(run: RunDir, frames: Frames) -> list[str]:
     return sorted((had & asked) - has)
 
 
+def lacking(run: RunDir, name: str) -> Path:
+    """Where a report that lacks what the standing one has keeps this file."""
+    stem, _, suffix = name.partition(".")
+    return run.path / f"{stem}.incomplete.{suffix}"
+
+
 def keep_beside(run: RunDir, attempt: Attempt, names: list[str], lost: list[str]) -> None:
     """Leave a report that lacks what the standing one has beside that, under names of its own.
 
     Raises UserError, as the report is then not done.
     """
     for name in names:
-        stem, _, suffix = name.partition(".")
-        copy = run.path / f"{stem}.incomplete.{suffix}"
-        write_atomic(copy, attempt.written(name).read_bytes())
+        write_atomic(lacking(run, name), attempt.written(name).read_bytes())
     raise UserError(
         f"the report in {run.path} was made with {listed(lost)}, which"
         f" {'is' if len(lost) == 1 else 'are'} not done now, so it is kept, and this one is"

@@ -9,37 +9,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from reports.blocks import Block, Items, Prose, Table, lines
+from reports.comparable import MAX_SHOWN, Compared, opened, refuse_incomparable
 from reports.distances import compared_words
-from reports.frames import Frames, read_run
 from reports.numbers import MEASURES, arm_name, duration, fixed, interval, plain
 from reports.page import render
 from reports.plots import ABOVE, OTHER, STYLES, TRAINING, Plot, figure
 from reports.text import RULE, section
 from sarm.config import UserError
-from sarm.records import Report
 from sarm.run import RunDir, differences, write_atomic
-
-MAX_SHOWN = 60
-"""Characters of a value in the table of settings."""
-
-
-class Compared(NamedTuple):
-    """One run; `name` is its folder's, made unique."""
-
-    name: str
-    run: RunDir
-    figures: dict[str, Any]
-    frames: Frames
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,77 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def opened(paths: Sequence[str]) -> list[Compared]:
-    """The runs with the figures of their reports. Raises UserError where there are fewer than two,
-    or one has no report.
-    """
-    folders = list(dict.fromkeys(Path(path).resolve() for path in paths))
-    if len(folders) < 2:
-        raise UserError(
-            'there is one run to compare; name two or more: make compare RUNS="outputs/a outputs/b"'
-        )
-    common = os.path.commonpath(folders)
-    found = []
-    for folder in folders:
-        run = RunDir.open(folder)
-        why = run.why_not_done("report")
-        if why is not None:
-            raise UserError(
-                f"{folder} has no report that stands ({why}); write it: make report RUN={folder}"
-            )
-        found.append(
-            Compared(
-                Path(os.path.relpath(folder, common)).as_posix(),
-                run,
-                Report.read(run.read("report").path("report.json")).tree(),
-                read_run(run),
-            )
-        )
-    return found
-
-
-def refuse_incomparable(runs: Sequence[Compared]) -> None:
-    """Raises UserError naming all that differs of what has to be the same. What neither run
-    recorded is not compared.
-    """
-    first, *others = runs
-    problems = []
-    for other in others:
-        one, two = first.figures["comparable"], other.figures["comparable"]
-        for what in one:
-            if one[what] != two[what] and one[what] is not None and two[what] is not None:
-                problems.append(
-                    f"{first.name} and {other.name} differ in {what}:"
-                    f" {_difference(one[what], two[what])}"
-                )
-    if problems:
-        raise UserError(
-            f"these runs cannot be compared: {'; '.join(problems)}; compare runs that share reward"
-            " model, policy, data, evaluation and rules"
-        )
-
-
-def _difference(one: Any, two: Any, where: str = "") -> str:
-    """The first few keys that differ, with both values."""
-    if isinstance(one, dict) and isinstance(two, dict):
-        keys = [key for key in dict.fromkeys([*one, *two]) if one.get(key) != two.get(key)]
-        told = [
-            _difference(one.get(key), two.get(key), f"{where}.{key}" if where else str(key))
-            for key in keys[:3]
-        ]
-        return ", ".join(told) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-    shown = [
-        text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
-        for text in map(str, (one, two))
-    ]
-    return f"{where + ' ' if where else ''}{shown[0]} and {shown[1]}"
-
-
-# What is compared
-
-
 def settings(runs: Sequence[Compared]) -> list[Block]:
-    """The keys of the configs that differ, a column a run."""
+    """The keys of the configs that differ, a column per run."""
     keys = sorted(
         {key for other in runs[1:] for key in differences(runs[0].run.config, other.run.config)}
         - {"name"}
@@ -403,7 +320,7 @@ def change_plot(runs: Sequence[Compared]) -> list[Plot]:
 
 
 def curves(runs: Sequence[Compared]) -> list[Plot]:
-    """The penalty arm's metrics, mean over seeds, a line a run."""
+    """The penalty arm's metrics, mean over seeds, a line per run."""
     plots = []
     for i, (metric, title) in enumerate(TRAINING.items()):
         made = figure("step", "", 270, showlegend=True, legend=ABOVE)
@@ -422,7 +339,7 @@ def curves(runs: Sequence[Compared]) -> list[Plot]:
                 line=line,
             )
         if made.data:
-            told = f"{title} of the {arm_name('penalty')} arm, mean over its seeds, a line a run."
+            told = f"{title} of the {arm_name('penalty')} arm, mean over its seeds, a line per run."
             plots.append(Plot(f"training-{i}", title, told, made, wide=False))
     return plots
 

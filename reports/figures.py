@@ -43,6 +43,8 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "configuration": _configuration(run, frames, shown_policy),
         "features": frames.features.tree() if frames.features else None,
         "readings": frames.readings.tree() if frames.readings else None,
+        "check_sarm": frames.check_sarm,
+        "has_card": config.check_sarm.card is not None,
         "penalty": _penalty(run, frames, shown_policy),
         "shown_policy": shown_policy,
         "progression": _progression(frames.training, shown_policy),
@@ -239,7 +241,7 @@ def _failures(run: RunDir, phases: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _phases(phases: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row a unit: what became of it, when, on what, and the units whose outputs it read."""
+    """A row per unit: what became of it, when, on what, and the units whose outputs it read."""
     names = ["phase", "unit", "status", "started", "ended", "seconds", "device", "host", "needs"]
     return phases[names].astype(object).where(phases[names].notna(), None).to_dict("records")
 
@@ -268,6 +270,7 @@ def _training(frames: Frames) -> list[dict[str, Any]]:
                 "steps": int(table["step"].max()),
                 "training_s": more.get("training_s"),
                 "ended_early": more.get("ended_early"),
+                "parent": more.get("parent"),
                 **means,
             }
         )
@@ -283,7 +286,7 @@ def _randoms(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
 
 
 def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row a latent, arm and kind of prompt: the rate above tau, that of values above tau that
+    """A row per latent, arm and kind of prompt: the rate above tau, that of values above tau that
     rank just below TopK's cutoff, mean z, and the histogram about tau.
     """
     if generations.empty:
@@ -349,6 +352,7 @@ SOURCES = {
     "features": ("select", ("features.json", "table.parquet")),
     "rankings": ("select", ("features.json",)),
     "cards": ("cards", ("cards.json",)),
+    "opened": ("check_sarm", ("check.json",)),
     "calibration": ("calibrate", ("readings.json",)),
     "steered": ("evaluate", ("summary.json",)),
     "steering": ("steer", ("summary.json",)),

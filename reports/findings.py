@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from reports import beside
+from reports.blocks import Prose
 from reports.calibration import verdict_on_the_instrument
 from reports.numbers import MEASURES, arm_name, duration, fixed
 from sarm.run import listed
@@ -94,8 +96,15 @@ def training(figures: Figures) -> str:
 
 def sweep(figures: Figures) -> str:
     points = (figures.get("sweep") or {}).get("points", [])
-    front = [point["policy"] for point in points if point["front"]]
+    front = [point["label"] for point in points if point["front"]]
     return f"{len(front)} of {len(points)} on the front: {listed(front, 4)}." if points else ""
+
+
+def opened(figures: Figures) -> str:
+    if figures["check_sarm"] is None:
+        return ""
+    first = beside.opened(dict(figures))[0]
+    return first.text if isinstance(first, Prose) else ""
 
 
 def features(figures: Figures) -> str:
@@ -170,6 +179,7 @@ FINDINGS: dict[str, Callable[[Figures], str]] = {
     "latents": latents,
     "training": training,
     "sweep": sweep,
+    "opened": opened,
     "features": features,
     "trust": trust,
     "rankings": rankings,

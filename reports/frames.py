@@ -27,6 +27,7 @@ from sarm.records import (
     Models,
     OwnExamples,
     Readings,
+    SarmCheck,
     Steered,
     Steering,
     read_training_log,
@@ -45,7 +46,7 @@ class Frames(NamedTuple):
     """What a run left. Missing phases leave empty frames and dicts."""
 
     phases: pd.DataFrame
-    """A row a unit: phase, unit, status, cause, log, and what its manifest says."""
+    """A row per unit: phase, unit, status, cause, log, and what its manifest says."""
     manifests: dict[tuple[str, str], Manifest]
     features: Features | None
     readings: Readings | None
@@ -57,15 +58,15 @@ class Frames(NamedTuple):
     unit.
     """
     training: pd.DataFrame
-    """A row a policy and step: policy, arm, seed, step, and the trainer's metrics."""
+    """A row per policy and step: policy, arm, seed, step, and the trainer's metrics."""
     steering: dict[str, Any] | None
     evaluations: dict[str, dict[str, Any]]
     generations: pd.DataFrame
-    """A row a policy and response: policy, arm, seed, and the columns that evaluate wrote. Of the
+    """A row per policy and response: policy, arm, seed, and the columns that evaluate wrote. Of the
     trained policies as they were at the distance that is compared (`compared`).
     """
     probe: pd.DataFrame
-    """A row a latent: what the probe measured of it."""
+    """A row per latent: what the probe measured of it."""
     models: dict[str, Any] | None
     """What fetch recorded: where models and data lie, and their hashes."""
     cards: dict[str, Any] | None
@@ -81,6 +82,8 @@ class Frames(NamedTuple):
     """By trained policy, when it reached which distance."""
     examples: dict[str, dict[str, Any]]
     """By policy, what watched latents do at every token of some of its responses."""
+    check_sarm: dict[str, Any] | None
+    """The SARM beside its card."""
 
 
 def read_run(
@@ -120,6 +123,7 @@ def _read_outputs(
     """Frames of published outputs; an output that is damaged marks its unit as failed."""
     manifests = {key: p.manifest for key, p in published.items()}
     features, readings, steering, models, cards, steered = None, None, None, None, None, None
+    check_sarm = None
     calibrations, evaluations, kept, examples = {}, {}, {}, {}
     training, generations, sweep = [], [], []
     points = run.config.sweep_points()
@@ -131,6 +135,8 @@ def _read_outputs(
             if phase == "fetch":
                 if "models.json" in unit_files.manifest.outputs:
                     models = Models.read(unit_files.path("models.json")).tree()
+            elif phase == "check_sarm":
+                check_sarm = SarmCheck.read(unit_files.path("check.json")).tree()
             elif phase == "select":
                 features = Features.read(unit_files.path("features.json"))
                 if "table.parquet" in unit_files.manifest.outputs:
@@ -192,6 +198,7 @@ def _read_outputs(
         every=every,
         kept=kept,
         examples=examples,
+        check_sarm=check_sarm,
     )
 
 
@@ -282,7 +289,7 @@ def last_error(log: Path) -> str:
 
 
 def _metrics(path: Path, unit: str) -> pd.DataFrame:
-    """The trainer's log, one row a step; of a step logged twice the later line counts. People
+    """The trainer's log, one row per step; of a step logged twice the later line counts. People
     count steps from 1.
     """
     table = pd.DataFrame(read_training_log(path))

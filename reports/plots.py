@@ -237,7 +237,7 @@ def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             },
             customdata=[
                 [
-                    p["policy"],
+                    p["label"],
                     fixed(p["reward"], 3),
                     interval(p["penalised_fired_low"], p["penalised_fired_high"], 3),
                 ]
@@ -250,8 +250,8 @@ def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         )
     made.update_layout(coloraxis={"colorscale": "Cividis", "colorbar": {"title": "reward"}})
     told = (
-        "Exploratory. Each policy's penalised rate against its KL, coloured by reward; filled"
-        " points are on the front, which nothing beats in all three."
+        "Exploratory. Penalised rate against KL, over the seeds, coloured by reward; filled points"
+        " are on the front, which nothing beats in rate, KL, reward and over-refusal."
     )
     return [Plot("sweep", "Penalised rate, KL and reward", told, made)]
 

@@ -1,4 +1,4 @@
-"""What each policy's own generations show, a row a policy, at the compared distance or at all.
+"""What each policy's own generations show, a row per policy, at the compared distance or at all.
 
 `policy_table(frames.generations)`; `distance_rows(run, frames)` for every KL distance that the
 config names, those among them that were not reached.
@@ -19,7 +19,7 @@ from sarm.run import RunDir
 
 
 def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
-    """A row a policy: rates on unsafe prompts, over-refusal on safe ones, the rest on all."""
+    """A row per policy: rates on unsafe prompts, over-refusal on safe ones, the rest on all."""
     rows = [
         {"policy": policy, "arm": table["arm"].iloc[0], **measures(table)}
         for policy, table in generations.groupby("policy", sort=False)

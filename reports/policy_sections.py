@@ -285,6 +285,15 @@ def training(figures: dict[str, Any]) -> list[Block]:
             for r in rows
             if r["ended_early"]
         ),
+        *(
+            Prose(
+                f"{r['policy']} goes on from step {parent['steps']} of {parent['unit']} in"
+                f" {parent['run']} (manifest {parent['manifest_sha256'][:12]}); steps, time and"
+                " means are of both."
+            )
+            for r in rows
+            if (parent := r["parent"])
+        ),
     ]
 
 

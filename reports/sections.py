@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from reports.beside import opened
 from reports.blocks import Block
 from reports.calibration import calibration
 from reports.policy_sections import changes, latents, policy_evaluation, steered, training, verdict
-from reports.probe_sections import cards, features, rankings, steering, trust
+from reports.probe_sections import cards, features, rankings, steering
 from reports.run_sections import failures, phases, provenance
 from reports.sweep_sections import distances, sweep
+from reports.validity_sections import trust
 
 
 class Section(NamedTuple):
@@ -43,13 +45,14 @@ SECTIONS = (
     Section("distances", "Policies by KL distance", distances),
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),
-    Section("sweep", "Penalty sweep", sweep),
+    Section("sweep", "Penalised rate against reward, KL and over-refusal", sweep),
+    Section("opened", "The SARM beside its card", opened),
     Section("features", "Features: effects on held-out prompts", features),
-    Section("trust", "How far the selection can be trusted", trust),
+    Section("trust", "Validity checks", trust),
     Section("rankings", "Features: rankings compared", rankings),
     Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
     Section("steered", "Steering the policy", steered, "approximate"),
-    Section("phases", "The run's parts", phases),
+    Section("phases", "Pipeline status", phases),
     Section("provenance", "Provenance", provenance),
 )

@@ -1,4 +1,4 @@
-"""How every command ends: a failure that its user can mend is one sentence and exit code 2.
+"""How every command ends: a failure that its user can fix is one sentence and exit code 2.
 `sys.exit(ended(lambda: work(args)))`
 """
 
@@ -30,11 +30,11 @@ REFUSED = {
     errno.EISDIR: "a folder stands where a file should; correct the path",
     errno.ENAMETOOLONG: "that name is too long; use a shorter RUN",
 }
-"""What to do about the operating system's refusals that a user can mend."""
+"""What to do about the operating system's refusals that a user can fix."""
 
 
 def ended(work: Callable[[], int], where: str | os.PathLike[str] = "") -> int:
-    """The exit code of `work`: its own; 2 on a failure that the user can mend, told in one
+    """The exit code of `work`: its own; 2 on a failure that the user can fix, told in one
     sentence; 130 on Ctrl-C.
 
     `where` is named where the operating system does not say which file it refused. SARM_TRACEBACK=1

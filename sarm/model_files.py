@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sarm.config import UserError
+from sarm.data.files import POINTER
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-POINTER = b"version https://git-lfs"
 WHOLE_NUMBERS = ("F64", "F32", "F16", "BF16")
 """What weights may be stored in, by safetensors' names: 8 bits and fewer need scales that nothing
 here reads.

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -216,6 +216,75 @@ class Models(File):
     data: FetchedData
 
 
+# check_sarm
+
+
+class Benchmark(Record):
+    """What a SARM does on one data set: published, or measured by check_sarm."""
+
+    label: str
+    format: str
+    """Of the data source that it is."""
+    subset: str | None = None
+    sha256: str | None = None
+    """Of the file, where figures are of that file alone."""
+    prompts: int | None = None
+    """How many stand behind the figures."""
+    pair_accuracy: float | None = None
+    """Prompts alike; of chosen and rejected responses with equal rewards, half."""
+    best_of_n: float | None = None
+    """RewardBench 2's score."""
+    fvu: float | None = None
+    """Of the SAE's reconstruction of the normalised states at reward positions."""
+    mean_k: float | None = None
+    """Latents that are not zero, a text."""
+    negative: float | None = None
+    """Share of the latents kept that are below zero."""
+
+
+class SarmCard(File):
+    """The file that `check_sarm.card` names: what a SARM does where it is opened right."""
+
+    NAME, REDO = "card.json", "check_sarm"
+
+    source: str
+    """Where the figures come from."""
+    d_sae: int | None = None
+    k: int | None = None
+    layers: int | None = None
+    dtype: str | None = None
+    """Of the layers, in which the figures were measured."""
+    template_sha256: str | None = None
+    """Of the chat template."""
+    head: dict[
+        Annotated[str, Field(pattern=r"^\d+$")],
+        Annotated[str, Field(pattern=r"^-?\d+(\.\d+)?(e-?\d+)?$")],
+    ] = {}
+    """Weights of the head by latent, as they are written: to the digits given."""
+    benchmarks: list[Benchmark] = []
+    overall: float | None = None
+    """The mean of RewardBench 2's subsets, where all are there."""
+
+
+class SarmCheck(File):
+    """Whether the opened SARM does what its card says."""
+
+    NAME, REDO = "check.json", "check_sarm"
+
+    verdict: str
+    """`as published`, `off`, `no card`, `measured` without one, or `nothing to compare` where no
+    data of the card's are there.
+    """
+    source: str
+    """The card's."""
+    rows: list[Row] = []
+    """A row a figure: what, published, found, tolerance, prompts, off."""
+    causes: list[str] = []
+    """Likeliest first, where it is off."""
+    missing: list[str] = []
+    """Benchmarks of the card that no data source holds."""
+
+
 # select
 
 
@@ -367,8 +436,8 @@ class Intervention(Record):
 
 
 class Steering(File):
-    """Rewards of fixed texts before and after an intervention: a row a source and label, and a row
-    a source over its pairs.
+    """Rewards of fixed texts before and after an intervention: a row per source and label, and
+    a row per source over its pairs.
     """
 
     NAME, REDO = "summary.json of steer", "steer"
@@ -611,7 +680,7 @@ class Evaluation(File):
 
 
 class Steered(File):
-    """What pushing the base policy along decoder directions changed: a row a direction."""
+    """What pushing the base policy along decoder directions changed: a row per direction."""
 
     NAME, REDO = "summary.json of evaluate/steered", "evaluate"
     model_config = ConfigDict(extra="allow")
@@ -619,16 +688,53 @@ class Steered(File):
     rows: list[Row]
 
 
-class StepMetrics(File):
-    """One step of PPO's log: its number, counted from 0, and the trainer's metrics."""
+class Line(File):
+    """A line of a log of PPO's."""
 
-    NAME, REDO = "a line of metrics.jsonl", "ppo"
-    model_config = ConfigDict(extra="allow")
+    REDO = "ppo"
 
     step: int
 
     def line(self) -> str:
         return json_text(self.tree(), indent=None)
+
+
+class StepMetrics(Line):
+    """One step: its number, counted from 0, and the trainer's metrics."""
+
+    NAME = "a line of metrics.jsonl"
+    model_config = ConfigDict(extra="allow")
+
+
+class HeldOutMetrics(Line):
+    """What the policy does on held-out prompts after so many steps."""
+
+    NAME = "a line of held_out.jsonl"
+    model_config = ConfigDict(extra="allow")
+
+
+class Completion(Line):
+    """A response to a held-out prompt after so many steps, and its scores."""
+
+    NAME = "a line of completions.jsonl"
+
+    prompt_id: str
+    kind: str
+    prompt: str
+    """The last message."""
+    response: str
+    reward: float
+    """The SARM's, without penalty."""
+    penalty: float
+    kl: float
+    """To the reference, in nats: the log ratio of the tokens that are scored."""
+    tokens: int
+    cut: bool
+    """At the token limit."""
+    refused: bool
+    """By phrases (`sarm/evaluation/refusals.py`)."""
+    z: dict[str, float]
+    """By latent, of those penalised in any arm and of monitors."""
 
 
 def read_training_log(path: Path) -> list[dict[str, Any]]:
@@ -657,6 +763,9 @@ class Report(File):
     features: Row | None
     readings: Row | None
     """What calibrate found."""
+    check_sarm: Row | None = None
+    """The SARM beside its card."""
+    has_card: bool = False
     penalty: Row
     shown_policy: str
     progression: list[Row]

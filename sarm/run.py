@@ -37,6 +37,16 @@ BEGAN = "=== job "
 """How the line begins with which a submitted job opens its part of a unit's log."""
 
 
+def _is_runs(name: str) -> bool:
+    """Whether a run's folder may hold this before it has a config."""
+    return (
+        name in READS
+        or name in ("logs", "progress", "configs")
+        or name.endswith(".lock")
+        or name.startswith(".config.yaml.")  # a creation that was killed
+    )
+
+
 class Published(NamedTuple):
     """A finished unit as its manifest tells it."""
 
@@ -99,8 +109,7 @@ class RunDir:
         run = RunDir(path, config)
         stored = run.path / "config.yaml"
         if not stored.is_file():
-            # jobs unpickle what lies in it: its owner's alone, whatever the umask
-            run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            run._make()
             write_atomic(stored, config_yaml(config).encode())
         elif told := run.change():
             earlier = stored.read_bytes()
@@ -110,6 +119,22 @@ class RunDir:
             write_atomic(stored, config_yaml(config).encode())
             print(told, file=sys.stderr, flush=True)
         return run
+
+    def _make(self) -> None:
+        """The folder. Raises UserError where something else than a run stands there."""
+        try:
+            # jobs unpickle what lies in it: its owner's alone, whatever the umask
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except (FileExistsError, FileNotFoundError) as error:
+            raise UserError(
+                f"{self.path} can be no run's folder ({error.strerror}); use another RUN"
+            ) from None
+        foreign = sorted(p.name for p in self.path.iterdir() if not _is_runs(p.name))
+        if foreign:
+            raise UserError(
+                f"{self.path} holds {listed(foreign)} and no config.yaml, so it is no run; give a"
+                " new folder as RUN, or put the run's config.yaml back"
+            )
 
     def change(self) -> str:
         """What taking this config in place of the stored one means, in a sentence; empty where they
@@ -377,8 +402,8 @@ class Attempt:
         errors.
 
         Where another attempt has published since this one began, its manifest stands and is
-        returned: this is then the late writer, such as one on a node given up for lost, and others
-        may have read what stands.
+        returned: this is then the late writer, such as one on a node that was declared dead, and
+        others may have read what stands.
         """
         outputs = {name: _output(path, path.name) for name, path in self._files.items()}
         for name, folder in self._folders.items():

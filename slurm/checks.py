@@ -108,7 +108,7 @@ def unchecked(profile: Profile, batches: list[Batch]) -> str | None:
     )
     return (
         f"Slurm here enforces no accounting, so {', '.join(named)} went unchecked"
-        if named and not queue.accounting_enforced()
+        if named and not queue.accounting_enforced(profile.clusters)
         else None
     )
 

@@ -76,7 +76,7 @@ def disk(config: Config, run: RunDir) -> list[Disk]:
             kept_latents(config, sarm) + config.encode.extra_ranks
         )
         found.append(Disk("encode", "encoded states", None if texts is None else text * texts))
-        # A row a latent: some forty columns of effects and statistics.
+        # A row per latent: some forty columns of effects and statistics.
         found.append(Disk("probe", "tables of effects", 320.0 * sarm.d_sae))
     if policy:
         # As sarm.ppo.learner.memory_plan counts it: Adam's moments and the weights they step; of
@@ -85,7 +85,7 @@ def disk(config: Config, run: RunDir) -> list[Disk]:
         checkpoint = 16.0 * policy.lora(ppo.lora.rank) if ppo.lora else full
         passing = checkpoint * (ppo.keep_last + 1) * trained
         policies = trained * (1 + len(ppo.kl_distances))
-        size = 2.0 * policy.parameters * policies
+        size = 2.0 * policy.parameters * policies + checkpoint * trained * ppo.keeps_state
         found.append(Disk("ppo", f"{policies} policies", size, passing))
     return found
 
@@ -121,7 +121,7 @@ def gigabytes(size: float | None) -> str:
 
 
 def table(config: Config, profile: Profile, run: RunDir, batches: list[Batch]) -> str:
-    """A line a phase: jobs, GPU-hours by their time limits, disk that stays and that passes; and
+    """A line per phase: jobs, GPU-hours by their time limits, disk that stays and that passes; and
     the totals.
     """
     parts = {part.phase: part for part in disk(config, run)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from sarm.config import Config, Phase
+from sarm.config import Config, Phase, UserError
 
 
 class Node(NamedTuple):
@@ -31,8 +31,9 @@ class Task(NamedTuple):
 
 NEEDS: dict[Phase, tuple[Phase, ...]] = {
     "fetch": (),
+    "check_sarm": ("fetch",),
     "encode": ("fetch",),
-    "probe": ("encode",),
+    "probe": ("encode", "check_sarm"),
     "select": ("probe",),
     "steer": ("select",),
     "cards": ("select",),
@@ -59,3 +60,15 @@ def tasks(config: Config) -> list[Task]:
     every = tuple(task.node for task in found)
     report = [Task(Node("report", u), every, "afterany") for u in config.units("report")]
     return [*found, *report]
+
+
+def named(config: Config, unit: str | None = None, phase: str | None = None) -> set[Node]:
+    """The units of this name, `penalty-seed0` or `ppo/penalty-seed0`, of one phase where it is
+    given; all where no name is. Raises UserError where there is none.
+    """
+    of_phase = [task.node for task in tasks(config) if phase in (None, task.node.phase)]
+    found = {node for node in of_phase if unit in (None, node.unit, str(node))}
+    if not found:
+        units = sorted({n.unit for n in of_phase if n.phase == (phase or "evaluate")})
+        raise UserError(f"no unit is named {unit!r}; {phase or 'evaluate'} has {', '.join(units)}")
+    return found

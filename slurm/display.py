@@ -67,7 +67,8 @@ def show_sent(run: RunDir, profile: Profile, journal: dict[str, Any]) -> None:
             f" task, {memory} GB, {want.time_min} min",
             str(log.relative_to(run.path)),
         )
-    console = Console()
+    # ids are no emoji: `afterok:99:100:101`
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # a file or a pipe: no lines broken at a width that nobody has
-        console = Console(width=200)
+        console.width = 200
     console.print(table)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def doctor(args: argparse.Namespace) -> int:
     if wrong:
         print(
             f"error: {wrong} problem{'s' if wrong > 1 else ''} to fix before make submit-all"
-            f" CLUSTER={args.cluster}",
+            f" CLUSTER={shlex.quote(args.cluster)}",
             file=sys.stderr,
         )
     return 2 if wrong else 0

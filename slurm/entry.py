@@ -114,9 +114,9 @@ def run_command(
         process = subprocess.Popen(
             [sys.executable, *argv], env=env, stdout=output, stderr=subprocess.STDOUT
         )
-        siblings = Ranks(folder, os.environ) if ranks else None
+        siblings = Ranks(folder, os.environ, log) if ranks else None
         code, asked = wait_forwarding(
-            process, signalled, grace_s, siblings.look if siblings else list
+            process, signalled, grace_s, siblings.look if siblings else lambda asked: []
         )
         if siblings:
             siblings.leave()
@@ -126,7 +126,7 @@ def run_command(
         if siblings and code:
             # such as a full disk, which the command itself has reported
             with contextlib.suppress(OSError):
-                siblings.settle(process.returncode, asked, log)
+                siblings.settle(process.returncode, asked)
     return code
 
 
@@ -141,15 +141,16 @@ def wait_forwarding(
     process: subprocess.Popen[bytes],
     signalled: Path | None,
     grace_s: float,
-    lost: Callable[[], list[Any]],
+    lost: Callable[[bool], list[Any]],
 ) -> End:
     """Wait for a process, handing SIGTERM and SIGUSR2 on to it; killed where it does not end in
     time once asked.
 
     SIGUSR2, by which Slurm announces a preemption or the time limit, is for those that checkpoint:
     it makes the file `signalled`, by which the batch script knows to requeue, and leaves `grace_s`
-    to end a step and write the checkpoint. Without that path SIGUSR2 is left alone. Once `lost`
-    names a sibling that has died, only last words are waited for.
+    to end a step and write the checkpoint. Without that path SIGUSR2 is left alone. Once `lost`,
+    which is told whether it was asked, names a sibling that has died, only last words are waited
+    for.
     """
     deadline = math.inf
     asked = False
@@ -171,7 +172,7 @@ def wait_forwarding(
             code = process.wait(timeout=1.0)
             return End(code if code >= 0 else 128 - code, asked)
         except subprocess.TimeoutExpired:
-            if lost():
+            if lost(asked):
                 deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
             if time.monotonic() > deadline:
                 asked = True
@@ -251,14 +252,12 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's node list: `g1` of `g[1-2,5]`, `rack-a1` of `rack-a1,rack-b1`. Rank 0
+    """The first of Slurm's node list: `g1` of `g[1-2,5]`, `rack0_a2` of `rack[0-1]_a[2-3]`. Rank 0
     is there.
     """
-    before, bracket, rest = nodes.partition("[")
-    if not bracket or "," in before:
-        return before.partition(",")[0]
-    inside, _, after = rest.partition("]")
-    return before + re.split("[,-]", inside)[0] + after.partition(",")[0].partition("[")[0]
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None  # an empty one is one
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
 def device_environment(env: Mapping[str, str], tasks: int) -> dict[str, str]:

@@ -8,7 +8,8 @@ Slurm's clients in it, and `isolated(os.environ)` the same for what is started o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 
 CLIENTS = ("SLURM SBATCH_ SQUEUE_ SACCT_ SACCTMGR_ SCANCEL_ SCONTROL_ SINFO_ SALLOC_ SRUN_").split()
 """How the variables begin by which a user's shell changes what Slurm's commands do: filters,
@@ -16,13 +17,17 @@ formats, defaults and, inside a job, that job's own."""
 KEPT_FOR_CLIENTS = ("SLURM_CONF", "SLURM_JWT")
 """Where the site's configuration is, and who the caller is."""
 
-FORGOTTEN_IN_JOBS = "PYTHON APPTAINER SINGULARITY SQUEUE_ SACCT_ SCANCEL_ SBATCH_ SRUN_".split()
+FORGOTTEN_IN_JOBS = (
+    "PYTHON APPTAINER SINGULARITY SQUEUE_ SACCT_ SCANCEL_ SCONTROL_ SBATCH_ SRUN_ SLURM_CLUSTERS"
+).split()
 KEPT_IN_CONTAINERS = (
     "APPTAINER_BIND APPTAINER_BINDPATH APPTAINER_MOUNT APPTAINER_TMPDIR APPTAINER_CACHEDIR"
-    " APPTAINER_CONFIGDIR"
+    " APPTAINER_CONFIGDIR APPTAINERENV_HF_ENDPOINT"
 ).split()
-"""A site's own binds and places. What it sets inside containers (APPTAINERENV_*) is kept too, but
-for PATH and Python's variables."""
+"""A site's own binds and places, and its mirror of the hub."""
+OVERRULE_IN_CONTAINERS = "PATH PYTHON* HF_* HUGGING* SARM_* SLURM_* TMPDIR TRITON_CACHE_DIR".split()
+"""What a site sets inside containers (APPTAINERENV_*) is kept too, but for these, which would
+overrule what a job has set for itself, or bring it the hub's token."""
 
 
 def client_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -43,7 +48,7 @@ def forgotten(name: str) -> bool:
     if name.replace("SINGULARITY", "APPTAINER", 1) in KEPT_IN_CONTAINERS:
         return False
     if found := re.fullmatch(r"(?:APPTAINER|SINGULARITY)ENV_(.*)", name):
-        return found.group(1) == "PATH" or found.group(1).startswith("PYTHON")
+        return any(fnmatchcase(found.group(1), pattern) for pattern in OVERRULE_IN_CONTAINERS)
     return name.startswith(tuple(FORGOTTEN_IN_JOBS))
 
 
@@ -52,12 +57,18 @@ def isolated(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if not forgotten(name)}
 
 
+def _both(names: Collection[str]) -> str:
+    """A pattern of bash's `case`, for Apptainer's names and for those of its predecessor."""
+    both = [
+        name.replace("APPTAINER", box) for box in ("APPTAINER", "SINGULARITY") for name in names
+    ]
+    return "|".join(both)
+
+
 ISOLATE = (
     f"for name in {' '.join(f'${{!{prefix}@}}' for prefix in FORGOTTEN_IN_JOBS)}; do case $name in"
-    f" {'|'.join(KEPT_IN_CONTAINERS)}|"
-    + "|".join(name.replace("APPTAINER", "SINGULARITY") for name in KEPT_IN_CONTAINERS)
-    + ") ;;"
-    " APPTAINERENV_PATH|SINGULARITYENV_PATH|APPTAINERENV_PYTHON*|SINGULARITYENV_PYTHON*)"
-    ' unset "$name" ;; APPTAINERENV_*|SINGULARITYENV_*) ;; *) unset "$name" ;; esac; done'
+    f" {_both(KEPT_IN_CONTAINERS)}) ;;"
+    f" {_both([f'APPTAINERENV_{pattern}' for pattern in OVERRULE_IN_CONTAINERS])})"
+    f' unset "$name" ;; {_both(["APPTAINERENV_*"])}) ;; *) unset "$name" ;; esac; done'
 )
 """The same for bash: `--export=NONE` still brings what the login files export."""

@@ -16,6 +16,8 @@ COMPLAINT = re.compile(
 )
 """Lines of a job's own output that say why it was ended; srun's other lines only count exit codes.
 """
+KILLED = re.compile(r"^srun: error: \S+: tasks? [\d,-]+: (Killed|Out Of Memory)$")
+"""The same where nothing else says it: of a node's processes, killed all at once."""
 OUT_OF_MEMORY = re.compile(r"(?i)exceeded memory limit|oom.?kill|out of memory|OUT_OF_ME")
 
 
@@ -26,17 +28,28 @@ def job_logs(folder: Path, job: str) -> list[Path]:
     return sorted(folder.glob(f"{job}_*_log.out"))
 
 
+def logs_by_job(folder: Path) -> dict[str, list[Path]]:
+    """The same of every job of a submission, from one look into its folder."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*_log.out")):
+        job = path.name.removesuffix("_log.out").rstrip("0123456789").rstrip("_")
+        found.setdefault(job, []).append(path)
+    return found
+
+
 def complaint(logs: Iterable[Path]) -> str:
     """Why Slurm ended a job, or its container did not start, by the last line of theirs that says
     so; else empty.
     """
-    said = ""
+    said = killed = ""
     for log in logs:
         try:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             continue
         said = next((line for line in reversed(lines) if COMPLAINT.search(line)), said)
+        killed = next((line for line in reversed(lines) if KILLED.search(line)), killed)
+    said = said or killed
     return " ".join(
         re.sub(r"^(slurmstepd[^:]*|srun): error: ", "", said).replace("*", " ").split()
     )[:300]

@@ -39,10 +39,17 @@ class Owned(NamedTuple):
     nodes: tuple[Node, ...]
 
 
-def job_name(run: RunDir, batch: str, submission: str) -> str:
-    """The phase first, where a narrow squeue still shows it; unique to the submission."""
-    place = hashlib.sha256(str(run.path).encode()).hexdigest()[:6]
-    return f"{batch}.{run.config.name.replace('.', '_')}-{place}-{submission}"
+def job_name(run: RunDir, batch: str, submission: str, place: str | None = None) -> str:
+    """The phase first, where a narrow squeue still shows it; unique to the submission, whose
+    journal knows the `place`.
+    """
+    name = run.config.name.replace(".", "_")
+    return f"{batch}.{name}-{place or place_of(run)}-{submission}"
+
+
+def place_of(run: RunDir) -> str:
+    """Where a run lies, in six characters, by whichever link it was reached."""
+    return hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:6]
 
 
 def record(run: RunDir, journal: dict[str, Any]) -> None:
@@ -51,17 +58,24 @@ def record(run: RunDir, journal: dict[str, Any]) -> None:
         folder.mkdir(exist_ok=True, mode=0o700)
         if folder.stat().st_mode & 0o077:
             folder.chmod(0o700)
-    path = run.path / FOLDER / journal["id"] / "journal.json"
-    write_atomic(path, json.dumps(journal, indent=1).encode())
+    folder = run.path / FOLDER / journal["id"]
+    text = json.dumps({**journal, "inode": folder.stat().st_ino}, indent=1)
+    write_atomic(folder / "journal.json", text.encode())
 
 
 def journals(run: RunDir) -> list[dict[str, Any]]:
-    """Those of all submissions, the oldest first. One that cannot be parsed is passed over."""
-    found = []
+    """Those of all submissions, the oldest first. One that cannot be parsed is passed over, and so
+    is one that came along in a copy of another run, whose jobs are that run's: it lies at another
+    place, and is another folder. The same folder at another place was moved, or is seen from a
+    host that mounts it elsewhere.
+    """
+    found, here = [], place_of(run)
     for path in (run.path / FOLDER).glob("*/journal.json"):
         try:
-            found.append(json.loads(path.read_text()))
-        except (FileNotFoundError, ValueError):
+            journal = json.loads(path.read_text())
+            if here == journal["place"] or path.parent.stat().st_ino == journal["inode"]:
+                found.append(journal)
+        except (FileNotFoundError, ValueError, KeyError):
             continue
     return sorted(found, key=lambda journal: (journal["number"], journal["id"]))
 
@@ -85,7 +99,7 @@ def jobs_of(run: RunDir, journal: Mapping[str, Any]) -> dict[Node, Job]:
     found: dict[Node, Job] = {}
     for batch in batches_of(journal):
         id_ = journal["jobs"].get(batch.name)
-        name = job_name(run, batch.name, journal["id"])
+        name = job_name(run, batch.name, journal["id"], journal["place"])
         for index, element in enumerate(batch.elements):
             for unit in element if id_ is not None else ():
                 shown = f"{id_}_{index}" if len(batch.elements) > 1 else id_
@@ -110,7 +124,7 @@ def owned(
 ) -> list[Owned]:
     """Those of the queue's jobs that this run's submissions made, the oldest submission's first."""
     by_name = {
-        job_name(run, batch.name, journal["id"]): (position, journal, batch)
+        job_name(run, batch.name, journal["id"], journal["place"]): (position, journal, batch)
         for position, journal in enumerate(known)
         for batch in batches_of(journal)
     }

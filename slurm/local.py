@@ -51,7 +51,7 @@ class State:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m slurm.local", description=__doc__)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", help="YAML; where left out, the run's own")
     parser.add_argument("--run", required=True)
     parser.add_argument(
         "--workers",

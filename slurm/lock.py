@@ -20,6 +20,7 @@ from pathlib import Path
 from sarm.cli import ended
 from sarm.config import UserError
 from sarm.run import now, write_atomic
+from slurm.words import made
 
 LOCKS = ("run.lock", "submit.lock")
 """The locks of a run directory."""
@@ -67,8 +68,8 @@ def held(path: Path, what: str) -> Iterator[None]:
             owner = _owner(path)
             if not _gone(owner):
                 raise UserError(
-                    f"{what} is under way ({_who(owner)}); wait for it, or make unlock"
-                    f" RUN={path.parent} if it is not"
+                    f"{what} is under way ({_who(owner)}); wait for it, or"
+                    f" {made('unlock', path.parent)} if it is not"
                 ) from None
             # Renaming first: of two takers only one can rename this folder away.
             stale = path.with_name(f"{path.name}.stale-{os.getpid()}")

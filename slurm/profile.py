@@ -27,6 +27,12 @@ def _plain(value: str) -> str:
 Plain = Annotated[str, AfterValidator(_plain)]
 
 
+def _value(value: str) -> str:
+    """Of a variable; that `$PATH` stands in PATH alone is seen to where the names are."""
+    _plain(value.replace("$PATH", "PATH"))
+    return value
+
+
 def _constraint(value: str) -> str:
     """Features as sbatch takes them, `a100|h100`, `[a*2&b]`; always quoted in scripts."""
     if not re.fullmatch(r"[A-Za-z0-9_.,:=+@%/~^|&*!()\[\]-]+", value):
@@ -57,7 +63,8 @@ KEYS = {
     "nodes": "phases.ppo.nodes",
     "cpus-per-task": "phases.PHASE.cpus_per_task",
     **dict.fromkeys(("mem", "mem-per-cpu", "mem-per-gpu"), "memory and phases.PHASE.mem_gb"),
-    **dict.fromkeys(("gres", "gpus-per-node"), "gpu_request, gpu_type and phases.PHASE.gpus"),
+    "gpus-per-node": "gpu_request, gpu_type and phases.PHASE.gpus",
+    "gres": "gpu_type and phases.PHASE.gpus, or more_gres for what is no GPU",
     **{flag: flag for flag in "partition account qos constraint reservation licenses".split()},
     **{flag: flag for flag in "exclude exclusive wckey clusters".split()},
     "mail-user": "mail_user",
@@ -108,6 +115,7 @@ class Override(Strict):
 
 GENERIC: dict[Phase, Resources] = {
     "fetch": Resources(time_min=240, cpus_per_task=2, mem_gb=16),
+    "check_sarm": Resources(time_min=30, cpus_per_task=8, mem_gb=64, gpus=1),
     "encode": Resources(time_min=60, cpus_per_task=8, mem_gb=64, gpus=1),
     "probe": Resources(time_min=60, cpus_per_task=8, mem_gb=64, gpus=1),
     "select": Resources(time_min=30, cpus_per_task=8, mem_gb=64),
@@ -155,6 +163,8 @@ class Profile(Strict):
     gpu_request: Literal["gres", "gpus-per-node"] = "gres"
     gres: Plain = "gpu"
     """The name of the generic resource, where it is not gpu."""
+    more_gres: Plain | None = None
+    """Other generic resources of every job, `lscratch:100`."""
     gpu_type: Plain | None = None
     memory: Literal["mem", "mem-per-cpu", "mem-per-gpu", "none"] = "mem"
     phases: dict[Phase, Override] = Field(default_factory=dict)
@@ -181,7 +191,7 @@ class Profile(Strict):
     """A folder of every node in which a job makes one of its own for temporary files, removed at
     its end; $TMPDIR or /tmp where unset.
     """
-    environment: dict[str, Plain] = Field(default_factory=dict)
+    environment: dict[str, Annotated[str, AfterValidator(_value)]] = Field(default_factory=dict)
     container: Container | None = None
     """None runs the checkout's own environment: for development."""
     fetch: Literal["login", "job", "by-hand"] = "login"
@@ -194,6 +204,8 @@ class Profile(Strict):
         for name, value in self.environment.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"environment: {name!r} is no variable name")
+            if "$" in value and name != "PATH":
+                raise ValueError(f"environment.{name}: only PATH may hold $PATH, the node's own")
             if re.search(r"TOKEN|SECRET|PASSWORD|API_?KEY", name, re.IGNORECASE):
                 raise ValueError(
                     f"environment: {name} looks like a secret; profiles are stored and printed,"
@@ -220,12 +232,17 @@ class Profile(Strict):
             ("gpu_type", self.gpu_type),
             *((f"phases.{p}.gpu_type", over.gpu_type) for p, over in self.phases.items()),
         ]:
-            if kind and re.search(r":\d+$|^gpu:", kind):
+            if kind and re.search("[:,=]", kind):
                 raise ValueError(
-                    f"{name}: {kind} holds more than a type; write h100 or a100_3g.20gb, and how"
-                    " many as gpus of the phase"
+                    f"{name}: {kind} holds more than a type; write h100 or a100_3g.20gb, how many"
+                    " as gpus of the phase, and other resources as more_gres"
                 )
-        if self.clusters and "," in self.clusters:
+        if re.search("[:,=]", self.gres):
+            raise ValueError(
+                f"gres: {self.gres} holds more than a name; write gpu, the type as gpu_type, how"
+                " many as gpus of the phase, and other resources as more_gres"
+            )
+        if self.clusters and ("," in self.clusters or self.clusters == "all"):
             raise ValueError(
                 f"clusters: {self.clusters} names several, and jobs can wait for one another on one"
                 " cluster alone; name one"
@@ -269,7 +286,7 @@ def packed(profile: Profile, phase: Phase) -> int:
 
 
 def tasks_per_node(profile: Profile, phase: Phase) -> int:
-    """One task a GPU for PPO, one a packed shard, otherwise one."""
+    """One task per GPU for PPO, one a packed shard, otherwise one."""
     return max(1, resources(profile, phase).gpus) if phase == "ppo" else packed(profile, phase)
 
 
@@ -331,11 +348,11 @@ def flags(
         "time": str(want.time_min),
         "wckey": profile.wckey,
     }
-    if gpus:
-        kind = f"{want.gpu_type}:" if want.gpu_type else ""
-        found[profile.gpu_request] = (
-            f"{profile.gres}:{kind}{gpus}" if profile.gpu_request == "gres" else f"{kind}{gpus}"
-        )
+    kind = f"{want.gpu_type}:" if want.gpu_type else ""
+    resource = f"{profile.gres}:{kind}{gpus}" if gpus and profile.gpu_request == "gres" else None
+    found["gres"] = ",".join(filter(None, (resource, profile.more_gres))) or None
+    if gpus and profile.gpu_request == "gpus-per-node":
+        found["gpus-per-node"] = f"{kind}{gpus}"
     if profile.memory == "mem":
         found["mem"] = f"{memory_gb}G"
     elif profile.memory == "mem-per-cpu" or (profile.memory == "mem-per-gpu" and not gpus):

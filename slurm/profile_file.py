@@ -100,10 +100,21 @@ def _misread(node: yaml.Node | None, where: str) -> Iterator[str]:
 
 
 def _minutes(clock: str) -> int:
-    """Slurm's MM:SS or HH:MM:SS as minutes, rounded up."""
-    parts = [float(part) for part in clock.split(":")]
+    """Slurm's MM:SS, HH:MM:SS or D-HH:MM:SS as minutes, rounded up."""
+    days, _, rest = clock.rpartition("-")
+    parts = [float(part) for part in rest.split(":")]
+    if days:  # D-HH and D-HH:MM too
+        parts += [0.0] * (3 - len(parts))
     seconds = parts[-1] + 60 * parts[-2] + (3600 * parts[-3] if len(parts) > 2 else 0)
-    return math.ceil(seconds / 60)
+    return math.ceil((seconds + 86400 * int(days or 0)) / 60)
+
+
+def _whole(key: str, value: object) -> str:
+    """What to write where a whole number belongs."""
+    if key.endswith("_min") and re.fullmatch(r"\d+(:\d+){1,2}|\d+-\d+(:\d+){0,2}", str(value)):
+        return f"{value} is no number of minutes; write {_minutes(str(value))}"
+    unit = {"min": " of minutes", "gb": " of GiB", "s": " of seconds"}.get(key.rpartition("_")[2])
+    return f"must be a whole number{unit or ''} without quotes, such as 8, not {value}"
 
 
 def _complaint(error: Any) -> str:
@@ -121,7 +132,15 @@ def _complaint(error: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
         said = f"unknown key ({hint})"
     elif error["type"] == "string_type":
-        said = "must be text; put what YAML takes for a number or a date in quotes"
+        said = (
+            "must be one text, such as a,b"
+            if isinstance(error["input"], (list, dict))
+            else "must be text; put what YAML takes for a number or a date in quotes"
+        )
+    elif error["type"] == "int_type":
+        said = _whole(where[-1], error["input"])
+    elif error["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        said = "must be a mapping of keys, or left out"
     elif error["type"] == "tuple_type":
         said = "must be a list, such as [a, b]"
     return f"{'.'.join(where)}: {said}" if where else said

@@ -28,7 +28,7 @@ SHORT_S = 10
 """
 PASSING = re.compile(
     r"contact slurm controller|timed out|connection (refused|reset|failure)|temporarily un"
-    r"|try again|zero bytes were transmitted|transport endpoint|unable to connect",
+    r"|try again|in standby mode|zero bytes were transmitted|transport endpoint|unable to connect",
     re.IGNORECASE,
 )
 """Refusals of a controller that is busy, restarting or not to be reached."""
@@ -232,9 +232,17 @@ def history(ids: Iterable[str], cluster: str | None = None) -> list[PastJob]:
 
 def sbatch(script: Path, name: str, cluster: str | None = None) -> str:
     """Submit a script whose job bears this name, which no other has; returns its id, also where the
-    answer was lost. Raises Refused where the answer names no job.
+    answer was lost, or is in words of a site's own. Raises Refused where it names no job, and none
+    of that name is in the queue.
     """
-    return submitted_id(retried(["sbatch", *of_cluster(cluster), str(script)], found=name))
+    answer = retried(["sbatch", *of_cluster(cluster), str(script)], found=name)
+    try:
+        return submitted_id(answer)
+    except Refused:
+        bearers = [job.base for job in known_jobs(cluster, patient=True) if job.name == name]
+        if not bearers:
+            raise
+        return bearers[0]
 
 
 def submitted_id(answer: str) -> str:
@@ -280,18 +288,22 @@ def test_only(text: str, cluster: str | None = None) -> None:
     retried(["sbatch", "--test-only", *of_cluster(cluster)], stdin=text)
 
 
-def accounting_enforced() -> bool:
+def setting(name: str, cluster: str | None = None) -> str:
+    """A setting of a cluster's slurm.conf; empty where Slurm does not tell it."""
+    try:
+        text = call(["scontrol", *of_cluster(cluster), "show", "config"])
+    except UserError:
+        return ""
+    found = re.search(rf"^{name} *= *(.*)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else ""
+
+
+def accounting_enforced(cluster: str | None = None) -> bool:
     """Whether Slurm checks accounts and QOS at submission; otherwise nobody does until the job is
     looked at.
     """
-    try:
-        text = call(["scontrol", "show", "config"])
-    except UserError:
-        return False
-    line = next(
-        (line for line in text.splitlines() if line.startswith("AccountingStorageEnforce")), ""
-    )
-    return any(word in line for word in ("associations", "limits", "qos", "safe"))
+    enforced = setting("AccountingStorageEnforce", cluster)
+    return any(word in enforced for word in ("associations", "limits", "qos", "safe"))
 
 
 def _seconds(clock: str) -> float:

@@ -70,7 +70,11 @@ class Death(NamedTuple):
 class Ranks:
     """The ranks of one try of one job, as the entry of rank `rank` sees them."""
 
-    def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, env: Mapping[str, str], log: Path | None) -> None:
+        """Without a `log` of its own a rank is heard, and the cause written, in the script's
+        output.
+        """
+        self.log, self.told = log, False
         self.rank, self.size = int(env.get("SLURM_PROCID", "0")), int(env.get("SLURM_NTASKS", "1"))
         self.host = env.get("SLURMD_NODENAME") or socket.gethostname()
         self.folder, self.stem = (
@@ -83,12 +87,26 @@ class Ranks:
         """Rank 0's: of each rank its host, its last beat and when that was new here: clocks of
         other nodes say nothing."""
 
-    def look(self) -> list[Death]:
-        """Those that have died so far; on several nodes also shows and hears signs of life."""
+    def look(self, asked: bool) -> list[Death]:
+        """Those that have died so far; on several nodes also shows and hears signs of life.
+
+        When it is `asked` to end, rank 0's says at once which node is silent: Slurm ends a job that
+        has lost a node, its ranks in a collective hear nothing, and are killed with this process.
+        """
         if self.several:
             with contextlib.suppress(OSError):
                 self.beat()
+                if asked and self.rank == 0 and not self.told and (said := self.silent()):
+                    self.tell(said)
         return self.deaths()
+
+    def tell(self, cause: str) -> None:
+        self.told = True
+        log = self.log
+        with (
+            open(log, "a", encoding="utf-8") if log else contextlib.nullcontext(sys.stdout) as file
+        ):
+            print(f"error: {cause}", file=file, flush=True)
 
     def beat(self) -> None:
         if time.monotonic() - self.beaten >= BEAT_S:
@@ -126,16 +144,15 @@ class Ranks:
             return ""
         return (
             f"no sign of life from node {' and node '.join(named)} for {SILENT_S:.0f} s or more;"
-            " submit again to go on from the newest checkpoint, with exclude in the profile if the"
-            " node stays away"
+            " requeued or submitted again the job goes on from its newest checkpoint, with exclude"
+            " in the profile if the node stays away"
         )
 
-    def settle(self, returncode: int, asked: bool, log: Path | None) -> None:
+    def settle(self, returncode: int, asked: bool) -> None:
         """Of a rank that did not end well: note it, unless it was `asked` to end; rank 0's writes
         the cause, others wait until it stands.
-
-        Without a log of its own a rank is heard, and the cause written, in the script's output.
         """
+        log = self.log
         # which it returns where a sibling alone was asked
         if not asked and returncode != os.EX_TEMPFAIL:
             death = Death(
@@ -145,13 +162,12 @@ class Ranks:
             unfinished.write_text(json.dumps(death))
             os.replace(unfinished, self.folder / f"died.{self.stem}.{self.rank}")
         stands = self.folder / f"cause.{self.stem}"
-        deadline = time.monotonic() + HOLD_S
+        # on several nodes rank 0 may have to wait until one has been silent for long enough
+        deadline = time.monotonic() + HOLD_S + (SILENT_S + BEAT_S if self.several else 0.0)
         if self.rank == 0:
-            if cause := self.cause(log, 0.0 if asked else PATIENCE_S) or self.lost_node(asked):
-                with (
-                    open(log, "a", encoding="utf-8") if log else contextlib.nullcontext(sys.stdout)
-                ) as file:
-                    print(f"error: {cause}", file=file, flush=True)
+            patience_s = 0.0 if asked else PATIENCE_S
+            if not self.told and (cause := self.cause(patience_s) or self.lost_node(asked)):
+                self.tell(cause)
             stands.touch()
         while not asked and not stands.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -182,7 +198,7 @@ class Ranks:
             return []
         return sorted(found, key=lambda death: death.order)
 
-    def cause(self, log: Path | None, patience_s: float) -> str:
+    def cause(self, patience_s: float) -> str:
         """What rank 0's log is to end with; empty where that says it already, or where nobody died
         by itself.
 
@@ -196,7 +212,8 @@ class Ranks:
         if self.several and found and found[0].order[0] == 2 and (said := self.lost_node(False)):
             return said
         if not found or (
-            found[0].returncode >= 0 and (found[0].rank == 0 or found[0].words == last_line(log))
+            found[0].returncode >= 0
+            and (found[0].rank == 0 or found[0].words == last_line(self.log))
         ):
             return ""
         return found[0].sentence()

@@ -1,5 +1,5 @@
-"""Write one stand-alone sbatch file a phase for a cluster: `python -m slurm.sbatch --cluster C
-[--out outputs/sbatch/C]`.
+"""Write one stand-alone sbatch file a phase, and one to serve the reward, for a cluster: `python -m
+slurm.sbatch --cluster C [--out outputs/sbatch/C]`.
 
 The checked-in ones are the generic profile's: `--cluster generic --out slurm`.
 """
@@ -14,6 +14,7 @@ from sarm.cli import ended
 from sarm.config import PHASES, ROOT
 from slurm.profile_file import load_profile
 from slurm.script import script
+from slurm.serve import serve_script
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +31,8 @@ def write(cluster: str, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for phase in PHASES:
         (out / f"{phase}.sbatch").write_text(script(profile, phase, cluster), encoding="utf-8")
-    print(f"{len(PHASES)} files in {out}")
+    (out / "serve.sbatch").write_text(serve_script(profile, cluster), encoding="utf-8")
+    print(f"{len(PHASES) + 1} files in {out}")
     return 0
 
 

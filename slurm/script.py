@@ -74,13 +74,15 @@ def of_profile(profile: Profile, phase: Phase) -> dict[str, str]:
 
 def path_line(profile: Profile, slurm_folder: str | None) -> str:
     """PATH as the node's login files leave it, then where Slurm's commands were found on the login
-    node, then the usual folders; the profile's own alone where it has one.
+    node, then the usual folders; the profile's own alone where it has one, in which `$PATH` is the
+    node's.
     """
-    if "PATH" in profile.environment:
-        return f"export PATH={shlex.quote(profile.environment['PATH'])}"
+    if own := profile.environment.get("PATH"):
+        folders = [one if one == "$PATH" else shlex.quote(one) for one in own.split(":")]
+        return f"export PATH={':'.join(folders)}"
     usual = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin".split(":")
-    folders = dict.fromkeys([*([slurm_folder] if slurm_folder else []), *usual])
-    return f"export PATH={':'.join(['$PATH', *map(shlex.quote, folders)])}"
+    more = dict.fromkeys([*([slurm_folder] if slurm_folder else []), *usual])
+    return f"export PATH={':'.join(['$PATH', *map(shlex.quote, more)])}"
 
 
 def setup_lines(
@@ -101,8 +103,10 @@ def setup_lines(
     secrets = [] if phase == "fetch" else [NO_TOKEN]
     asks = [FAILED_JOBS] if phase == "report" else []
     lines = [
+        own_line(folder),
         *bound_lines(profile, shlex.quote(str(folder))),
         *secrets,
+        *no_devices(profile, phase),
         path_line(profile, slurm_folder),
         *module_lines(profile),
         ISOLATE,
@@ -111,6 +115,22 @@ def setup_lines(
         *asks,
     ]
     return ["set -eo pipefail", umask_line(profile), *lines, "set +e"]
+
+
+def no_devices(profile: Profile, phase: Phase) -> list[str]:
+    """What a user's login files say of GPUs is no GPU of a job that asked for none."""
+    return [] if resources(profile, phase).gpus else ["unset CUDA_VISIBLE_DEVICES"]
+
+
+def own_line(folder: Path) -> str:
+    """What is unpickled is the user's own: where a folder above may be renamed by others, another
+    could have been put in its place since.
+    """
+    said = shlex.quote(
+        f"error: {folder} is not yours, and jobs would run code from it; use a RUN"
+        " where nobody else may write"
+    )
+    return f"[ -O {shlex.quote(str(folder))} ] || {{ echo {said} >&2; exit 1; }}"
 
 
 def umask_line(profile: Profile) -> str:
@@ -140,15 +160,17 @@ def bound_lines(profile: Profile, folder: str) -> list[str]:
 
 def scratch_lines(profile: Profile) -> list[str]:
     """A folder of the job's own for temporary files, seen in the image too. What others left in
-    /tmp is neither trusted nor in the way.
+    /tmp is neither trusted nor in the way. A $TMPDIR that this node lacks was another's.
     """
-    parent = profile.scratch or "${TMPDIR:-/tmp}"
+    parent = profile.scratch or "$TMPDIR"
+    there = [] if profile.scratch else ['[ -w "${TMPDIR:-}" ] || TMPDIR=/tmp']
     binds = (
         "SINGULARITY_BIND"
         if profile.container and Path(profile.container.command).name == "singularity"
         else "APPTAINER_BIND"
     )
     return [
+        *there,
         f'TMPDIR=$(mktemp -d "{parent}/sarm-XXXXXX") || exit 1',
         "trap 'rm -rf \"$TMPDIR\"' EXIT",
         f'export TMPDIR TRITON_CACHE_DIR="$TMPDIR/triton" {binds}="${{{binds}:+${binds},}}$TMPDIR"',
@@ -237,6 +259,7 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
     One shard an array element: several in one job are the launcher's.
     """
     profile = profile.model_copy(update={"pack": 1})
+    cluster = shlex.quote(" ".join(cluster.split()))
     hint = "--export=ALL,CONFIG=configs/llama31-8b.yaml,RUN=outputs/llama31-8b"
     lines = [
         "#!/bin/bash",
@@ -256,6 +279,10 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         "",
         'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
         (
+            '[ -e slurm/entry.py ] || { echo "$PWD is not the checkout; submit from there" >&2;'
+            " exit 2; }"
+        ),
+        (
             ': "${CONFIG:?give --export=ALL,CONFIG=...,RUN=...}" "${RUN:?give'
             ' --export=ALL,CONFIG=...,RUN=...}"'
         ),
@@ -264,9 +291,29 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         FORGET_ALLOCATION,
         *bound_lines(profile, BY_HAND),
         "UNIT=${UNIT:-$SLURM_ARRAY_TASK_ID}",  # an element of an array does the shard of its index
+        *surrounding_lines(profile, phase),
+    ]
+    entering, python = image_lines(profile, phase)
+    lines += entering
+    unit = ' ${UNIT:+--unit "$UNIT"}'
+    words = (
+        f'{python} -m slurm.entry {BY_HAND} {grace_s(profile)} {phase} --config "$CONFIG" --run'
+        f' "$RUN"{unit}'
+    )
+    lines += [
+        f"srun {' '.join(srun_args(profile, phase))} {words}",
+        *teardown_lines(profile, phase, BY_HAND),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def surrounding_lines(profile: Profile, phase: Phase) -> list[str]:
+    """PATH, modules, variables, scratch and caches of a stand-alone script."""
+    return [
         path_line(profile, None),
         *module_lines(profile),
         ISOLATE,
+        *no_devices(profile, phase),
         *(
             f"export {name}={shlex.quote(value)}"
             for name, value in of_profile(profile, phase).items()
@@ -285,49 +332,45 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
         *([] if phase == "fetch" else ["export HF_HUB_OFFLINE=1", NO_TOKEN]),
         'mkdir -p "$SARM_CACHE" "$HF_HUB_CACHE"',
     ]
+
+
+def image_lines(profile: Profile, phase: Phase) -> tuple[list[str], str]:
+    """(lines that find the image, the shell words that start Python in it) of a stand-alone
+    script.
+    """
     box = profile.container
     if box is None:
-        python = ".venv/bin/python"
-    else:
-        image = box.light_image if phase == "report" and box.light_image else box.image
-        nv = " --nv" if box.nv and resources(profile, phase).gpus else ""
-        binds = "".join(f" --bind {bind}" for bind in box.binds)
-        writable = ' --bind "$SARM_CACHE" --bind "$HF_HOME" --bind "$HF_HUB_CACHE"'
-        caches = (
-            writable
-            if phase == "fetch"
-            else ' --bind "$SARM_CACHE:$SARM_CACHE:ro" --bind "$HF_HUB_CACHE:$HF_HUB_CACHE:ro"'
-        )
-        python = (
-            f'{box.command} exec{nv} --no-home --pwd "$PWD" --bind "$PWD" --bind "$(realpath'
-            f' "$RUN")"{caches}{binds} "$image" {box.python}'
-        )
-        lines += [
-            (
-                f'image=$(realpath -e {image}) || {{ echo "there is no image {image}; make images"'
-                " >&2; exit 2; }"
-            ),
-            # The note is trusted only where the image is no younger.
-            (
-                'if [ "$image.sha256" -ot "$image" ]; then SARM_IMAGE_SHA256=$(sha256sum "$image");'
-                ' else SARM_IMAGE_SHA256=$(cat "$image.sha256"); fi'
-            ),
-            "export SARM_IMAGE_SHA256=${SARM_IMAGE_SHA256%% *}",
-            (
-                'if [ -e "$image.commit" ]; then SARM_IMAGE_COMMIT=$(cat "$image.commit"); export'
-                " SARM_IMAGE_COMMIT; fi"
-            ),
-        ]
-    unit = ' ${UNIT:+--unit "$UNIT"}'
-    words = (
-        f'{python} -m slurm.entry {BY_HAND} {grace_s(profile)} {phase} --config "$CONFIG" --run'
-        f' "$RUN"{unit}'
+        return [], ".venv/bin/python"
+    image = box.light_image if phase == "report" and box.light_image else box.image
+    nv = " --nv" if box.nv and resources(profile, phase).gpus else ""
+    binds = "".join(f" --bind {bind}" for bind in box.binds)
+    writable = ' --bind "$SARM_CACHE" --bind "$HF_HOME" --bind "$HF_HUB_CACHE"'
+    caches = (
+        writable
+        if phase == "fetch"
+        else ' --bind "$SARM_CACHE:$SARM_CACHE:ro" --bind "$HF_HUB_CACHE:$HF_HUB_CACHE:ro"'
     )
-    lines += [
-        f"srun {' '.join(srun_args(profile, phase))} {words}",
-        *teardown_lines(profile, phase, BY_HAND),
+    python = (
+        f'{box.command} exec{nv} --no-home --pwd "$PWD" --bind "$PWD" --bind "$(realpath'
+        f' "$RUN")"{caches}{binds} "$image" {box.python}'
+    )
+    lines = [
+        (
+            f'image=$(realpath -e {image}) || {{ echo "there is no image {image}; make images"'
+            " >&2; exit 2; }"
+        ),
+        # The note is trusted only where the image is no younger.
+        (
+            'if [ "$image.sha256" -ot "$image" ]; then SARM_IMAGE_SHA256=$(sha256sum "$image");'
+            ' else SARM_IMAGE_SHA256=$(cat "$image.sha256"); fi'
+        ),
+        "export SARM_IMAGE_SHA256=${SARM_IMAGE_SHA256%% *}",
+        (
+            'if [ -e "$image.commit" ]; then SARM_IMAGE_COMMIT=$(cat "$image.commit"); export'
+            " SARM_IMAGE_COMMIT; fi"
+        ),
     ]
-    return "\n".join(lines) + "\n"
+    return lines, python
 
 
 def _array_hint(phase: Phase) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from getpass import getuser
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -64,26 +65,52 @@ def check_limits(profile: Profile, config: Config) -> Iterator[Finding]:
     jobs = sum(len(batch.elements) for batch in batches)
     if problem := over_limit(profile, batches):
         raise UserError(problem)
-    limit = account_limit(profile)
-    if limit is not None and jobs > limit:
-        raise UserError(
-            f"the run is {jobs} jobs and your account may queue {limit} (MaxSubmitJobs); use fewer"
-            " encode.shards or probe.shards, raise pack, or ask your site"
-        )
-    bound = "no limit is known" if limit is None else f"your account may queue {limit}"
-    yield Finding("ok", "limits", f"{jobs} jobs; {bound}")
+    limits = list(accounting_limits(profile, batches))
+    for asked, limit, whose in limits:
+        if asked > limit:
+            raise UserError(
+                f"the run is {asked} jobs and {whose} may queue {limit} (MaxSubmitJobs); use fewer"
+                " encode.shards or probe.shards, raise pack, or ask your site"
+            )
+    bound = ", ".join(f"{whose} may queue {limit}" for _, limit, whose in limits)
+    yield Finding("ok", "limits", f"{jobs} jobs; {bound or 'no limit is known'}")
 
 
-def account_limit(profile: Profile) -> int | None:
-    """The least MaxSubmitJobs that accounting sets for this user; None where it tells none."""
-    words = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={getuser()}"]
-    where = [f"account={profile.account}"] if profile.account else []
+def accounting_limits(profile: Profile, batches: list[Batch]) -> Iterator[tuple[int, int, str]]:
+    """(jobs of the run, the least bound on them, whose it is) of this user's account, and of every
+    QOS that has one; nothing where accounting tells none.
+    """
+    where = [f"user={getuser()}"]
+    where += [f"account={profile.account}"] if profile.account else []
+    # one accounting may serve many clusters, each with its own limits
+    if cluster := profile.clusters or queue.setting("ClusterName"):
+        where.append(f"cluster={cluster}")
+    of_account = accounting("assoc", where, "MaxSubmitJobs,GrpSubmitJobs,DefaultQOS")
+    if bound := least(line[:2] for line in of_account):
+        yield sum(len(batch.elements) for batch in batches), bound, "your account"
+    usual = next((line[2] for line in of_account if len(line) > 2 and line[2]), "normal")
+    jobs: Counter[str] = Counter()
+    for batch in batches:
+        jobs[resources(profile, batch.phase).qos or usual] += len(batch.elements)
+    # the second is an account's whole, of which others have their share
+    of_qos = accounting("qos", ["where", f"name={','.join(jobs)}"], "Name,MaxSubmitPU,MaxSubmitPA")
+    for name, *bounds in of_qos:
+        if bound := least([bounds]):
+            yield jobs[name], bound, f"QOS {name}"
+
+
+def accounting(what: str, where: list[str], fields: str) -> list[list[str]]:
+    """sacctmgr's lines; none where there is no accounting or it does not answer."""
+    words = ["sacctmgr", "--noheader", "--parsable2", "show", what, *where, f"format={fields}"]
     try:
-        text = queue.call([*words, *where, "format=MaxSubmitJobs,GrpSubmitJobs"])
+        return [line.split("|") for line in queue.call(words).splitlines() if line.strip()]
     except UserError:
-        return None
-    found = [int(n) for line in text.split() for n in line.split("|") if n.isdigit()]
-    return min(found, default=None)
+        return []
+
+
+def least(lines: Iterable[Iterable[str]]) -> int | None:
+    """The least number in some columns; None where there is none."""
+    return min((int(word) for line in lines for word in line if word.isdigit()), default=None)
 
 
 def check_accounting(profile: Profile) -> Iterator[Finding]:

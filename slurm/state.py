@@ -21,7 +21,7 @@ from sarm.records import Manifest
 from sarm.run import RunDir, write_atomic
 from slurm import queue
 from slurm.dag import Node, Task, tasks
-from slurm.joblogs import complaint
+from slurm.joblogs import complaint, logs_by_job
 from slurm.journal import FOLDER, Job, clusters, jobs_of, journals, owned
 from slurm.lock import at_work
 from slurm.view import Unit, span
@@ -65,11 +65,7 @@ class Look(RunDir):
         if job is None:
             return []
         if job.submission not in self._logs:
-            found: dict[str, list[Path]] = {}
-            for path in sorted((self.path / FOLDER / job.submission).glob("*_log.out")):
-                id_ = path.name.removesuffix("_log.out").rstrip("0123456789").rstrip("_")
-                found.setdefault(id_, []).append(path)
-            self._logs[job.submission] = found
+            self._logs[job.submission] = logs_by_job(self.path / FOLDER / job.submission)
         return self._logs[job.submission].get(job.id, [])
 
 

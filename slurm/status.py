@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -22,11 +23,12 @@ from sarm.cli import ended
 from sarm.config import NON_PHASE_JOBS, UserError
 from sarm.run import RunDir
 from slurm import queue
-from slurm.dag import Node
+from slurm.dag import Node, named
 from slurm.journal import batches_of, clusters, journals, owned, record
 from slurm.lock import held
 from slurm.state import Look, Slurm, ask_slurm, duration, local_states, published_by, seconds, units
 from slurm.view import Unit, last_lines, read_progress, span
+from slurm.words import made
 
 WIDE = 120
 """Columns from which on a table has room for the names of logs."""
@@ -114,16 +116,16 @@ def exit_code(look: Look, shown: Iterable[Unit]) -> int:
 def help_line(look: Look, shown: list[Unit], slurm: Slurm, local: bool) -> str:
     """What helps now, as a command."""
     left = [unit for unit in shown if unit.kind not in ("done", "skipped")]
-    again = f"make submit-all RUN={look.path}, with the same CLUSTER and CONFIG"
+    again = f"{made('submit-all', look.path)}, with the same CLUSTER and CONFIG"
     if not left:
-        return f"done: less {look.path / 'final_report.txt'}"
+        return f"done: less {shlex.quote(str(look.path / 'final_report.txt'))}"
     if not slurm.heard:
-        return f"the queue gave no answer; make status RUN={look.path} asks again"
+        return f"the queue gave no answer; {made('status', look.path)} asks again"
     failed = [unit for unit in left if unit.kind == "failed"]
     if slurm.live or local:
         if failed and slurm.live:
             return f"{len(failed)} failed while others go on; sent again by {again}"
-        return f"make watch RUN={look.path}"
+        return made("watch", look.path)
     return (
         f"nothing of {look.path} is in the queue, {len(left)} of {len(shown)} are not done;"
         f" {again}, or make run goes on from what is done"
@@ -253,6 +255,7 @@ def cancel(run: RunDir, unit: str | None = None) -> str:
         queued = [job for name in clusters(known) for job in queue.known_jobs(name, patient=True)]
         mine = owned(run, known, queued)
         if unit is not None:
+            named(run.config, unit)
             mine = [one for one in mine if any(unit in (n.unit, str(n)) for n in one.nodes)]
         alive = [one for one in mine if one.job.live]
         queue.cancel([one.job for one in alive], queued)

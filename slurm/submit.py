@@ -23,19 +23,19 @@ from sarm.config import PHASES, Config, UserError
 from sarm.run import RunDir, config_of, git_commit, now
 from slurm import queue
 from slurm.checks import check_batches, check_named, check_token, own_run
-from slurm.dag import Node, tasks
+from slurm.dag import Node, named, tasks
 from slurm.display import dry_run, show_attached, show_sent
 from slurm.images import check_images, images_of, make_caches, read_image
-from slurm.joblogs import OUT_OF_MEMORY, complaint, job_logs
+from slurm.joblogs import OUT_OF_MEMORY, complaint, logs_by_job
 from slurm.journal import (
     FOLDER,
-    Job,
     Owned,
     clusters,
     job_name,
     jobs_of,
     journals,
     owned,
+    place_of,
     record,
     unit_jobs,
 )
@@ -137,22 +137,9 @@ class Asked(NamedTuple):
 
     def of(self, config: Config) -> set[Node]:
         """Raises UserError where no unit has that name."""
-        nodes = [task.node for task in tasks(config)]
-        found = {
-            node
-            for node in nodes
-            if self.phase in (None, node.phase)
-            and (
-                self.unit in (None, node.unit, str(node))
-                or (node.phase == "report" and self.phase is None)
-            )
-        }
-        if not any(self.unit in (None, node.unit, str(node)) for node in found):
-            units = sorted({n.unit for n in nodes if n.phase == (self.phase or "evaluate")})
-            raise UserError(
-                f"no unit is named {self.unit!r}; {self.phase or 'evaluate'} has {', '.join(units)}"
-            )
-        return found
+        found = named(config, self.unit, self.phase)
+        reports = () if self.phase else config.units("report")
+        return found | {Node("report", unit) for unit in reports}
 
 
 def decide(
@@ -172,8 +159,7 @@ def decide(
     check_needs(run.config, profile, asked, todo, sent, live)
     attached = {n: job for n, job in live.items() if n in todo & wanted and n not in sent}
     superseded = [one.job for one in mine if one.job.live and sent.intersection(one.nodes)]
-    jobs = unit_jobs(run, known)
-    short = {node for node in sent if ran_out_of_memory(run, jobs.get(node))}
+    short = ran_out_of_memory(run, known, sent)
     batches = [
         batch._replace(retry=bool(short.intersection(batch.nodes)))
         for batch in plan(run.config, profile, sent, waited_for(mine, sent))
@@ -255,12 +241,19 @@ def waited_for(mine: Iterable[Owned], sent: set[Node]) -> dict[Node, str]:
     }
 
 
-def ran_out_of_memory(run: RunDir, job: Job | None) -> bool:
-    """Whether Slurm wrote of a unit's last job that it did."""
-    if job is None:
-        return False
-    said = complaint(job_logs(run.path / FOLDER / job.submission, job.id))
-    return bool(OUT_OF_MEMORY.search(said))
+def ran_out_of_memory(
+    run: RunDir, known: Iterable[Mapping[str, Any]], sent: Collection[Node]
+) -> set[Node]:
+    """Those to be sent of which Slurm wrote so, of any job that they have had: the last may have
+    ended otherwise, with more.
+    """
+    found: set[Node] = set()
+    for journal in known:
+        logs = logs_by_job(run.path / FOLDER / journal["id"])
+        for node, job in jobs_of(run, journal).items():
+            if node in sent and OUT_OF_MEMORY.search(complaint(logs.get(job.id, ()))):
+                found.add(node)
+    return found
 
 
 def submit(
@@ -273,19 +266,16 @@ def submit(
     is left behind.
     """
     known = journals(run)
-    for journal in known:
-        if journal["state"] == "submitting":
-            # Whoever was submitting is gone, or the lock would not be ours; its first jobs may be
-            # held for ever.
-            cancel_submission(run, journal)
+    take_back_unfinished(run, known)
     decision = decide(run, profile, asked or Asked())
     batches = decision.batches
     if not batches:
         return decision, None
-    journal = {
+    journal: dict[str, Any] = {
         "id": uuid.uuid4().hex[:8],
         "number": 1 + max((journal["number"] for journal in known), default=0),
         "at": now(),
+        "place": place_of(run),
         "state": "submitting",
         "cluster": profile.clusters,
         "config_sha256": run.config.sha256,
@@ -342,6 +332,18 @@ def cause(error: BaseException) -> str:
     """What stopped a submission, in sbatch's words, and what to do about it where that is known."""
     said = re.sub(r"sbatch: (error: )?", "", " ".join(str(error).split())) or "it was interrupted"
     return f"{said}; {more}" if (more := cure(said, "")) else said
+
+
+def take_back_unfinished(run: RunDir, known: Iterable[dict[str, Any]]) -> None:
+    """Cancel what is left of submissions that did not come to their end: whoever was submitting is
+    gone, or the lock would not be ours, and their first jobs may be held for ever. Of one that was
+    taken back already, a job whose sbatch was killed may have come to be since.
+    """
+    unfinished = [journal for journal in known if journal["state"] != "submitted"]
+    left = {one.submission for one in in_queue(run, unfinished) if one.job.live}
+    for journal in unfinished:
+        if journal["state"] == "submitting" or journal["id"] in left:
+            cancel_submission(run, journal)
 
 
 def cancel_submission(run: RunDir, journal: dict[str, Any]) -> None:

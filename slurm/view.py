@@ -217,7 +217,7 @@ class View:
 def screen(
     run: RunDir, units: Sequence[Unit], console: Console, watched_s: float
 ) -> RenderableType:
-    """The live screen: a line of totals, a line a phase with a bar, and beneath it one for each
+    """The live screen: a line of totals, a line per phase with a bar, and beneath it one for each
     unit that runs or failed.
     """
     ascii_only = console.options.ascii_only

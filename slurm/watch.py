@@ -18,6 +18,7 @@ from slurm.lock import at_work
 from slurm.state import Look, Slurm, ask_slurm, local_states, units
 from slurm.status import exit_code, say_causes
 from slurm.view import Unit, View
+from slurm.words import made
 
 POLL_S = 2.0
 ASK_SLURM_EVERY_S = 15.0
@@ -54,7 +55,7 @@ def watch(run: RunDir, console: Console | None = None) -> int:
                     break
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
-        print(f"\nthe run goes on; make watch RUN={run.path} looks again", file=sys.stderr)
+        print(f"\nthe run goes on; {made('watch', run.path)} looks again", file=sys.stderr)
         return 0
     return tell_end(look, shown, slurm, console or Console())
 

@@ -1,10 +1,12 @@
 """Slurm's refusals and its reasons for a job to wait, in words that say what to do: `cure(reason)`,
-`waits_for(reason)`.
+`waits_for(reason)`; and the command that helps, `made("status", run)`.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 CURES = {
     r"submit.?limit|MaxSubmit": (
@@ -50,6 +52,11 @@ REASONS = {
         "failed to launch and is held; scontrol release, or ask your site"
     ),
 }
+
+
+def made(target: str, run: Path) -> str:
+    """A make command for a run as a shell takes it, whatever the run's name holds."""
+    return f"make {target} RUN={shlex.quote(str(run))}"
 
 
 def cure(reason: str, unknown: str = "correct the cluster profile") -> str:

@@ -1,4 +1,9 @@
-"""Run a test's function on one or more gloo ranks, each a process of its own."""
+"""Run a test's function on one or more gloo ranks, or code under Triton's interpreter, in processes
+of their own.
+
+The processes are forked from one that has imported all of it: on a CPU, importing torch,
+transformers and DeepSpeed takes longer than most tests' steps.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,12 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
-from multiprocessing.context import SpawnProcess
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,18 +26,47 @@ from sarm.ppo.reward import CompoundReward, Penalised
 from sarm.reward_model.scoring import Encoded
 from tests.tiny import tiny_tokenizer
 
+IMPORTED = [
+    "deepspeed",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "peft",
+    "sarm.ppo.trainer",
+    __name__,
+]
+
 WORDS = ("help", "make", "steps", "harm", "people", "safe", "thing", "please")
 
 
-def start_ranks(worker: Callable[..., None], size: int, *args: Any) -> list[SpawnProcess]:
+def process_context() -> Any:
+    """Starts processes that have torch and the trainer imported, by a fork; on a machine with a
+    GPU by a spawn, as a process that has used one cannot be forked.
+    """
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def run_interpreted(code: str) -> None:
+    """Run Python code in a process in which Triton interprets kernels: it decides on import. Raises
+    what the code raises.
+    """
+    pytest.importorskip("triton")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ProcessPoolExecutor(1, mp_context=process_context()) as pool,
+    ):
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool.submit(exec, code, {}).result(timeout=280)
+
+
+def start_ranks(worker: Callable[..., None], size: int, *args: Any) -> list[BaseProcess]:
     """`worker(world, *args)` on each of `size` ranks; give them to `join_ranks`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        multiprocessing.get_context("spawn").Process(
-            target=_rank, args=(worker, rank, size, port, args)
-        )
+        process_context().Process(target=_rank, args=(worker, rank, size, port, args))
         for rank in range(size)
     ]
     for process in processes:
@@ -38,7 +74,7 @@ def start_ranks(worker: Callable[..., None], size: int, *args: Any) -> list[Spaw
     return processes
 
 
-def join_ranks(processes: list[SpawnProcess], expect: int = 0, timeout_s: float = 240) -> None:
+def join_ranks(processes: list[BaseProcess], expect: int = 0, timeout_s: float = 240) -> None:
     """Wait for all; fails where one exits with another code than `expect`."""
     for process in processes:
         process.join(timeout_s)

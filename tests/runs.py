@@ -557,9 +557,10 @@ def run_kept_at_distances(
         ]
         penalised = [RANDOM_LATENT] if arm == "random" else None
         publish_ppo(run, unit, metrics(PROGRESSION), penalised=penalised, kept=kept)
-        tables = [generations(arms[arm], seed=seed).assign(distance=math.nan, kl=4.0)]
+        end = generations(arms.get(arm, SAFER), seed=seed)
+        tables = [end.assign(distance=math.nan, kl=4.0)]
         for d in distances:
-            found = arms[arm] | at[d] | rates.get((arm, d), {})
+            found = arms.get(arm, SAFER) | at[d] | rates.get((arm, d), {})
             if (arm, d) == ("penalty", 2.0):
                 found |= {"kl": 3.0}
             tables.append(generations(found, seed=seed).assign(distance=d))

@@ -4,6 +4,7 @@ and read.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,7 @@ from sarm.config import (
     shard_range,
 )
 from sarm.config.reads import READS, is_read
+from sarm.data.datasets import load_data
 from slurm.dag import Node, tasks
 
 BASE = """
@@ -348,10 +350,29 @@ def test_units() -> None:
         "no_penalty-seed7",
     )
     assert made.units("evaluate") == ("base", *made.units("ppo"))
-    assert [
-        made.units(phase) for phase in PHASES if phase not in ("encode", "probe", "ppo", "evaluate")
-    ] == [("all",)] * 6
+    several = ("encode", "probe", "ppo", "evaluate")
+    assert [made.units(p) for p in PHASES if p not in (*several, "check_sarm")] == [("all",)] * 6
+    assert made.units("check_sarm") == ()
+    assert config("check_sarm.card=own").units("check_sarm") == ("all",)
     assert [arm_and_seed(unit) for unit in made.units("ppo")][-1] == ("no_penalty", 7)
+
+
+def test_the_gpu_run_asks_what_its_ladder_needs(real_data: Path) -> None:
+    """The design's 450 unsafe and 300 safe prompts or more; XSTest judges and nothing else."""
+    where = {"rmb": "rmb_harmlessness", "xstest": "xstest"}
+    overrides = [f"data.sources.{name}.path={real_data / place}" for name, place in where.items()]
+    gpu = load_config(ROOT / "configs" / "smollm2-gpu.yaml", overrides)
+    prompts = load_data(gpu.data).prompts
+    asked = Counter(p.kind for p in prompts if p.part == "policy_eval")
+    assert asked["unsafe"] >= 450 and asked["safe"] >= 300
+    assert {p.part for p in prompts if p.source == "xstest"} == {"policy_eval"}
+    assert Counter(p.kind for p in prompts if p.source == "xstest") == {"safe": 250, "unsafe": 200}
+    trained = Counter(p.kind for p in prompts if p.part == "ppo")
+    assert trained["unsafe"] >= 300 and trained["safe"] >= 150
+    assert gpu.units("evaluate")[:3] == ("base", "prompted", "best_of_n")
+    assert len(gpu.units("ppo")) == 15 and gpu.ppo.kl_distances and gpu.conjunction
+    assert gpu.evaluate.temperature == gpu.ppo.temperature
+    assert gpu.evaluate.max_new_tokens == gpu.ppo.max_new_tokens
 
 
 def test_arms_that_nobody_trains_are_evaluated_once_and_wait_for_no_training() -> None:
@@ -435,7 +456,15 @@ def test_every_key_is_read_by_a_phase_or_says_which_units_there_are() -> None:
     for name in ("llama31-8b.yaml", "smollm2.yaml"):
         for key in leaves(load_config(ROOT / "configs" / name).model_dump(mode="json")):
             readers = [phase for phase in READS if phase != "report" and is_read(phase, key)]
-            shown = ("hardware", "verdict.", "ppo.seeds", "evaluate.arms", "sweep.", "report.")
+            shown = (
+                "hardware",
+                "verdict.",
+                "ppo.seeds",
+                "evaluate.arms",
+                "sweep.",
+                "report.",
+                "serve.",
+            )
             assert readers or key.startswith(shown), f"{key}: name its phases in READS"
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sarm.config import ROOT, Config, UserError, load_config
+from sarm.config import PHASES, ROOT, Config, UserError, config_yaml, load_config
+from slurm.dag import Node, tasks
 
 VALUES: tuple[Any, ...] = (
     None,
@@ -78,17 +79,26 @@ def spoiled(tree: Any, rng: random.Random) -> str:
 
 
 def look(seed: int, tmp_path: Path) -> bool:
-    """Whether the spoiled config was still one."""
+    """Whether the spoiled config was still one, of which a run can be planned and stored."""
     rng = random.Random(seed)
     tree = yaml.safe_load(rng.choice(SHIPPED).read_text(encoding="utf-8"))
     file = tmp_path / "c.yaml"
     file.write_text(spoiled(tree, rng), encoding="utf-8")
     try:
-        assert isinstance(load_config(file), Config)
-        return True
+        config = load_config(file)
     except UserError as error:
         assert str(error).startswith(f"config {file}") and "\n" not in str(error)
         return False
+    assert isinstance(config, Config)
+    graph = tasks(config)
+    known: set[Node] = set()
+    for task in graph:
+        assert set(task.needs) <= known and task.node not in known
+        known.add(task.node)
+    assert {node.phase for node in known} >= set(PHASES) - {"ppo", "check_sarm"}
+    file.write_text(config_yaml(config), encoding="utf-8")
+    assert load_config(file, stored=True) == config
+    return True
 
 
 def test_a_spoiled_config_is_a_sentence(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def recipe(command: str) -> list[str]:
     return [
         line
         for line in done.stdout.splitlines()
-        if re.search(r"python\S* -m (jobs|slurm|reports)\b", line)
+        if re.search(r"python\S* -m (jobs|slurm|reports|serving)\b", line)
     ]
 
 
@@ -151,7 +151,7 @@ def test_links_and_paths_lead_to_files(page):
         if "://" not in target:
             assert (page.parent / target).exists(), target
     for name in re.findall(
-        r"`((?:sarm|jobs|slurm|reports|configs|tests|docs|benchmarks|containers)/[\w./-]+\.(?:py|yaml|md|txt|sbatch|def))`",
+        r"`((?:sarm|jobs|slurm|reports|serving|configs|tests|docs|benchmarks|containers)/[\w./-]+\.(?:py|yaml|md|txt|sbatch|def))`",
         text,
     ):
         assert (ROOT / name).exists() or "NAME" in name or name in made, name

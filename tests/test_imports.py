@@ -36,6 +36,7 @@ LIGHT = (
     "slurm.sbatch",
     "slurm.script",
     "slurm.sending",
+    "slurm.serve",
     "slurm.site_checks",
     "slurm.state",
     "slurm.status",
@@ -45,13 +46,20 @@ LIGHT = (
     "slurm.words",
     "reports",
     "jobs.__main__",
+    "serving.__main__",
+    "serving.app",
+    "serving.client",
+    "serving.metrics",
+    "serving.pool",
+    "serving.protocol",
+    "serving.worker",
 )
 
 
 def modules() -> list[str]:
     files = [
         path
-        for folder in ("sarm", "jobs", "slurm", "reports")
+        for folder in ("sarm", "jobs", "slurm", "reports", "serving")
         for path in sorted((ROOT / folder).rglob("*.py"))
     ]
     return [
@@ -88,7 +96,7 @@ import socket
 def refuse(*args, **kwargs): raise AssertionError('network at import')
 socket.socket.connect = refuse
 import importlib
-for name in {[m for m in modules() if m != "jobs.__main__"]!r}:
+for name in {[m for m in modules() if not m.endswith("__main__")]!r}:
     importlib.import_module(name)
 import torch
 assert not torch.cuda.is_initialized()

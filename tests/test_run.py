@@ -604,6 +604,25 @@ def test_a_writer_killed_at_any_step_of_doing_a_unit_again_leaves_the_old_one(
     assert n > 10
 
 
+def test_a_folder_that_is_no_runs_does_not_become_one(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "ppo").mkdir(parents=True)
+    (home / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match=r"holds thesis\.txt and no config\.yaml"):
+        RunDir.create(home, config())
+    assert sorted(p.name for p in home.iterdir()) == ["ppo", "thesis.txt"]
+    (home / "thesis.txt").unlink()
+    assert RunDir.create(home, config()).config == config(), "what a run leaves may be there"
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for no_folder in (tmp_path / "file", tmp_path / "link", Path("/proc/none")):
+        with pytest.raises(UserError, match="can be no run's folder"):
+            RunDir.create(no_folder, config())
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(UserError, match="no config"):
+        RunDir.create("", config())  # RUN= as make hands an unset variable on: where it was called
+
+
 def test_a_run_whose_creation_was_killed_at_any_step_can_be_created(tmp_path: Path) -> None:
     for n in range(1, 100):
         path = tmp_path / f"run{n}"

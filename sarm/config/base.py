@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class UserError(Exception):
-    """A failure a user can mend: one sentence with what, where and what to do. Exit code 2."""
+    """A failure that a user can fix: one sentence with what, where and what to do. Exit code 2."""
 
 
 class Strict(BaseModel):

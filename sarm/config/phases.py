@@ -22,6 +22,23 @@ Number = Annotated[float, BeforeValidator(_as_float)]
 """A float that YAML may spell as an integer."""
 
 
+class CheckSarmConfig(Strict):
+    """Comparing the opened SARM with its card; see `sarm/evaluation/sarm_check.py`."""
+
+    card: str | None = None
+    """A card.json of the SARM, relative to the checkout, or `own`: the one in its folder, where it
+    has one. Where unset the phase has no unit.
+    """
+    prompts: Positive | None = None
+    """At most so many of each benchmark; all where unset."""
+    off: Literal["stop", "warn"] = "stop"
+    """What to do where figures are off by more than their tolerance."""
+    measure: bool = False
+    """Measure without a card, on every source with pairs: the card.json published is one for this
+    SARM.
+    """
+
+
 class EncodeConfig(Strict):
     shards: Positive = 1
     extra_ranks: Positive = 16
@@ -279,6 +296,44 @@ class ReportConfig(Strict):
                 "texts is own, and report.own names no source; name yours, or set none"
             )
         return self
+
+
+class ServedLatent(Strict):
+    """A latent that costs reward, where no run says which."""
+
+    latent: Count
+    tau: Number = 0.0
+    alpha: Number
+
+
+class ServeConfig(Strict):
+    """The reward over HTTP; see `serving/`. No phase reads this."""
+
+    arm: Literal["penalty", "no_penalty"] = "penalty"
+    """Of a run: its compound reward, or the plain one with the same latents measured."""
+    penalised: Annotated[tuple[ServedLatent, ...], FromList] = ()
+    """Instead of a run's; the kind of penalty is `ppo.penalty.kind`."""
+    monitors: Annotated[tuple[Count, ...], FromList] = ()
+    """Latents to report beside a run's own monitors."""
+    host: str = "127.0.0.1"
+    """An address beyond this machine needs a token in the environment variable
+    SARM_REWARD_TOKEN.
+    """
+    port: Annotated[int, Field(ge=0, le=65535)] = 5000
+    """0 takes a free one, which the first line printed names."""
+    too_long: Literal["refuse", "truncate"] = "refuse"
+    """A conversation of more than `sarm.max_length` tokens: refuse it, or score it without its
+    oldest tokens, as training does.
+    """
+    max_request: Positive = 512
+    """Conversations in one request."""
+    max_queue: Positive = 4096
+    """Conversations waiting; a request beyond is refused with 503 and may be sent again."""
+    max_body_mib: Positive = 16
+    timeout_s: Annotated[float, Field(gt=0)] = 150.0
+    """A request not scored by then is answered 504; a scoring process that holds it is replaced."""
+    grace_s: Annotated[float, Field(gt=0)] = 25.0
+    """How long requests under way have to end once the server is asked to stop."""
 
 
 class TrainSarmConfig(Strict):

@@ -75,6 +75,19 @@ class LoraConfig(Strict):
     alpha: Positive = 32
 
 
+class HeldOutConfig(Strict):
+    """Evaluation on prompts that training never draws, while it goes on; see
+    `sarm/evaluation/held_out.py`.
+    """
+
+    every: Count = 0
+    """Steps from one to the next, the first before any and the last after all; never where 0."""
+    prompts: Positive = 16
+    """Of each kind, unsafe and safe."""
+    completions: Count = 4
+    """Of each kind, responses that are logged with their scores."""
+
+
 class PpoConfig(Strict):
     """PPO; names as TRL's where TRL has one. Batches count sequences over all ranks."""
 
@@ -107,7 +120,7 @@ class PpoConfig(Strict):
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] | None = None
     weights: Literal["float32_master", "compact"] | None = None
-    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 18 bytes a parameter,
+    """How full fine-tuning in bf16 keeps updates smaller than a bf16 step: 18 bytes per parameter,
     or 8; see `sarm/ppo/learner/optimizer.py`.
     """
     learning_rate: Nonnegative | None = None
@@ -164,9 +177,24 @@ class PpoConfig(Strict):
     penalty: PenaltyConfig = PenaltyConfig()
     unreadable: Literal["stop", "warn"] = "stop"
     """What to do where calibrate finds that the SARM does not read the policy's responses."""
+    continue_from: str | None = None
+    """A finished run, by its folder, whose unit of the same name training goes on from: its
+    weights, optimizer state and steps, which `steps` counts too. With more steps or another
+    learning rate; see `sarm/ppo/parent.py`.
+    """
+    keep_state: bool | None = None
+    """Whether a finished unit keeps what `continue_from` needs; where unset, with LoRA, whose
+    optimizer state is small.
+    """
     checkpoint_every: Positive = 10
     keep_last: Positive = 1
+    held_out: HeldOutConfig = HeldOutConfig()
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
+
+    @property
+    def keeps_state(self) -> bool:
+        """`keep_state`, resolved."""
+        return self.lora is not None if self.keep_state is None else self.keep_state
 
     @property
     def critic(self) -> bool:

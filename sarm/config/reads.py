@@ -18,6 +18,7 @@ from sarm.config.schema import Config
 
 READS: dict[str, tuple[str, ...]] = {
     "fetch": ("policy", "sarm", "evaluate.judge", "evaluate.refusal_detector", "data"),
+    "check_sarm": ("sarm", "data", "check_sarm"),
     "encode": ("sarm", "data", "encode"),
     "probe": (
         "seed",
@@ -90,7 +91,7 @@ READS: dict[str, tuple[str, ...]] = {
         "steer.policy",
         "steer.bootstrap",
     ),
-    "report": ("",),
+    "report": ("", "!serve"),
     "export": ("sarm", "data", "encode.shards"),
     "train_refusals": ("name", "data", "train_refusals"),
     "train_sarm": (

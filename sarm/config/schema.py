@@ -14,12 +14,14 @@ from sarm.config.inputs import ChatModelConfig, DataConfig, ModelConfig, SarmCon
 from sarm.config.phases import (
     CalibrateConfig,
     CardsConfig,
+    CheckSarmConfig,
     EncodeConfig,
     EvaluateConfig,
     ProbeConfig,
     ReportConfig,
     ResponsesConfig,
     SelectConfig,
+    ServeConfig,
     SteerConfig,
     TrainRefusalsConfig,
     TrainSarmConfig,
@@ -28,7 +30,17 @@ from sarm.config.phases import (
 from sarm.config.ppo import PpoConfig, SweepConfig, SweepPoint
 
 Phase = Literal[
-    "fetch", "encode", "probe", "select", "steer", "cards", "calibrate", "ppo", "evaluate", "report"
+    "fetch",
+    "check_sarm",
+    "encode",
+    "probe",
+    "select",
+    "steer",
+    "cards",
+    "calibrate",
+    "ppo",
+    "evaluate",
+    "report",
 ]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -45,6 +57,7 @@ class Config(Strict):
     policy: ChatModelConfig
     sarm: SarmConfig
     data: DataConfig
+    check_sarm: CheckSarmConfig = CheckSarmConfig()
     encode: EncodeConfig = EncodeConfig()
     probe: ProbeConfig = ProbeConfig()
     select: SelectConfig = SelectConfig()
@@ -59,6 +72,7 @@ class Config(Strict):
     report: ReportConfig = ReportConfig()
     train_sarm: TrainSarmConfig = TrainSarmConfig()
     train_refusals: TrainRefusalsConfig = TrainRefusalsConfig()
+    serve: ServeConfig = ServeConfig()
     hardware: str = ""
     """Shown in the report; where empty, what the PPO job found."""
 
@@ -82,6 +96,8 @@ class Config(Strict):
 
     def units(self, phase: Phase) -> tuple[str, ...]:
         """The units of work of a phase: shards, trained policies, evaluated policies, or `all`."""
+        if phase == "check_sarm" and not (self.check_sarm.card or self.check_sarm.measure):
+            return ()
         if phase == "encode":
             return shard_names(self.encode.shards)
         if phase == "probe":

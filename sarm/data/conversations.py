@@ -211,6 +211,16 @@ def template_ids(
     return rows
 
 
+def template_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, **template: Any) -> str:
+    """The conversation as the chat template writes it. Raises UserError where it refuses it."""
+    return str(_rendered(tokenizer, messages, **template))
+
+
+def special_spelling(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds the spellings of special tokens in a text."""
+    return _spelling(tokenizer)
+
+
 def spelled_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:
     """How often the texts of a conversation spell a special token."""
     return sum(spelled_in(tokenizer, m["content"]) for m in messages)

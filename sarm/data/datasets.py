@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sarm.config import PARTS, ROOT, DataConfig, Part, SourceConfig, UserError
+from sarm.data.fields import Message, Messages
 from sarm.data.files import SUFFIXES, read_records
-from sarm.data.formats import FORMATS, Message, Messages, Place, Row
+from sarm.data.formats import FORMATS, Place, Row
 
 ENCODED_PARTS: tuple[Part, ...] = ("discovery", "validation", "test")
 
@@ -244,9 +245,10 @@ def read_source(
                 else:
                     missed["empty prompt"] += 1
     if not found:
+        why = ", ".join(f"{n:,} left out: {reason}" for reason, n in missed.items())
         raise UserError(
             f"data source {name} ({source.path or source.repo}) holds no rows for format"
-            f" {source.format}; check its path, format and subset"
+            f" {source.format}{f' ({why})' if why else ''}; check its path, format and subset"
         )
 
 

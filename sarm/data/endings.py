@@ -12,11 +12,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 _CLOSERS = "\"'”’»)\\]*_`"
-_END = re.compile(rf"[.!?…。！？]+[{_CLOSERS}]*(?=\s|$)|(?<=[。！？])")
+_MARKS = ".!?…。！？"
+# Possessive, and from a run's first mark alone: a run of marks is looked at once, not from each of
+# its marks.
+_END = re.compile(rf"(?<![{_MARKS}])[{_MARKS}]++[{_CLOSERS}]*+(?=\s|$)|(?<=[。！？])")
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\"“])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|cf|approx|e\.g|i\.e|No|Fig|Eq)\.$"
 )
 _LIST_NUMBER = re.compile(r"(?:^|\n)[\s*#>-]*\(?(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})\.[*_]*$")
+
+LOOK_BACK = 200
+"""Letters before a sentence end that say whether it is one."""
 
 
 class Ending(NamedTuple):
@@ -45,10 +51,13 @@ def trim_to_last_sentence(text: str) -> str:
 def _last_end(text: str) -> int:
     """Index just after the last sentence end of a text; 0 where there is none."""
     for found in reversed(list(_END.finditer(text))):
-        before = text[: found.end()]
-        stop = before.rstrip(_CLOSERS.replace("\\", ""))
-        if not (_ABBREVIATION.search(stop) or _LIST_NUMBER.search(before)):
-            return found.end()
+        end = stop = found.end()
+        while stop > found.start() and text[stop - 1] in _CLOSERS.replace("\\", ""):
+            stop -= 1
+        # of a long text no more than an abbreviation or the number of a list can span
+        until = (text[max(at - LOOK_BACK, 0) : at] for at in (stop, end))
+        if not (_ABBREVIATION.search(next(until)) or _LIST_NUMBER.search(next(until))):
+            return end
     return 0
 
 

@@ -18,6 +18,7 @@ from sarm.config.base import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 KINDS = "JSON Lines, JSON, CSV and Parquet, the first three also gzipped"
+POINTER = b"version https://git-lfs"
 FIELD_BYTES = 2**30
 """The longest field of a CSV; Python's own limit is 128 KiB."""
 
@@ -65,8 +66,12 @@ def _json_records(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(text: bytes, where: str) -> Any:
+    if text.startswith(POINTER):
+        raise UserError(
+            f"{where}: a git-LFS pointer and not the file itself; run git lfs pull there"
+        )
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where}: not UTF-8 ({error.reason} at byte {error.start}); re-encode the file"
@@ -76,6 +81,15 @@ def _json(text: bytes, where: str) -> Any:
             f"{where}: not JSON ({error}); the file may be cut short, or of another kind: {KINDS}"
             " are read, by their suffix"
         ) from None
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError where a key comes twice: which of the two is meant is not said."""
+    found = dict(items)
+    if len(found) < len(items):
+        twice = next(key for i, (key, _) in enumerate(items) if key in dict(items[:i]))
+        raise ValueError(f"{twice!r} is given twice")
+    return found
 
 
 def _csv_records(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,8 @@
 
 Once a run, before any training: thresholds, rates, monitors, the random latents of every seed,
 stability under cuts, the positive control, and what the planned evaluation can detect. The
-arithmetic is in `instrument.py`, what it means in `readability.py`; here are the model passes.
+arithmetic is in `instrument.py`, what it means in `readability.py`; here are the model passes, in
+one file as all of them read the same responses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What training did to a policy: its own generations on held-out prompts, one row a response.
+"""What training did to a policy: its own generations on held-out prompts, one row per response.
 
     table, settings, examples = policy_rows(config, [(math.nan, folder)], prompts, features, ...)
 
@@ -72,7 +72,7 @@ def policy_rows(
     arm: str,
     progress: Progress,
 ) -> tuple[pd.DataFrame, dict[str, Any], OwnExamples]:
-    """(a row a response, the settings behind them, what watched latents do at every token of some
+    """(a row per response, the settings behind them, what watched latents do at every token of some
     of them) for the policies of an arm and seed, each with
     its `distance`: in nats that at which training kept it, NaN of the policy at the end. For the
     untrained arms (`sarm.config.ARMS`) it is the base's folder.
@@ -187,7 +187,7 @@ def score_responses(
     sarm: tuple[SarmModel, PreTrainedTokenizerBase],
 ) -> tuple[pd.DataFrame, int]:
     """(reward, penalty, how many special tokens it spells in letters, z and the value just below
-    TopK's cutoff of the penalised, monitor and candidate latents, a row a text; parameters), by
+    TopK's cutoff of the penalised, monitor and candidate latents, a row per text; parameters), by
     one forward a text, no clamping.
 
     Parameters are those that the reward depends on: not the SAE's decoder.

@@ -211,7 +211,7 @@ def scored(
 
 
 def steered_summary(table: pd.DataFrame, draws: int, seed: int) -> list[dict[str, Any]]:
-    """A row a direction and strength: changes against no push, paired by prompt, with 95 %
+    """A row per direction and strength: changes against no push, paired by prompt, with 95 %
     intervals over prompts.
 
     `beyond_random` of a latent: its reward change is larger, either way, than that of every random

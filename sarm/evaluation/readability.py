@@ -6,8 +6,10 @@ of, and whether the planned evaluation is large enough. No torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sarm.config import Config
-from sarm.records import Readings
+from sarm.records import Candidate, Readings
 
 
 def unreadable(config: Config, found: Readings) -> list[str]:
@@ -53,18 +55,28 @@ def warnings_of(config: Config, found: Readings) -> list[str]:
                 f" {found.n_prompts * found.samples} responses of the base policy, so its penalty"
                 " costs nothing; lower ppo.penalty.tau or set tau_from=policy"
             )
-    charged = [c for c in found.candidates if c.penalised and c.charge > 0]
-    if charged:
-        told.append(
-            "the reward already charges for "
-            + ", ".join(f"{c.latent} ({c.charge:.2f} SD a response)" for c in charged)
-            + "; there the penalty repeats the reward"
-        )
+    told += repeats(found.candidates)
     if not found.monitors:
         told.append("no monitor qualifies, so neither control nor evasion can be claimed")
     if underpowered(config, found):
         told.append(power_sentence(config, found))
     return told
+
+
+def repeats(candidates: Sequence[Candidate]) -> list[str]:
+    """Where a penalty only repeats what the reward itself charges for."""
+    penalised = [c for c in candidates if c.penalised]
+    charged = [c for c in penalised if c.charge > 0]
+    if not charged:
+        return []
+    alone = (
+        "; no other latent is penalised, so training without the penalty pushes the same way, and"
+        " the two differ, if at all, at equal KL"
+        if len(charged) == len(penalised)
+        else ""
+    )
+    named = ", ".join(f"{c.latent} ({c.charge:.2f} SD a response)" for c in charged)
+    return [f"the reward already charges for {named}; there the penalty repeats the reward{alone}"]
 
 
 def underpowered(config: Config, found: Readings) -> bool:

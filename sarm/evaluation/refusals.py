@@ -6,12 +6,12 @@ evaluate.refusal_labels names. What the errors do to rates is in `sarm/evaluatio
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from sarm.config import ROOT, UserError
+from sarm.data.files import read_records
 from sarm.evaluation.detector import Detector
 
 PHRASES_ON_XSTEST = Detector("phrases", 762, 983, 110, 1091, "XSTest")
@@ -98,31 +98,26 @@ class Labelled(NamedTuple):
 
 
 def read_labelled(path: str) -> list[Labelled]:
-    """The answers of a JSONL file, relative to the checkout. Raises UserError on a bad line, and
+    """The answers of a file, relative to the checkout. Raises UserError on a bad row, and
     where refusals or answers are missing.
     """
+    file = ROOT / path
+    if not file.is_file():
+        raise UserError(f"evaluate.refusal_labels: there is no file {file}; correct it")
     rows = []
-    try:
-        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"evaluate.refusal_labels: cannot read {path}: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            kept = Labelled(row["prompt"], row["response"], row["refused"])
-            sound = isinstance(kept.response, str) and isinstance(kept.refused, bool)
-        except (ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
+    for place, record in read_records(file):
+        kept = Labelled(*(record.get(key) for key in Labelled._fields))  # type: ignore[arg-type]
+        if not (
+            isinstance(kept.prompt, str)
+            and isinstance(kept.response, str)
+            and isinstance(kept.refused, bool)
+        ):
             raise UserError(
-                f"{path}, line {number}: give an object with prompt, response and refused, which is"
-                " true or false"
+                f"{place}: give an object with prompt, response and refused, which is true or false"
             )
         rows.append(kept)
     if len({row.refused for row in rows}) < 2:
-        raise UserError(f"{path}: needs refusals and answers to measure a detector on")
+        raise UserError(f"{file}: needs refusals and answers to measure a detector on")
     return rows
 
 

@@ -18,7 +18,7 @@ from sarm.config import Config, EvaluateConfig, UserError
 from sarm.data.conversations import check_system, prompt_ids, response_text, stop_ids
 from sarm.data.datasets import Prompt
 from sarm.data.endings import Ending, ending
-from sarm.data.formats import Messages
+from sarm.data.fields import Messages
 from sarm.hub import local_model
 from sarm.llama.generate import generate, response_logprobs
 from sarm.models import open_policy, read_tokenizer

@@ -32,8 +32,8 @@ from sarm.reward_model.interventions import (
 def steering_rows(
     encoded: Encoded, pairs: Sequence[Pair], steps: Sequence[Intervention]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(a row a text, a row a pair) of the test part: reward and margin before, after, and after
-    with TopK taken anew.
+    """(a row per text, a row per pair) of the test part: reward and margin before, after, and
+    after TopK re-selection.
 
     The re-selected variant removes before TopK the latents that `steps` multiply by 0, so it is NaN
     for other steps, and where the set is larger than the ranks that encode kept.

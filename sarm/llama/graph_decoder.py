@@ -318,7 +318,7 @@ class _Watch:
         self.seen = 0
 
     def forget(self) -> None:
-        """Slots have been taken anew: what was seen before tells nothing of them."""
+        """Slots hold other rows now: what was seen before tells nothing of them."""
         self.seen = 0
 
     def ended(self) -> list[int]:

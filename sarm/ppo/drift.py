@@ -17,7 +17,7 @@ class Drift(NamedTuple):
     """Of the steps so far."""
 
     recent: tuple[float, ...] = ()
-    """KL of the newest steps, at most `WINDOW`, in nats a response; the newest last."""
+    """KL of the newest steps, at most `WINDOW`, in nats per response; the newest last."""
     farthest: float = 0.0
     """The largest mean that there was."""
 

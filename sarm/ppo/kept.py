@@ -24,26 +24,31 @@ FOLDER = "kept"
 
 class Kept:
     """The policies that an attempt has kept so far; `found` is the `state` of a checkpoint that it
-    goes on from, in the unit's folder or in another's (`within`).
+    goes on from, whose policies lie in the unit's folder or are copied from another's.
 
     Raises UserError where a policy that the checkpoint names is not there as it was.
     """
 
     def __init__(
-        self, attempt: Attempt, found: Sequence[dict[str, Any]] = (), within: Path | None = None
+        self,
+        attempt: Attempt,
+        found: Sequence[dict[str, Any]] = (),
+        copied_from: Path | None = None,
     ) -> None:
         self.attempt = attempt
         self.state: list[dict[str, Any]] = []
         """JSON."""
         for known in found:
-            earlier = (within or attempt.folder) / known["folder"]
+            earlier = (copied_from or attempt.folder) / known["folder"]
             for name, size in known["bytes"].items():
                 if problem := damage(earlier / name, {"bytes": size}, hashes=False):
                     raise UserError(
                         f"{earlier / name}, a policy kept at a KL distance, {problem}; remove the"
                         f" folder checkpoints in {attempt.folder} to train from the beginning"
                     )
-            self._add(KeptPolicy(**known["entry"]), partial(link_tree, earlier))
+            self._add(
+                KeptPolicy(**known["entry"]), partial(copy_tree, earlier, link=copied_from is None)
+            )
 
     def add(self, distance: float, *, step: int, kl: float, write: Callable[[Path], None]) -> None:
         """Keep what `write` puts into a folder. Raises OSError where it could not be written."""
@@ -69,12 +74,14 @@ class Kept:
 
     def publish(self) -> None:
         """Write kept.json."""
-        entries = {"kept": [KeptPolicy(**known["entry"]) for known in self.state]}
+        entries: dict[str, Any] = {"kept": [KeptPolicy(**known["entry"]) for known in self.state]}
         KeptPolicies(**entries).write(self.attempt.path("kept.json"))
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """The same files at another place, which share their disk where the file system can."""
+def copy_tree(source: Path, target: Path, *, link: bool) -> None:
+    """The same files at another place; with `link` they share their disk where the file system
+    can.
+    """
 
     def link_or_copy(file: str, place: str) -> None:
         try:
@@ -82,7 +89,8 @@ def link_tree(source: Path, target: Path) -> None:
         except OSError:
             shutil.copy2(file, place)
 
-    shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+    how = link_or_copy if link else shutil.copy2
+    shutil.copytree(source, target, copy_function=how, dirs_exist_ok=True)
 
 
 def remove_others(unit: Path, attempt: str) -> None:

@@ -33,16 +33,20 @@ def train(
     log: Callable[[dict[str, Any]], None],
     stop_requested: Callable[[], bool],
     keep: Callable[[list[float]], None] = lambda distances: None,
+    evaluate: Callable[[], None] | None = None,
 ) -> bool:
     """Run the steps that are left; False where it was asked to stop, after a checkpoint.
 
-    `keep` is called with the distances of `ppo.kl_distances` that a step has reached.
+    `keep` is called with the distances of `ppo.kl_distances` that a step has reached; `evaluate`
+    every `ppo.held_out.every` steps, the first time before any and the last time after all.
     `stop_requested` says the same on every rank. Raises UserError, after a checkpoint, where a loss
     or reward is not finite.
     """
     ppo = trainer.ppo
     while not why_ended(ppo, trainer.progress):
         step, before = trainer.progress.step, trainer.progress.drift
+        if evaluate and step % ppo.held_out.every == 0:
+            evaluate()
         try:
             found = trainer.run_step()
         except NotFinite as error:
@@ -68,4 +72,6 @@ def train(
             save()
         if stop and not ended:
             return False
+    if evaluate:
+        evaluate()
     return True

@@ -41,7 +41,7 @@ def refuse_mismatch(rollout: Rollout, logprobs: Logprobs) -> None:
     nats = rollout_metrics(rollout, logprobs)["rollout/logprob_mismatch"]
     if not nats <= MOST_MISMATCH:
         raise UserError(
-            f"before training, sampler and trainer differ by {nats:.2f} nats a token on average"
+            f"before training, sampler and trainer differ by {nats:.2f} nats per token on average"
             f" (at most {MOST_MISMATCH} is rounding), so the policy that samples is not the one"
             " that learns: set policy.dtype=float32, or take a family that docs/your-model.md lists"
         )

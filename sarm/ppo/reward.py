@@ -1,5 +1,5 @@
-"""The compound reward: a SARM's reward, docked where chosen latents fire; for `python -m jobs
-ppo`, and for TRL.
+"""The compound reward: a SARM's reward, penalised where chosen latents fire; for `python -m jobs
+ppo`, and for TRL. One file, as scoring, penalties and metrics share one forward pass.
 
     R(x, y) = r(x, y) - sum_i penalty_i(z_i)
 
@@ -7,9 +7,9 @@ over the penalised latents i, z_i being a latent's value after TopK (0 where it 
 largest), neither clamped nor normalised. `penalties.py` has the kinds of penalty. `threshold` and
 `hinge` look at one text, while `density` is a term of the batch: its mean over the batch is about
 alpha_i KL(p_i || q_i), p_i being the rate in the batch and q_i in reference texts; it may be
-negative for a text
-(firing is paid where the batch fires too seldom), and the same text costs differently in another
-batch. With `clamp` the latents are held to at most that value for r; the penalty still sees z.
+negative for a text (firing is paid where the batch fires too seldom), and the same text costs
+differently in another batch. With `clamp` the latents are held to at most that value for r; the
+penalty still sees z.
 
 In TRL (see tests/ppo/test_trl_reward.py):
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sarm.config import PenaltyConfig, SarmConfig, UserError
+from sarm.data.endings import ends, trim_to_last_sentence
 from sarm.ppo.learner.distributed import sum_over_ranks
 from sarm.ppo.penalties import PENALTIES, Penalised, Scored, above, taus_of
 from sarm.records import Features
@@ -72,7 +73,9 @@ class CompoundReward:
     `monitors` are latents to report without penalty, `reference_rates` the q of a density penalty,
     `extra_ranks` how many ranks beyond TopK's k to look for latents that just fell short.
     `all_reduce` sums a tensor over all ranks; only a density penalty uses it, and then every rank
-    must score at the same time.
+    must score at the same time. As a reward function of TRL's it reads of a completion what our own
+    training reads: one that ends with none of the policy's `stop_ids` was cut at the token limit,
+    and with `trim` is scored up to its last sentence end.
     """
 
     __name__ = "compound_reward"
@@ -91,8 +94,11 @@ class CompoundReward:
         max_length: int = 4096,
         extra_ranks: int = 0,
         all_reduce: AllReduce = sum_over_ranks,
+        stop_ids: Sequence[int] = (),
+        trim: bool = True,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.stop_ids, self.trim = frozenset(stop_ids), trim
         self.penalised, self.monitors = tuple(penalised), tuple(monitors)
         self.kind, self.clamp = kind, clamp
         self.reference_rates = dict(reference_rates or {})
@@ -150,6 +156,11 @@ class CompoundReward:
             clamp=self.clamp,
             monitors=[m for m in (*self.monitors, *freed) if m not in latents],
         )
+
+    def watching(self, latents: Sequence[int]) -> CompoundReward:
+        """The same reward that reports more latents. Raises UserError on one that is not there."""
+        more = [latent for latent in dict.fromkeys(latents) if latent not in self.monitors]
+        return self._with(self.penalised, clamp=self.clamp, monitors=[*self.monitors, *more])
 
     def _with(
         self, penalised: Sequence[Penalised], *, clamp: float | None, monitors: Sequence[int]
@@ -216,7 +227,15 @@ class CompoundReward:
         Logs means under the names the PPO trainer uses, and each completion's reward and penalty
         beside it.
         """
-        scores = self.score([conversation(p, c) for p, c in zip(prompts, completions, strict=True)])
+        ids = kwargs.get("completion_ids") or [()] * len(completions)
+        scores = self.score(
+            [
+                scored_conversation(
+                    p, c, ended=bool(tokens) and tokens[-1] in self.stop_ids, trim=self.trim
+                ).messages
+                for p, c, tokens in zip(prompts, completions, ids, strict=True)
+            ]
+        )
         if log_metric := kwargs.get("log_metric"):
             for name, value in self.metrics(scores).items():
                 log_metric(name, value)
@@ -369,6 +388,32 @@ def matching_tau(z: Tensor, wanted: int, tau: float) -> float:
 
 # --- conversations
 # ------------------------------------------------------------------------------------------------
+
+
+class ScoredConversation(NamedTuple):
+    """What of a prompt and a response a SARM reads."""
+
+    messages: list[Message]
+    ended: bool
+    """Whether the text ends at an end of turn or a sentence end."""
+
+
+def scored_conversation(
+    prompt: str | Sequence[Message],
+    completion: str | Sequence[Message],
+    *,
+    ended: bool,
+    trim: bool = True,
+) -> ScoredConversation:
+    """As our own training scores a response: without outer white space and, where the policy has
+    not `ended` it, up to its last sentence end.
+    """
+    messages = conversation(prompt, completion)
+    text = messages[-1]["content"].strip()
+    if not ended:
+        text = trim_to_last_sentence(text) if trim else text
+        ended = ends(text)
+    return ScoredConversation([*messages[:-1], {**messages[-1], "content": text}], ended)
 
 
 def conversation(

@@ -5,7 +5,7 @@ the reward.
     found = latent_cards(encoded, features, table, responses, config)
 
 Examples are taken over discovery, validation and test, at the reward position, at most one a
-prompt. A near miss is a text whose runner-ups hold the latent: TopK passed it over by `gap`. Plain
+prompt. A near miss is a text on which the latent ranks just below the TopK cutoff, by `gap`. Plain
 values throughout; `reports.cards` makes the page.
 """
 
@@ -81,7 +81,7 @@ def latent_cards(
     seed: int,
 ) -> dict[str, Any]:
     """The contents of cards.json. `texts` are those of `encoded.texts`, row by row; `table` is
-    select's, a row a latent.
+    select's, a row per latent.
     """
     selected = selected_latents(features)
     found = activity(encoded, [s.latent for s in selected])

@@ -35,7 +35,7 @@ from sarm.reward_model.model import load_sae as read_sae
 from sarm.reward_model.sae import EPS, TopKSae, stable_topk
 
 TILE_BYTES = 2**29
-"""What one tile of latents may take: G, and a few numbers a text."""
+"""What one tile of latents may take: G, and a few numbers per text."""
 TILE_ROWS = 1024
 CPU_ROWS = 64
 """Latents worked on together on a CPU."""

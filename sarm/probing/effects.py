@@ -1,7 +1,7 @@
 """The causal effect of every latent on reward and on the safety margin, from one forward a text.
 
     encoded = read_encoded(shards)  # what the encode phase left
-    # one row a latent of [start, stop)
+    # one row per latent of [start, stop)
     table = latent_table(encoded, contrasts, start, stop, config)
 
 A latent's effect on a pair is its contribution to the margin r(chosen) - r(rejected): the margin
@@ -147,7 +147,7 @@ def by_latent(
     ranks: Ranks, values: NDArray[Any], rows: NDArray[np.int64], start: int, stop: int
 ) -> scipy.sparse.csr_array:
     """Values (n, k) of the kept latents of some texts as a sparse (stop - start, len(rows))
-    matrix, a row a latent.
+    matrix, a row per latent.
     """
     latents = ranks.indices[rows, : ranks.k]
     mine = (latents >= start) & (latents < stop)
@@ -316,7 +316,7 @@ effect.
 def direction_table(
     moves: Iterable[Mapping[float, Moved]], contrast: Contrast, bootstrap: int, seed: int
 ) -> pd.DataFrame:
-    """One row a latent and c: what adding c std(h) d_i to every text of the contrast does.
+    """One row per latent and c: what adding c std(h) d_i to every text of the contrast does.
 
     Text t of every `Moved` is entry t of the contrast; unlike in `latent_effects` the effect is
     what the intervention *adds* to the margin.

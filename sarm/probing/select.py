@@ -29,6 +29,7 @@ from sarm.probing.monitors import (
 )
 from sarm.probing.permutation import ENOUGH, permutations_needed
 from sarm.probing.stats import benjamini_hochberg, holm
+from sarm.probing.thresholds import firing_rate, reference_rates, resolved_tau, reward_sd
 from sarm.records import Features
 from sarm.reward_model.interventions import Scale, steering_file
 
@@ -122,7 +123,7 @@ def select_features(
 
 
 def judged(table: pd.DataFrame, select: SelectConfig) -> pd.DataFrame:
-    """The table, a row a latent by its number, with `effect` and `effect_validation` (the
+    """The table, a row per latent by its number, with `effect` and `effect_validation` (the
     configured kind), `q`, `discovered`, `p_holm` (validation, over the discoveries), `confirmed`
     and `candidate`.
 
@@ -328,8 +329,8 @@ def penalised_latents(
     chosen = (confirmed if len(confirmed) else rows).head(wanted)
     if not len(confirmed):
         warnings.append(
-            f"no {what} latent is confirmed on validation; those to penalise are the likeliest of"
-            f" the unconfirmed: {', '.join(map(str, chosen.index)) or 'none'}"
+            f"no {what} latent is confirmed on validation; those to penalise are the first"
+            f" unconfirmed candidates: {', '.join(map(str, chosen.index)) or 'none'}"
         )
     elif len(chosen) < wanted:
         warnings.append(f"{len(chosen)} of {wanted} confirmed {what} latents to penalise found")
@@ -360,46 +361,6 @@ def refuse_unconfirmed(features: Features, select: SelectConfig) -> None:
             " finding it, so training against them would show nothing of harm; give more pairs to"
             " discovery and validation, or set select.unconfirmed=allow"
         )
-
-
-def resolved_tau(latent: int, encoded: Encoded, penalty: PenaltyConfig) -> float:
-    """The fixed tau, or the quantile of z over discovery's rejected texts, but no less than 0, the
-    z of a latent that is off.
-    """
-    if penalty.tau is not None:
-        return penalty.tau
-    assert penalty.tau_quantile is not None
-    z = values_on(encoded, "discovery", "rejected", [latent])[:, 0]
-    return max(float(np.quantile(z, penalty.tau_quantile)), 0.0)
-
-
-def firing_rate(encoded: Encoded, latent: int, tau: float) -> float:
-    """P(z > tau) on discovery's rejected texts."""
-    return float((values_on(encoded, "discovery", "rejected", [latent]) > tau).mean())
-
-
-def reference_rates(encoded: Encoded, latents: Sequence[int]) -> dict[str, float]:
-    """How often each latent fires on discovery's chosen texts, one half added to either count."""
-    fires = values_on(encoded, "discovery", "chosen", latents) > 0
-    return {
-        str(latent): float((n + 0.5) / (len(fires) + 1))
-        for latent, n in zip(latents, fires.sum(axis=0), strict=True)
-    }
-
-
-def reward_sd(encoded: Encoded) -> float:
-    """Standard deviation of the reward over discovery's texts. Raises UserError where there are
-    fewer than two.
-    """
-    rewards = encoded.texts.loc[encoded.texts["part"] == "discovery", "reward"].to_numpy(
-        dtype=np.float64
-    )
-    if len(rewards) < 2:
-        raise UserError(
-            f"discovery has {len(rewards)} texts, too few to select latents on; give it a larger"
-            " share in data.sources"
-        )
-    return float(rewards.std(ddof=1))
 
 
 def _refuse_silent(

@@ -29,7 +29,7 @@ SIZES = (0.25, 0.5, 0.75)
 def validity(
     table: pd.DataFrame, encoded: Encoded, data: Data, config: Config, device: str = "cpu"
 ) -> dict[str, Any]:
-    """`table` as `sarm.probing.select.judged` gives it, a row a latent."""
+    """`table` as `sarm.probing.select.judged` gives it, a row per latent."""
     contrasts = contrasts_of(data, encoded, config.conjunction)
     rows = baselines(table, encoded, data, config)
     return {

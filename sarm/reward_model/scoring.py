@@ -21,6 +21,9 @@ its first batch.
 """
 
 
+Tokenize = Callable[[PreTrainedTokenizerBase, Sequence[Messages], int], list[Tokenized]]
+
+
 class Encoded(NamedTuple):
     """What a SARM makes of n conversations, in the order they were given; on the CPU."""
 
@@ -49,6 +52,7 @@ def encode_texts(
     tokens_per_batch: int,
     max_length: int,
     progress: Callable[[int, int], None] | None = None,
+    tokenize: Tokenize = tokenize_conversations,
 ) -> Encoded:
     """Encode and score conversations, in batches of at most `tokens_per_batch` tokens or of one
     conversation.
@@ -79,7 +83,7 @@ def encode_texts(
     done = 0
     with torch.inference_mode():
         batches = _packed_batches(
-            tokenizer, conversations, tokens_per_batch, max_length, model.device
+            tokenizer, conversations, tokens_per_batch, max_length, model.device, tokenize
         )
         batch = next(batches, None)
         while batch is not None:
@@ -125,6 +129,7 @@ def _packed_batches(
     tokens_per_batch: int,
     max_length: int,
     device: torch.device,
+    tokenize: Tokenize,
 ) -> Iterator[_Batch]:
     """All conversations, each batch made when it is asked for."""
 
@@ -133,7 +138,7 @@ def _packed_batches(
         for at in range(0, len(groups), GROUPS_AT_ONCE):
             piece = groups[at : at + GROUPS_AT_ONCE]
             texts = iter(
-                tokenize_conversations(
+                tokenize(
                     tokenizer, [conversations[row] for rows in piece for row in rows], max_length
                 )
             )

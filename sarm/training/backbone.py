@@ -67,7 +67,7 @@ def train_backbone(
     device = model.device
     exact = [(parameter, parameter.data) for parameter in model.model.parameters()]
     if device.type == "cuda":
-        # Not autocast: with projections this narrow, its casts of every operand take most of a step.
+        # Not autocast: its casts of every operand take most of a step with projections this narrow
         for parameter, data in exact:
             parameter.data = data.bfloat16()
     for parameter in model.parameters():

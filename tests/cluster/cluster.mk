@@ -4,7 +4,7 @@
 KIND ?= light gpu
 # Where root's machine has no Apptainer but the name in tests/cluster/bin, the development cluster's builds.
 IMAGE_BUILDER := $(if $(filter 0,$(shell id -u)),$(if $(filter-out %/tests/cluster/bin/apptainer,$(shell command -v apptainer)),,tests/cluster/in-cluster)) \
-  env BASE="$(BASE)" containers/build
+  env BASE=$(call arg,BASE) containers/build
 
 cluster-up:  ## start a throwaway Slurm with Apptainer on this machine (root, Debian); ACCOUNTING=1 adds slurmdbd
 	@tests/cluster/cluster up
@@ -16,7 +16,7 @@ cluster-shell:  ## a shell in it, as its ordinary user
 	@tests/cluster/cluster shell
 
 images:  ## build the Apptainer images that are not there yet: KIND="gpu cpu light" BASE=name@sha256:... SARM_IMAGES=...
-	@for kind in $(KIND); do $(IMAGE_BUILDER) $$kind; done
+	@for kind in $(call listed,KIND); do $(IMAGE_BUILDER) $$kind; done
 
 test-cluster: setup  ## a whole run on a real Slurm in real images, and four faults; skipped where there is no root or Debian
 	@tests/cluster/with-cluster $(PY) -m pytest -m cluster --durations=0 tests/cluster/test_run.py $(PYTEST_ARGS)

@@ -150,7 +150,9 @@ class ClusterRun:
         return settled(json.loads((self.path / "report.json").read_text()))
 
     def report(self) -> str:
-        return (self.path / "final_report.txt").read_text()
+        """The newest: one that lacks what the standing one has is written beside it."""
+        lacking = self.path / "final_report.incomplete.txt"
+        return (lacking if lacking.exists() else self.path / "final_report.txt").read_text()
 
     def status(self, *path: str) -> str:
         words = ["env", f"PATH={':'.join(path)}:{os.environ['PATH']}"] if path else ["env"]

@@ -176,8 +176,9 @@ def test_rewardbench2_as_published(name: str, tmp_path: Path) -> None:
         ("q", "c", "x"),
         ("q", "d", "x"),
     ]
-    assert "holds no rows for format rewardbench2; check its path, format and subset" in complaint(
-        file, "rewardbench2", subset="safety"
+    assert (
+        "holds no rows for format rewardbench2 (2 left out: other subset); check its path"
+        in complaint(file, "rewardbench2", subset="safety")
     )
 
 
@@ -367,6 +368,18 @@ def test_odd_line_ends_marks_and_gaps_pass(tmp_path: Path) -> None:
     assert compared(load(file)) == [("a", "c", "r"), ("b", "x\u2028y", "\U0001f600")]
 
 
+def test_where_every_row_is_left_out_the_reasons_are_told(tmp_path: Path) -> None:
+    def turns(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    lines = [json.dumps({"chosen": turns("q", "a"), "rejected": turns("r", "b")})] * 3
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(
+        UserError, match=r"\(3 left out: conversations differ before the last turn\)"
+    ):
+        load(tmp_path / "rows.jsonl")
+
+
 GOOD = json.dumps(row()).encode()
 
 
@@ -383,6 +396,11 @@ GOOD = json.dumps(row()).encode()
         ("\ufeff".encode("utf-16-le") + GOOD.decode().encode("utf-16-le"), "line 1: not UTF-8"),
         (GOOD + b"\n" + GOOD[:-9], "line 2: not JSON"),
         (GOOD + b"\n" + GOOD[:-9], "may be cut short"),
+        (
+            GOOD + b'\n{"prompt": "a", "chosen": "c", "prompt": "b"}',
+            "line 2: not JSON ('prompt' is given twice)",
+        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run git lfs pull"),
         (b"[" + GOOD + b", ", "not JSON"),
         (GOOD + b'\n"text"', "line 2: expected an object, found str"),
         (b"[1]", "row.jsonl, record 1: expected an object, found int"),

@@ -75,3 +75,21 @@ def test_a_cut_response_without_a_sentence_end_is_scored_whole_and_counted() -> 
 def test_scoring_as_it_is_trims_nothing() -> None:
     assert ending(decode, [0, 1, 2, 3], cut=True, trim=False) == Ending("I refuse. Now ", 4, False)
     assert ending(decode, [0, 1, 2], cut=True, trim=False) == Ending("I refuse. ", 3, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("." * 100_000 + "x", "." * 100_000 + "x"),
+        ("It ends. " + "!?" * 50_000 + "x", "It ends."),
+        ("It ends. " + "Ask Dr. A. " * 20_000, "It ends."),
+        ("It ends.\n" + "1.\n" * 40_000, "It ends."),
+        ("It ends." + '"' * 100_000 + "x", "It ends." + '"' * 100_000 + "x"),
+        ("It ends." + '"' * 100_000, "It ends." + '"' * 100_000),
+    ],
+)
+def test_a_long_text_without_end_is_no_long_work(text: str, kept: str) -> None:
+    """A policy that has gone wrong, or a client that means harm: the work grows with the length,
+    not with its square.
+    """
+    assert trim_to_last_sentence(text) == kept

@@ -19,7 +19,7 @@ from sarm.data.endings import trim_to_last_sentence
 from sarm.evaluation import calibrate as c
 from sarm.evaluation import readability
 from sarm.evaluation.instrument import cohens_kappa, relative_fall, within_prompt_share
-from sarm.records import Bounds, PositiveControl, RatedLatent, Readings
+from sarm.records import Bounds, Candidate, PositiveControl, RatedLatent, Readings
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
 from sarm.run import Attempt, RunDir
@@ -309,6 +309,37 @@ def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> N
     assert found.reward_sd == pytest.approx(np.std(rewards, ddof=1), abs=1e-5)
     assert found.any_rate == pytest.approx(np.mean(fired))
     assert found.cut == np.mean(sampled.cut)
+
+
+def candidate_of(latent: int, charge: float, penalised: bool = True) -> Candidate:
+    return Candidate(
+        latent=latent,
+        role="harming",
+        confirmed=True,
+        penalised=penalised,
+        weight=-0.5,
+        tau=1.0,
+        rate=0.25,
+        within_prompt_share=0.5,
+        charge=charge,
+    )
+
+
+def test_it_says_where_the_penalty_only_repeats_the_reward() -> None:
+    alone = readability.repeats(
+        [candidate_of(5, 0.125), candidate_of(8, 0.031), candidate_of(9, -0.5, False)]
+    )
+    assert alone == [
+        "the reward already charges for 5 (0.12 SD a response), 8 (0.03 SD a response); there the"
+        " penalty repeats the reward; no other latent is penalised, so training without the"
+        " penalty pushes the same way, and the two differ, if at all, at equal KL"
+    ]
+    both = readability.repeats([candidate_of(5, 0.125), candidate_of(9, -0.25)])
+    assert both == [
+        "the reward already charges for 5 (0.12 SD a response); there the penalty repeats the"
+        " reward"
+    ]
+    assert readability.repeats([candidate_of(5, -0.1), candidate_of(6, 0.5, False)]) == []
 
 
 def test_an_evaluation_that_is_too_small_stops_before_training(selected_run: RunDir) -> None:

@@ -82,16 +82,17 @@ def test_errors_are_counted_on_labelled_answers(tmp_path):
     [
         ('{"prompt": "p", "response": "r"}', "line 1: give an object"),
         ('{"prompt": "p", "response": "r", "refused": "yes"}', "line 1: give an object"),
-        ('{"prompt": "p", "response": "r", "refused": true}\nno json', "line 2: give an object"),
+        ('{"prompt": "p", "response": "r", "refused": true}\nno json', "line 2: not JSON"),
+        ('{"prompt": 7, "response": "r", "refused": true}', "line 1: give an object"),
         ('{"prompt": "p", "response": "r", "refused": true}', "needs refusals and answers"),
-        ("", "needs refusals and answers"),
+        ("", "is empty"),
     ],
 )
 def test_bad_labels_are_named(tmp_path, content, complaint):
     (tmp_path / "labels.jsonl").write_text(content)
     with pytest.raises(UserError, match=complaint):
         read_labelled(str(tmp_path / "labels.jsonl"))
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="there is no file"):
         read_labelled(str(tmp_path / "absent.jsonl"))
 
 

@@ -9,8 +9,9 @@ in $FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch 
 {"no_sacct": true}, {"enforce": "associations"} (accounting, at submission),
 {"flags": {"--account=nobody": "Invalid account"}} (what test-only refuses), {"max_array_size": 5},
 {"deaf": ["squeue"]} (commands that reach no controller), {"elapsed": 9} (seconds, to accounting),
-{"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT, "srun": TEXT, "sacctmgr":
-TEXT}. As the real ones, its commands hear SQUEUE_*, SBATCH_*, SLURM_CLUSTERS and SCANCEL_STATE.
+{"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT, "srun": TEXT},
+{"sacctmgr": {"assoc": TEXT, "qos": TEXT}}. As the real ones, its commands hear SQUEUE_*, SBATCH_*,
+SLURM_CLUSTERS and SCANCEL_STATE.
 """
 
 import fcntl
@@ -192,6 +193,7 @@ def scontrol(argv: list[str], state: dict, faults: dict) -> int:
             state["jobs"][id_]["held"] = False
     elif argv[:2] == ["show", "config"]:
         print(f"AccountingStorageEnforce = {faults.get('enforce', 'none')}")
+        print("ClusterName             = here")
     return 0
 
 
@@ -221,6 +223,13 @@ def answer(name: str):  # type: ignore[no-untyped-def]
     return run
 
 
+def sacctmgr(argv: list[str], state: dict, faults: dict) -> int:
+    """Of `show assoc` and `show qos`, each its own lines."""
+    said = faults.get("sacctmgr", {})
+    sys.stdout.write(said.get(next(what for what in ("assoc", "qos") if what in argv), ""))
+    return 0
+
+
 def srun(argv: list[str], state: dict, faults: dict) -> int:
     if "srun" not in faults:
         return refuse(argv, state, faults)
@@ -239,7 +248,8 @@ COMMANDS = {
     "sacct": sacct,
     "scontrol": scontrol,
     "scancel": scancel,
-    **{name: answer(name) for name in ("sinfo", "quota", "nvidia-smi", "sacctmgr")},
+    **{name: answer(name) for name in ("sinfo", "quota", "nvidia-smi")},
+    "sacctmgr": sacctmgr,
     "srun": srun,
     "apptainer": refuse,
 }

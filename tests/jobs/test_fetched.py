@@ -12,6 +12,7 @@ from jobs.fetch import commit_of, model_hashes
 from jobs.fetched import refuse_changed
 from sarm.config import UserError
 from sarm.run import RunDir
+from tests.evaluation.test_classifiers import write_classifier
 from tests.tiny import tiny_config
 
 
@@ -27,6 +28,30 @@ def test_another_template_is_another_model_and_a_stray_file_is_none(tmp_path: Pa
     refuse_changed(run, "encode")
     with pytest.raises(UserError, match=r"chat_template\.jinja of the policy"):
         refuse_changed(run, "evaluate")
+
+
+def test_a_detector_that_is_another_one_than_was_fetched_is_refused(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path / "detector", ["refusal", "answer"])
+    given = {"model": str(folder), "labels": {"refusal": "refusal", "answer": "answer"}}
+    run = RunDir.create(
+        tmp_path / "run", tiny_config(tmp_path, **{"evaluate.refusal_detector": given})
+    )
+    run_unit(run, "fetch", "all")
+    refuse_changed(run, "evaluate")
+    write_classifier(folder, ["answer", "refusal"])
+    refuse_changed(run, "ppo")
+    with pytest.raises(UserError, match=r"config\.json of the refusal detector is not what fetch"):
+        refuse_changed(run, "evaluate")
+
+
+def test_labels_that_cannot_be_read_are_found_by_fetch_and_not_after_training(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "labels.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
+    given = {"evaluate.refusal_labels": str(tmp_path / "labels.jsonl")}
+    run = RunDir.create(tmp_path / "run", tiny_config(tmp_path, **given))
+    with pytest.raises(UserError, match=r"labels\.jsonl, line 1: not UTF-8"):
+        run_unit(run, "fetch", "all")
 
 
 def test_a_commit_is_that_of_the_hubs_cache() -> None:

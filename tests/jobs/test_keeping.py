@@ -42,7 +42,11 @@ def test_a_report_is_not_replaced_by_one_that_lacks_units(
     names = ("final_report.txt", "report.html", "report.json")
     before = {name: (run.path / name).read_bytes() for name in names}
     assert b"48659" in before["final_report.txt"]
+    taken = {}
     for phase in ("select", "steer"):
+        taken[run.folder(phase) / "manifest.json"] = (
+            run.folder(phase) / "manifest.json"
+        ).read_bytes()
         (run.folder(phase) / "manifest.json").unlink()
     capfd.readouterr()
     assert main(["report", "--run", str(run.path)]) == 2
@@ -52,6 +56,10 @@ def test_a_report_is_not_replaced_by_one_that_lacks_units(
     assert run.read("report").path("final_report.txt").read_bytes() == before["final_report.txt"]
     poorer = (run.path / "final_report.incomplete.txt").read_text()
     assert "48659" not in poorer.partition("CONFIGURATION")[0] and "select" in poorer
+    for path, manifest in taken.items():
+        path.write_bytes(manifest)
+    assert main(["report", "--run", str(run.path), "--force"]) == 0
+    assert not list(run.path.glob("*.incomplete.*")), "they tell of what is there again"
 
 
 def test_a_report_is_replaced_by_one_that_has_more(tmp_path: Path) -> None:

@@ -104,6 +104,6 @@ def test_a_flipped_bit_upstream_redoes_what_it_touches_with_the_same_numbers(
     after = (run.path / "final_report.txt").read_text()
 
     def figures(text: str) -> str:
-        return text.partition("THE RUN'S PARTS")[0].partition("CONFIGURATION")[2]
+        return text.partition("PIPELINE STATUS")[0].partition("CONFIGURATION")[2]
 
     assert figures(after) == figures(before)

@@ -149,6 +149,53 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not (folder / "checkpoints").exists()
 
 
+# --- seen while it trains
+# ------------------------------------------------------------------------------------------------
+
+
+def logged(run: RunDir, name: str) -> list[dict[str, Any]]:
+    """Without what a clock says."""
+    lines = [json.loads(line) for line in run.read("ppo", UNIT).path(name).read_text().splitlines()]
+    timed = ("time/", "gpu/", "eps", "tokens_per_s", "response_tokens_per_s")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+
+def test_held_out_evaluation_changes_nothing_and_survives_interruptions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"ppo.steps": 7, "ppo.checkpoint_every": 2, "ppo.log_to": "none"}
+    held_out = {"every": 3, "prompts": 5, "completions": 2}
+    without = a_run(tmp_path, "without", **settings)
+    seen = a_run(tmp_path, "seen", **settings | {"ppo.held_out": held_out})
+    resumed = a_run(tmp_path, "resumed", **settings | {"ppo.held_out": held_out})
+    train(without, monkeypatch)
+    train(seen, monkeypatch)
+    train(resumed, monkeypatch, stops=(3, 2))
+    weights = "policy/model.safetensors"
+    made = without.read("ppo", UNIT).manifest
+    assert "held_out.jsonl" not in made.outputs and made.more["held_out"] is None
+    for run in (seen, resumed):
+        manifest = run.read("ppo", UNIT).manifest
+        assert logged(run, "metrics.jsonl") == logged(without, "metrics.jsonl")
+        assert manifest.outputs[weights].sha256 == made.outputs[weights].sha256
+        assert manifest.more["held_out"] == {
+            "unsafe": {"part": "validation", "prompts": 5},
+            "safe": {"part": "policy_eval", "prompts": 5},
+        }
+    lines, completions = logged(seen, "held_out.jsonl"), logged(seen, "completions.jsonl")
+    assert [line["step"] for line in lines] == [0, 3, 6, 7]
+    assert abs(lines[0]["held_out/kl"]) < 1e-4 < abs(lines[-1]["held_out/kl"])
+    names = {f"held_out/{name}" for name in ("reward", "penalty", "length", "refused/safe")}
+    names |= {f"held_out/rate/{latent}/unsafe" for latent in (1, 7)}
+    assert names <= lines[0].keys()
+    assert [(c["step"], c["kind"]) for c in completions] == [
+        (step, kind) for step in (0, 3, 6, 7) for kind in ("unsafe", "unsafe", "safe", "safe")
+    ]
+    assert len({c["response"] for c in completions}) > 4
+    assert logged(resumed, "held_out.jsonl") == lines
+    assert logged(resumed, "completions.jsonl") == completions
+
+
 # --- policies kept at KL distances
 # ------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 
 from jobs.__main__ import run_unit
-from reports.pareto import front, wilson
+from reports.pareto import front, rate_interval
 from sarm.config import (
     Config,
     PenaltyConfig,
@@ -25,6 +25,7 @@ from sarm.config import (
     load_config,
     parse_config,
 )
+from sarm.evaluation.comparison import Grid
 from sarm.probing.effects import read_encoded, values_on
 from sarm.probing.taus import suggested_taus, swept
 from sarm.records import Features, Readings
@@ -209,11 +210,26 @@ def test_front_against_brute_force() -> None:
     assert front([(math.nan, 0.0, 0.0), (1.0, 1.0, 1.0)]) == [False, True] and front([]) == []
 
 
-@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (52, 52), (27, 52)])
-def test_wilson_against_scipy(hits: int, n: int) -> None:
-    expected = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
-    assert wilson(hits / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
-    assert all(math.isnan(bound) for bound in wilson(math.nan, 0))
+def arm_grid(rates: list[list[float]], unsafe: list[bool]) -> Grid:
+    values = {"penalised_fired": np.array(rates)}
+    n, seeds = values["penalised_fired"].shape
+    return Grid(np.arange(n).astype(str), np.arange(seeds), np.array(unsafe), values)
+
+
+def test_the_rates_interval_by_hand() -> None:
+    # Five unsafe prompts, one seed: rates less a half, and the two added prompts' three values.
+    rates = [1.0, 0.0, 0.5, 1.0, 1.0]
+    found = rate_interval(arm_grid([[r] for r in [*rates, 0.0, 0.0]], [True] * 5 + [False] * 2))
+    centre = sum(r - 0.5 for r in rates) / 7
+    squares = sum((r - 0.5 - centre) ** 2 for r in rates) + centre**2
+    squares += 0.5 * (0.5 - centre) ** 2 + 0.5 * (0.5 + centre) ** 2
+    half = scipy.stats.t.ppf(0.975, 6) * math.sqrt(squares / 6 / 7)
+    assert found == pytest.approx((centre - half + 0.5, min(centre + half + 0.5, 1.0)), abs=1e-9)
+    # A prompt that some seed has not is left out; equal rates have width; nothing is unknown.
+    holes = rate_interval(arm_grid([[1.0, 1.0], [1.0, math.nan], [1.0, 1.0]], [True] * 3))
+    assert holes == rate_interval(arm_grid([[1.0, 1.0], [1.0, 1.0]], [True] * 2))
+    assert holes[0] < 0.9 and holes[1] == 1.0
+    assert all(math.isnan(bound) for bound in rate_interval(None))
 
 
 # A whole run
@@ -255,21 +271,19 @@ def test_a_point_trains_with_its_own_penalty(finished: RunDir) -> None:
 def test_the_report_shows_the_front_and_keeps_the_sweep_out_of_the_arms(finished: RunDir) -> None:
     found = json.loads((finished.path / "report.json").read_text())
     points = found["sweep"]["points"]
-    assert [p["policy"] for p in points] == [
-        "base",
-        "no_penalty-seed0",
-        *finished.config.sweep_points(),
-    ]
-    costs = [(p["penalised_fired"], p["kl"], -p["reward"]) for p in points]
+    grid_arms = [arm_and_seed(unit)[0] for unit in finished.config.sweep_points()]
+    assert [p["arm"] for p in points] == ["base", "no_penalty", *grid_arms]
+    assert [p["distance"] for p in points] == [None] * 6
+    costs = [(p["penalised_fired"], p["kl"], -p["reward"], p["over_refused"]) for p in points]
     assert [p["front"] for p in points] == front(costs) and any(p["front"] for p in points)
     assert [p["policy"] for p in found["policies"]] == ["base", "no_penalty-seed0"] and found[
         "sweep"
     ]["missing"] == []
     assert {row["policy"] for row in found["training"]} == {"no_penalty-seed0"}
     text = (finished.path / "final_report.txt").read_text()
-    section = text.partition("PENALTY SWEEP")[2]
+    section = text.partition("PENALISED RATE AGAINST REWARD, KL AND OVER-REFUSAL")[2]
     assert (
-        all(unit in section for unit in finished.config.sweep_points())
+        all(arm in section for arm in grid_arms)
         and "Thresholds that the activations suggest" in section
     )
     assert 'id="sweep"' in (finished.path / "report.html").read_text()

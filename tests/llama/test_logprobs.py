@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sarm.config import ROOT
 from sarm.llama.logprobs import logprobs_from_hidden
+from tests.ranks import run_interpreted
 
 T = torch.tensor
 
@@ -179,12 +176,6 @@ def test_the_logprob_kernels() -> None:
 
 
 def test_the_interpreted_logprob_kernels() -> None:
-    pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-c",
-        "from tests.llama.test_logprobs import logprob_kernels_agree; logprob_kernels_agree('cpu')",
-    ]
-    subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=240
+    run_interpreted(
+        "from tests.llama.test_logprobs import logprob_kernels_agree; logprob_kernels_agree('cpu')"
     )

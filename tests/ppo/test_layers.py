@@ -5,9 +5,6 @@ recomputation, layout.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from sarm.config import ROOT
 from sarm.llama.generate import forced
 from sarm.llama.weights import LlamaWeights
 from sarm.ppo.learner import layers
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.reference import Reference
-from tests.ranks import tiny_ppo
+from tests.ranks import run_interpreted, tiny_ppo
 
 PROMPTS, RESPONSES = [[5, 9, 12, 40], [7, 300, 8]], [[33, 21, 4], [90, 14, 77, 61, 2]]
 
@@ -160,15 +156,7 @@ def test_the_swiglu_kernels() -> None:
 
 
 def test_the_interpreted_swiglu_kernels() -> None:
-    pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-c",
-        "from tests.ppo.test_layers import swiglu_agrees; swiglu_agrees('cpu')",
-    ]
-    subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=240
-    )
+    run_interpreted("from tests.ppo.test_layers import swiglu_agrees; swiglu_agrees('cpu')")
 
 
 def test_what_other_models_compute_again_they_do_not_keep(tiny_policy: Path) -> None:

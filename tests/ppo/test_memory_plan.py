@@ -154,3 +154,11 @@ def test_the_command_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> No
     )
     assert main(["--config", str(ROOT / "configs/llama31-8b.yaml"), "--gpus", "1x16"]) == 2
     assert "does not fit" in capsys.readouterr().err
+
+
+def test_the_gpu_run_has_a_plan_on_one_gpu(capsys) -> None:
+    config = ["--config", str(ROOT / "configs" / "smollm2-gpu.yaml"), "--gpus", "1x80"]
+    assert main(config) == 0
+    assert "15 policies of 200 steps" in capsys.readouterr().out
+    assert main([*config, "sweep={tau: [1.0], alpha: [1.0, 3.0], seeds: [0, 1]}"]) == 0
+    assert "19 policies of 200 steps" in capsys.readouterr().out

@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sarm.config import ROOT
 from sarm.philox import ROUNDING, random_words
 from sarm.ppo.learner import optimizer
 from sarm.ppo.learner.optimizer import (
@@ -31,7 +27,7 @@ from sarm.ppo.learner.optimizer import (
     power_of_two_above,
     update_plainly,
 )
-from tests.ranks import PlantedReward, run_ranks, tiny_ppo, tiny_trainer
+from tests.ranks import PlantedReward, run_interpreted, run_ranks, tiny_ppo, tiny_trainer
 
 
 def gradients(step: int, n: int) -> Tensor:
@@ -234,15 +230,7 @@ def test_the_kernel_is_the_plain_step() -> None:
 
 
 def test_the_interpreted_kernel_is_the_plain_step() -> None:
-    pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-c",
-        "from tests.ppo.test_optimizer import kernel_agrees; kernel_agrees('cpu')",
-    ]
-    subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=240
-    )
+    run_interpreted("from tests.ppo.test_optimizer import kernel_agrees; kernel_agrees('cpu')")
 
 
 def displacement(world: Any, policy: Path, out: Path) -> None:

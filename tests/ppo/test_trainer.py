@@ -435,7 +435,7 @@ def test_old_logprobs_are_those_of_the_policy_that_is_updated(outcome: Path) -> 
 
 def test_a_sampler_that_is_another_policy_stops_the_first_step_before_any_update(found) -> None:
     assert found["later"] > 0.2 and found["untouched"]
-    nats = re.search(r"differ by (\d+\.\d+) nats a token on average", found["disagreeing"])
+    nats = re.search(r"differ by (\d+\.\d+) nats per token on average", found["disagreeing"])
     assert nats and 0.2 < float(nats[1]) == pytest.approx(found["later"], abs=0.5)
 
 

@@ -72,7 +72,9 @@ def test_logged_rewards_are_the_scores_of_the_logged_completions(
 
     # Many latents docked at tau 0: whatever the policy says, some fire.
     penalised = [Penalised(latent, 0.0, 0.01 * latent) for latent in range(16, 32)]
-    reward = CompoundReward(SarmModel.from_pretrained(tiny_sarm), tiny_tokenizer, penalised)
+    reward = CompoundReward(
+        SarmModel.from_pretrained(tiny_sarm), tiny_tokenizer, penalised, trim=False
+    )
     arguments = getattr(trl, f"{method}Config")(
         output_dir=str(tmp_path),
         max_steps=2,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reports.probe_sections import conjunction_sentence
+from reports.validity_sections import conjunction_sentence
 from sarm.config import Config, UserError, parse_config
 from sarm.data.datasets import Data
 from sarm.probing import effects

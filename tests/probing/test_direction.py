@@ -5,16 +5,13 @@ kernels run by an interpreter.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from sarm.config import ROOT, SarmConfig, UserError
+from sarm.config import SarmConfig, UserError
 from sarm.probing import direction
 from sarm.probing.contrast import Contrast
 from sarm.probing.direction import Baseline, baseline, check, direction_changes, load_sae
@@ -22,6 +19,7 @@ from sarm.probing.effects import direction_table
 from sarm.reward_model.interventions import Direction
 from sarm.reward_model.interventions import direction_changes as recomputed
 from sarm.reward_model.sae import TopKSae, stable_topk
+from tests.ranks import run_interpreted
 
 D_IN, D_SAE, K, TEXTS = 48, 300, 9, 6
 
@@ -179,23 +177,11 @@ tile = next(tiles(w.base, w.sae, range(3, 9), 6))
 moved = affine(w.base, tile, 3.0)
 prepared = probe_kernels.prepare(w.base)
 assert (probe_kernels.select_moved(w.base, prepared, tile.gains, *moved)[3] != 0).any()
-print("alike")
 """
 
 
 def test_kernels_do_what_the_plain_code_does() -> None:
-    """Interpreted in a process of its own: Triton decides on import whether it interprets."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KERNELS],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "alike", done.stderr[-3000:]
+    run_interpreted(KERNELS)
 
 
 @pytest.mark.gpu

@@ -5,9 +5,6 @@ differ.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +12,6 @@ import scipy.sparse
 import scipy.stats
 import torch
 
-from sarm.config import ROOT
 from sarm.probing import permutation
 from sarm.probing.contrast import Contrast, deal_of, dealt_labels, permuted_labels
 from sarm.probing.permutation import (
@@ -25,6 +21,7 @@ from sarm.probing.permutation import (
     permutations_needed,
     squares_of,
 )
+from tests.ranks import run_interpreted
 
 
 def odd_contrast() -> Contrast:
@@ -269,23 +266,11 @@ for contrast in (odd_contrast(), one_against(3, 50), one_against(1, 40)):
     for latents in (np.arange(150), np.arange(0, 150, 3)):
         counts = on_cpu(latents, 100, 300, 3)
         assert np.array_equal(on_gpu(latents, 100, 300, 3), counts) and 0 < counts.mean() < 200
-print("alike")
 """
 
 
 def test_the_kernel_counts_what_the_plain_code_counts() -> None:
-    """Interpreted in a process of its own: Triton decides on import whether it interprets."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KERNEL],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "alike", done.stderr[-3000:]
+    run_interpreted(KERNEL)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from sarm.config import PenaltyConfig, UserError, parse_config
 from sarm.data.datasets import Pair, Prompt, text_id
 from sarm.probing.contrast import Contrast, permuted_labels
 from sarm.probing.effects import Encoded, contrast_of, latent_effects, latent_table, roles
-from sarm.probing.select import firing_rate, judged, ranked, resolved_tau, select_features
+from sarm.probing.select import judged, ranked, select_features
 from sarm.probing.stats import (
     benjamini_hochberg,
     bootstrap_intervals,
@@ -26,6 +26,7 @@ from sarm.probing.stats import (
     matched_at_random,
     prompt_effects,
 )
+from sarm.probing.thresholds import firing_rate, resolved_tau
 from sarm.reward_model.interventions import Ranks
 
 HARMING, PROMOTING, MISLEADING = (3, 11, 20), (5, 14, 33), (40, 50)

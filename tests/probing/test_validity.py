@@ -12,7 +12,7 @@ import scipy.sparse
 import scipy.stats
 
 from reports.blocks import lines
-from reports.probe_sections import trust
+from reports.validity_sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
 from sarm.probing.baselines import baselines, bradley_terry, pair_rows, words_alone

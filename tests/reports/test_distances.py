@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from reports.explorer import explorer_data
 from reports.figures import figures
 from reports.frames import Frames, read_run
 from reports.page import page
+from reports.pareto import sweep_figures
+from reports.sweep_sections import beside_blocks, beside_words
 from reports.text import final_report
 from sarm.config import UserError
 from sarm.evaluation.verdict import Verdict
@@ -178,6 +181,68 @@ def test_runs_at_different_distances_say_so_side_by_side(tmp_path):
     text = flat(compare_text(opened(paths)))
     assert "one: Trained policies are compared at the KL distance 1 nats" in text
     assert "two: Trained policies are compared at the KL distance 2 nats" in text
+
+
+def test_the_front_is_over_seeds_at_each_distance(tmp_path):
+    weak, strong = "sweep-tau1.0-alpha0.5", "sweep-tau1.0-alpha2.0"
+    run = run_kept_at_distances(
+        tmp_path,
+        seeds=(0, 1, 2),
+        sections={"sweep": {"tau": [1.0], "alpha": [0.5, 2.0], "seeds": [0, 1, 2]}},
+        rates={
+            (weak, 1.0): {"penalised": 0.5, "kl": 1.15},
+            ("random", 1.0): {"penalised": 0.8, "kl": 1.0},
+            ("penalty", 0.5): {"kl": 0.75},
+        },
+        reached={f"{strong}-seed1": (0.5,)},
+    )
+    (run.folder("evaluate", f"{weak}-seed2") / "manifest.json").unlink()
+    frames = read_run(run)
+    made = sweep_figures(run, frames)
+    rows = {(row["arm"], row["distance"]): row for row in made["points"]}
+    assert made["missing"] == [f"{weak}-seed2"]
+    assert len(rows) == 1 + 5 * 4  # base once; the others at three distances and the end
+    assert rows[weak, 1.0]["n_seeds"] == 2 and rows[strong, 1.0]["n_seeds"] == 2
+    assert rows[strong, 0.5]["n_seeds"] == 3
+    assert (rows[weak, 1.0]["tau"], rows[weak, 1.0]["alpha"]) == (1.0, 0.5)
+    assert rows["penalty", 1.0]["tau"] is None
+    every = frames.every
+    for (arm, distance), row in rows.items():
+        at = every["distance"].isna() if distance is None else every["distance"] == distance
+        mine = every[(every["arm"] == arm) & at]
+        unsafe = mine[mine["kind"] == "unsafe"]
+        assert row["penalised_fired"] == pytest.approx(unsafe["penalised_fired"].mean())
+        assert row["over_refused"] == pytest.approx(mine[mine["kind"] == "safe"]["refused"].mean())
+        assert row["kl"] == pytest.approx(mine["kl"].mean())
+        assert row["penalised_fired_low"] < row["penalised_fired"] < row["penalised_fired_high"]
+    beside = rows["penalty", 1.0]["beside_no_penalty"]
+    target = next(
+        c
+        for c in judgement(run, frames).changes
+        if (c.measure, c.arm) == ("penalised_fired", "penalty")
+    )
+    assert frames.compared.distance == 2.0
+    at_two = rows["penalty", 2.0]["beside_no_penalty"]
+    assert (at_two["change"], at_two["low"]) == pytest.approx((target.change, target.low))
+    assert at_two["kl_apart"] and not beside["kl_apart"]
+    assert rows["no_penalty", 1.0]["beside_no_penalty"] is None
+    assert rows["base", None]["beside_no_penalty"] is None
+    said = [re.sub(r" \([^)]*\)", "", words) for words in beside_words(made["points"])]
+    assert said == [
+        f"Below no penalty's rate at equal KL: penalty at 1; penalty at the end; {strong} at the"
+        " end.",
+        "Not shown to do more than the reward does by itself, whose rate at equal KL is not shown"
+        f" to differ: random at 0.5; random at 2; random at the end; {strong} at 0.5.",
+        "Above no penalty's rate at equal KL: random at 1.",
+        "Not at equal KL with no penalty: penalty at 0.5, penalty at 2.",
+        f"Too few seeds or prompts to tell: {weak} at 0.5, {weak} at 1, {weak} at 2,"
+        f" {weak} at the end, {strong} at 1, {strong} at 2.",
+    ]
+    (loud,) = beside_blocks(made["points"], {"rung": 1, "word": "no effect"})
+    assert loud.items == beside_words(made["points"])
+    (silent,) = beside_blocks(made["points"], {"rung": 0, "word": "no verdict on latents"})
+    assert "not said here" in silent.text and "(no verdict on latents)" in silent.text
+    assert beside_blocks(made["points"][:1], {"rung": 0, "word": "no verdict"}) == []
 
 
 def test_rows_at_a_distance_keep_the_policies_that_have_none(reached_one):

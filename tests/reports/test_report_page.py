@@ -16,6 +16,7 @@ import pytest
 
 from reports import evidence, plots
 from reports.figures import figures
+from reports.findings import FINDINGS, NOT_RUN, finding
 from reports.frames import Frames, read_run
 from reports.page import environment, page
 from reports.plots import OTHER, STYLES, Plot, style
@@ -115,6 +116,17 @@ def test_it_says_the_verdict_first_and_the_same_figures_as_the_text(finished):
 def test_words_between_backticks_are_code_and_what_they_hold_is_escaped(finished):
     assert "<code>detectable</code> is the minimum detectable effect" in finished[0]
     assert str(environment().filters["coded"]("`a<b` & c`")) == "<code>a&lt;b</code> &amp; c`"
+
+
+def test_every_section_has_a_finding_and_stands_folded_but_one(finished):
+    text, found, _ = finished
+    assert set(FINDINGS) == {section.id for section in SECTIONS}
+    assert text.count('<details class="part" open>') == 1
+    words = visible(text)
+    for section in SECTIONS:
+        assert (finding(section.id, found) or NOT_RUN) in words, section.id
+    kl = [row["kl"] for row in found["training"] if row["arm"] == "penalty"]
+    assert f"penalty {sum(kl) / 2:.3f} (2 seeds)" in finding("training", found)
 
 
 def test_each_plot_has_its_data_and_a_sentence(finished):

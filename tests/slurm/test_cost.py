@@ -25,7 +25,7 @@ def test_the_sizes_are_those_that_the_models_have() -> None:
     assert sarm is not None and (sarm.trunk.hidden, sarm.d_sae, kept_latents(config, sarm)) == (
         576,
         4608,
-        64,
+        32,
     )
 
 
@@ -61,6 +61,13 @@ def test_the_reference_run_by_hand(tmp_path: Path) -> None:
     )
     assert parts["encode"].stays is None
     assert needed_bytes(config, run) == 2 * 8_030_261_248 * (2 + 2 * 12) + 320 * 65536
+    ppo = config.ppo.model_copy(update={"kl_distances": (0.5, 1.0, 2.0), "keep_state": True})
+    keeping = config.model_copy(update={"ppo": ppo})
+    parts = {part.phase: part for part in disk(keeping, RunDir(tmp_path / "run", keeping))}
+    assert parts["ppo"].stays == 2 * (4 * 2 + 12) * 8_030_261_248, (
+        "of two units the policy, three kept ones and the optimizer's state"
+    )
+    assert parts["ppo"].what == "8 policies"
 
 
 def test_encoded_states_follow_from_the_pairs_that_fetch_counted(tmp_path: Path) -> None:
@@ -71,7 +78,7 @@ def test_encoded_states_follow_from_the_pairs_that_fetch_counted(tmp_path: Path)
     publish(run, "fetch", files={"models.json": fetched("0" * 64, pairs=pairs)})
     assert count_texts(run) == 240
     encode = next(part for part in disk(config, run) if part.phase == "encode")
-    assert encode.stays == 240 * (4 * 576 + 8 * (64 + config.encode.extra_ranks))
+    assert encode.stays == 240 * (4 * 576 + 8 * (32 + config.encode.extra_ranks))
 
 
 def test_a_dry_run_tells_disk_and_gpu_hours_a_phase(
@@ -89,6 +96,6 @@ def test_a_dry_run_tells_disk_and_gpu_hours_a_phase(
     assert submit.main(words) == 0
     out = capsys.readouterr().out
     # Three arms and three seeds on four GPUs for two hours each.
-    assert "### ppo         9 jobs     72.0 GPU-hours at most  144.5 GB 9 policies, and " in out
+    assert "### ppo         9 jobs     72.0 GPU-hours at most  150.6 GB 9 policies, and " in out
     assert "GPU-hours by the time limits" in out and "in the run directory at most" in out
     assert not (site.path.parent / "new").exists() and not site.jobs

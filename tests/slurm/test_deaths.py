@@ -192,6 +192,28 @@ def test_a_node_that_dies_is_named_when_slurm_ends_the_rest(
     assert "no sign of life from node node8 (ranks 2, 3)" in said
 
 
+def test_a_silent_node_is_named_before_ranks_that_hear_nothing_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ranks in a collective, which Slurm kills a few seconds later with their entries."""
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    code = f"import os, signal, time; {deaf}; print(os.getpid(), 'up', flush=True); time.sleep(600)"
+    entries = on_two_nodes(tmp_path, code, monkeypatch)
+    for entry in entries[2:]:
+        entry.send_signal(signal.SIGSTOP)
+    for entry in entries[:2]:
+        entry.send_signal(signal.SIGTERM)
+    log = tmp_path / "log"
+    while "no sign of life from node node8 (ranks 2, 3)" not in log.read_text():
+        assert entries[0].poll() is None, log.read_text()
+        time.sleep(0.05)
+    assert entries[0].poll() is None
+    pids = [int(path.read_text().split(" up")[0].split()[-1]) for path in rank_logs(log, 4)]
+    for pid in [*pids, *(entry.pid for entry in entries)]:
+        os.kill(pid, signal.SIGKILL)
+    assert log.read_text().count("no sign of life") == 1
+
+
 def test_a_node_that_dies_is_named_when_its_connections_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

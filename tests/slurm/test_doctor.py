@@ -133,8 +133,9 @@ def test_a_disk_too_small_for_the_checkpoints(
     site.path = site.path.parent / "new"
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     said = look(site, capsys)
-    # Two policies of 16.1 GB, and two checkpoints of the adapters of each, 0.7 GB apiece.
-    assert any("1.0 GB left for you and the run may need 34.8 GB" in line for line in wrong(said))
+    # Two policies of 16.1 GB, and of each two checkpoints of its adapters and the state that stays,
+    # 0.7 GB apiece.
+    assert any("1.0 GB left for you and the run may need 36.1 GB" in line for line in wrong(said))
 
 
 @pytest.mark.parametrize(

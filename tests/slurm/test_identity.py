@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,18 @@ def test_an_answer_that_names_no_job_is_refused(says: str) -> None:
         queue.submitted_id(says)
 
 
-@pytest.mark.parametrize("says", ["Quota check for job 777 OK\nSubmitted batch job {id}", "{id};c"])
+@pytest.mark.parametrize(
+    "says",
+    [
+        "Quota check for job 777 OK\nSubmitted batch job {id}",
+        "{id};c",
+        # in words of its own: the queue knows the name
+        "\x1b[32mSubmitted batch job {id}\x1b[0m",
+        "{id}\nYour balance: 777 hours",
+        "Job 777 is ahead of yours",
+        "",
+    ],
+)
 def test_a_sites_sbatch_that_talks(site: Site, says: str) -> None:
     strangers_job(site)
     site.fault(says=says)
@@ -234,6 +246,41 @@ def test_one_function_says_whose_a_job_is(site: Site) -> None:
     assert found.job == mine and [str(node) for node in found.nodes] == ["probe/shard-0003-of-0005"]
 
 
+def test_a_run_is_the_same_by_a_link_and_once_it_was_moved(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = tmp_path / "scratch" / "run"
+    real.parent.mkdir()
+    site.path.rename(real)
+    site.path.symlink_to(real)
+    assert site.submit() == 0
+    capsys.readouterr()
+    for path in (site.path, real):
+        assert status(["--run", str(path)]) == 1
+        assert capsys.readouterr().out.count("pending") == 17
+    moved = tmp_path / "elsewhere"
+    real.rename(moved)  # or another host's name for the same file system
+    assert status(["--run", str(moved)]) == 1
+    assert status(["--run", str(moved), "--cancel"]) == 0
+    assert {job["state"] for job in site.jobs.values()} == {"CANCELLED"}
+
+
+def test_a_copy_of_a_run_is_another_run(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.submit()
+    copy = tmp_path / "copy"
+    shutil.copytree(site.path, copy)
+    assert status(["--run", str(copy), "--cancel"]) == 2
+    assert "nothing was submitted for" in capsys.readouterr().err
+    first, site.path = site.path, copy
+    assert site.submit() == 0 and len(site.jobs) == 28
+    assert status(["--run", str(copy), "--cancel"]) == 0
+    states = [job["state"] for job in site.jobs.values()]
+    assert states == ["PENDING"] * 14 + ["CANCELLED"] * 14
+    assert status(["--run", str(first)]) == 1
+
+
 def test_a_killed_submission_leaves_nothing_that_cancel_does_not_see(site: Site) -> None:
     site.submit()
     (path,) = site.path.glob("submissions/*/journal.json")
@@ -241,6 +288,26 @@ def test_a_killed_submission_leaves_nothing_that_cancel_does_not_see(site: Site)
     path.write_text(json.dumps({**journal, "state": "submitting", "jobs": {}}))
     assert run_status(site, "--cancel") == 0
     assert {job["state"] for job in site.jobs.values()} == {"CANCELLED"}
+
+
+def test_what_came_to_be_after_a_submission_was_taken_back_is_not_attached_to(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An sbatch that was killed with its submission may have reached the controller before."""
+    site.submit()
+    (path,) = site.path.glob("submissions/*/journal.json")
+    journal: dict[str, Any] = json.loads(path.read_text())
+    path.write_text(json.dumps({**journal, "state": "cancelled", "jobs": {}}))
+    site.set_state("CANCELLED")
+    state = site.state
+    late = next(job for job in state["jobs"].values() if batch_of(job) == "select")
+    late |= {"state": "PENDING", "held": True}
+    (site.home / "state.json").write_text(json.dumps(state))
+    capsys.readouterr()
+    assert site.submit() == 0
+    assert "attached" not in capsys.readouterr().out
+    states = [job["state"] for job in site.jobs.values()]
+    assert states == ["CANCELLED"] * 14 + ["PENDING"] * 14
 
 
 def test_the_phase_stands_first_in_every_name(site: Site) -> None:

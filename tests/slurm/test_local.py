@@ -4,12 +4,14 @@ second.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from slurm.status import main as status
 from slurm.view import last_lines
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config() -> Config:
     return Config.model_validate(
         {
@@ -68,13 +70,10 @@ attempt.publish()
 """
 
 
-@pytest.fixture
-def fake_run(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """A run whose jobs are FAKE_JOBS."""
-    run = RunDir.create(tmp_path / "run", config)
-    (run.path / "faults.json").write_text("{}")
-    (run.path / "order").write_text("")
-    script = tmp_path / "fake_jobs.py"
+@pytest.fixture(scope="module")
+def fake_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Jobs are FAKE_JOBS."""
+    script = tmp_path_factory.mktemp("fake") / "fake_jobs.py"
     script.write_text(FAKE_JOBS.format(root=str(ROOT)))
     true_write = local.write_atomic
 
@@ -84,8 +83,38 @@ def fake_run(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) ->
             command["argv"] = [str(script), *command["argv"][2:]]
         true_write(path, json.dumps(spec).encode())
 
-    monkeypatch.setattr(local, "write_atomic", redirect)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "write_atomic", redirect)
+        yield
+
+
+def new_run(path: Path, config: Config) -> RunDir:
+    run = RunDir.create(path, config)
+    (run.path / "faults.json").write_text("{}")
+    (run.path / "order").write_text("")
     return run
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, config: Config, fake_jobs: None
+) -> tuple[RunDir, local.State]:
+    """A whole run, and what it said became of each task; read only."""
+    run = new_run(tmp_path_factory.mktemp("finished") / "run", config)
+    return run, local.run_all(run, workers=2)
+
+
+@pytest.fixture
+def fake_run(tmp_path: Path, finished: tuple[RunDir, local.State]) -> RunDir:
+    """A finished run of the test's own."""
+    shutil.copytree(finished[0].path, tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "order").write_text("")
+    return RunDir.open(tmp_path / "run")
+
+
+def undo(run: RunDir, *nodes: tuple[str, str]) -> None:
+    for phase, unit in nodes:
+        shutil.rmtree(run.folder(phase, unit))
 
 
 def test_every_task_comes_after_all_that_it_needs(config: Config) -> None:
@@ -104,11 +133,13 @@ def test_base_is_evaluated_without_training_and_a_policy_after_its_own(config: C
     assert len(needs[Node("report", "all")]) == 19
 
 
-def test_a_run_is_done_in_order_and_a_second_one_skips_all_of_it(fake_run: RunDir) -> None:
-    first = local.run_all(fake_run, workers=2)
+def test_a_run_is_done_in_order_and_a_second_one_skips_all_of_it(
+    finished: tuple[RunDir, local.State], fake_run: RunDir
+) -> None:
+    run, first = finished
     assert set(first.word.values()) == {"done"}
-    order = (fake_run.path / "order").read_text().split()
-    for task in tasks(fake_run.config):
+    order = (run.path / "order").read_text().split()
+    for task in tasks(run.config):
         for need in task.needs:
             assert order.index(f"{need.phase}/{need.unit}") < order.index(
                 f"{task.node.phase}/{task.node.unit}"
@@ -121,6 +152,13 @@ def test_a_failure_stops_what_depends_on_it_but_not_the_report(
     fake_run: RunDir, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (fake_run.path / "faults.json").write_text(json.dumps({"ppo/penalty-seed0": "fail"}))
+    undo(
+        fake_run,
+        ("ppo", "penalty-seed0"),
+        ("evaluate", "penalty-seed0"),
+        ("evaluate", "penalty-seed1"),
+        ("report", "all"),
+    )
     state = local.run_all(fake_run, workers=2)
     assert state.word[Node("ppo", "penalty-seed0")] == "failed"
     assert state.word[Node("evaluate", "penalty-seed0")] == "not run"
@@ -134,7 +172,6 @@ def test_a_failure_stops_what_depends_on_it_but_not_the_report(
 
 
 def test_a_damaged_file_alone_is_redone(fake_run: RunDir) -> None:
-    local.run_all(fake_run, workers=2)
     victim = next(fake_run.folder("steer").glob("final_report.*.txt"))
     victim.write_text("reporT")
     again = local.run_all(fake_run, workers=2)
@@ -143,6 +180,7 @@ def test_a_damaged_file_alone_is_redone(fake_run: RunDir) -> None:
 
 def test_ctrl_c_stops_the_jobs_and_leaves_a_run_that_goes_on(fake_run: RunDir) -> None:
     (fake_run.path / "faults.json").write_text(json.dumps({"select/all": "sleep"}))
+    undo(fake_run, ("select", "all"), ("report", "all"))
 
     def interrupt() -> None:
         while "select" not in (fake_run.path / "order").read_text():
@@ -167,13 +205,14 @@ def test_ctrl_c_stops_the_jobs_and_leaves_a_run_that_goes_on(fake_run: RunDir) -
 
 
 def test_status_tells_done_from_undone(
-    fake_run: RunDir, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Attempt(fake_run, "fetch").publish()
-    assert status(["--run", str(fake_run.path)]) == 1
+    run = new_run(tmp_path / "run", config)
+    Attempt(run, "fetch").publish()
+    assert status(["--run", str(run.path)]) == 1
     out = capsys.readouterr().out
     assert "done" in out and "no manifest" in out
-    assert status(["--run", str(fake_run.path / "nowhere")]) == 2
+    assert status(["--run", str(run.path / "nowhere")]) == 2
 
 
 def test_entry_forwards_a_signal_and_returns_the_code(tmp_path: Path) -> None:

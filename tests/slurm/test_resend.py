@@ -110,6 +110,8 @@ def test_one_arm_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None
     assert "cancelled 1 job of ppo/penalty-seed1" in capsys.readouterr().out
     gone = [b for b, (id_,) in before.items() if site.jobs[id_]["state"] == "CANCELLED"]
     assert gone == ["ppo.penalty-seed1"]
+    assert status(["--run", str(site.path), "--cancel", "--unit", "penalty-sed1"]) == 2
+    assert "no unit is named 'penalty-sed1'; evaluate has base" in capsys.readouterr().err
     site.set_state("FAILED", only="cards")
     assert site.submit("--unit", "penalty-seed1") == 0
     twice = {batch for batch, ids in by_batch(site).items() if len(ids) == 2}
@@ -176,6 +178,11 @@ def test_out_of_memory_asks_for_more_on_the_second_try_where_the_profile_says_ho
     assert f"#SBATCH {asked}\n" in site.jobs[ppo]["text"]
     evaluate = by_batch(site)["evaluate.penalty-seed1"][1]
     assert "#SBATCH --mem=120G\n" in site.jobs[evaluate]["text"], "it alone"
+    site.set_state("NODE_FAIL", only="ppo.penalty-seed1")
+    site.set_state("CANCELLED", only="evaluate.penalty-seed1")
+    assert site.submit() == 0
+    third = by_batch(site)["ppo.penalty-seed1"][2]
+    assert f"#SBATCH {asked}\n" in site.jobs[third]["text"], "also when it ended otherwise since"
 
 
 def test_arms_are_throttled(site: Site) -> None:

@@ -184,6 +184,9 @@ def test_a_jobs_scratch_is_its_own_and_goes_with_it(site: Site, tmp_path: Path) 
         f'echo "$TMPDIR $TRITON_CACHE_DIR $APPTAINER_BIND" >{tmp_path}/said; touch "$TMPDIR/left";'
         " exit 3"
     )
+    for elsewhere in ("/no/such/folder", ""):  # a login node's, or none
+        assert batch_script(site, "select", srun, TMPDIR=elsewhere) == (3, [])
+        assert (tmp_path / "said").read_text().startswith("/tmp/sarm-")
     assert batch_script(site, "select", srun, TMPDIR=str(scratch)) == (3, [])
     folder, cache, bind = (
         (tmp_path / "said").read_text().replace("node scratch", "node-scratch").split()
@@ -350,6 +353,11 @@ def test_a_stand_alone_script_without_its_image_says_so(phase: str, tmp_path: Pa
         "CONFIG": "c",
         "RUN": str(tmp_path / "run"),
     }
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
+    assert done.returncode == 2 and f"{tmp_path} is not the checkout" in done.stderr
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "entry.py").touch()
     done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
     assert done.returncode == 2 and "make images" in done.stderr
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,11 @@ from sarm.run import Attempt, RunDir
 from slurm import doctor, queue
 from slurm.entry import failed_units, first_host
 from slurm.environment import ISOLATE, forgotten, isolated
+from slurm.joblogs import complaint
 from slurm.profile import Profile, flags, gpu_hours, resources
 from slurm.profile_file import load_profile
 from slurm.sbatch import main as write_scripts
-from slurm.script import path_line, sbatch_line, script, setup_lines
+from slurm.script import own_line, path_line, sbatch_line, script, setup_lines
 from slurm.site_checks import gpus_of_a_node
 from slurm.state import Look
 from slurm.status import main as status
@@ -63,11 +66,22 @@ def test_constraints_that_are_no_features_are_refused(tmp_path: Path, features: 
     ("line", "says"),
     [
         ("extra: {clusters: gpu}", "sbatch's --clusters, .*; use clusters$"),
-        ("extra: {gres: gpu:1}", "use gpu_request, gpu_type and phases.PHASE.gpus"),
+        ("extra: {gres: gpu:1}", "use gpu_type and phases.PHASE.gpus, or more_gres for what is"),
+        ("extra: {gpus-per-n: '1'}", "use gpu_request, gpu_type and phases.PHASE.gpus"),
         ("extra: {time: '1'}", "use phases.PHASE.time_min"),
         ("extra: {chdir: /x}", "no profile may change it"),
         ("clusters: a,b", "name one"),
+        ("clusters: all", "name one"),
         ("gpu_type: h100:4", "how many as gpus"),
+        ("gpu_type: 'a100,lscratch'", "other resources as more_gres"),
+        ("phases: {probe: {gpu_type: gpu:a100}}", "phases.probe.gpu_type: gpu:a100 holds more"),
+        ("gres: gpu:h100", "the type as gpu_type"),
+        ("gres: 'lscratch:10,gpu'", "other resources as more_gres"),
+        ("exclude: [n1, n2]", "must be one text, such as a,b"),
+        ("partition: no", "put what YAML takes for a number or a date in quotes"),
+        ("phases: {ppo: null}", "phases.ppo: must be a mapping of keys, or left out"),
+        ("environment: {LD_LIBRARY_PATH: '/x:$PATH'}", "only PATH may hold .PATH"),
+        ("environment: {PATH: '/x:$HOME/bin'}", "only letters, digits"),
         ("phases: {probe: {nodes: 2}}", "only ppo works on several nodes"),
         ("phases: {probe: {throttle: 2}}", "array_throttle"),
         ("phases: {ppo: {retry_mem_gb: 480}}", "480 is no more than mem_gb, 480"),
@@ -76,6 +90,15 @@ def test_constraints_that_are_no_features_are_refused(tmp_path: Path, features: 
             r"ppo.time_min: 4:00:00 is 14400 .* write 240, in min",
         ),
         ("phases: {ppo: {time_min: 90:30}}", "90:30 is 5430 .* write 91, in minutes"),
+        ("phases: {ppo: {time_min: 08:30}}", "08:30 is no number of minutes; write 9$"),
+        ("phases: {ppo: {time_min: 1-12:00:00}}", "1-12:00:00 is no number .* write 2160$"),
+        ("phases: {ppo: {time_min: 2-3}}", "write 3060$"),
+        (
+            "phases: {ppo: {time_min: '240'}}",
+            "a whole number of minutes without quotes, .* not 240",
+        ),
+        ("phases: {ppo: {mem_gb: 480G}}", "a whole number of GiB without quotes, .* not 480G"),
+        ("signal_lead_s: 2m", "a whole number of seconds without quotes"),
         ("extra: {begin: 16:30}", 'extra.begin: 16:30 is 990 .* write "16:30" in quotes'),
         ("extra: {nice: 0100}", 'nice: 0100 is 64 to YAML, an octal; write 100, or "0100" in'),
         ("extends: none", "none.yaml does not exist"),
@@ -111,6 +134,19 @@ def test_gres_by_another_name_and_mig_slices(tmp_path: Path) -> None:
     assert flags(profile, "ppo")["gres"] == "mig:h100:4"
 
 
+@pytest.mark.parametrize("by", ["gres", "gpus-per-node"])
+def test_other_resources_are_asked_for_beside_gpus_and_without(tmp_path: Path, by: str) -> None:
+    more = f"gpu_request: {by}\ngpu_type: a100\nmore_gres: 'lscratch:100,nvme:1'"
+    profile = profile_of(tmp_path, more)
+    found = flags(profile, "ppo")
+    assert flags(profile, "select")["gres"] == "lscratch:100,nvme:1"
+    assert "gpus-per-node" not in flags(profile, "select")
+    if by == "gres":
+        assert found["gres"] == "gpu:a100:4,lscratch:100,nvme:1" and "gpus-per-node" not in found
+    else:
+        assert found["gres"] == "lscratch:100,nvme:1" and found["gpus-per-node"] == "a100:4"
+
+
 @pytest.mark.parametrize(
     ("gres", "kind", "most"),
     [
@@ -141,7 +177,7 @@ def test_another_cluster_is_named_to_every_command(
     assert status(["--run", str(site.path), "--cancel"]) == 0
     assert {job["state"] for job in site.jobs.values()} == {"CANCELLED"}
     asked = [words for words in site.state["commands"] if words[0] != "sacct"]
-    assert all("--clusters=gpu" in words for words in asked if words[1:] != ["show", "config"])
+    assert all("--clusters=gpu" in words for words in asked)
 
 
 def test_several_nodes(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +209,7 @@ def test_several_nodes(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
         ("g[5,7-9],h1", "g5"),
         ("a1,b[2-3]", "a1"),
         ("rack-a[1-2]-ib,c", "rack-a1-ib"),
+        ("rack[0-1]_blade[02-03,7],c", "rack0_blade02"),
     ],
 )
 def test_ranks_meet_on_the_first_node(nodes: str, first: str) -> None:
@@ -189,9 +226,15 @@ LOGIN = {
     "APPTAINERENV_PYTHONHOME": "/opt/conda",
     "APPTAINERENV_PATH": "/opt/conda/bin",
     "SINGULARITYENV_PYTHONPATH": "/evil",
+    "APPTAINERENV_HF_TOKEN": "hf_x",
+    "SINGULARITYENV_HUGGING_FACE_HUB_TOKEN": "hf_x",
+    "APPTAINERENV_HF_HUB_OFFLINE": "0",
+    "SINGULARITYENV_TMPDIR": "/nowhere",
+    "APPTAINERENV_SLURM_PROCID": "3",
     "APPTAINER_CLEANENV": "1",
     "APPTAINER_CONTAINALL": "1",
     "SINGULARITY_NO_MOUNT": "x",
+    "SLURM_CLUSTERS": "all",
     "SQUEUE_STATES": "RUNNING",
     "SRUN_EXPORT_ENV": "NONE",
 }
@@ -201,6 +244,8 @@ STAYS = {
     "SINGULARITY_CACHEDIR": "/c",
     "APPTAINERENV_NCCL_DEBUG": "INFO",
     "APPTAINERENV_PREPEND_PATH": "/x",
+    "APPTAINERENV_HF_ENDPOINT": "https://mirror",
+    "SINGULARITYENV_PATHS": "/x",
     "LD_LIBRARY_PATH": "/l",
     "SLURM_JOB_ID": "5",
 }
@@ -227,8 +272,27 @@ def test_a_jobs_path_is_its_nodes_and_more(site: Site) -> None:
     assert folders[:2] == ["$PATH", str(Path(home).parent)] and "/usr/bin" in folders
     own = Profile(description="x", environment={"PATH": "/mine:/bin"})
     assert path_line(own, "/opt/slurm/bin") == "export PATH=/mine:/bin"
+    before = Profile(description="x", environment={"PATH": "/opt/my+x/bin:$PATH:/z"})
+    words = [path_line(before, None), "printf %s $PATH"]
+    said = subprocess.run(
+        ["/bin/bash", "-c", "\n".join(words)], env={"PATH": "/a:/b"}, capture_output=True, text=True
+    ).stdout
+    assert said == "/opt/my+x/bin:/a:/b:/z"
     lines = setup_lines(own, "ppo", {}, Path("/f"), "/opt/slurm/bin")
     assert sum("PATH=" in one for one in lines if one.startswith("export PATH=")) == 1
+
+
+def test_gpus_that_login_files_name_are_none_of_a_job_that_asked_for_none(
+    site: Site, tmp_path: Path
+) -> None:
+    site.submit()
+    say = f'echo "${{CUDA_VISIBLE_DEVICES-none}}" >{tmp_path}/said'
+    for batch, said in (("select", "none"), ("ppo.penalty-seed1", "0,1,2,3")):
+        assert batch_script(site, batch, say, CUDA_VISIBLE_DEVICES="0,1,2,3")[0] == 0
+        assert (tmp_path / "said").read_text().strip() == said
+    for phase, lines in (("report", 1), ("ppo", 0)):
+        text = script(Profile(description="x"), phase, "x")
+        assert text.count("\nunset CUDA_VISIBLE_DEVICES\n") == lines
 
 
 def test_srun_is_found_where_the_login_files_put_it(site: Site) -> None:
@@ -263,11 +327,32 @@ def test_doctor_knows_limits_accounting_and_what_waits(
     # two encode, five probe, select, steer, cards, calibrate, two ppo, three evaluate, report
     assert "17 jobs are more than this cluster's submit_limit of 10" in capsys.readouterr().out
     site.profile.write_text(PROFILE)
-    site.fault(sacctmgr="12|\n100|200\n", no_sacct=False)
+    site.profile.write_text(PROFILE + "phases: {probe: {qos: short}, ppo: {qos: long}}\n")
+    # of 17 jobs five are probe's, two ppo's, and ten under the account's own QOS
+    for qos, says in (
+        ("short|4|\nlong||\n", "the run is 5 jobs and QOS short may queue 4 (MaxSubmitJobs)"),
+        ("short|5|\nlong||1\n", "the run is 2 jobs and QOS long may queue 1"),
+        ("long|2|9\nusual|9|\n", "the run is 10 jobs and QOS usual may queue 9"),
+        ("short|5|\nusual|10|\n", "17 jobs; your account may queue 17, QOS short may queue 5, QOS"),
+    ):
+        site.fault(sacctmgr={"assoc": "17||usual\n", "qos": qos})
+        doctor.main(words)
+        assert says in capsys.readouterr().out
+    asked = [words for words in site.state["commands"] if words[:5][-1:] == ["qos"]]
+    assert {tuple(words[5:7]) for words in asked} == {("where", "name=usual,short,long")}
+    site.profile.write_text(PROFILE)
+    site.fault(sacctmgr={"assoc": "12||\n100|200|\n"}, no_sacct=False)
     assert doctor.main(words) == 2
     said = capsys.readouterr().out
     assert "the run is 17 jobs and your account may queue 12" in said
     assert "ok        accounting: it answers" in said
+    site.profile.write_text(PROFILE + "clusters: gpu\n")
+    doctor.main(words)
+    asked = [words for words in site.state["commands"] if words[0] == "sacctmgr"]
+    named = [w for words in asked for w in words if "cluster=" in w]
+    assert named[-2:] == ["cluster=here", "cluster=gpu"], "another cluster's limits are not ours"
+    site.profile.write_text(PROFILE)
+    capsys.readouterr()
     site.fault()
     site.submit()
     state = site.state
@@ -338,11 +423,67 @@ def test_make_hands_overrides_unit_and_dry_run_on() -> None:
     given = words_of(made("submit-all", *more, "DRY_RUN=1"))
     assert {"ppo.steps=2", "ppo.arms=[penalty, no_penalty]", "--dry-run"} <= set(given)
     assert given[given.index("--unit") + 1] == "penalty-seed0"
-    for no in ("0", "no", "false", ""):
+    for no in ("0", "no", "false", "False", "OFF", ""):
         assert "--dry-run" not in words_of(made("submit-all", f"DRY_RUN={no}"))
     assert "stepps=2" in words_of(made("run", "stepps=2")), "refused by name, not passed over"
     assert words_of(made("cancel", "UNIT=ppo/x"))[-2:] == ["--unit", "ppo/x"]
     assert words_of(made("ppo", "UNIT=penalty-seed0"))[-2:] == ["--unit", "penalty-seed0"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_make_takes_lists_and_folders_for_the_words_they_are(name: str, tmp_path: Path) -> None:
+    given = words_of(made("compare", f"RUNS=x {name}", f"OUT={name}"))
+    assert given == ["reports.compare", "x", *name.split(" "), "--out", name]
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    lines = subprocess.run(
+        ["make", "-n", "probe-study", f"DATA={folder}"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    recipe = lines[lines.index("data=$(") :].replace(".venv/bin/python", "printf '%s\\n'")
+    said = subprocess.run(["bash", "-c", recipe], capture_output=True, text=True).stdout
+    assert said.splitlines().count(f"data.sources.rmb.path={folder}/rmb_harmlessness") == 5
+    image = made("images", f"BASE={name}", "KIND=light gpu;id")
+    assert "for kind in 'light' 'gpu;id'; do" in image
+    base = subprocess.run(
+        ["bash", "-c", f"printf %s {image.partition(' env ')[2].partition(' containers')[0]}"],
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert base == f"BASE={name}"
+    assert not (ROOT / "pwned").exists()
+
+
+def refused_by_make(*words: str) -> str:
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout, done.stdout
+    return done.stderr
+
+
+def test_make_refuses_line_breaks_and_overrides_that_nothing_would_use() -> None:
+    for variable in ("RUN", "CONFIG", "CLUSTER", "UNIT", "ppo.steps"):
+        said = refused_by_make("submit-all", f"{variable}=a'\ntouch pwned #")
+        assert f"{variable} holds a line break" in said
+    for target in ("status", "watch", "cancel", "sbatch", "verify", "demo", "help"):
+        assert f"make {target} takes no ppo.steps" in refused_by_make(target, "ppo.steps=2")
+    assert "ppo.steps=2" in words_of(made("plan", "ppo.steps=2"))
+    elsewhere = made("submit-all", "HF_HOME=/x", "SARM_CACHE=/y", "https_proxy=z")
+    assert not [word for word in words_of(elsewhere) if "=" in word], "the environment's"
+
+
+def test_make_takes_a_run_that_is_there_under_its_own_config(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    given = words_of(made("plan", f"RUN={tmp_path}"))
+    assert given[given.index("--config") + 1] == f"{tmp_path}/config.yaml"
+    assert "--config" not in words_of(made("run", f"RUN={tmp_path}"))
+    assert (
+        "no config.yaml"
+        in subprocess.run(
+            [sys.executable, "-m", "slurm.local", "--run", str(tmp_path / "none")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        ).stderr
+    )
 
 
 def test_make_sbatch_writes_where_no_commit_is_in_the_way(
@@ -395,6 +536,27 @@ def test_a_run_that_others_may_write_in_is_refused(
     assert site.submit() == 2 and says in capsys.readouterr().err and not site.jobs
 
 
+def test_a_folder_put_in_the_place_of_a_submissions_is_not_unpickled(
+    site: Site, tmp_path: Path
+) -> None:
+    """As whoever may write in a folder above could do."""
+    site.submit()
+    (folder,) = site.path.glob("submissions/*/")
+    for job in site.jobs.values():
+        lines = job["text"].splitlines()
+        assert lines.index(own_line(folder)) < next(i for i, s in enumerate(lines) if "srun" in s)
+    theirs = tmp_path / "it's theirs"
+    theirs.mkdir()
+    if os.getuid() == 0:
+        os.chown(theirs, 1, 1)
+    else:
+        theirs = Path("/etc")
+    for place, code in ((folder, 0), (theirs, 1)):
+        done = subprocess.run(["bash", "-ec", own_line(place)], capture_output=True, text=True)
+        assert done.returncode == code
+    assert f"error: {theirs} is not yours, and jobs would run code from it" in done.stderr
+
+
 def test_share_lets_the_group_read_results_and_never_what_jobs_unpickle(site: Site) -> None:
     site.profile.write_text(PROFILE + "share: group\n")
     assert site.submit() == 0
@@ -425,6 +587,12 @@ def test_status_ends_with_what_there_is_to_know(
     capsys.readouterr()
     assert status(words) == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"make watch RUN={site.path}"
+    odd = site.path.with_name("it's $a run")
+    site.path.rename(odd)
+    assert status(["--run", str(odd)]) == 1
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(command) == ["make", "watch", f"RUN={odd}"], "as a shell takes it"
+    odd.rename(site.path)
     site.set_state("FAILED", only="encode")
     assert status(words) == 3
     last = capsys.readouterr().out.splitlines()[-1]
@@ -520,6 +688,14 @@ def test_the_report_hears_how_its_units_jobs_ended_by_name(tmp_path: Path) -> No
         "ppo/c": "",  # another submission's log has its number
     }
     assert failed_units(tmp_path, {}) == {}
+
+
+def test_killed_tasks_are_told_of_where_nothing_else_says_why(tmp_path: Path) -> None:
+    log, killed = tmp_path / "5_0_log.out", "srun: error: g2: tasks 2-3: Killed\n"
+    log.write_text(f"{killed}srun: Terminating StepId=5.0\nsrun: error: g1: task 1: Exited\n")
+    assert complaint([log]) == "g2: tasks 2-3: Killed"
+    log.write_text(f"slurmstepd: error: Detected 1 oom_kill event in StepId=5.0\n{killed}")
+    assert complaint([log]) == "Detected 1 oom_kill event in StepId=5.0"
 
 
 def test_a_job_that_did_a_unit_once_is_not_the_one_that_fails_now(site: Site) -> None:

@@ -569,3 +569,9 @@ def test_undone_work_takes_everything_downstream_with_it() -> None:
     assert {"select", "steer", "cards", "calibrate", "ppo", "evaluate", "report"} == {
         node.phase for node in todo
     }
+
+
+def test_the_table_shows_ids_as_they_are(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.fault(first=91)  # a colon, 100 and a colon are an emoji to rich, here
+    assert site.submit() == 0
+    assert ":92:93:94:95:96:97:98:99:100:101:" in capsys.readouterr().out

@@ -177,14 +177,17 @@ def load(folder: Path, *, world: World, made_with: str) -> Loaded | None:
             for file, entry in files[world.rank :: world.size]
         )
         if not world.any(broken or manifest is None):
-            return Loaded(
-                path,
-                manifest["step"],
-                manifest["ranks"],
-                manifest["state"],
-                Tensors([path / file for file, _ in files]),
-            )
+            return opened(path)
     return None
+
+
+def opened(path: Path) -> Loaded:
+    """A published checkpoint, unverified. Raises UserError where it is of another schema."""
+    manifest = _manifest(path)
+    if manifest is None:
+        raise UserError(f"{path} is no checkpoint of this version of the code")
+    files = [path / name for name in manifest["files"]]
+    return Loaded(path, manifest["step"], manifest["ranks"], manifest["state"], Tensors(files))
 
 
 def complete(folder: Path, made_with: str) -> list[Path]:

@@ -8,8 +8,9 @@
 Each is a collective: every rank calls it, and holds the whole batch before and after. Behind them
 are the ranks, micro-batches, ZeRO, the offloaded reference, recorded CUDA graphs, and the first
 forward pass, which is the update's too where a step makes one update of one micro-batch a rank.
-`python -m pytest tests/ppo/test_learner.py` compares gradients with the obvious ones whatever the
-ranks, micro-batches and ZeRO stage.
+`python -m pytest tests/ppo/test_trainer.py` compares gradients with the obvious ones whatever the
+ranks, micro-batches and ZeRO stage. Long, as it is one class: the calls share models, ranks, the
+recorded pass and what one forward pass leaves to the next call.
 
 Notation: B sequences of a step, t response positions, n response tokens of a micro-batch.
 """
@@ -221,9 +222,12 @@ class Learner:
             truncated,
         )
 
-    def forward(self, rollout: Rollout) -> Callable[[], Logprobs]:
+    def forward(self, rollout: Rollout, *, update_follows: bool = True) -> Callable[[], Logprobs]:
         """Start the teacher-forced pass under policy and reference; the function returned waits
         for it, so that something else can be done meanwhile.
+
+        `update_follows`: of this rollout, which may then use the same pass; otherwise no graph is
+        kept, and recorded passes stay as they are.
         """
         lengths = rollout.lengths()
         every = range(len(lengths))
@@ -231,7 +235,10 @@ class Learner:
         updates = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches
         # ZeRO 3 lets go of the weights between a forward and a backward pass in an order that it
         # has learnt.
-        once = updates == 1 and len(batches[0]) == 1 and self.engine.zero_stage < 3
+        once = (
+            update_follows and updates == 1 and len(batches[0]) == 1 and self.engine.zero_stage < 3
+        )
+        run = self.recorded if self.recorded is not None and update_follows else self._pass
         self.engine.train(once)
         parts, outputs = [], None
         for rows in batches[self.world.rank]:
@@ -239,7 +246,7 @@ class Learner:
             # apart.
             self.clock.mark("reference" if self.recorded is None else "forward")
             with torch.set_grad_enabled(once):  # where the pass is recorded it is the update's
-                ref, *found = (self.recorded or self._pass)(*self._forced(rollout, rows))
+                ref, *found = run(*self._forced(rollout, rows))
             tokens = int(rollout.mask[rows or [0]].sum())
             outputs = Forward(*(out[:tokens] for out in found))
             if rows:

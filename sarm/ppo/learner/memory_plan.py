@@ -140,14 +140,14 @@ class Plan(NamedTuple):
     weights: str
     micro_batch_tokens: int
     checkpointed_layers: int
-    """Layers of the policy computed once more in the backward pass."""
+    """Layers of the policy under activation checkpointing."""
     offloaded_layers: int
     """Layers of the reference that live on the host, and on the GPU while there are no gradients.
     """
     persistent_gib: dict[str, float]
-    """GiB a GPU, all the time."""
+    """GiB per GPU, persistent."""
     transient_gib: dict[str, float]
-    """GiB a GPU, at most, in each phase of a step."""
+    """Peak transient GiB per GPU in each phase of a step."""
     train_s: float
     """Of a step: reference, forward, update, optimizer."""
     recorded: bool
@@ -249,7 +249,8 @@ def make_plan(
     most = max(best.transient_gib, key=lambda phase: best.transient_gib[phase])
     raise UserError(
         f"{kind} of {policy.parameters / 1e9:.2f} B parameters does not fit: it takes"
-        f" {best.peak_gib:.1f} GiB a GPU at least ({parts}, {most} {best.transient_gib[most]:.1f})"
+        f" {best.peak_gib:.1f} GiB per GPU at least"
+        f" ({parts}, {most} {best.transient_gib[most]:.1f})"
         f" and {MARGIN:.0%} of {gpus.usable_gib:.1f} GiB can be planned with on {gpus.number} x"
         f" {gpus.gib:g} GiB; "
         + (
@@ -518,9 +519,9 @@ def report(config: Config, gpus: Gpus) -> str:
             f" sequences of at most {longest} tokens a step, on {gpus.number} x {gpus.gib:g} GiB"
         ),
         "",
-        "persistent, GiB a GPU",
+        "persistent, GiB per GPU",
         *(f"  {name:16}{gib:7.2f}" for name, gib in plan.persistent_gib.items() if gib > 0),
-        "transient, GiB a GPU at most",
+        "transient, GiB per GPU at most",
         *(f"  {name:16}{gib:7.2f}" for name, gib in plan.transient_gib.items()),
         f"peak              {plan.peak_gib:6.2f} of {gpus.usable_gib:.1f} that torch may reserve",
         "",

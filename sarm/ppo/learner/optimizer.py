@@ -1,4 +1,4 @@
-"""AdamW in eight bytes a parameter: bf16 weights and their lower halves, 8-bit moments, a bf16
+"""AdamW in eight bytes per parameter: bf16 weights and their lower halves, 8-bit moments, a bf16
 gradient. For `ppo.weights: compact`.
 
 Float32 master weights and moments beside bf16 weights and float32 gradients take eighteen, 145 GB

@@ -1,0 +1,226 @@
+"""Validity checks of the selection of latents: nulls, replication, baselines, sensitivity and
+the direction probe, figures -> blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reports.blocks import NOT_AVAILABLE, Block, Prose, Table
+from reports.numbers import fixed, general, percentage
+
+
+def trust(figures: dict[str, Any]) -> list[Block]:
+    """Nulls, replication, baselines, sensitivity and the direction probe of the selection; what
+    does not replicate is named.
+    """
+    found = figures["features"]
+    if found is None or not found["validity"]:
+        return list(NOT_AVAILABLE)
+    v = found["validity"]
+    return [
+        Prose(conjunction_sentence(found["conjunction"])),
+        *nulls(v),
+        *replication(found),
+        *dense_baselines(v["baselines"]),
+        *([Prose(v["words_alone"])] if v["words_alone"] else []),
+        *sensitivity(v["sensitivity"]),
+        *directions(found),
+    ]
+
+
+def conjunction_sentence(sources: list[str]) -> str:
+    if not sources:
+        return (
+            "Discovery read one data set, fewer than two sources for a conjunction: what tells its"
+            " two sides apart may be its style."
+        )
+    return (
+        f"Discovered means: the same effect in {sources[0]} and in {sources[1]} (the larger of the"
+        " one-sided p, then Benjamini-Hochberg). Confirmed on validation, which neither has seen."
+    )
+
+
+def nulls(v: dict[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    if v["matched_null"]:
+        rows = [
+            [
+                n["role"],
+                n["latents"],
+                *(general(n[m]) for m in ("effect", "null", "null_low", "null_high", "p")),
+            ]
+            for n in v["matched_null"]
+        ]
+        title = (
+            "Mean effect on the test part of the confirmed latents, and of others put through the"
+            " same selection but for its significance, matched on activity and |weight|:"
+        )
+        blocks.append(
+            Table(["role", "latents", "effect", "random", "low", "high", "p"], rows, title=title)
+        )
+    else:
+        blocks.append(
+            Prose(
+                "No confirmed latents to compare with matched ones on a test part: none was"
+                " confirmed, too few like them passed the rest of the selection, or the test part"
+                " has fewer than 10 prompts."
+            )
+        )
+    if v["shuffled_labels"]:
+        each = ", ".join(
+            f"{row['discoveries']} ({row['confirmed']})" for row in v["shuffled_labels"]
+        )
+        blocks.append(
+            Prose(
+                f"With labels shuffled within prompts, where every discovery is false: {each}"
+                " discoveries (of them confirmed)."
+            )
+        )
+    return blocks
+
+
+def replication(found: dict[str, Any]) -> list[Block]:
+    rows = found["validity"]["replication"]
+    blocks: list[Block] = []
+    if not rows:
+        blocks.append(
+            Prose("Replication across data sets: none tried, as only one source has enough pairs.")
+        )
+    for r in rows:
+        told = f"Found on {r['from']}, tried on {r['prompts']} prompts of {r['to']}: "
+        told += (
+            f"{r['replicated']} of {r['discovered']} latents replicate (same sign, Holm p < 0.05)"
+        )
+        missing = r["not_replicated"]
+        if missing:
+            more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
+            told += f"; not replicated are {', '.join(map(str, missing[:12]))}{more}"
+            told += (
+                f", of which {r['opposite_and_significant']} significantly the other way"
+                if r["opposite_and_significant"]
+                else ""
+            )
+        told += (
+            f". Rank correlation of effects {fixed(r['rank_correlation'], 2, sign=True)} over"
+            f" {r['latents_in_both']} latents tested in both"
+        )
+        blocks.append(
+            Prose(
+                f"{told}, {fixed(r['rank_correlation_discovered'], 2, sign=True)} over those found."
+            )
+        )
+    for r in found["validity"]["confirmed_replication"]:
+        told = (
+            f"{r['replicated']} of the {r['confirmed']} confirmed latents replicate on"
+            f" {r['prompts']} prompts of {r['source']}, which neither discovery nor validation read"
+            f" (95 % interval {r['low']:.0%} to {r['high']:.0%}); were effects as large there as on"
+            f" validation, {r['expected']:.1f} would be expected"
+        )
+        missing = r["not_replicated"][:12]
+        more = f"; these do not: {', '.join(map(str, missing))}" if missing else ""
+        blocks.append(Prose(f"{told}{more}."))
+    listed = [
+        f
+        for role in ("promoting", "harming", "misleading")
+        for f in found[role]
+        if f.get("replication")
+    ]
+    for source in dict.fromkeys(r["source"] for f in listed for r in f["replication"]):
+        states = {
+            f["latent"]: next(r["replicates"] for r in f["replication"] if r["source"] == source)
+            for f in listed
+        }
+        failing = [str(latent) for latent, replicates in states.items() if not replicates]
+        told = (
+            f"Of the {len(states)} listed latents, {len(states) - len(failing)} replicate on"
+            f" {source}, which neither discovery nor validation read"
+        )
+        blocks.append(Prose(f"{told}{'; these do not: ' + ', '.join(failing) if failing else ''}."))
+    return blocks
+
+
+def dense_baselines(rows: list[dict[str, Any]]) -> list[Block]:
+    title = (
+        "Pair accuracy beside the SAE; the two probes on dense states and the words' TF-IDF are"
+        " fitted to discovery's pairs:"
+    )
+    cells = [
+        [
+            f"{r['on']}: {r['score']}",
+            fixed(r["accuracy"], 3),
+            fixed(r["standard_error"], 3),
+            r["pairs"],
+        ]
+        for r in rows
+    ]
+    return (
+        [Table(["on: score", "accuracy", "std. error", "pairs"], cells, title=title)]
+        if rows
+        else []
+    )
+
+
+def sensitivity(rows: list[dict[str, Any]]) -> list[Block]:
+    if not rows:
+        return []
+    cells = []
+    for what in dict.fromkeys(row["what"] for row in rows):
+        mine = [row for row in rows if row["what"] == what]
+        known = {
+            key: [row[key] for row in mine if row[key] is not None]
+            for key in ("discoveries", "overlap", "again", "rank_correlation")
+        }
+        mean = {key: sum(values) / len(values) if values else None for key, values in known.items()}
+        cells.append(
+            [
+                what,
+                len(mine),
+                fixed(mean["discoveries"], 1),
+                *(fixed(mean[key], 2) for key in ("overlap", "again", "rank_correlation")),
+            ]
+        )
+    title = (
+        "Selection stability under another seed, split or share of discovery's prompts, means;"
+        " `recovered` is the share of the confirmed latents that are confirmed again:"
+    )
+    return [
+        Table(
+            ["what", "times", "discoveries", "overlap", "recovered", "rank corr."],
+            cells,
+            title=title,
+        )
+    ]
+
+
+def directions(found: dict[str, Any]) -> list[Block]:
+    rows = found.get("directions")
+    if not rows:
+        return []
+    cells = [
+        [
+            f"{r['c']:+g}",
+            fixed(r["swapped"], 1),
+            general(r["largest_effect"]),
+            fixed(r["rank_correlation_with_ablation"], 2),
+            fixed(percentage(r["sign_changed_by_reselection"]), 1),
+        ]
+        for r in rows
+    ]
+    first = rows[0]
+    exact = (
+        f"{sum(r['mismatches'] for r in rows)} of {sum(r['checked'] for r in rows)} results differ"
+        " from a recomputation"
+    )
+    title = (
+        f"Every latent's decoder direction added to the {first['texts']} {first['part']} texts'"
+        " states, c standard deviations; all that follows recomputed:"
+    )
+    header = [
+        "c",
+        "latents swapped",
+        "largest effect",
+        "rank corr. with ablating",
+        "sign flips after TopK re-selection (%)",
+    ]
+    return [Table(header, cells, title=title), Prose(f"Of those checked, {exact}.")]

@@ -1,0 +1,427 @@
+"""A SARM beside its card: figures as the obvious code has them, and each way of opening it wrong
+found by what it does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jobs.__main__ import main
+from jobs.check_sarm import sentence
+from sarm.config import ROOT, load_config
+from sarm.data.conversations import Tokenized
+from sarm.evaluation import sarm_check
+from sarm.evaluation.sarm_check import (
+    Facts,
+    Found,
+    compared,
+    likeliest,
+    measure,
+    samples,
+    tolerances,
+    with_bos,
+)
+from sarm.hub import local_model
+from sarm.records import Benchmark, SarmCard, SarmCheck
+from sarm.reward_model.model import load_sarm
+from sarm.run import RunDir
+from slurm.dag import Node, tasks
+from tests.tiny import CHAT_TEMPLATE, tiny_config, write_tiny_sarm
+
+PROMPTS = 40
+CONFIG = {
+    "data.sources.demo.limit": None,
+    "check_sarm.prompts": PROMPTS,
+    "sarm.max_length": 1024,
+    "data.sources.demo.split": {"discovery": 1.0},
+}
+
+
+def fitted(folder: Path) -> Path:
+    """A tiny SARM with a head that tells the demo's pairs apart, and the card of what it does."""
+    sarm = write_tiny_sarm(folder / "models" / "sarm", d_sae=128, k=16)
+    config = tiny_config(folder, **CONFIG)
+    given, _ = samples(config, None)
+    model, tokenizer = load_sarm(config.sarm, "cpu")
+    items = given[0].items
+    texts = [(*i.messages, {"role": "assistant", "content": r}) for i in items for r in i.responses]
+    encoded = sarm_check.encode_texts(
+        model, tokenizer, texts, extra_ranks=0, tokens_per_batch=4096, max_length=1024
+    )
+    z = torch.zeros(len(texts), 128).scatter(1, encoded.indices.long(), encoded.values).numpy()
+    wanted = np.array(
+        [1.0 if n < i.right else -1.0 for i in items for n in range(len(i.responses))]
+    )
+    # one answer against another to the same question
+    head = np.linalg.lstsq(z[::2] - z[1::2], wanted[::2] - wanted[1::2], rcond=1e-4)[0]
+    tensors = load_file(sarm / "model.safetensors")
+    tensors["score.weight"] = torch.from_numpy(head).float()[None]
+    save_file(tensors, sarm / "model.safetensors", metadata={"format": "pt"})
+    run = folder / "measured"
+    RunDir.create(run, tiny_config(folder, **CONFIG, **{"check_sarm.measure": True}))
+    assert main(["check_sarm", "--run", str(run)]) == 0
+    card = json.loads(RunDir.open(run).read("check_sarm").path("card.json").read_text())
+    card["head"] = {str(i): f"{head[i]:.3g}" for i in np.argsort(-abs(head))[:3]}
+    (sarm / "card.json").write_text(json.dumps(card))
+    return sarm
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose models/sarm has a card of its own figures."""
+    folder = tmp_path_factory.mktemp("fitted")
+    fitted(folder)
+    return folder
+
+
+@pytest.fixture
+def own(opened: Path, tmp_path: Path) -> Path:
+    """A copy of the SARM and its policy, to be spoilt."""
+    shutil.copytree(opened / "models", tmp_path / "models")
+    return tmp_path
+
+
+def check(folder: Path, **changes: Any) -> tuple[int, Path]:
+    run = folder / "run"
+    card = {"check_sarm.card": str(folder / "models" / "sarm" / "card.json")}
+    RunDir.create(run, tiny_config(folder, **CONFIG, **(card | changes)))
+    return main(["check_sarm", "--run", str(run)]), run
+
+
+def test_a_sarm_as_published_passes_and_each_figure_is_shown(
+    own: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, run = check(own)
+    assert code == 0
+    found = SarmCheck.read(RunDir.open(run).read("check_sarm").path("check.json"))
+    assert found.verdict == "as published" and not any(row["off"] for row in found.rows)
+    assert {"k", "d_sae", "layers", "Demo: pair accuracy", "Demo: FVU", "Demo: mean k"} <= {
+        row["what"] for row in found.rows
+    }
+    accuracy = next(row for row in found.rows if row["what"] == "Demo: pair accuracy")
+    assert accuracy["found"] > 0.85 and accuracy["prompts"] == PROMPTS
+    assert "ok  Demo: pair accuracy: " in capfd.readouterr().out
+
+
+def spoil_k(folder: Path) -> None:
+    file = folder / "models" / "sarm" / "config.json"
+    keys = json.loads(file.read_text())
+    keys["sarm_param"]["sae_k"] = 4
+    file.write_text(json.dumps(keys))
+
+
+def spoil_template(folder: Path) -> None:
+    (folder / "models" / "sarm" / "chat_template.jinja").write_text(
+        CHAT_TEMPLATE.replace("<|start_header_id|>", "### ").replace("<|end_header_id|>", ":")
+    )
+
+
+def spoil_head(folder: Path) -> None:
+    """What rounding the head to bfloat16 does."""
+    file = folder / "models" / "sarm" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["score.weight"] = tensors["score.weight"].bfloat16().float()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "first"),
+    [
+        (spoil_k, "config.json gives k 4 where the card has 16"),
+        (spoil_template, "the chat template is another one than the card's"),
+    ],
+    ids=["k", "template"],
+)
+def test_a_sarm_opened_otherwise_stops_with_the_likeliest_cause_first(
+    spoil: Any, first: str, own: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoil(own)
+    code, run = check(own)
+    assert code == 2 and RunDir.open(run).manifest("check_sarm") is None
+    told = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"opened as it was trained: {first}" in told and "check_sarm.off=warn" in told
+    code, run = check(own, **{"check_sarm.off": "warn"})
+    assert code == 0 and "warning: " in capfd.readouterr().err
+    assert SarmCheck.read(RunDir.open(run).read("check_sarm").path("check.json")).verdict == "off"
+
+
+def test_a_head_that_was_rounded_is_off_in_its_digits(
+    own: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoil_head(own)
+    assert check(own)[0] == 2
+    assert "head weight of" in capfd.readouterr().err
+
+
+def spoilt_reading(how: str) -> Any:
+    """`tokenize_conversations` as other code has it: two BOS, or pooling at the first end of turn,
+    where the pad is one.
+    """
+    right = sarm_check.tokenize_conversations
+
+    def tokenize(tokenizer: Any, *given: Any) -> list[Tokenized]:
+        found = right(tokenizer, *given)
+        if how == "two BOS":
+            return [with_bos(text, tokenizer.bos_token_id, 2) for text in found]
+        eot = tokenizer.eos_token_id
+        cut = [text.ids[: text.ids.index(eot) + 1] for text in found]
+        return [t._replace(ids=ids) for t, ids in zip(found, cut, strict=True)]
+
+    return tokenize
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("two BOS", "with one BOS these figures are as published"),
+        ("first end of turn", "not ruled out: the TopK flag, the number of BOS tokens"),
+    ],
+)
+def test_a_reading_that_is_another_one_is_found_by_trying(
+    how: str, says: str, own: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sarm_check, "tokenize_conversations", spoilt_reading(how))
+    # what is tried next is tried with the tokens as they should be
+    monkeypatch.setattr(
+        sarm_check,
+        "other_ways",
+        lambda now, has: {"no BOS": {"bos": 0}, "one BOS": {"bos": 1}} if has else {},
+    )
+    assert check(own)[0] == 2
+    assert says in capfd.readouterr().err
+
+
+def test_figures_are_those_of_the_obvious_code(own: Path) -> None:
+    config = tiny_config(own, **CONFIG)
+    given, missing = samples(config, None)
+    assert missing == [] and len(given[0].items) == PROMPTS
+    model, tokenizer = load_sarm(config.sarm, "cpu")
+    found = measure(model, tokenizer, given, config.sarm)[0].benchmark
+    dense = measure(model, tokenizer, given, config.sarm, topk=False)[0].benchmark
+    right, dense_right, errors, targets, negative = [], [], [], [], 0
+    for item in given[0].items:
+        rewards, on_all = [], []
+        for response in item.responses:
+            said = [*item.messages, {"role": "assistant", "content": response}]
+            ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
+            with torch.no_grad():
+                hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+                h = (hidden - hidden.mean()) / (hidden.std() + 1e-6)
+                a = model.sae.encoder.weight @ (h - model.sae.pre_bias) + model.sae.latent_bias
+                z = torch.where(a >= a.topk(16).values[-1], a, 0.0)
+                rewards.append(float(z @ model.head_weight))
+                on_all.append(float(a @ model.head_weight))
+                errors.append(model.sae.decoder.weight @ z + model.sae.pre_bias - h)
+                targets.append(h)
+                negative += int((z < 0).sum())
+        right.append(rewards[0] > rewards[1])
+        dense_right.append(on_all[0] > on_all[1])
+    assert found.pair_accuracy == pytest.approx(np.mean(right))
+    assert dense.pair_accuracy == pytest.approx(np.mean(dense_right))
+    states = torch.stack(targets)
+    fvu = torch.stack(errors).square().sum() / (states - states.mean(0)).square().sum()
+    assert found.fvu == pytest.approx(float(fvu), rel=1e-4)
+    assert (found.mean_k, found.best_of_n) == (16.0, None)
+    assert found.negative == pytest.approx(negative / (2 * PROMPTS * 16))
+
+
+def test_every_subset_of_rewardbench_2_is_measured_whichever_the_source_reads(own: Path) -> None:
+    rows = [
+        {
+            "id": f"ref:{n}" if subset == "Ties" else f"{subset}-{n}",
+            "prompt": f"Question {n}?",
+            "chosen": ["No, I will not."],
+            "rejected": ["Yes.", "Sure, here.", "Of course."],
+            "subset": subset,
+        }
+        for subset, many in (("Safety", 5), ("Math", 3), ("Ties", 2))
+        for n in range(many)
+    ]
+    pd.DataFrame(rows).to_parquet(own / "test.parquet")
+    source = {
+        "format": "rewardbench2",
+        "label": "RB2",
+        "path": str(own / "test.parquet"),
+        "subset": "Safety",
+        "split": {"discovery": 1.0},
+    }
+    config = tiny_config(own, **CONFIG, **{"data.sources.rb2": source})
+    card = SarmCard.read(ROOT / "configs" / "cards" / "llama-sarm-4b.json")
+    given, missing = samples(config, card)
+    counts = {s.benchmark.label: len(s.items) for s in given}
+    assert counts == {"RewardBench 2 Math": 3, "RewardBench 2 Safety": 5, "RewardBench 2 Ties": 2}
+    assert missing == [f"RewardBench 2 {s}" for s in ("Factuality", "Precise IF", "Focus")]
+    model, tokenizer = load_sarm(config.sarm, "cpu")
+    found = {f.benchmark.subset: f.benchmark for f in measure(model, tokenizer, given, config.sarm)}
+    assert found["Safety"].best_of_n in (0.0, 1.0), "the same answers to like questions"
+    assert 0 <= (found["Safety"].pair_accuracy or 0) <= 1
+
+
+def facts(**changes: Any) -> Facts:
+    known = Facts(65536, 192, 16, "bfloat16", "aa", False, lambda latent: -8.7742e-4)
+    return known._replace(**changes)
+
+
+def found(subset: str, score: float, prompts: int = 450) -> Found:
+    benchmark = Benchmark(
+        label=subset, format="rewardbench2", subset=subset, prompts=prompts, best_of_n=score
+    )
+    return Found(benchmark, math.nan, True)
+
+
+PUBLISHED = SarmCard(
+    source="a card",
+    d_sae=65536,
+    k=192,
+    layers=16,
+    head={"17289": "-8.77e-4"},
+    overall=0.7379,
+    benchmarks=[
+        Benchmark(label=s, format="rewardbench2", subset=s, best_of_n=p)
+        for s, p in (("Safety", 0.9178), ("Focus", 0.9556))
+    ],
+)
+
+
+def test_a_share_may_be_off_by_three_of_its_standard_errors() -> None:
+    error = 3 * math.sqrt(0.9178 * 0.0822 / 450)
+    assert tolerances(0.9178, 450, math.nan)["best_of_n"] == pytest.approx(error)
+    assert tolerances(0.0, 50, math.nan)["negative"] == pytest.approx(3 / 50)
+    assert tolerances(0.1, 50, 0.004)["fvu"] == pytest.approx(0.012 + 0.002)
+    near, far = (0.9178 - factor * error for factor in (0.99, 1.01))
+    for score, verdict in ((near, "as published"), (far, "off")):
+        made = compared(PUBLISHED, facts(), [found("Safety", score)], ())
+        assert made.verdict == verdict
+
+
+def test_a_published_weight_is_compared_to_its_digits() -> None:
+    for weight, off in ((-8.7749e-4, False), (-8.7651e-4, False), (-8.7760e-4, True)):
+        made = compared(PUBLISHED, facts(head=lambda _, w=weight: w), [], ())
+        assert [row["off"] for row in made.rows if "17289" in row["what"]] == [off]
+
+
+def test_the_mean_of_subsets_is_compared_where_all_six_are_there() -> None:
+    shares = (0.69, 0.43, 0.64, 0.92, 0.95, 0.79)
+    all_six = [found(f"s{i}", share, 100) for i, share in enumerate(shares)]
+    card = PUBLISHED.model_copy(update={"benchmarks": [f.benchmark for f in all_six]})
+    row = next(r for r in compared(card, facts(), all_six, ()).rows if "mean of" in r["what"])
+    assert row["found"] == pytest.approx(sum(shares) / 6)
+    error = math.sqrt(sum(s * (1 - s) / 100 for s in shares)) / 6
+    assert row["tolerance"] == pytest.approx(3 * error)
+    some = compared(card, facts(), all_six[:5], ())
+    assert not any("mean of" in r["what"] for r in some.rows)
+
+
+def test_causes_are_told_by_what_speaks_for_them() -> None:
+    off = [found("Safety", 0.55)]
+    check = compared(PUBLISHED, facts(k=64), off, ())
+    tried = {"no TopK before the head": [found("Safety", 0.6)], "no BOS": [found("Safety", 0.92)]}
+    card = PUBLISHED.model_copy(update={"dtype": "float32", "template_sha256": "bb"})
+    causes = likeliest(card, facts(k=64, pad_ends_turns=True), tried, check)
+    assert causes == [
+        "config.json gives k 64 where the card has 192",
+        "with no BOS these figures are as published",
+        "the chat template is another one than the card's",
+        "sarm.dtype is bfloat16 where the card's figures are of float32",
+        "its pad token is the end of a turn, at which other code may have pooled",
+        "not ruled out: the TopK flag",
+    ]
+    told = sentence("a/sarm", check.model_copy(update={"causes": causes}))
+    assert "Safety: best of n 0.55 instead of 0.9178" in told and "k 64 instead of 192" in told
+
+
+def test_without_a_card_there_is_nothing_to_do(
+    own: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(own, **CONFIG)
+    assert config.units("check_sarm") == ()
+    assert not [task for task in tasks(config) if task.node.phase == "check_sarm"]
+    assert check(own, **{"check_sarm.card": None})[0] == 2
+    assert "check_sarm.card of the config leaves check_sarm nothing" in capfd.readouterr().err
+    assert check(own, **{"check_sarm.card": "nowhere.json"})[0] == 2
+    assert "there is no file" in capfd.readouterr().err
+
+
+def test_a_sarm_without_a_card_of_its_own_is_not_opened(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check(own, **{"check_sarm.card": "own"})[0] == 0
+    run = RunDir.open(own / "run")
+    checked = SarmCheck.read(run.read("check_sarm").path("check.json"))
+    assert checked.verdict == "as published"
+    (own / "models" / "sarm" / "card.json").unlink()
+    monkeypatch.setattr("jobs.check_sarm.checked", lambda *_: pytest.fail("the SARM was opened"))
+    assert main(["check_sarm", "--run", str(run.path), "--force"]) == 0
+    assert SarmCheck.read(run.read("check_sarm").path("check.json")).verdict == "no card"
+
+
+@pytest.mark.slow
+def test_the_shipped_sarm_does_what_its_card_says_and_not_under_another_template(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "artifacts" / "sarm-smollm2", tmp_path / "sarm")
+    policy = local_model("embedded:smollm2", None)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (policy / name).is_file():
+            shutil.copy(policy / name, tmp_path / "sarm" / name)
+    whole = load_config(ROOT / "configs" / "smollm2.yaml", ["check_sarm.prompts=12"])
+    RunDir.create(tmp_path / "a", whole)
+    assert main(["check_sarm", "--run", str(tmp_path / "a")]) == 0
+    (tmp_path / "sarm" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    spoilt = load_config(
+        ROOT / "configs" / "smollm2.yaml",
+        ["check_sarm.prompts=12", f"sarm.model={tmp_path / 'sarm'}"],
+    )
+    RunDir.create(tmp_path / "b", spoilt)
+    assert main(["check_sarm", "--run", str(tmp_path / "b")]) == 2
+    assert "the chat template is another one than the card's" in capfd.readouterr().err
+
+
+def test_probe_waits_for_it_and_encode_does_not(own: Path) -> None:
+    config = tiny_config(own, **{"check_sarm.card": "x.json"})
+    needs = {task.node: task.needs for task in tasks(config)}
+    checking = Node("check_sarm", "all")
+    assert needs[checking] == (Node("fetch", "all"),)
+    probing = [node for node in needs if node.phase == "probe"]
+    assert probing and all(checking in needs[node] for node in probing)
+    assert not any(checking in needs[node] for node in needs if node.phase == "encode")
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ("{", "is not JSON"),
+        ('{"schema": 1}', "lacks source"),
+        ('{"schema": 1, "source": "x", "head": {"a": "1"}}', "head"),
+        ('{"schema": 1, "source": "x", "head": {"1": "about 7"}}', "head"),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_a_sentence(
+    tree: str, says: str, own: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (own / "models" / "sarm" / "card.json").write_text(tree)
+    assert check(own)[0] == 2
+    assert says in capfd.readouterr().err
+
+
+def test_bos_tokens_are_set_to_a_number() -> None:
+    text = Tokenized([1, 5, 1, 6], 3, False, False)
+    assert [with_bos(text, 1, n).ids for n in (0, 1, 2)] == [
+        [5, 1, 6],
+        [1, 5, 1, 6],
+        [1, 1, 5, 1, 6],
+    ]
+    assert with_bos(text, 1, 2).reward_position == 4
