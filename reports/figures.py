@@ -21,6 +21,7 @@ from reports.abstract import abstract
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents, shown
 from reports.ladder import rungs
 from reports.policies import compared_figures, distance_rows, mean, policy_table
+from reports.seed import seed_figures
 from reports.texts import shown_cause, texts_figures
 from sarm.config import PHASES, UserError
 from sarm.cost import REFERENCE_GPUS, counts, planned, shapes, used
@@ -48,6 +49,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "check_sarm": frames.check_sarm,
         "has_card": config.check_sarm.card is not None,
         "cost": _cost(run, frames),
+        "seed": seed_figures(run, frames, _progression(frames.training, shown_policy)),
         "penalty": _penalty(run, frames, shown_policy),
         "shown_policy": shown_policy,
         "progression": _progression(frames.training, shown_policy),

@@ -75,6 +75,10 @@ class Config(Strict):
     train_sarm: TrainSarmConfig = TrainSarmConfig()
     train_refusals: TrainRefusalsConfig = TrainRefusalsConfig()
     serve: ServeConfig = ServeConfig()
+    seed_report: str | None = None
+    """The figures of an earlier report, relative to the checkout: the report sets this run's beside
+    them.
+    """
     hardware: str = ""
     """Shown in the report; where empty, what the PPO job found."""
 
