@@ -68,14 +68,10 @@ def _lines(block: Block) -> list[str]:
     return (wrap(block.title) if block.title else []) + table(block)
 
 
-def wrap(text: str, indent: str = "") -> list[str]:
+def wrap(text: str, indent: str = "", width: int = SENTENCE_WIDTH) -> list[str]:
     """Lines of a sentence; a path or hash that is longer than a line stays whole."""
     return textwrap.wrap(
-        text,
-        SENTENCE_WIDTH,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from reports.abstract import abstract
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents, shown
+from reports.ladder import rungs
 from reports.policies import compared_figures, distance_rows, mean, policy_table
 from reports.texts import shown_cause, texts_figures
 from sarm.evaluation.verdict import rule_words
@@ -35,7 +37,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
     """
     config = run.config
     shown_policy = f"penalty-seed{config.ppo.seeds[0]}"
-    return {
+    found = {
         "date": date,
         "run": config.name,
         "configuration": _configuration(run, frames, shown_policy),
@@ -76,6 +78,10 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "provenance": _provenance(run, frames),
         "sources": _sources(run, frames),
         "comparable": _comparable(run, frames),
+    }
+    return found | {
+        "abstract": abstract(found, config.verdict),
+        "ladder": rungs(verdict, config.verdict),
     }
 
 

@@ -172,8 +172,8 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     )
     made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
     told = (
-        "Change of each rate with its 95 % interval; an interval that crosses the line at 0 shows"
-        " no change. The table has the numbers."
+        "Change of each rate with its 95 % interval. One that covers 0 leaves open whether there is"
+        " a change, and of which sign; it is no evidence that there is none."
     )
     return [Plot("changes", "Changes with 95 % intervals", told, made)]
 

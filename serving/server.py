@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 CONNECTIONS = 2048
+"""At most; fewer where the process may not have so many files open."""
+OWN_FILES = 64
 KEEP_ALIVE_S = 75
 SILENT_S = 60.0
 """A connection without a request under way is looked at this often; one that has begun none since
@@ -35,19 +38,26 @@ def settings(app: Any, grace_s: float) -> uvicorn.Config:
         ws="none",
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=most_connections(),
         timeout_graceful_shutdown=max(1, round(grace_s)),
     )
 
 
+def most_connections() -> int:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(min(CONNECTIONS, files - OWN_FILES), 1)
+
+
 class PatientButNotForEver(H11Protocol):
-    """Closes connections on which a request's head does not come: uvicorn waits for it for ever,
-    and a few thousand such peers would keep out all others.
+    """Closes connections on which a request's head does not come, and those beyond the most that
+    there may be: uvicorn waits for ever and takes all, until no file is left to open.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._look_later(None)
+        if len(self.connections) > (self.config.limit_concurrency or CONNECTIONS):
+            transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._look.cancel()
@@ -71,7 +81,8 @@ class StoppableServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
         for number in numbers:
             loop.add_signal_handler(number, self._stop)
         try:

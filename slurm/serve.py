@@ -6,6 +6,7 @@ No phase: it ends when it is cancelled or its time is up. Pure: touches no disk,
 
 from __future__ import annotations
 
+from sarm.config import Phase
 from slurm.profile import Profile, flags, resources
 from slurm.script import (
     FORGET_ALLOCATION,
@@ -16,7 +17,7 @@ from slurm.script import (
     umask_line,
 )
 
-LIKE = "evaluate"
+LIKE: Phase = "evaluate"
 """The phase whose GPUs, memory and partition it asks for: it scores and no more."""
 GRACE_S = 60
 """Before its time limit it is told to stop."""
