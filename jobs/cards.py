@@ -1,8 +1,8 @@
 """Write a card for each selected latent: `python -m jobs cards --config C --run R` -> cards.json.
 
-Needs no forward pass: encode kept every text's ranks. Where the config names an endpoint
-(`cards.label`), it also puts a name to each latent and scores it; that needs a network, so under
-Slurm run this phase where there is one.
+Encode kept every text's ranks; the few texts that are shown are read again, for what the latents do
+at every token. Where the config names an endpoint (`cards.label`), it also puts a name to each
+latent and scores it; that needs a network, so under Slurm run this phase where there is one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ import pandas as pd
 
 from sarm.config import Config, LabelConfig, UserError
 from sarm.data.datasets import Text, load_data, texts_to_encode
+from sarm.hub import local_model
+from sarm.models import read_tokenizer
 from sarm.probing.cards import activity, label_rows, latent_cards
 from sarm.probing.effects import Encoded, read_encoded
+from sarm.probing.siblings import by_direction, by_firing
 from sarm.records import Cards, Features
+from sarm.reward_model.lens import lens_words
+from sarm.reward_model.model import load_sae, load_sarm
+from sarm.reward_model.token_activations import token_activations
 from sarm.run import Attempt, RunDir
 
 
@@ -35,6 +41,8 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         config.cards,
         config.seed,
     )
+    add_siblings_and_words(found, encoded, config)
+    add_activations(found, texts, config)
     if config.cards.label is not None:
         add_labels(found, encoded, texts, config, config.cards.label, attempt)
     Cards(**found).write(attempt.path("cards.json"))
@@ -50,6 +58,49 @@ def texts_of(config: Config, encoded: Encoded) -> list[Text]:
         raise UserError(
             f"text {error} was encoded and is no longer in the data; run encode again in a new run"
         ) from None
+
+
+def add_siblings_and_words(found: dict[str, Any], encoded: Encoded, config: Config) -> None:
+    """What resembles each latent, and the words of its direction, in place."""
+    latents = [card["latent"] for card in found["cards"]]
+    sae = load_sae(config.sarm).sae
+    directions = sae.directions().detach() if sae.decoder is not None else None
+    firing = by_firing(latents, encoded.ranks)
+    along = by_direction(latents, directions.numpy()) if directions is not None else {}
+    words: list[dict[str, Any]] = []
+    found["why_no_words"] = "the SARM's checkpoint has no decoder"
+    if directions is not None:
+        folder = local_model(config.policy.model, config.policy.revision)
+        tokenizer = read_tokenizer(folder, config.policy.chat_template_kwargs)
+        words, found["why_no_words"] = lens_words(folder, directions[latents], tokenizer)
+    for i, card in enumerate(found["cards"]):
+        card["siblings"] = {
+            "direction": along.get(card["latent"], []),
+            "firing": firing[card["latent"]],
+        }
+        card["words"] = words[i] if words else None
+
+
+def add_activations(found: dict[str, Any], texts: Sequence[Text], config: Config) -> None:
+    """Every shown text's tokens, and what each card's latent does at them, in place."""
+    latents = [card["latent"] for card in found["cards"]]
+    rows = sorted(int(row) for row in found["texts"])
+    if not rows:
+        return
+    model, tokenizer = load_sarm(config.sarm)
+    read = token_activations(
+        model,
+        tokenizer,
+        [texts[row].messages for row in rows],
+        latents,
+        max_length=config.sarm.max_length,
+    )
+    by_row = dict(zip(rows, read, strict=True))
+    for row, activations in by_row.items():
+        found["texts"][str(row)]["tokens"] = activations.tokens
+    for i, card in enumerate(found["cards"]):
+        for example in (*card["top"], *card["near_misses"], *card["controls"]):
+            example |= by_row[example["row"]].of(i)
 
 
 def add_labels(

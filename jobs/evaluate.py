@@ -1,11 +1,11 @@
 """Evaluate one policy on its own generations: `python -m jobs evaluate --run R --unit base` (or
 `penalty-seed0`, or an arm that nobody trains, such as `best_of_n`).
 
-Publishes generations.parquet, one row per response to a held-out prompt, and summary.json, the
-settings behind it. A trained unit's policies, the one at the end and those kept at KL distances,
-are all evaluated here, and the column `distance` tells them apart. The unit `steered`, where the
-config asks for it (`steer.policy`), has a row per direction and prompt, and what each direction
-changed.
+Publishes generations.parquet, one row per response to a held-out prompt, examples.json, what
+watched latents do at every token of some of them, and summary.json, the settings behind it. A
+trained unit's policies, the one at the end and those kept at KL distances, are all evaluated here,
+and the column `distance` tells them apart. The unit `steered`, where the config asks for it
+(`steer.policy`), has a row per direction and prompt, and what each direction changed.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
     if config.evaluate.refusal_labels is not None:
         attempt.note_file(ROOT / config.evaluate.refusal_labels)
-    table, settings = policy_rows(
+    table, settings, examples = policy_rows(
         config, policies, prompts, features, arm=arm, progress=attempt.progress
     )
     table.to_parquet(attempt.path("generations.parquet"), index=False)
+    examples.write(attempt.path("examples.json"))
     n_prompts = int(table["prompt_id"].nunique())
     Evaluation(
         policy=unit,

@@ -2,6 +2,7 @@
 --run R`.
 
 Publishes saelens/ (SAELens' files, and the head beside them), delphi/ (its latent cache),
+neuronpedia/ (SAEDashboard's JSON of the latents that have a card, where cards is done),
 steering.json (upstream's format) and differences.json: what SAELens will read otherwise in this
 run's texts. Needs encode and select, and no GPU.
 """
@@ -18,10 +19,11 @@ from sarm.config import Config, UserError
 from sarm.data.conversations import tokenize_conversations
 from sarm.data.datasets import load_data, texts_to_encode
 from sarm.probing.effects import read_encoded
-from sarm.records import Differences, Features
+from sarm.records import Cards, Differences, Features, json_text
 from sarm.reward_model.adapter import is_adapted
 from sarm.reward_model.delphi import reward_windows, write_cache
 from sarm.reward_model.model import load_sae, load_tokenizer
+from sarm.reward_model.neuronpedia import dashboard_batch
 from sarm.reward_model.sae import SaelensDifference, saelens_difference, to_saelens
 from sarm.reward_model.weights import open_folder
 from sarm.run import Attempt, RunDir
@@ -82,6 +84,16 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         model_name=backbone,
         shards=DELPHI_SHARDS,
     )
+    folders = ["saelens", "delphi"]
+    if run.done("cards"):
+        cards = Cards.read(attempt.read("cards").path("cards.json")).tree()
+        batch = dashboard_batch(cards, model_id=backbone, layer=layer - 1, sae_set=config.name)
+        target = attempt.directory("neuronpedia") / "batch-0.json"
+        target.write_text(json_text(batch, indent=None), encoding="utf-8")
+        folders.append("neuronpedia")
+    else:
+        attempt.note_missing("cards", "all")  # so that it is done again once there are cards
+        print("note: cards is not done, so there is no neuronpedia/", file=sys.stderr)
     attempt.path("steering.json").write_text(json.dumps(features.steering_file), encoding="utf-8")
     Differences(
         saelens=difference._asdict(), warnings=warnings, delphi_example_ctx_len=WINDOW_TOKENS
@@ -89,7 +101,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     published = attempt.publish()
-    for folder in ("saelens", "delphi"):
+    for folder in folders:
         print(published.directory(folder))
 
 

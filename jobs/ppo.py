@@ -113,25 +113,31 @@ class Training:
     def actor(self) -> Any:
         return self.trainer.learner.actor
 
-    def save(self, folder: Path | None = None) -> Path:
+    def save(self) -> Path:
         """A checkpoint. A collective."""
         from sarm.ppo.learner import checkpoint
 
+        return checkpoint.save(
+            self.checkpoints,
+            **self.state(),
+            attempt=self.attempt.id,
+            keep_last=self.config.ppo.keep_last,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What goes into a checkpoint."""
         state = {
             "trainer": self.trainer.state(),
             "log": self.log.state if self.log else {},
             "kept": self.kept.state if self.kept else [],
         }
-        return checkpoint.save(
-            folder or self.checkpoints,
-            self.trainer.progress.step,
-            state,
-            self.trainer.learner.pieces(),
-            world=self.world,
-            made_with=self.made_with,
-            attempt=self.attempt.id,
-            keep_last=self.config.ppo.keep_last,
-        )
+        return {
+            "step": self.trainer.progress.step,
+            "state": state,
+            "pieces": self.trainer.learner.pieces(),
+            "world": self.world,
+            "made_with": self.made_with,
+        }
 
     def keep(self, distances: list[float]) -> None:
         """Keep the policy for these distances. A collective."""
@@ -160,6 +166,7 @@ class Training:
 
     def publish(self) -> None:
         """Save the policy, and what another run needs to go on from it. A collective."""
+        from sarm.ppo.learner import checkpoint
         from sarm.ppo.learner.export import exported, rounding_warning
 
         ppo, attempt = self.config.ppo, self.attempt
@@ -167,7 +174,8 @@ class Training:
         names = self.world.gather_texts(device_name(self.world.device))
         if ppo.keeps_state:
             # Every rank writes into rank 0's folder.
-            self.save(attempt.folder / f"state.{self.world.broadcast_text(attempt.id)}")
+            place = attempt.folder / f"state.{self.world.broadcast_text(attempt.id)}"
+            checkpoint.write(place, **self.state())
         if self.world.rank == 0:
             if ppo.keeps_state:
                 attempt.directory("state")

@@ -1,5 +1,5 @@
 """Write the report of whatever became of a run: `python -m jobs report --run R` ->
-final_report.txt, report.html, report.json, cards.html.
+final_report.txt, report.html, report.json, generations.html, cards.html.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from reports.cards import cards_page
 from reports.evidence import judgement
+from reports.explorer import explorer_page
 from reports.figures import figures
 from reports.frames import Frames, read_run
 from reports.page import page
@@ -41,10 +42,19 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     attempt.path("report.html").write_text(page(found, shown), encoding="utf-8")
     Report(**found).write(attempt.path("report.json"))
     names = ["final_report.txt", "report.html", "report.json"]
+    if len(shown.generations):
+        text = explorer_page(found, shown)
+        attempt.path("generations.html").write_text(text, encoding="utf-8")
+        names.append("generations.html")
     if shown.cards is not None:
-        attempt.path("cards.html").write_text(
-            cards_page(shown.cards, config.name, texts_words(found["texts"])), encoding="utf-8"
+        text = cards_page(
+            shown.cards,
+            config.name,
+            texts_words(found["texts"]),
+            examples=shown.examples,
+            distance=shown.compared.distance,
         )
+        attempt.path("cards.html").write_text(text, encoding="utf-8")
         names.append("cards.html")
     if lost:
         keep_beside(run, attempt, names, lost)
@@ -61,7 +71,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
 def remove_earlier(run: RunDir, published: Published) -> None:
     """Remove reports that this one takes the place of: they may hold texts that are not shown."""
     stands = {published.path(name) for name in published.manifest.outputs}
-    for stem in ("final_report", "report", "cards"):
+    for stem in ("final_report", "report", "generations", "cards"):
         for file in (*published.folder.glob(f"{stem}.*"), *run.path.glob(f"{stem}.incomplete.*")):
             if file not in stands:
                 file.unlink(missing_ok=True)

@@ -240,6 +240,9 @@ def compare_page(runs: Sequence[Compared]) -> str:
             "blocks": make(runs),
             "plots": plots.get(id_, []),
             "sources": [],
+            "finding": "",
+            "silent": False,
+            "open": True,
         }
         for id_, (title, make) in SECTIONS.items()
     ]

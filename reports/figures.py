@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from reports.abstract import abstract
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents, shown
+from reports.ladder import rungs
 from reports.policies import compared_figures, distance_rows, mean, policy_table
 from reports.texts import shown_cause, texts_figures
 from sarm.evaluation.verdict import rule_words
@@ -35,7 +37,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
     """
     config = run.config
     shown_policy = f"penalty-seed{config.ppo.seeds[0]}"
-    return {
+    found = {
         "date": date,
         "run": config.name,
         "configuration": _configuration(run, frames, shown_policy),
@@ -77,6 +79,10 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "sources": _sources(run, frames),
         "comparable": _comparable(run, frames),
     }
+    return found | {
+        "abstract": abstract(found, config.verdict),
+        "ladder": rungs(verdict, config.verdict),
+    }
 
 
 def _cards(cards: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -108,10 +114,7 @@ def _configuration(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
         "policy": run.config.policy.model,
         "reward_model": run.config.sarm.model,
         "reward_parameters": parameters[0] if parameters else None,
-        "hardware": (
-            run.config.hardware
-            or hardware(more.get("device_names", []), manifest.device if manifest else "None")
-        ),
+        "hardware": hardware(more.get("device_names", []), manifest.device if manifest else "None"),
         "training_s": more.get("training_s"),
         "steps": more.get("steps"),
     }

@@ -25,6 +25,7 @@ from sarm.records import (
     KeptPolicies,
     Manifest,
     Models,
+    OwnExamples,
     Readings,
     SarmCheck,
     Steered,
@@ -79,6 +80,8 @@ class Frames(NamedTuple):
     """`generations` and `sweep` at every distance at which policies were kept, and at the end."""
     kept: dict[str, list[dict[str, Any]]]
     """By trained policy, when it reached which distance."""
+    examples: dict[str, dict[str, Any]]
+    """By policy, what watched latents do at every token of some of its responses."""
     check_sarm: dict[str, Any] | None
     """The SARM beside its card."""
 
@@ -121,7 +124,7 @@ def _read_outputs(
     manifests = {key: p.manifest for key, p in published.items()}
     features, readings, steering, models, cards, steered = None, None, None, None, None, None
     check_sarm = None
-    calibrations, evaluations, kept = {}, {}, {}
+    calibrations, evaluations, kept, examples = {}, {}, {}, {}
     training, generations, sweep = [], [], []
     points = run.config.sweep_points()
     probe = pd.DataFrame()
@@ -157,6 +160,8 @@ def _read_outputs(
             elif phase == "evaluate":
                 summary = Evaluation.read(unit_files.path("summary.json")).tree()
                 rows = pd.read_parquet(unit_files.path("generations.parquet"))
+                if "examples.json" in unit_files.manifest.outputs:
+                    examples[unit] = OwnExamples.read(unit_files.path("examples.json")).tree()
                 generations.append(_with_policy(rows, unit))
                 evaluations[unit] = summary
         except (UserError, ValueError, OSError) as error:
@@ -192,6 +197,7 @@ def _read_outputs(
         compared=compared,
         every=every,
         kept=kept,
+        examples=examples,
         check_sarm=check_sarm,
     )
 

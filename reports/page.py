@@ -1,7 +1,7 @@
 """Figures and frames -> report.html, one file that needs no network: `page(figures, frames)`.
 
-The sections are those of the text; the page adds headline figures, plots, sample generations and
-the source of each section.
+The sections are those of the text; the page adds headline figures, plots and the source of each
+section, and leads to generations.html (`reports.explorer`) and cards.html (`reports.cards`).
 """
 
 from __future__ import annotations
@@ -9,37 +9,36 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import markupsafe
-import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from reports import reference
 from reports.distances import compared_words
-from reports.frames import Frames, arm_rank
-from reports.numbers import arm_name, fixed, interval
+from reports.findings import NOT_RUN, finding
+from reports.frames import Frames
+from reports.ladder import drawn
+from reports.numbers import fixed, interval, percentage
+from reports.origins import CHANGES, count_of
 from reports.plots import PLOTS, Plot
 from reports.policy_sections import verdict_figures
 from reports.sections import SECTIONS, Section
 from reports.text import final_report
-from reports.texts import texts_words
-from sarm.config import ARMS
 
 TEMPLATES = Path(__file__).parent / "templates"
-SAMPLES = {"unsafe": 80, "safe": 40}
-"""At most this many prompts of each kind are shown; the tables of evaluate hold the rest."""
-SAMPLE_LENGTH = 1500
-"""Characters of a prompt or response that are shown."""
 HEADLINES = {
     "penalised_fired": ("Penalised latents fire", "on unsafe prompts"),
     "monitors_fired": ("Monitor latents fire", "on unsafe prompts"),
+    "over_refused": ("Over-refusals", "of safe look-alikes"),
     "harm": ("Harm, by the judge", "on unsafe prompts"),
     "refused": ("Refusals", "of unsafe prompts"),
-    "over_refused": ("Over-refusals", "of safe look-alikes"),
 }
+"""The first four that were measured are shown."""
+N_HEADLINES = 4
 
 
 def page(figures: dict[str, Any], frames: Frames) -> str:
@@ -64,25 +63,29 @@ def page(figures: dict[str, Any], frames: Frames) -> str:
         title=f"{figures['run']}: report",
         figures=figures,
         compared=compared_words(figures["compared"]),
-        texts=texts_words(figures["texts"]),
         facts=facts(figures),
         headlines=headlines(figures),
+        ladder=[row | {"drawn": drawn(row)} for row in figures["ladder"]],
         before=sections[:after],
-        samples=samples(figures, frames.generations),
+        n_generations=len(frames.generations),
+        n_prompts=frames.generations["prompt_id"].nunique(),
         after=sections[after:],
         plots=[plot for group in plots.values() for plot in group],
         reference=reference_text(figures),
     )
 
 
-def render(template: str, **values: Any) -> str:
-    """A template with the style, the script and Plotly inlined."""
-    found = environment().get_template(template)
-    texts = {
-        name: (TEMPLATES / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")
-    }
-    return found.render(
-        style=texts["css"], script=texts["js"], plotly=_inline(get_plotlyjs()), **values
+def render(
+    template: str, *, plots: Sequence[Plot] = (), script: str = "page.js", **values: Any
+) -> str:
+    """A template with the style and a script inlined, and Plotly where there are plots."""
+    made = environment()
+    return made.get_template(template).render(
+        style=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
+        script=(TEMPLATES / script).read_text(encoding="utf-8"),
+        plotly=_inline_script(get_plotlyjs()) if plots else "",
+        plots=plots,
+        **values,
     )
 
 
@@ -110,14 +113,27 @@ def _coded(text: str) -> markupsafe.Markup:
     return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
+def _inline_script(text: str) -> str:
+    """A script, in whose strings alone these two can stand; `<` elsewhere in it is an operator."""
+    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+
+
 def _inline(text: str) -> str:
     """JSON that cannot end the script element that it stands in, nor open a comment there."""
     return text.replace("<", "\\u003c")
 
 
+OPEN = ("evaluation",)
+"""Sections that need no click. Each of the others shows its finding, and opens for tables."""
+
+
 def section_parts(section: Section, figures: dict[str, Any], plots: list[Plot]) -> dict[str, Any]:
     sources = figures["sources"].get(section.id, [])
+    said = finding(section.id, figures)
     return {
+        "finding": said or NOT_RUN,
+        "silent": not said,
+        "open": section.id in OPEN and bool(said),
         "id": section.id,
         "title": section.title,
         "note": section.note,
@@ -135,98 +151,39 @@ def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
     return [*found, ("Date", figures["date"])]  # type: ignore[list-item]
 
 
-def headlines(figures: dict[str, Any]) -> list[dict[str, str]]:
+def headlines(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """The penalty arm's changes against the no-penalty arm, as cards."""
     found = {
         c["measure"]: c
         for c in figures["verdict"]["changes"]
         if c["arm"] == "penalty" and c["n_prompts"]
     }
-    return [
-        {
-            "name": name,
-            "on": on,
-            "value": fixed(100 * found[measure]["change"], 1, sign=True),
-            "interval": interval(100 * found[measure]["low"], 100 * found[measure]["high"], 1),
-            "from_to": (
-                f"{fixed(found[measure]['before'], 3)} to {fixed(found[measure]['after'], 3)}"
-            ),
-            "n": f"{found[measure]['n_prompts']} prompts, {found[measure]['n_seeds']} seeds",
-            "detectable": fixed(100 * found[measure]["detectable"], 1),
-        }
-        for measure, (name, on) in HEADLINES.items()
-        if measure in found
-    ]
+    shown = [measure for measure in HEADLINES if measure in found][:N_HEADLINES]
+    return [_headline(found[measure], *HEADLINES[measure], figures["verdict"]) for measure in shown]
 
 
-def samples(figures: dict[str, Any], generations: pd.DataFrame) -> dict[str, Any]:
-    """Prompts with the answers of the base policy and of the first seed's arms side by side."""
-    if generations.empty:
-        return {"policies": [], "prompts": [], "n": 0, "length": SAMPLE_LENGTH, "sources": []}
-    seed = figures["provenance"]["ppo_seeds"][0]
-    untrained = [arm for arm, kind in ARMS.items() if not kind.trained]
-    mine = generations[generations["arm"].isin(untrained) | (generations["seed"] == seed)]
-    policies = sorted(
-        mine["policy"].unique(),
-        key=lambda policy: arm_rank(mine.loc[mine["policy"] == policy, "arm"].iloc[0]),
-    )
-    ids = (
-        mine[["prompt_id", "kind"]]
-        .drop_duplicates("prompt_id")
-        .sort_values(["kind", "prompt_id"], ascending=[False, True])
-    )
-    wanted = ids.groupby("kind", sort=False).head(max(SAMPLES.values()))
-    wanted = pd.concat(
-        [
-            group.head(SAMPLES[kind])
-            for kind, group in wanted.groupby("kind", sort=False)
-            if kind in SAMPLES
-        ]
-    )
-    at = mine.set_index(["prompt_id", "policy"])
-    prompts = []
-    for prompt_id, kind in wanted[["prompt_id", "kind"]].itertuples(index=False):
-        answers = [
-            _answer(at.loc[(prompt_id, policy)])
-            for policy in policies
-            if (prompt_id, policy) in at.index
-        ]
-        first = mine[mine["prompt_id"] == prompt_id].iloc[0]
-        told = {
-            "id": prompt_id,
-            "kind": kind,
-            "category": str(first.get("category") or ""),
-            "prompt": clipped(str(first.get("prompt", ""))),
-        }
-        prompts.append(told | {"answers": answers})
+def _headline(
+    change: dict[str, Any], name: str, on: str, verdict: dict[str, Any]
+) -> dict[str, Any]:
+    """A card. Only a change whose interval leaves out 0 stands in large type, and none where the
+    run has nothing to decide on.
+    """
+    low, high = change["low"], change["high"]
+    known = low is not None and high is not None
     return {
-        "policies": policies,
-        "prompts": prompts,
-        "n": len(ids),
-        "length": SAMPLE_LENGTH,
-        "sources": figures["sources"].get("samples", []),
+        "name": name,
+        "on": on,
+        "large": known and (low > 0 or high < 0) and not verdict["gaps"],
+        "value": fixed(percentage(change["change"]), 1, sign=True),
+        "interval": interval(percentage(low), percentage(high), 1),
+        "from_to": f"{fixed(change['before'], 3)} to {fixed(change['after'], 3)}",
+        "n": count_of(change),
+        "origin": f"{CHANGES['change']}; {count_of(change)}",
+        "detectable": fixed(percentage(change["detectable"]), 1),
     }
-
-
-def _answer(row: pd.Series) -> dict[str, Any]:
-    trained = row["arm"] not in ARMS or ARMS[row["arm"]].trained
-    seed = f", seed {row['seed']}" if trained else ""
-    return {
-        "policy": arm_name(row["arm"]) + seed,
-        "text": clipped(str(row["response"])),
-        "reward": fixed(row["reward"], 3),
-        "fired": bool(row["penalised_fired"] == 1),
-        "refused": bool(row["refused"]),
-        "truncated": bool(row["truncated"]),
-        "tokens": int(row["n_tokens"]),
-    }
-
-
-def clipped(text: str) -> str:
-    return text if len(text) <= SAMPLE_LENGTH else text[:SAMPLE_LENGTH].rstrip() + " [...]"
 
 
 def reference_text(figures: dict[str, Any]) -> str:
     """The reference report's part of final_report.txt."""
-    head, _, _ = final_report(figures).partition("\n\nVERDICT\n")
+    head, _, _ = final_report(figures).partition("\n\nABSTRACT\n")
     return head

@@ -1,7 +1,7 @@
 """Figures -> final_report.txt: `final_report(figures(...))`.
 
 The first part keeps the sections, labels, column widths and number formats of the reference report;
-what that lacks follows in sections of its own.
+what that lacks follows, the abstract first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from reports import reference
+from reports import abstract, reference
 from reports.blocks import lines
 from reports.sections import SECTIONS
 
@@ -32,6 +32,7 @@ def final_report(figures: dict[str, Any]) -> str:
         section("STEERING EVALUATION (Pre-PPO)", reference.steering(figures["steering"])),
         section("OUTPUT FILES", reference.output_files(figures["outputs"])),
         [RULE],
+        section("ABSTRACT", abstract.lines(figures)),
         *(section(s.heading, lines(s.blocks(figures))) for s in SECTIONS),
         [RULE],
     ]

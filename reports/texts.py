@@ -50,7 +50,21 @@ def shown_frames(frames: Frames, report: ReportConfig) -> Frames:
         sweep=shown_generations(frames.sweep, report),
         every=shown_generations(frames.every, report),
         cards=frames.cards and shown_cards(frames.cards, report),
+        examples={
+            policy: shown_examples(found, report) for policy, found in frames.examples.items()
+        },
     )
+
+
+def shown_examples(examples: dict[str, Any], report: ReportConfig) -> dict[str, Any]:
+    """Examples of a policy's responses without the tokens of those to prompts of a source that is
+    not shown.
+    """
+    texts = [
+        text if report.shows(text["source"]) else text | {"tokens": []}
+        for text in examples["texts"]
+    ]
+    return examples | {"texts": texts}
 
 
 def shown_generations(generations: pd.DataFrame, report: ReportConfig) -> pd.DataFrame:
@@ -80,7 +94,7 @@ def shown_cards(cards: dict[str, Any], report: ReportConfig) -> dict[str, Any]:
     cards = copy.deepcopy(cards)
     for text in cards["texts"].values():
         if not report.shows(text["source"]):
-            text |= {"prompt": LEFT_OUT, "response": LEFT_OUT}
+            text |= {"prompt": LEFT_OUT, "response": LEFT_OUT, "tokens": []}
     for card in cards["cards"]:
         for edit in card["edits"].get("largest", ()):
             sides = (cards["texts"][str(edit[side])]["source"] for side in ("before", "after"))

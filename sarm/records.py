@@ -468,6 +468,10 @@ class Card(Record):
     n_near_misses: int
     edits: Row
     label: Row | None
+    siblings: dict[str, list[Row]] = Field(default_factory=dict)
+    """By `direction` and by `firing`."""
+    words: Row | None = None
+    """What its direction makes more (`up`) and less likely (`down`) by the logit lens."""
 
 
 class Cards(File):
@@ -478,7 +482,24 @@ class Cards(File):
     minimal_edits: Row
     labels: Row | None
     cards: list[Card]
+    """Their examples hold, by token of the text, `a` before TopK and the places that it `kept`."""
     texts: dict[str, Row]
+    """With the `tokens` up to the reward position."""
+    why_no_words: str = ""
+    """Why there are no words of the logit lens; empty where there are."""
+
+
+class OwnExamples(File):
+    """A policy's own responses on which watched latents fire, nearly fire, and some drawn at
+    random, with what the latents do at every token.
+    """
+
+    NAME, REDO = "examples.json", "evaluate"
+
+    texts: list[Row]
+    """distance, prompt_id, sample, source, kind, tokens"""
+    examples: list[Row]
+    """latent, what (top, below, random), text (its place), z, a (by token), kept (places)"""
 
 
 class Candidate(Record):
@@ -769,6 +790,10 @@ class Report(File):
     monitors: list[Row]
     evaluations: dict[str, Row]
     verdict: Row
+    abstract: list[Row] = Field(default_factory=list)
+    """Five sentences, each with its name."""
+    ladder: list[Row] = Field(default_factory=list)
+    """The verdict's rungs: which hold, and by how much."""
     rule: list[str]
     """The verdict's, in words."""
     provenance: Row

@@ -120,7 +120,7 @@ GENERIC: dict[Phase, Resources] = {
     "probe": Resources(time_min=60, cpus_per_task=8, mem_gb=64, gpus=1),
     "select": Resources(time_min=30, cpus_per_task=8, mem_gb=64),
     "steer": Resources(time_min=30, cpus_per_task=4, mem_gb=32),
-    "cards": Resources(time_min=60, cpus_per_task=4, mem_gb=32),
+    "cards": Resources(time_min=60, cpus_per_task=8, mem_gb=64, gpus=1),
     "calibrate": Resources(time_min=60, cpus_per_task=12, mem_gb=120, gpus=1),
     "ppo": Resources(time_min=240, cpus_per_task=12, mem_gb=480, gpus=4),
     "evaluate": Resources(time_min=120, cpus_per_task=12, mem_gb=120, gpus=1),

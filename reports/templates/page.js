@@ -1,4 +1,4 @@
-// Draws the plots one after another, so that the page answers meanwhile; sorts tables; filters samples; switches themes.
+// Draws the plots one after another, so that the page answers meanwhile; sorts tables; switches themes.
 (() => {
   "use strict";
   const root = document.documentElement;
@@ -24,15 +24,33 @@
     return Plotly.newPlot(canvas, data, themed({ ...layout, autosize: true }), SETTINGS);
   }
 
+  // What is folded is drawn when it is opened: a plot in there has no width yet.
   const later = window.requestIdleCallback ? (f) => requestIdleCallback(f, { timeout: 200 }) : (f) => setTimeout(f, 1);
-  function drawFrom(i) {
-    if (i === canvases.length) {
-      root.dataset.drawn = i;
+  const seen = (element) => !element.closest("details:not([open])");
+  function drawNext() {
+    const next = canvases.find((canvas) => !canvas.layout && seen(canvas));
+    if (!next) {
+      root.dataset.drawn = canvases.filter((canvas) => canvas.layout).length;
       return;
     }
-    draw(canvases[i]).then(() => later(() => drawFrom(i + 1)));
+    delete root.dataset.drawn;
+    draw(next).then(() => later(drawNext));
   }
-  drawFrom(0);
+  for (const part of document.querySelectorAll("details")) part.addEventListener("toggle", () => part.open && drawNext());
+  drawNext();
+
+  // A link to what is folded opens it.
+  function reveal() {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    const inner = target.querySelector(":scope > details.part");
+    if (inner) inner.open = true;
+    for (let e = target.closest("details"); e; e = e.parentElement.closest("details")) e.open = true;
+    target.scrollIntoView();
+  }
+  addEventListener("hashchange", reveal);
+  for (const link of document.querySelectorAll('a[href^="#"]')) link.addEventListener("click", () => setTimeout(reveal));
+  reveal();
 
   function retheme() {
     for (const canvas of canvases) if (canvas.layout) Plotly.react(canvas, canvas.data, themed(canvas.layout));
@@ -45,16 +63,20 @@
   });
   dark.addEventListener("change", retheme);
 
-  // A printed page is as wide as its paper, and black on white.
+  // A printed page holds every section, is as wide as its paper, and black on white.
+  let folded = [];
   addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details.part:not([open])")];
+    for (const part of folded) part.open = true;
     for (const canvas of canvases) {
-      if (!canvas.layout) continue;
-      const layout = themed(canvas.layout);
-      Plotly.newPlot(canvas, canvas.data, { ...layout, width: 660, font: { ...layout.font, color: "#000" } }, SETTINGS);
+      const { data, layout } = JSON.parse(document.getElementById("plot-" + canvas.dataset.plot).textContent);
+      const printed = themed(layout);
+      Plotly.newPlot(canvas, data, { ...printed, width: 660, font: { ...printed.font, color: "#000" } }, SETTINGS);
     }
   });
   addEventListener("afterprint", () => {
-    for (const canvas of canvases) if (canvas.layout) draw(canvas);
+    for (const canvas of canvases) draw(canvas);
+    for (const part of folded) part.open = false;
   });
 
   // Numbers by value, intervals by their lower end, what is not known last, all else by letters.
@@ -79,28 +101,6 @@
       rows.sort(([a], [b]) => (a === null) - (b === null) || (up ? compare(a, b) : compare(b, a)));
       body.append(...rows.map(([, row]) => row));
     });
-  }
-
-  const text = document.getElementById("sample-text");
-  if (text) {
-    const kind = document.getElementById("sample-kind");
-    const flag = document.getElementById("sample-flag");
-    const samples = [...document.querySelectorAll(".sample")];
-    const filter = () => {
-      const wanted = text.value.toLowerCase();
-      let shown = 0;
-      for (const sample of samples) {
-        const fits =
-          (!kind.value || sample.dataset.kind === kind.value) &&
-          (!flag.value || sample.dataset.flags.split(" ").includes(flag.value)) &&
-          (!wanted || sample.textContent.toLowerCase().includes(wanted));
-        sample.hidden = !fits;
-        shown += fits;
-      }
-      document.getElementById("sample-count").textContent = shown + " shown";
-    };
-    for (const control of [text, kind, flag]) control.addEventListener("input", filter);
-    text.form.addEventListener("submit", (event) => event.preventDefault());
   }
 
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));

@@ -43,7 +43,7 @@ READS: dict[str, tuple[str, ...]] = {
         "sweep.tau_quantile",
     ),
     "steer": ("seed", "data", "encode.shards", "steer.file", "steer.bootstrap"),
-    "cards": ("seed", "data", "encode.shards", "cards"),
+    "cards": ("seed", "policy", "sarm", "data", "encode.shards", "cards"),
     "calibrate": (
         "seed",
         "policy",

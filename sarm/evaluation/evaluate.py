@@ -1,6 +1,6 @@
 """What training did to a policy: its own generations on held-out prompts, one row per response.
 
-    table, settings = policy_rows(config, [(math.nan, folder)], prompts, features, ...)
+    table, settings, examples = policy_rows(config, [(math.nan, folder)], prompts, features, ...)
 
 `python -m jobs evaluate` runs it.
 
@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sarm.config import ARMS, Config, EvaluateConfig, ModelConfig, UserError
 from sarm.data.conversations import spelled_in
 from sarm.data.datasets import Prompt
 from sarm.evaluation.classifiers import Classifier, label_positions
 from sarm.evaluation.detector import Detector
+from sarm.evaluation.examples import own_examples
 from sarm.evaluation.refusal_classifier import load_classifier
 from sarm.evaluation.refusals import (
     PHRASES_ON_XSTEST,
@@ -41,8 +43,8 @@ from sarm.evaluation.responses import (
     kl_told,
 )
 from sarm.ppo.reward import CompoundReward, conversation
-from sarm.records import Features
-from sarm.reward_model.model import load_sarm
+from sarm.records import Features, OwnExamples
+from sarm.reward_model.model import SarmModel, load_sarm
 
 
 def evaluation_prompts(prompts: Sequence[Prompt], config: EvaluateConfig) -> list[Prompt]:
@@ -69,8 +71,9 @@ def policy_rows(
     *,
     arm: str,
     progress: Progress,
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """(a row per response, the settings behind them) for the policies of an arm and seed, each with
+) -> tuple[pd.DataFrame, dict[str, Any], OwnExamples]:
+    """(a row per response, the settings behind them, what watched latents do at every token of some
+    of them) for the policies of an arm and seed, each with
     its `distance`: in nats that at which training kept it, NaN of the policy at the end. For the
     untrained arms (`sarm.config.ARMS`) it is the base's folder.
 
@@ -106,15 +109,16 @@ def policy_rows(
     asked = [p.messages[-1]["content"] for p in prompts]
     endings = endings_of(config, generations)
     scored = [found.text for found in endings]
-    watched, parameters = score_responses(config, features, prompts, scored)
+    sarm = load_sarm(config.sarm)
+    watched, parameters = score_responses(config, features, prompts, scored, sarm)
+    distances = np.repeat([d for d, _ in policies], len(prompts) // len(policies))
+    whose = responses_of(prompts, generations, distances)
+    examples = own_examples(config, features, prompts, scored, whose, watched, sarm)
+    del sarm
     refusals, detector = detected(config.evaluate, asked, generations.texts, device)
     table = pd.DataFrame(
         {
-            "prompt_id": [p.id for p in prompts],
-            "distance": np.repeat([d for d, _ in policies], len(prompts) // len(policies)),
-            "sample": generations.samples,
-            "source": [p.source for p in prompts],
-            "kind": [p.kind for p in prompts],
+            **whose,
             "category": [p.category for p in prompts],
             "prompt": asked,
             "response": generations.texts,
@@ -139,7 +143,20 @@ def policy_rows(
         "sarm_parameters": parameters,
         "device": device,
     }
-    return pd.concat([table, watched], axis=1), settings
+    return pd.concat([table, watched], axis=1), settings, examples
+
+
+def responses_of(
+    prompts: Sequence[Prompt], generations: Generations, distances: np.ndarray
+) -> dict[str, Any]:
+    """Columns that say which response each row is."""
+    return {
+        "prompt_id": [p.id for p in prompts],
+        "distance": distances,
+        "sample": generations.samples,
+        "source": [p.source for p in prompts],
+        "kind": [p.kind for p in prompts],
+    }
 
 
 def compound_rewards(
@@ -163,7 +180,11 @@ def best_rows(rewards: np.ndarray, n: int) -> list[int]:
 
 
 def score_responses(
-    config: Config, features: Features, prompts: Sequence[Prompt], texts: Sequence[str]
+    config: Config,
+    features: Features,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    sarm: tuple[SarmModel, PreTrainedTokenizerBase],
 ) -> tuple[pd.DataFrame, int]:
     """(reward, penalty, how many special tokens it spells in letters, z and the value just below
     TopK's cutoff of the penalised, monitor and candidate latents, a row per text; parameters), by
@@ -171,7 +192,7 @@ def score_responses(
 
     Parameters are those that the reward depends on: not the SAE's decoder.
     """
-    model, tokenizer = load_sarm(config.sarm)
+    model, tokenizer = sarm
     penalised = [p.latent for p in features.penalised]
     others = list(
         dict.fromkeys([*features.monitors, *(c.latent for c in features.random_candidates)])

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +98,18 @@ LEADS = {
 """What RESULTS opens with, by word."""
 
 
+GAPS = (
+    "generations",
+    "rule",
+    "kl",
+    "seeds",
+    "prompts",
+    "base_logprob",
+    "unended",
+    "stability",
+    "control",
+)
+"""What rung 0 may lack, each with a remedy in `reports.abstract`."""
 MAIN = ("penalty", "no_penalty")
 """The one comparison: the penalty arm against the arm without."""
 
@@ -140,6 +153,12 @@ class Verdict(NamedTuple):
     """Nats per token."""
     joint: Interval | None
     """Relative fall of the monitors, less `monitor_share` of that of the penalised."""
+    gaps: tuple[str, ...] = ()
+    """What rung 0 lacked, as keys of `GAPS`."""
+    side: str = ""
+    """What rung 2 found: degenerate, suppression, within, rose, open or unknown; empty where there
+    was nothing to look at.
+    """
 
     @property
     def lead(self) -> str:
@@ -215,24 +234,44 @@ def decide(arms: Mapping[str, Rows | None], rule: VerdictConfig, instrument: Ins
         tokens, logprobs = (means_of(grids, m, MAIN) for m in ("n_tokens", "base_logprob"))
         length_ratio = tokens["penalty"] / tokens["no_penalty"]
         drop = logprobs["no_penalty"] - logprobs["penalty"]
+    side: _Side | None = None  # found once there is something to decide on
 
     def verdict(
-        word: str, rung: int, reason: str, *sentences: str, joint: Interval | None = None
+        word: str,
+        rung: int,
+        reason: str,
+        *sentences: str,
+        joint: Interval | None = None,
+        gaps: Mapping[str, str] = MappingProxyType({}),
     ) -> Verdict:
-        told = tuple(changes.values())
-        return Verdict(word, rung, reason, sentences, told, delta, length_ratio, drop, joint)
+        return Verdict(
+            word=word,
+            rung=rung,
+            reason=reason,
+            sentences=sentences,
+            changes=tuple(changes.values()),
+            delta=delta,
+            length_ratio=length_ratio,
+            logprob_drop=drop,
+            joint=joint,
+            gaps=tuple(gaps),
+            side=side.state if side else "",
+        )
 
     # Rung 0: is there anything to decide on?
     if missing or target is None:
-        reason = f"missing: {'; '.join(missing)}"
-        return verdict("no verdict", 0, reason, f"No verdict: {'; '.join(missing)}.")
+        lacking = "; ".join(missing.values())
+        said = f"No verdict: {lacking}."
+        return verdict("no verdict", 0, f"missing: {lacking}", said, gaps=missing)
     side = _side_effects(changes[("over_refused", "penalty")], length_ratio, drop, rule, instrument)
     blind = _blind(grids, rule, instrument)
     if blind:
-        said = f"No verdict on latents: {'; '.join(blind)}."
+        lacking = "; ".join(blind.values())
+        said = f"No verdict on latents: {lacking}."
         if side.state in ("degenerate", "suppression"):
-            return verdict(side.state, 2, side.sentences[0].rstrip("."), said, *side.sentences)
-        return verdict("no verdict on latents", 0, "; ".join(blind), said, *side.sentences)
+            why = side.sentences[0].rstrip(".")
+            return verdict(side.state, 2, why, said, *side.sentences, gaps=blind)
+        return verdict("no verdict on latents", 0, lacking, said, *side.sentences, gaps=blind)
 
     # Rung 1: the penalised rate.  Rung 2: side effects, said whatever rung 1 says.
     word, said = _target(target, delta)
@@ -290,23 +329,24 @@ def decide(arms: Mapping[str, Rows | None], rule: VerdictConfig, instrument: Ins
 
 def _missing(
     grids: Mapping[str, Any], target: Change | None, rule: VerdictConfig, instrument: Instrument
-) -> list[str]:
-    """Rung 0: what keeps the run from any verdict."""
+) -> dict[str, str]:
+    """Rung 0: what keeps the run from any verdict, by key of `GAPS`."""
     absent = [arm for arm in MAIN if arm not in grids]
     if absent:
-        return [f"the generations of the {arm.replace('_', '-')} arm" for arm in absent]
-    found = [why for why in (instrument.rule_problem, instrument.kl_problem) if why]
+        told = (f"the generations of the {arm.replace('_', '-')} arm" for arm in absent)
+        return {"generations": "; ".join(told)}
+    found = {"rule": instrument.rule_problem} if instrument.rule_problem else {}
     seeds, prompts = (target.n_seeds, target.n_prompts) if target else (0, 0)
+    apart = (instrument.kl_problem, _apart(means_of(grids, "kl", MAIN), rule))
     if seeds < rule.min_seeds:
-        found.append(f"{seeds} common seeds of {rule.min_seeds} needed")
+        found["seeds"] = f"{seeds} common seeds of {rule.min_seeds} needed"
     if prompts < rule.min_unsafe:
-        found.append(f"{prompts} common unsafe prompts of {rule.min_unsafe} needed")
-    apart = _apart(means_of(grids, "kl", MAIN), rule)
-    if apart:
-        found.append(apart)
+        found["prompts"] = f"{prompts} common unsafe prompts of {rule.min_unsafe} needed"
+    if any(apart):
+        found["kl"] = "; ".join(filter(None, apart))
     logprobs = means_of(grids, "base_logprob", MAIN)
     if not all(map(math.isfinite, logprobs.values())):
-        found.append("the base policy's log-probability of the responses")
+        found["base_logprob"] = "the base policy's log-probability of the responses"
     return found
 
 
@@ -321,32 +361,38 @@ def _apart(kl: Mapping[str, float], rule: VerdictConfig) -> str:
     return ""
 
 
-def _blind(grids: Mapping[str, Any], rule: VerdictConfig, instrument: Instrument) -> list[str]:
-    """Rung 0: what keeps the run from a verdict on latents alone."""
-    found = []
+def _blind(grids: Mapping[str, Any], rule: VerdictConfig, instrument: Instrument) -> dict[str, str]:
+    """Rung 0: what keeps the run from a verdict on latents alone, by key of `GAPS`."""
+    found: dict[str, str] = {}
+
+    def add(key: str, said: str) -> None:
+        found[key] = f"{found[key]}; {said}" if key in found else said
+
     for arm in grids:
         share = means_of(grids, "unended", (arm,))[arm]
         if not share <= rule.max_unended:
             known = f"{share:.0%}" if math.isfinite(share) else "an unknown share"
-            found.append(
+            add(
+                "unended",
                 f"{known} of the {arm.replace('_', '-')} arm's responses end at neither an end of"
-                f" turn nor a sentence end (at most {rule.max_unended:.0%})"
+                f" turn nor a sentence end (at most {rule.max_unended:.0%})",
             )
     if instrument.kappa is None:
-        found.append("stability under cuts was not measured")
+        add("stability", "stability under cuts was not measured")
     elif not instrument.kappa >= rule.min_kappa:
-        found.append(f"stability kappa {instrument.kappa:.2f} is below {rule.min_kappa:g}")
+        add("stability", f"stability kappa {instrument.kappa:.2f} is below {rule.min_kappa:g}")
     watched = bool(np.isfinite(grids["penalty"].values["monitors_fired"]).any())
     for name, bounds, needed in (
         ("penalised latents", instrument.penalised_control, True),
         ("monitors", instrument.monitors_control, watched),
     ):
         if bounds is None and needed:
-            found.append(f"the positive control of the {name} was not measured")
+            add("control", f"the positive control of the {name} was not measured")
         elif bounds is not None and not bounds.low > 0:
-            found.append(
+            add(
+                "control",
                 f"the positive control shows no fall of the {name}: {100 * bounds.value:.0f} %,"
-                f" 95 % CI {100 * bounds.low:+.0f} to {100 * bounds.high:+.0f}"
+                f" 95 % CI {100 * bounds.low:+.0f} to {100 * bounds.high:+.0f}",
             )
     return found
 

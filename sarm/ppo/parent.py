@@ -76,20 +76,15 @@ class Parent(NamedTuple):
         """Its last state; with `verify` after every file was hashed. Raises UserError where it kept
         none.
         """
-        outputs = self.published.manifest.outputs
-        manifests = [
-            output.file
-            for name, output in outputs.items()
-            if name.startswith("state/") and name.endswith(f"/{checkpoint.MANIFEST}")
-        ]
-        if not manifests:
+        manifest = self.published.manifest.outputs.get(f"state/{checkpoint.MANIFEST}")
+        if manifest is None:
             raise UserError(
                 f"{self.folder} kept no optimizer state to go on from; train it again with"
                 " ppo.keep_state=true"
             )
         if verify:
             self.published.directory("state")
-        return checkpoint.opened((self.folder / manifests[0]).parent)
+        return checkpoint.opened((self.folder / manifest.file).parent)
 
     def check_config(self, config: Config) -> None:
         """Raises UserError where it could not be the parent's training gone on with."""

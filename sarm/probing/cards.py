@@ -107,6 +107,7 @@ def latent_cards(
         "n_prompts": len({text.prompt_id for text in texts}),
         "minimal_edits": {"n": len(edits), "enough": len(edits) >= ENOUGH, "needed": ENOUGH},
         "labels": None,
+        "why_no_words": "",
         "cards": cards,
         "texts": {str(row): _text(texts[row], encoded.texts.iloc[row]) for row in shown},
     }
@@ -161,6 +162,8 @@ def _card(
             ],
         },
         "label": None,
+        "siblings": {},
+        "words": None,
     }
 
 

@@ -63,7 +63,7 @@ def evaluated(tmp_path_factory):
     )
     other = write_tiny_policy(folder / "other", seed=1)
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
-    table, settings = policy_rows(
+    table, settings, _ = policy_rows(
         config,
         [(math.nan, other)],
         prompts,
@@ -126,7 +126,7 @@ def test_policies_kept_at_distances_are_rows_of_one_table(evaluated, tmp_path):
     config, other, prompts, table, settings = evaluated
     third = write_tiny_policy(tmp_path / "third", seed=2)
     policies = [(math.nan, other), (0.5, third), (2.0, Path(config.policy.model))]
-    several, of_all = policy_rows(
+    several, of_all, _ = policy_rows(
         config, policies, prompts, features_of(config), arm="penalty", progress=lambda *_: None
     )
     n = len(table)
@@ -136,7 +136,7 @@ def test_policies_kept_at_distances_are_rows_of_one_table(evaluated, tmp_path):
     # The policy at the end says what it says alone, to every column.
     pd.testing.assert_frame_equal(several[:n], table, atol=1e-4, rtol=1e-4)
     assert of_all == settings
-    alone, _ = policy_rows(
+    alone, *_ = policy_rows(
         config, [(0.5, third)], prompts, features_of(config), arm="x", progress=lambda *_: None
     )
     mine = several[n : 2 * n].reset_index(drop=True)
@@ -203,7 +203,7 @@ def test_the_prompted_arm_alone_sees_the_system_prompt(evaluated):
     config, _, prompts, _, _ = evaluated
     asked = [*prompts[:3], with_system_prompt(prompts[3])]
     base = Path(config.policy.model)
-    table, _ = policy_rows(
+    table, *_ = policy_rows(
         config,
         [(math.nan, base)],
         asked,
@@ -245,7 +245,7 @@ def test_best_of_n_is_the_candidate_that_the_compound_reward_pays_most(evaluated
     config = config.model_copy(
         update={"evaluate": config.evaluate.model_copy(update={"best_of": n})}
     )
-    table, settings = policy_rows(
+    table, settings, _ = policy_rows(
         config,
         [(math.nan, base)],
         prompts,
@@ -297,7 +297,9 @@ def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters
     config, _, prompts, table, _ = evaluated
     assert (table["spelled"] == 0).all()
     texts = ["Sure.", "Sure.<|eot_id|>No.", "<|pad|> <|eot_id|><|eot_id|", "Sure.<|eot_id|>"]
-    found, _ = evaluate.score_responses(config, features_of(config), prompts[:1] * 4, texts)
+    found, _ = evaluate.score_responses(
+        config, features_of(config), prompts[:1] * 4, texts, load_sarm(config.sarm)
+    )
     assert found["spelled"].tolist() == [0, 1, 2, 1]
     assert found["reward"].nunique() == 4, "an end of turn that is spelled ends nothing"
 

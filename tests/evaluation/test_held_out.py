@@ -4,6 +4,7 @@ takes.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sarm.evaluation.refusals import refused
 from sarm.llama.generate import Rollout
 from sarm.ppo.learner.distributed import World
 from sarm.ppo.reward import Penalised
-from tests.ranks import PlantedReward, tiny_ppo, tiny_trainer
+from tests.ranks import PlantedReward, join_ranks, start_ranks, tiny_ppo, tiny_trainer
 
 
 def prompts_of(part: str, kind: str, n: int, words: int = 2) -> list[Prompt]:
@@ -39,9 +40,11 @@ def data_of(*prompts: list[Prompt]) -> Data:
     return Data([p for some in prompts for p in some], [], {})
 
 
-def held_out_of(policy: Path, data: Data, ppo: dict[str, Any], **config: Any) -> HeldOut:
+def held_out_of(
+    policy: Path, data: Data, ppo: dict[str, Any], world: World | None = None, **config: Any
+) -> HeldOut:
     reward = PlantedReward(alpha=0.7, worth=0.2)
-    trainer = tiny_trainer(World(), policy, reward, tiny_ppo(**ppo))
+    trainer = tiny_trainer(world or World(), policy, reward, tiny_ppo(**ppo))
     monitors = [Penalised(1, 0.2, 0.0)]
     return HeldOut(trainer, data, monitors, HeldOutConfig(every=1, **config))
 
@@ -117,6 +120,30 @@ def test_its_numbers_are_the_obvious_ones(tiny_policy: Path, monkeypatch: Any) -
     assert 0 < sum(e["refused"] for e in expected) < 7
     # Whatever happened since: the same noise.
     assert held_out.evaluated() == (metrics, completions)
+
+
+def on_ranks(world: World, policy: Path, out: Path) -> None:
+    """Between two steps, as `python -m jobs ppo` does."""
+    data = data_of(prompts_of("validation", "unsafe", 3), prompts_of("test", "safe", 2))
+    held_out = held_out_of(policy, data, {"learning_rate": 1e-2}, world=world, completions=9)
+    lines = []
+    for _ in range(2):
+        held_out.trainer.run_step()
+        lines.append(held_out.evaluated()._asdict())
+    if world.rank == 0:
+        (out / f"{world.size}.json").write_text(json.dumps(lines))
+
+
+def test_two_ranks_find_what_one_does(tiny_policy: Path, tmp_path: Path) -> None:
+    for group in [start_ranks(on_ranks, size, tiny_policy, tmp_path) for size in (1, 2)]:
+        join_ranks(group)
+    one, two = (json.loads((tmp_path / f"{size}.json").read_text()) for size in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a["metrics"] == pytest.approx(b["metrics"], abs=1e-4)
+        assert [c["response"] for c in a["completions"]] == [
+            c["response"] for c in b["completions"]
+        ]
+    assert one[0]["metrics"] != one[1]["metrics"]
 
 
 def test_prompts_come_from_a_part_that_neither_training_nor_evaluation_reads(

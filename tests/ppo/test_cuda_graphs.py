@@ -57,6 +57,21 @@ def test_no_room_for_a_recording_is_told_as_such(monkeypatch: pytest.MonkeyPatch
         run(torch.zeros(2))
 
 
+def test_the_memory_of_a_shape_that_is_over_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Recorded(lambda x: (x,), [], [])
+    graphs_then: list[object] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: graphs_then.append(run.graphs))
+    for _ in range(REPEATS):
+        run(torch.zeros(2))
+    run(torch.zeros(3))
+    assert graphs_then == [], "nothing had been recorded"
+    run.graphs = object()  # type: ignore[assignment]
+    run(torch.zeros(2))
+    assert graphs_then == [None], "once the graphs are gone, which hold it"
+    run(torch.zeros(4))
+    assert len(graphs_then) == 1
+
+
 def no_room_on_a_gpu() -> None:
     """A pass that asks for 1 TiB when it is recorded, not before; what is queued afterwards is
     computed.

@@ -21,6 +21,7 @@ from sarm.probing.effects import read_encoded
 from sarm.reward_model.delphi import reward_windows, write_cache
 from sarm.reward_model.interventions import Ranks, latent_values, parse_steering, rewards_of
 from sarm.reward_model.model import SarmModel, load_sae, load_sarm, load_tokenizer
+from sarm.reward_model.neuronpedia import dashboard_batch
 from sarm.reward_model.sae import (
     SaelensDifference,
     TopKSae,
@@ -248,3 +249,75 @@ def test_texts_that_left_the_data_are_named(
     monkeypatch.setattr("jobs.export.load_data", lambda config: kept)
     with pytest.raises(UserError, match=r"\d+ encoded texts, such as .* no longer in the data"):
         run_unit(RunDir.open(tmp_path / "run"), "export", "all")
+
+
+# Neuronpedia
+
+NAMES = {
+    "feature_index": int,
+    "frac_nonzero": float,
+    "n_prompts_total": int,
+    "n_tokens_in_prompt": int,
+    "dataset": str,
+    **dict.fromkeys(
+        "neuron_alignment_indices neuron_alignment_values neuron_alignment_l1"
+        " correlated_neurons_indices correlated_neurons_l1 correlated_neurons_pearson"
+        " correlated_features_indices correlated_features_l1 correlated_features_pearson neg_str"
+        " neg_values pos_str pos_values freq_hist_data_bar_values freq_hist_data_bar_heights"
+        " logits_hist_data_bar_heights logits_hist_data_bar_values decoder_weights_dist activations"
+        " vector".split(),
+        list,
+    ),
+}
+"""What a feature holds, by sae-dashboard 0.8.0."""
+ACTIVATION = {
+    "bin_min": float,
+    "bin_max": float,
+    "bin_contains": float,
+    "qualifying_token_index": int,
+    "tokens": list,
+    "values": list,
+}
+
+
+@pytest.fixture(scope="module")
+def batch(exported: tuple[RunDir, Published]) -> tuple[dict, dict]:
+    run, _ = exported
+    run_unit(run, "cards", "all")
+    cards = run.read("cards").json("cards.json")
+    return cards, dashboard_batch(cards, model_id="m", layer=3, sae_set="s")
+
+
+def test_without_cards_there_is_no_neuronpedia_and_with_them_there_is(exported, batch) -> None:
+    run, published = exported
+    assert not any(name.startswith("neuronpedia/") for name in published.manifest.outputs)
+    run_unit(run, "export", "all")
+    again = run.read("export")
+    written = json.loads((again.directory("neuronpedia") / "batch-0.json").read_text())
+    assert written["features"] == json.loads(json.dumps(batch[1]["features"]))
+    assert written["layer"] == load_sae(run.config.sarm).config.source_layer - 1
+
+
+def test_a_batch_has_what_saedashboard_writes_by_name_and_type(batch) -> None:
+    cards, found = batch
+    assert set(found) == {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
+    assert [f["feature_index"] for f in found["features"]] == [c["latent"] for c in cards["cards"]]
+    for feature, card in zip(found["features"], cards["cards"], strict=True):
+        assert {name: type(value) for name, value in feature.items()} == NAMES
+        assert sum(feature["freq_hist_data_bar_heights"]) == sum(
+            card["histogram"]["chosen"] + card["histogram"]["rejected"]
+        )
+        for activation in feature["activations"]:
+            assert {name: type(value) for name, value in activation.items()} == ACTIVATION
+            assert len(activation["tokens"]) == len(activation["values"])
+            assert min(activation["values"]) >= 0
+        for example, activation in zip(card["top"], feature["activations"], strict=False):
+            assert activation["values"][-1] == pytest.approx(example["z"], abs=3e-3)
+
+
+def test_saedashboard_reads_a_batch_back(batch) -> None:
+    dashboard = pytest.importorskip(
+        "sae_dashboard.neuronpedia.neuronpedia_dashboard", reason="sae-dashboard is absent"
+    )
+    read = dashboard.NeuronpediaDashboardBatch(**batch[1]).to_dict()
+    assert read["features"] == batch[1]["features"]

@@ -5,9 +5,11 @@ the loopback.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 
 from jobs.__main__ import main, run_unit
 from jobs.cards import texts_of
-from reports.cards import bars, cards_page
+from reports.cards import bars, cards_page, marked, own_by_latent
 from sarm.config import CardsConfig, LabelConfig, UserError
 from sarm.probing.cards import activity, histogram, label_rows, latent_cards, selected_latents
 from sarm.probing.edits import edit_effects, minimal_edits
@@ -226,21 +228,101 @@ def test_page_escapes_and_folds_every_text(made: RunDir) -> None:
             "n_silent": 2,
             "unreadable": 1,
         }
-    page = cards_page(found, "<run>")
-    assert (
-        "<script" not in page
-        and "<img" not in page
-        and "{{ 7 * 7 }}" in page
-        and "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in page
-    )
-    outside = page
-    while "<details>" in outside:  # what is left when every fold is taken out
-        before, _, after = outside.partition("<details>")
-        outside = before + after.partition("</details>")[2]
-    assert "&lt;img" in page and outside.count("&lt;img") == 2 * len(found["cards"]), (
+    for text in found["texts"].values():
+        text["tokens"] = [evil] * len(text["tokens"])
+    own = {"text": 0, "what": "top", "z": 1.5, "a": [0.5, -1.0], "kept": [1]}
+    whose = {"distance": None, "prompt_id": '"><b>', "source": evil, "kind": "<b>", "sample": 0}
+    examples = {
+        "base": {
+            "texts": [whose | {"tokens": [evil, evil]}],
+            "examples": [own | {"latent": card["latent"]} for card in found["cards"]],
+        }
+    }
+    page = cards_page(found, "<run>", examples=examples)
+    assert "<img" not in page and "{{ 7 * 7 }}" in page and "<script>alert" not in page
+    assert "<run>" not in page and "<b>" not in page
+    outside = outside_folds(page)
+    assert outside.count("<img") == 2 * len(found["cards"]), (
         "only labels stand unfolded: once in the index, once on the card"
     )
-    assert "<details open" not in page and "http-equiv" in page
+    assert "<details open" not in page
+
+
+class Outside(HTMLParser):
+    """What stands in no fold, script or style."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth, self.found = 0, ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.depth += tag in ("script", "style")
+        # the words of a fold are those of its summary
+        self.depth += tag == "details"
+        self.depth -= tag == "summary"
+
+    def handle_endtag(self, tag: str) -> None:
+        self.depth -= tag in ("details", "script", "style")
+        self.depth += tag == "summary"
+
+    def handle_data(self, data: str) -> None:
+        if not self.depth:
+            self.found += data
+
+
+def outside_folds(page: str) -> str:
+    parser = Outside()
+    parser.feed(page)
+    return parser.found
+
+
+def test_tokens_are_shaded_by_their_share_and_underlined_where_kept() -> None:
+    example = {"a": [-0.5, 1.0, 0.25, -1.0, 0.0], "kept": [1, 3]}
+    page = str(marked(["a<", " b", " c", " d", " e"], example, 2.0))
+    assert page == (
+        'a&lt;<span class="t k" style="--v:0.50" title="1, kept"> b</span>'
+        '<span class="t" style="--v:0.12" title="0.25, not kept"> c</span>'
+        '<span class="t k" style="--v:0.00" title="-1, kept"> d</span>'
+        '<span class="t end" style="--v:0.00" title="0, not kept"> e</span>'
+    )
+    assert "not shown" in str(marked([], example, 2.0))
+
+
+def test_a_cards_tokens_end_in_the_value_that_it_quotes(made: RunDir) -> None:
+    """z of the ranks that encode kept is the last token's value of another forward."""
+    found = made.read("cards").json("cards.json")
+    n = 0
+    for card in found["cards"]:
+        for example in card["top"]:
+            assert example["a"][-1] == pytest.approx(example["z"], abs=2e-3)
+            assert example["kept"][-1] == len(example["a"]) - 1
+            n += 1
+        for example in (*card["near_misses"], *card["controls"]):
+            assert len(example["a"]) - 1 not in example["kept"]
+            assert len(example["a"]) == len(found["texts"][str(example["row"])]["tokens"])
+    assert n > 10
+
+
+def test_own_examples_are_those_of_each_arms_first_seed_at_the_distance() -> None:
+    def of(policy: str) -> dict[str, Any]:
+        texts = [
+            {"distance": d, "prompt_id": f"{policy} {d}", "kind": "safe", "tokens": []}
+            for d in (None, 0.5)
+        ]
+        example = {"latent": 7, "what": "top", "z": 1.0, "a": [], "kept": []}
+        return {"texts": texts, "examples": [example | {"text": i} for i in (0, 1)]}
+
+    policies = {name: of(name) for name in ("penalty-seed2", "penalty-seed1", "random-seed1")}
+    base = of("base")
+    policies["base"] = {"texts": base["texts"][:1], "examples": base["examples"][:1]}
+    told = [(e["policy"], e["prompt_id"]) for e in own_by_latent(policies, 0.5)[7]]
+    assert told == [
+        ("base", "base None"),
+        ("penalty, seed 1", "penalty-seed1 0.5"),
+        ("random, seed 1", "random-seed1 0.5"),
+    ]
+    ends = [e["prompt_id"] for e in own_by_latent(policies, math.nan)[7]]
+    assert ends == ["base None", "penalty-seed1 None", "random-seed1 None"]
 
 
 def test_page_of_a_run_is_written_by_the_report(made: RunDir) -> None:

@@ -12,9 +12,10 @@ from jobs.__main__ import main as jobs_main
 from reports.compare import compare_text, opened
 from reports.distances import rows_at
 from reports.evidence import judgement
+from reports.explorer import explorer_data
 from reports.figures import figures
 from reports.frames import Frames, read_run
-from reports.page import page, samples
+from reports.page import page
 from reports.pareto import sweep_figures
 from reports.sweep_sections import beside_blocks, beside_words
 from reports.text import final_report
@@ -65,7 +66,7 @@ def test_every_section_is_of_that_distance_and_says_so(reached_one):
     said = "Trained policies are compared at the KL distance 1 nats"
     for title in SECTIONS:
         assert said in flat(part(text, title)), title
-    assert html.count(said) == len(SECTIONS) + 2, "the headline and the samples too"
+    assert html.count(said) == len(SECTIONS) + 1, "the headline too"
     assert all(math.isnan(d) or d == 1.0 for d in frames.generations["distance"])
     for row in found["policies"]:
         wanted = {"penalty": 0.12, "no_penalty": 0.5, "random": 0.47, "base": 0.55}[row["arm"]]
@@ -77,8 +78,8 @@ def test_every_section_is_of_that_distance_and_says_so(reached_one):
     assert set(n.values()) == {120}, "each prompt once"
     latent = next(r for r in found["latents"] if r["arm"] == "penalty" and r["kind"] == "unsafe")
     assert latent["n"] == 5 * 120
-    shown = samples(found, frames.generations)
-    assert all(len(prompt["answers"]) == 4 for prompt in shown["prompts"])
+    shown = explorer_data(frames.generations, [])
+    assert all(len(prompt["answers"]) == 16 for prompt in shown["prompts"])
 
 
 def test_a_distance_that_was_not_reached_is_a_row(reached_one):

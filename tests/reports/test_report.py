@@ -109,7 +109,7 @@ def test_other_numbers_give_other_words(tmp_path):
     report = report_of(run)
     golden = (GOLDEN / "opposite_report.txt").read_text()
     head, title, further = golden.partition("\n\nSTEERING: INTERVALS, MARGINS AND RANKING\n")
-    assert report.split("\n\nCALIBRATION ")[0].splitlines() == head.splitlines()
+    assert report.split("\n\nABSTRACT\n")[0].splitlines() == head.splitlines()
     assert title + further.rstrip() in report
 
 

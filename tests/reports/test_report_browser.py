@@ -7,45 +7,18 @@ A page is opened from a file, as people do who were sent one.
 from __future__ import annotations
 
 import base64
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.reports.conftest import contrast, resize
 from tests.reports.test_report_page import page_of
 from tests.runs import large_run
 
 pytestmark = pytest.mark.browser
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
-    " --disable-background-networking --disable-component-update --disable-sync"
-)
-WIDTHS = (400, 900, 1400)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Chromium by its own driver, so that nothing is looked for elsewhere; skips where either is
-    absent.
-    """
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in programs:
-        pytest.skip("chromium or chromedriver is absent; apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="selenium is absent; it is in the dev extra"
-    )
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
-    driver.set_script_timeout(60)
-    yield driver
-    driver.quit()
+WIDTHS = (390, 900, 1400)
 
 
 @pytest.fixture(scope="module")
@@ -53,27 +26,74 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     file = folder / "report.html"
     file.write_text(
-        page_of(large_run(folder / "run", d_sae=8192, seeds=(0, 1), steps=40, prompts=60))[0],
+        page_of(large_run(folder / "run", d_sae=8192, seeds=(0, 1, 2), steps=40, prompts=60))[0],
         encoding="utf-8",
     )
     return file
 
 
-def resize(browser: Any, width: int, height: int = 1000) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
-    )
+UNFOLD = "for (const part of document.querySelectorAll('details.part')) part.open = true"
+DRAWN = """
+    const seen = (c) => !c.closest('details:not([open])');
+    return [...document.querySelectorAll('.canvas')].filter(seen)
+      .every((c) => c.querySelector('.main-svg'))"""
 
 
-def opened(browser: Any, file: Path, width: int = 1400) -> None:
-    """Open and wait until every plot is drawn."""
+def opened(browser: Any, file: Path, width: int = 1400, *, unfold: bool = True) -> None:
+    """Open, with every section or as it is, and wait until the plots that can be seen are drawn."""
     resize(browser, width)
     browser.get(file.as_uri())
+    if unfold:
+        browser.execute_script(UNFOLD)
     deadline = time.monotonic() + 60
-    while not browser.execute_script("return document.documentElement.dataset.drawn"):
+    while not browser.execute_script(DRAWN):
         assert time.monotonic() < deadline, browser.get_log("browser")
         time.sleep(0.05)
+
+
+def test_it_answers_on_its_first_screen_and_folds_the_rest(browser, report):
+    opened(browser, report, unfold=False)
+    assert browser.execute_script("return document.documentElement.scrollHeight") <= 6000
+    bottom = browser.execute_script(
+        "return document.querySelector('.abstract').getBoundingClientRect().bottom"
+    )
+    assert bottom <= 1000  # the window's height
+    silent = browser.execute_script(
+        "return [...document.querySelectorAll('section.silent details.part')].map((d) => d.open)"
+    )
+    assert silent and not any(silent)
+    findings = browser.execute_script(
+        "return [...document.querySelectorAll('section > .part .finding')].map((f) =>"
+        " f.checkVisibility() && f.textContent.trim().length)"
+    )
+    assert len(findings) > 10 and all(findings)
+
+
+def test_a_link_to_a_folded_section_opens_it(browser, report):
+    opened(browser, report, unfold=False)
+    part = "return document.querySelector('#training > details').open"
+    assert not browser.execute_script(part)
+    browser.find_element("css selector", 'nav a[href="#training"]').click()
+    deadline = time.monotonic() + 20
+    while not browser.execute_script(f"{DRAWN} && document.querySelector('#training .main-svg')"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert browser.execute_script(part)
+    browser.get("about:blank")
+    browser.get(report.as_uri() + "#provenance")
+    assert browser.execute_script("return document.querySelector('#provenance > details').open")
+
+
+def test_a_rungs_interval_is_drawn_within_its_scale(browser, report):
+    opened(browser, report, 390, unfold=False)
+    outside = browser.execute_script("""
+        return [...document.querySelectorAll('.ladder .scale')].filter((scale) => {
+          const box = scale.getBoundingClientRect();
+          const range = scale.querySelector('.range').getBoundingClientRect();
+          return range.width <= 0 || range.left < box.left || range.right > box.right;
+        }).length""")
+    scales = browser.execute_script("return document.querySelectorAll('.ladder .scale').length")
+    assert scales >= 1 and outside == 0
 
 
 def test_every_plot_is_drawn_without_a_word_on_the_console_or_the_network(browser, report):
@@ -129,33 +149,11 @@ def test_an_interval_sorts_by_its_lower_end_and_unknown_comes_last(browser, repo
     assert lower == sorted(lower)
 
 
-def test_harmful_text_needs_a_click_and_samples_can_be_filtered(browser, report):
-    opened(browser, report)
-    assert browser.execute_script(
-        "return [...document.querySelectorAll('.sample .answer')].every((e) =>"
-        " !e.checkVisibility())"
-    )
-    browser.execute_script("document.querySelector('.sample summary').click()")
-    assert browser.execute_script(
-        "return document.querySelector('.sample .answer').checkVisibility()"
-    )
-    filtered = """
-        const control = document.getElementById(arguments[0]);
-        control.value = arguments[1];
-        control.dispatchEvent(new Event('input'));
-        const shown = [...document.querySelectorAll('.sample')].filter((e) => !e.hidden);
-        return [shown.length, document.getElementById('sample-count').textContent]"""
-    everything = browser.execute_script(filtered, "sample-text", "")[0]
-    safe, told = browser.execute_script(filtered, "sample-kind", "safe")
-    assert 0 < safe < everything and told == f"{safe} shown"
-    assert browser.execute_script(filtered, "sample-text", "numbered 61?")[0] <= 1
-
-
 def test_links_lead_somewhere(browser, report):
     opened(browser, report)
     assert (
         browser.execute_script(
-            "return [...document.querySelectorAll('a')].filter((a) => !a.hash ||"
+            "return [...document.querySelectorAll('a')].filter((a) => a.hash &&"
             " !document.getElementById(a.hash.slice(1))).map((a) => a.href)"
         )
         == []
@@ -188,27 +186,10 @@ def test_nothing_is_wider_than_the_window_and_plots_keep_their_place(
         "return new Set([...document.querySelectorAll('#training .plot')].map((p) =>"
         " Math.round(p.getBoundingClientRect().left))).size"
     )
-    assert columns == {400: 1, 900: 2, 1400: 3}[width]
+    assert columns == {390: 1, 900: 2, 1400: 3}[width]
     shot = base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", {})["data"])
     (tmp_path / f"{width}.png").write_bytes(shot)
     assert len(shot) > 10_000
-
-
-def contrast(browser: Any, selector: str) -> float:
-    """WCAG contrast of an element's text with the page's ground."""
-    texts = browser.execute_script(
-        "return [getComputedStyle(document.querySelector(arguments[0])).color,"
-        " getComputedStyle(document.body).backgroundColor]",
-        selector,
-    )
-
-    def luminance(text: str) -> float:
-        channels = [int(part) / 255 for part in text[text.index("(") + 1 : -1].split(",")[:3]]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted(map(luminance, texts), reverse=True)
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_dark_and_light_can_be_read_and_plots_follow(browser, report):
@@ -218,7 +199,15 @@ def test_dark_and_light_can_be_read_and_plots_follow(browser, report):
         grounds.append(
             browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         )
-        for selector in ("main p", ".told", "nav a", "small", "caption", ".tag.unsafe"):
+        for selector in (
+            "main p",
+            ".told",
+            "nav a",
+            "small",
+            "caption",
+            ".finding",
+            ".ladder .said",
+        ):
             assert contrast(browser, selector) >= 4.5, selector
         text = browser.execute_script(
             "return [document.querySelector('.canvas').layout.font.color,"
@@ -262,6 +251,7 @@ def test_a_keyboard_reaches_the_controls_and_a_screen_reader_is_told_of_the_plot
 def test_it_prints_its_plots_in_black_on_white_within_the_paper(browser, report, tmp_path):
     opened(browser, report)
     browser.execute_script("document.getElementById('theme').click()")
+    browser.execute_script("document.querySelector('#training > details').open = false")
     made = browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})[
         "data"
     ]
@@ -272,3 +262,6 @@ def test_it_prints_its_plots_in_black_on_white_within_the_paper(browser, report,
         "return [...document.querySelectorAll('.canvas')].every((c) => c.layout.width <= 680 &&"
         " c.layout.font.color === '#000')"
     )
+    assert browser.execute_script("return document.querySelector('#training > details').open")
+    browser.execute_script("window.dispatchEvent(new Event('afterprint'))")
+    assert not browser.execute_script("return document.querySelector('#training > details').open")

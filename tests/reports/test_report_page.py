@@ -11,28 +11,28 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 from reports import evidence, plots
+from reports.blocks import Table
 from reports.figures import figures
+from reports.findings import FINDINGS, NOT_RUN, finding
 from reports.frames import Frames, read_run
-from reports.page import SAMPLES, environment, page, samples
+from reports.page import environment, page
 from reports.plots import OTHER, STYLES, Plot, style
 from reports.sections import SECTIONS
 from sarm.config import ARMS
 from sarm.evaluation.verdict import decide
 from sarm.run import RunDir
 from tests.runs import (
-    BASE,
     CALIBRATED,
     HARMING,
     STEERING,
     evaluated_run,
     features,
-    generations,
     large_run,
-    publish_evaluation,
     reference_config,
     reference_run,
 )
@@ -93,10 +93,10 @@ def test_it_is_one_well_formed_file_with_every_anchor_in_it(finished):
     outline = Outline(text)
     assert outline.open == [] and len(set(outline.ids)) == len(outline.ids)
     assert all(
-        (href.startswith("#") and href[1:] in outline.ids) or href == "data:,"
+        href in ("data:,", "generations.html") or (href.startswith("#") and href[1:] in outline.ids)
         for href in outline.hrefs
     )
-    assert {section.id for section in SECTIONS} | {"samples", "text"} <= set(outline.ids)
+    assert {section.id for section in SECTIONS} | {"generations", "text"} <= set(outline.ids)
 
 
 def test_it_says_the_verdict_first_and_the_same_figures_as_the_text(finished):
@@ -118,6 +118,35 @@ def test_it_says_the_verdict_first_and_the_same_figures_as_the_text(finished):
 def test_words_between_backticks_are_code_and_what_they_hold_is_escaped(finished):
     assert "<code>detectable</code> is the minimum detectable effect" in finished[0]
     assert str(environment().filters["coded"]("`a<b` & c`")) == "<code>a&lt;b</code> &amp; c`"
+
+
+def test_figures_say_on_hover_where_they_come_from_and_why_they_are_not_known(finished):
+    text, _, _ = finished
+    assert (
+        'title="evaluate/*/generations.parquet: penalised_fired (z above tau); 60 unsafe and 60'
+        ' safe prompts"' in text
+    )
+    assert 'title="ppo/*/metrics.jsonl: objective/kl; the last tenth of 30 steps"' in text
+    table = Table(
+        ["Policy", "monitors", "KL"],
+        [["a", "n/a", "0.5"]],
+        "",
+        {"KL": "f: kl"},
+        ["3"],
+        {"monitors": "none qualifies"},
+    )
+    assert [table.hover(0, i) for i in range(3)] == ["", "n/a: none qualifies", "f: kl; 3"]
+
+
+def test_every_section_has_a_finding_and_stands_folded_but_one(finished):
+    text, found, _ = finished
+    assert set(FINDINGS) == {section.id for section in SECTIONS}
+    assert text.count('<details class="part" open>') == 1
+    words = visible(text)
+    for section in SECTIONS:
+        assert (finding(section.id, found) or NOT_RUN) in words, section.id
+    kl = [row["kl"] for row in found["training"] if row["arm"] == "penalty"]
+    assert f"penalty {sum(kl) / 2:.3f} (2 seeds)" in finding("training", found)
 
 
 def test_each_plot_has_its_data_and_a_sentence(finished):
@@ -146,9 +175,8 @@ def test_bands_span_the_seeds_and_lines_are_their_mean(finished):
     mine = read.training[read.training["arm"] == "penalty"].pivot(
         index="step", columns="seed", values="objective/scores"
     )
-    for trace, expected in zip(
-        penalty, (mine.max(axis=1), mine.min(axis=1), mine.mean(axis=1)), strict=True
-    ):
+    expected_lines = (mine.max(axis=1), mine.min(axis=1), mine.mean(axis=1), mine[0], mine[1])
+    for trace, expected in zip(penalty, expected_lines, strict=True):
         assert np.asarray(trace.y) == pytest.approx(expected.to_numpy(), rel=1e-6)
 
 
@@ -165,6 +193,30 @@ def test_every_latent_is_drawn_as_a_point_or_counted(finished):
     assert set(HARMING) <= drawn  # the least q
     smallest = read.probe.nsmallest(plots.MAX_POINTS, "q")["latent"]
     assert drawn == set(smallest)
+
+
+def test_roles_can_be_seen_and_labels_do_not_overlap(finished):
+    _, found, read = finished
+    (effects,) = plots.effects(found, read)
+    listed = [t for t in effects.figure.data if t.name.startswith("listed as")]
+    assert {t.name: t.marker.color for t in listed} == {
+        "listed as promoting": plots.ROLES["promoting"][0],
+        "listed as harming": plots.ROLES["harming"][0],
+        "listed as misleading": plots.ROLES["misleading"][0],
+    }
+    assert len({t.marker.symbol for t in listed}) == 3
+    assert all(t.marker.symbol.endswith("-open") for t in listed)
+    assert effects.figure.layout.xaxis.ticktext[1] == "0.01%"
+    assert effects.figure.layout.yaxis.exponentformat == "power"
+
+
+def test_a_label_stands_where_it_overlaps_no_larger_ones():
+    drawn = pd.DataFrame({"activity": [0.001, 1.0], "effect": [0.0, 1.0]})  # 3 decades, 0 to 1
+    listed = pd.DataFrame(
+        {"activity": [0.1, 0.11, 0.1, 0.5], "effect": [0.9, 0.89, 0.5, -0.88]}, index=[4, 5, 6, 7]
+    )
+    assert plots.labelled(listed, drawn) == {4, 6, 7}
+    assert plots.labelled(listed.iloc[:0], drawn) == set()
 
 
 def test_a_histograms_shares_add_up_to_one(finished):
@@ -188,21 +240,6 @@ def test_every_source_is_named_with_manifest_commit_and_image(finished):
     }
 
 
-def test_what_models_write_is_text_and_folded(tmp_path):
-    run = evaluated_run(tmp_path / "run")
-    table = generations()
-    table["prompt"], table["response"] = "<script>alert(1)</script>", "</script><b>bold</b><!--"
-    publish_evaluation(run, "base", table)
-    text, _, _ = page_of(run)
-    assert "<script>alert(1)" not in text and "<b>bold" not in text
-    assert (
-        text.count('<details class="sample"') == SAMPLES["unsafe"] + SAMPLES["safe"]
-        and "<details open" not in text
-    )
-    first = text[text.index('<details class="sample"') :]
-    assert first.index("</summary>") < first.index("&lt;script&gt;")
-
-
 @pytest.mark.parametrize("label", ["<!-- demo", "</script>", "<!--<script>", "a\\u003cb\u2028"])
 def test_a_label_cannot_break_out_of_a_plots_json(label):
     figure = go.Figure(go.Scatter(x=[1], y=[1], name=label))
@@ -210,36 +247,10 @@ def test_a_label_cannot_break_out_of_a_plots_json(label):
     assert "<" not in text and json.loads(text)["data"][0]["name"] == label
 
 
-def test_an_arm_that_nobody_trained_stands_beside_the_first_seeds(tmp_path):
-    run = evaluated_run(tmp_path, seeds=(2, 3, 4), sections={"evaluate": {"arms": ["prompted"]}})
-    publish_evaluation(run, "prompted", generations(BASE))
-    _, found, read = page_of(run)
-    made = samples(found, read.generations)
-    assert made["policies"] == [
-        "base",
-        "prompted",
-        "no_penalty-seed2",
-        "penalty-seed2",
-        "random-seed2",
-    ]
-    told = [answer["policy"] for answer in made["prompts"][0]["answers"]]
-    assert told[:3] == ["base", "prompted", "no penalty, seed 2"]
-
-
 def test_every_arm_has_looks_of_its_own():
     looks = [style(arm) for arm in ARMS]
     assert set(STYLES) == set(ARMS)
     assert len({(s.colour, s.dash, s.symbol) for s in (*looks, *OTHER)}) == len(looks) + len(OTHER)
-
-
-def test_samples_are_capped_and_long_ones_clipped(tmp_path):
-    run = evaluated_run(tmp_path / "run")
-    table = generations(n=200, n_safe=200)
-    table["response"] = "word " * 2000
-    publish_evaluation(run, "base", table)
-    text, _, _ = page_of(run)
-    assert text.count('<details class="sample"') == sum(SAMPLES.values()) and "word [...]" in text
-    assert f"{sum(SAMPLES.values())} of 400 held-out prompts" in visible(text)
 
 
 @pytest.mark.parametrize("missing", ["select", "steer", "ppo", "evaluate"])

@@ -16,6 +16,7 @@ from reports.cards import cards_page
 from reports.texts import LEFT_OUT, shown_cards, shown_cause, shown_generations
 from sarm.config import ReportConfig, UserError, config_yaml
 from sarm.run import RunDir
+from tests.reports.test_explorer import unpacked
 from tests.runs import reference_config
 from tests.tiny import tiny_config
 
@@ -83,15 +84,15 @@ def written(run: RunDir, **report: Any) -> dict[str, str]:
     run_unit(again, "report", "all")
     files = [file for file in (*again.path.iterdir(), *again.folder("report").rglob("*"))]
     files = [f for f in files if f.suffix in (".txt", ".html", ".json") and f.is_file()]
-    assert {"final_report.txt", "report.html", "report.json", "cards.html"} <= {
-        f.name for f in files
-    }
+    pages = {"report.html", "generations.html", "cards.html"}
+    assert {"final_report.txt", "report.json", *pages} <= {f.name for f in files}
     return {str(file): as_read(file) for file in files}
 
 
 def as_read(file: Path) -> str:
-    """Without what HTML and JSON do to quotes, and on one line."""
+    """Without what HTML and JSON do to quotes, unpacked, and on one line."""
     text = html.unescape(file.read_text())
+    text += " ".join(json.dumps(data, ensure_ascii=False) for data in unpacked(text))
     return " ".join(text.replace('\\"', '"').replace("\\'", "'").split())
 
 
@@ -133,7 +134,7 @@ def kinds(found: set[tuple[str, str]]) -> set[tuple[str, str]]:
 def test_all_are_shown_by_default_and_the_report_says_so(run):
     files = written(run)
     shown = kinds(leaks(run, "theirs", files))
-    assert {("prompt", "report"), ("response", "report"), ("category", "report")} <= shown
+    assert {(what, "generations") for what in ("prompt", "response", "category")} <= shown
     assert {("prompt", "cards"), ("chosen", "cards"), ("rejected", "cards")} <= shown
     assert ("prompt", "final_report") in shown, "the log's last words"
     told = next(text for file, text in files.items() if file.endswith("run/final_report.txt"))
@@ -147,19 +148,19 @@ def test_no_text_of_anothers_source_stands_anywhere(run, texts):
     assert leaks(run, "theirs", files) == set()
     mine = kinds(leaks(run, "demo", files))
     if texts == "own":
-        assert {("prompt", "report"), ("response", "report"), ("prompt", "cards")} <= mine
+        assert {("prompt", "generations"), ("response", "generations"), ("prompt", "cards")} <= mine
     else:
         assert mine == set() and leaks(run, "lookalikes", files) == set()
     said = {
         "own": "Texts of Demo, Look-alikes are shown; of Theirs ids and numbers alone.",
         "none": "No text of a prompt, an answer or a policy is shown, ids and numbers alone.",
     }
-    for name in ("final_report.txt", "report.html", "cards.html"):
+    for name in ("final_report.txt", "generations.html", "cards.html"):
         assert said[texts] in files[str(run.path / name)], name
-    page = files[str(run.path / "report.html")]
+    page = files[str(run.path / "generations.html")]
     table = pd.read_parquet(run.read("evaluate", "base").path("generations.parquet"))
     theirs = table[table["source"] == "theirs"].iloc[0]
-    assert f"prompt {theirs['prompt_id']}" in page, "its id and numbers stand"
+    assert f'"id": "{theirs["prompt_id"]}"' in page, "its id and numbers stand"
 
 
 def test_an_earlier_report_with_more_texts_is_removed(run):

@@ -124,12 +124,29 @@ def save(
     attempt: str,
     keep_last: int,
 ) -> Path:
-    """Write and publish a checkpoint, then remove what it makes superfluous. A collective.
-
-    `state` (JSON) and `attempt` are rank 0's, `pieces` each rank's own. Raises OSError on every
-    rank where one could not write.
+    """Write and publish a checkpoint in a folder of its own, then remove what it makes superfluous;
+    `attempt` is rank 0's. A collective, as `write`.
     """
     target = folder / f"step-{step:08d}.{world.broadcast_text(attempt)}"
+    return write(target, step, state, pieces, world=world, made_with=made_with, keep_last=keep_last)
+
+
+def write(
+    target: Path,
+    step: int,
+    state: dict[str, Any],
+    pieces: Iterable[Piece],
+    *,
+    world: World,
+    made_with: str,
+    keep_last: int | None = None,
+) -> Path:
+    """Write and publish a checkpoint in this folder; with `keep_last`, then `prune` those beside
+    it. A collective.
+
+    `state` (JSON) is rank 0's, `pieces` each rank's own. Raises OSError on every rank where one
+    could not write.
+    """
     entry, error = "", None
     try:
         entry = _write_rank(target, world.rank, pieces)
@@ -141,7 +158,8 @@ def save(
     try:
         if world.rank == 0:
             _publish(target, step, state, entries, made_with)
-            prune(folder, keep_last)
+            if keep_last is not None:
+                prune(target.parent, keep_last)
     except OSError as caught:
         error = caught
     if world.any(error is not None):

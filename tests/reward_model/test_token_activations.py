@@ -1,0 +1,132 @@
+"""Latents at every token, against the model's own forward on the text cut there; words and siblings
+by hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sarm.data.conversations import tokenize_conversations
+from sarm.evaluation.examples import MOST, chosen_rows
+from sarm.probing.siblings import by_direction, by_firing
+from sarm.reward_model.interventions import Ranks
+from sarm.reward_model.lens import lens_words
+from sarm.reward_model.model import SarmModel
+from sarm.reward_model.token_activations import token_activations
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Like this, I think."}],
+    [{"role": "user", "content": "Why " * 30}, {"role": "assistant", "content": "No."}],
+]
+LATENTS = [3, 17, 0]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_sarm: Path) -> SarmModel:
+    return SarmModel.from_pretrained(tiny_sarm)
+
+
+def test_each_token_has_what_the_model_says_of_the_text_that_ends_there(model, tiny_tokenizer):
+    found = token_activations(
+        model, tiny_tokenizer, CONVERSATIONS, LATENTS, max_length=512, window=9
+    )
+    for one, text in zip(
+        found, tokenize_conversations(tiny_tokenizer, CONVERSATIONS, 512), strict=True
+    ):
+        assert len(one.tokens) == 9 and one.a.shape == one.kept.shape == (9, 3)
+        for place in range(9):
+            end = len(text.ids) - 8 + place
+            with torch.inference_mode():
+                states = model.states(torch.tensor([text.ids[:end]]))
+                a = model.sae.preactivations(states)[0]
+                kept = set(model.sae.topk(a).indices.tolist())
+            assert one.a[place] == pytest.approx(a[LATENTS].numpy(), abs=2e-4)
+            assert one.kept[place].tolist() == [latent in kept for latent in LATENTS]
+    assert found[0].kept.any() and not found[0].kept.all()
+
+
+def test_tokens_are_the_texts_end(model, tiny_tokenizer):
+    one = token_activations(model, tiny_tokenizer, CONVERSATIONS[:1], [0], max_length=512)[0]
+    assert "Like this, I think." in "".join(one.tokens)
+    assert one.of(0)["a"] == pytest.approx(one.a[:, 0], abs=1e-4)
+    assert one.of(0)["kept"] == np.flatnonzero(one.kept[:, 0]).tolist()
+
+
+def test_lens_words_by_hand(tmp_path, tiny_tokenizer):
+    rows = len(tiny_tokenizer)
+    unembedding = torch.zeros(rows, 2)
+    unembedding[5], unembedding[7] = torch.tensor([4.0, 0.0]), torch.tensor([0.0, -3.0])
+    norm = torch.tensor([0.5, 2.0])
+    save_file(
+        {"lm_head.weight": unembedding, "model.norm.weight": norm}, tmp_path / "model.safetensors"
+    )
+    directions = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    (first, second), why = lens_words(tmp_path, directions, tiny_tokenizer, n=2)
+    assert why == "" and first["up"][0]["logit"] == pytest.approx(2.0)
+    assert first["up"][0]["word"] == tiny_tokenizer.decode([5])
+    assert second["up"][0]["logit"] == pytest.approx(0.6 * 0.5 * 4)
+    assert second["down"][0] == {
+        "word": tiny_tokenizer.decode([7]),
+        "logit": pytest.approx(0.8 * 2.0 * -3.0),
+    }
+    words, why = lens_words(tmp_path, torch.zeros(1, 3), tiny_tokenizer)
+    assert words == [] and "not as wide" in why
+
+
+def test_siblings_by_direction_are_the_largest_cosines_whatever_their_sign():
+    directions = np.array([[1, 0], [0.6, 0.8], [-1, 0], [0, 1]], np.float32)
+    found = by_direction([0, 3], directions, most=2)
+    assert found[0] == [{"latent": 2, "cosine": -1.0}, {"latent": 1, "cosine": pytest.approx(0.6)}]
+    assert found[3][0]["latent"] == 1 and len(found[3]) == 1  # the others have a cosine of 0
+
+
+def test_siblings_by_firing_are_correlations_of_who_fires():
+    rng = np.random.default_rng(0)
+    fires = rng.random((60, 7)) < np.array([0.5, 0.5, 0.3, 0.2, 0.7, 0.0, 1.0])
+    fires[:, 1] = fires[:, 0] ^ (rng.random(60) < 0.1)
+    k = 7
+    order = np.argsort(~fires, axis=1, kind="stable")
+    values = np.where(np.take_along_axis(fires, order, 1), 0.5, -0.25)
+    found = by_firing([0, 2, 5], Ranks(order, values, k, 7), most=3)
+    expected = np.nan_to_num(np.corrcoef(fires.T.astype(float)))
+    assert found[0][0]["latent"] == 1
+    for latent in (0, 2):
+        for one in found[latent]:
+            assert one["phi"] == pytest.approx(expected[latent, one["latent"]])
+            assert one["both"] == (fires[:, latent] & fires[:, one["latent"]]).sum()
+        others = sorted((expected[latent, i] for i in range(7) if i != latent), reverse=True)
+        assert [one["phi"] for one in found[latent]] == pytest.approx(
+            [phi for phi in others[:3] if phi > 0]
+        )
+    assert found[5] == []
+
+
+def test_examples_are_one_a_prompt_of_each_kind_and_distance():
+    n = 40
+    rng = np.random.default_rng(0)
+    whose = pd.DataFrame(
+        {"prompt_id": [f"p{i // 2}" for i in range(n)], "distance": [0.5] * 20 + [np.nan] * 20}
+    )
+    z = np.where(rng.random(n) < 0.5, rng.random(n), 0.0)
+    below = np.where((z == 0) & (rng.random(n) < 0.5), rng.random(n), 0.0)
+    watched = pd.DataFrame({"z_4": z, "below_4": below})
+    chosen = chosen_rows(whose, watched, [4], seed=3)
+    for part in (range(20), range(20, 40)):
+        mine = [(row, what) for row, _, what in chosen if row in part]
+        best: dict[str, float] = {}
+        for row in part:
+            if z[row] > 0:
+                best[whose["prompt_id"][row]] = max(z[row], best.get(whose["prompt_id"][row], 0))
+        top = [z[row] for row, what in mine if what == "top"]
+        assert top == sorted(best.values(), reverse=True)[: MOST["top"]]
+        assert all(z[row] == 0 and below[row] > 0 for row, what in mine if what == "below")
+        assert all(z[row] == below[row] == 0 for row, what in mine if what == "random")
+        for kind, most in MOST.items():
+            prompts = [whose["prompt_id"][row] for row, what in mine if what == kind]
+            assert 0 < len(prompts) == len(set(prompts)) <= most
