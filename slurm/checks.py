@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sarm.config import ROOT, Config, Phase, UserError
@@ -22,6 +24,17 @@ MISREAD = re.compile(r"[\x00-\x1f\x7f:,%\\'\"`$]")
 """In paths: `%` begins a pattern of sbatch's file names, `:` and `,` part a bind's fields, and the
 rest is no good in scripts.
 """
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """What is written meanwhile lacks these permissions too, and those that the shell's lacks."""
+    before = os.umask(mask)
+    os.umask(before | mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def own_run(path: str, config: Config) -> RunDir:

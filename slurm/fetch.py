@@ -20,7 +20,7 @@ from sarm.cli import ended
 from sarm.config import ROOT, Config, UserError
 from sarm.run import RunDir, config_of
 from slurm import submit
-from slurm.checks import own_run
+from slurm.checks import own_run, umask
 from slurm.environment import isolated
 from slurm.images import binds, caches, image_of, image_target, make_caches
 from slurm.profile import Profile
@@ -52,16 +52,17 @@ def fetch(args: argparse.Namespace) -> int:
     run = own_run(args.run, config)
     make_caches()
     python = python_here(profile, run)
-    RunDir.create(args.run, config)
     by_hand = profile.fetch == "by-hand"
     env = {
         **isolated(os.environ),
         **{name: str(path) for name, path in caches("fetch").items()},
         **({"HF_HUB_OFFLINE": "1"} if by_hand else {}),
     }
-    code = subprocess.run(
-        [*python, "-m", "jobs", "fetch", "--run", str(run.path)], cwd=ROOT, env=env
-    ).returncode
+    # downloads may be a group's to read, but nobody's to change
+    with umask(0o022):
+        RunDir.create(args.run, config)
+        words = [*python, "-m", "jobs", "fetch", "--run", str(run.path)]
+        code = subprocess.run(words, cwd=ROOT, env=env).returncode
     if code and by_hand:
         print(to_bring(config), file=sys.stderr)
     return code

@@ -133,9 +133,14 @@ def own_line(folder: Path) -> str:
     return f"[ -O {shlex.quote(str(folder))} ] || {{ echo {said} >&2; exit 1; }}"
 
 
+def umask_of(profile: Profile) -> int:
+    """What is written is the owner's alone, or the group may read it."""
+    return 0o027 if profile.share == "group" else 0o077
+
+
 def umask_line(profile: Profile) -> str:
-    """What jobs write is the owner's alone, or the group may read it."""
-    return "umask 027" if profile.share == "group" else "umask 077"
+    """The same for a job."""
+    return f"umask {umask_of(profile):03o}"
 
 
 def grace_s(profile: Profile) -> int:

@@ -22,7 +22,7 @@ from sarm.cli import ended
 from sarm.config import PHASES, Config, UserError
 from sarm.run import RunDir, config_of, git_commit, now
 from slurm import queue
-from slurm.checks import check_batches, check_named, check_token, own_run
+from slurm.checks import check_batches, check_named, check_token, own_run, umask
 from slurm.cost import check_limit
 from slurm.dag import Node, named, tasks
 from slurm.display import dry_run, show_attached, show_sent
@@ -45,6 +45,7 @@ from slurm.plan import Batch, plan, undone
 from slurm.profile import Profile, gpus_per_job, resources
 from slurm.profile_file import load_profile
 from slurm.queue import QueuedJob
+from slurm.script import umask_of
 from slurm.sending import send
 from slurm.words import cure
 
@@ -104,12 +105,14 @@ def submit_or_show(args: argparse.Namespace) -> int:
         warnings += check_token()
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    RunDir.create(args.run, config)
-    if profile.share == "group":
-        run.path.chmod(0o750)
     make_caches()
-    with held(run.path / "submit.lock", f"a submission of {run.path}"):
-        decision, journal = submit(run, profile, asked)
+    # what jobs read of the run nobody else may change, whatever the shell's own umask
+    with umask(umask_of(profile)):
+        RunDir.create(args.run, config)
+        if profile.share == "group":
+            run.path.chmod(0o750)
+        with held(run.path / "submit.lock", f"a submission of {run.path}"):
+            decision, journal = submit(run, profile, asked)
     show_attached(decision.attached, decision.superseded)
     if journal:
         show_sent(run, profile, journal)

@@ -80,7 +80,7 @@ class Config(Strict):
     them.
     """
     hardware: str = ""
-    """Shown in the report; where empty, what the PPO job found."""
+    """What the run is planned for, as a note; the report shows what the jobs ran on."""
 
     @property
     def sha256(self) -> str:

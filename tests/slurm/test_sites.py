@@ -557,6 +557,23 @@ def test_a_folder_put_in_the_place_of_a_submissions_is_not_unpickled(
     assert f"error: {theirs} is not yours, and jobs would run code from it" in done.stderr
 
 
+@pytest.mark.parametrize(("share", "mode"), [("none", 0o600), ("group", 0o640)])
+def test_what_a_submission_writes_its_group_may_not_change_under_any_umask(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: str, mode: int
+) -> None:
+    monkeypatch.setattr("slurm.submit.check_named", lambda config: None)  # no such model is there
+    site.profile.write_text(PROFILE + f"share: {share}\nfetch: job\n")
+    site.path = tmp_path / "new"
+    before = os.umask(0o002)
+    try:
+        assert site.submit("--phase", "fetch") == 0
+    finally:
+        os.umask(before)
+    assert site.path.joinpath("config.yaml").stat().st_mode & 0o777 == mode
+    for path in site.path.rglob("*"):
+        assert not path.stat().st_mode & 0o027, path
+
+
 def test_share_lets_the_group_read_results_and_never_what_jobs_unpickle(site: Site) -> None:
     site.profile.write_text(PROFILE + "share: group\n")
     assert site.submit() == 0
