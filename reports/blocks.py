@@ -6,7 +6,8 @@ A section is written once, as blocks; `lines(blocks)` is its text, `templates/re
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 WIDTH = 80
@@ -35,7 +36,23 @@ class Table(NamedTuple):
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     title: str = ""
+    origins: Mapping[str, str] = MappingProxyType({})
+    """By column: the file and column that its figures are made of; the page shows it on hover."""
+    counts: Sequence[str] = ()
+    """By row: of how many prompts, seeds or steps."""
+    unknown: Mapping[str, str] = MappingProxyType({})
+    """By column: why a figure is n/a."""
     kind = "table"
+
+    def hover(self, row: int, column: int) -> str:
+        """Where a cell comes from, in words; empty where that is not said."""
+        name = self.header[column]
+        if str(self.rows[row][column]) == "n/a" and name in self.unknown:
+            return f"n/a: {self.unknown[name]}"
+        if name not in self.origins:
+            return ""
+        of = f"; {self.counts[row]}" if row < len(self.counts) else ""
+        return f"{self.origins[name]}{of}"
 
     @property
     def words(self) -> set[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.numbers import fixed, plain
+from reports.origins import UNKNOWN
 
 
 def calibration(figures: dict[str, Any]) -> list[Block]:
@@ -54,6 +55,13 @@ def calibration(figures: dict[str, Any]) -> list[Block]:
                 for c in found["candidates"]
             ],
             "Candidates on the base policy's own responses",
+            origins=dict.fromkeys(
+                ("tau", "rate", "within prompts", "charge (SD)"),
+                "calibrate/all/readings.json: candidates",
+            ),
+            counts=[f"{found['n_prompts'] * found['samples']} responses"]
+            * len(found["candidates"]),
+            unknown=UNKNOWN,
         ),
         Prose(
             "rate: share of responses above tau. within prompts: share of the variance of firing"

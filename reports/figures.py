@@ -114,10 +114,7 @@ def _configuration(run: RunDir, frames: Frames, policy: str) -> dict[str, Any]:
         "policy": run.config.policy.model,
         "reward_model": run.config.sarm.model,
         "reward_parameters": parameters[0] if parameters else None,
-        "hardware": (
-            run.config.hardware
-            or hardware(more.get("device_names", []), manifest.device if manifest else "None")
-        ),
+        "hardware": hardware(more.get("device_names", []), manifest.device if manifest else "None"),
         "training_s": more.get("training_s"),
         "steps": more.get("steps"),
     }

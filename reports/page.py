@@ -23,6 +23,7 @@ from reports.findings import NOT_RUN, finding
 from reports.frames import Frames
 from reports.ladder import drawn
 from reports.numbers import fixed, interval, percentage
+from reports.origins import CHANGES, count_of
 from reports.plots import PLOTS, Plot
 from reports.policy_sections import verdict_figures
 from reports.sections import SECTIONS, Section
@@ -176,7 +177,8 @@ def _headline(
         "value": fixed(percentage(change["change"]), 1, sign=True),
         "interval": interval(percentage(low), percentage(high), 1),
         "from_to": f"{fixed(change['before'], 3)} to {fixed(change['after'], 3)}",
-        "n": f"{change['n_prompts']} prompts, {change['n_seeds']} seeds",
+        "n": count_of(change),
+        "origin": f"{CHANGES['change']}; {count_of(change)}",
         "detectable": fixed(percentage(change["detectable"]), 1),
     }
 

@@ -26,6 +26,10 @@ counts.
 """
 GRID = (90, 60)
 """Cells of the counts, across and up."""
+SHARES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
+"""Ticks of an axis of shares, in logarithmic steps."""
+LABEL_BOX = (0.08, 0.05)
+"""Width and height that a latent's label takes, as shares of the plot."""
 N_BINS = 30
 """Bins of z in a histogram of a latent."""
 
@@ -67,11 +71,11 @@ TRAINING = {
     "objective/scores": "Reward, without penalty",
     "objective/penalty": "Penalty",
     "objective/compound": "Compound reward",
-    "objective/kl": "KL to the base policy",
+    "objective/kl": "KL to the base policy, nats",
     "loss/total": "Total loss",
     "loss/policy_avg": "Policy loss",
     "loss/value_avg": "Value loss",
-    "objective/entropy": "Entropy",
+    "objective/entropy": "Entropy, nats",
     "response/length": "Response length, tokens",
     "response/cut": "Responses cut at the token limit, share",
 }
@@ -110,8 +114,9 @@ def figure(x: str, y: str, height: int = 360, **layout: Any) -> go.Figure:
             **layout,
         }
     )
-    made.update_xaxes(title_text=x, automargin=True)
-    made.update_yaxes(title_text=y, automargin=True)
+    plain_ticks = {"exponentformat": "power", "minexponent": 4}  # never 5n or -20µ
+    made.update_xaxes(title_text=x, automargin=True, **plain_ticks)
+    made.update_yaxes(title_text=y, automargin=True, **plain_ticks)
     return made
 
 
@@ -284,11 +289,11 @@ def training(figures: dict[str, Any], frames: Frames) -> list[Plot]:
 
 
 def _curve(table: pd.DataFrame, name: str, title: str, id_: str) -> Plot:
-    """One metric over the steps: a line an arm, the mean over its seeds, and the range of the
-    seeds as a band.
+    """One metric over the steps: a line an arm, the mean over its seeds, a thin one a seed, and the
+    range of the seeds as a band.
     """
     made = figure("step", "", 270, showlegend=True, legend=ABOVE)
-    ends = []
+    ends, several = [], False
     for arm in sorted(table["arm"].unique(), key=arm_rank):
         mine = table[table["arm"] == arm]
         by_step = pd.to_numeric(mine[name], errors="coerce").groupby(mine["step"])
@@ -318,13 +323,29 @@ def _curve(table: pd.DataFrame, name: str, title: str, id_: str) -> Plot:
             line={"color": looks.colour, "dash": looks.dash, "width": 1.8},
             hovertemplate=f"{arm_name(arm)}, step %{{x}}: %{{y:.4g}}<extra></extra>",
         )
+        several |= n_seeds > 1
+        for seed, own in mine.groupby("seed") if n_seeds > 1 else ():
+            made.add_scatter(
+                x=own["step"].to_numpy(np.int32),
+                y=pd.to_numeric(own[name], errors="coerce").to_numpy(np.float32),
+                mode="lines",
+                name=f"{arm_name(arm)}, seed {seed}",
+                legendgroup=arm,
+                showlegend=False,
+                opacity=0.45,
+                line={"color": looks.colour, "width": 0.7},
+                hoverinfo="skip",
+            )
         ends.append(
             f"{arm_name(arm)} from {general(float(mean.iloc[0]))} to"
             f" {general(float(mean.iloc[-1]))}{f' over {n_seeds} seeds' if n_seeds > 1 else ''}"
         )
-    return Plot(
-        id_, title, f"First to last step: {'; '.join(ends) or 'no finite value'}.", made, wide=False
-    )
+    told = f"First to last step: {'; '.join(ends) or 'no finite value'}."
+    if several:
+        told += (
+            " Thick: the mean of the seeds; thin: each seed; the band is their range, no interval."
+        )
+    return Plot(id_, title, told, made, wide=False)
 
 
 def _faint(colour: str) -> str:
@@ -361,7 +382,7 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         520,
         legend=ABOVE,
     )
-    made.update_xaxes(type="log")
+    made.update_xaxes(type="log", tickvals=list(SHARES), ticktext=[f"{100 * s:g}%" for s in SHARES])
     if len(rest):
         made.add_trace(_counts(rest))
     untested = single[single["q"].isna()]
@@ -395,24 +416,21 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         }
         made.add_trace(_points(tested, "tested", marker))
     listed = points.set_index("latent")
+    chosen = [f["latent"] for role in ROLES for f in features.get(role, ())]
+    labels = labelled(listed.loc[[latent for latent in chosen if latent in listed.index]], single)
     for role in ("promoting", "harming", "misleading"):
         mine = [f["latent"] for f in features[role] if f["latent"] in listed.index]
         if mine:
+            # of an open symbol, the colour is that of its outline
             marker = {
-                "color": "rgba(0,0,0,0)",
-                "size": 12,
-                "symbol": f"{ROLES[role][1].removesuffix('-open')}-open",
-                "line": {"color": ROLES[role][0], "width": 2},
+                "color": ROLES[role][0],
+                "size": 13,
+                "symbol": f"{ROLES[role][1]}-open",
+                "line": {"width": 2.5},
             }
-            labelled = role != "misleading"
             trace = _points(listed.loc[mine].reset_index(), f"listed as {role}", marker)
-            made.add_trace(
-                trace.update(
-                    mode="markers+text" if labelled else "markers",
-                    text=[str(i) for i in mine],
-                    textposition=_positions(len(mine)),
-                )
-            )
+            names = [str(latent) if latent in labels else "" for latent in mine]
+            made.add_trace(trace.update(mode="markers+text", text=names, textposition="top center"))
     made.add_hline(y=0, line_width=1, line_color="#7f868f")
     shown = (
         f"{len(single):,} of them as points, the others as counts"
@@ -466,9 +484,28 @@ def _counts(table: pd.DataFrame) -> go.Heatmap:
     )
 
 
-def _positions(n: int) -> list[str]:
-    """Places for labels that spread neighbours out."""
-    return [("top center", "bottom center", "middle right", "middle left")[i % 4] for i in range(n)]
+def labelled(listed: pd.DataFrame, drawn: pd.DataFrame) -> set[int]:
+    """The latents, largest |effect| first, whose labels overlap no other's; the hover names all."""
+    x, y = np.log10(listed["activity"].to_numpy(float)), listed["effect"].to_numpy(float)
+    spans = (
+        [
+            max(float(np.ptp(values)), 1e-12)
+            for values in (
+                np.log10(drawn["activity"].to_numpy(float)),
+                drawn["effect"].to_numpy(float),
+            )
+        ]
+        if len(drawn)
+        else [1.0, 1.0]
+    )
+    kept: list[int] = []
+    for i in np.argsort(-np.abs(y), kind="stable"):
+        if all(
+            abs(x[i] - x[j]) > LABEL_BOX[0] * spans[0] or abs(y[i] - y[j]) > LABEL_BOX[1] * spans[1]
+            for j in kept
+        ):
+            kept.append(int(i))
+    return {int(listed.index[i]) for i in kept}
 
 
 def histograms(figures: dict[str, Any], frames: Frames) -> list[Plot]:

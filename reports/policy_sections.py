@@ -9,6 +9,7 @@ from typing import Any
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.distances import compared_words
 from reports.numbers import MEASURES, arm_name, digits, duration, fixed, interval, percentage, plain
+from reports.origins import CHANGES, LATENTS, ORIGINS, TRAINING, UNKNOWN, count_of
 
 
 def verdict(figures: dict[str, Any]) -> list[Block]:
@@ -50,6 +51,9 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                     " `penalised` and `monitors` are firing rates of those latents on the prompts"
                     " named; `detectable` is the minimum detectable effect (80 % power)."
                 ),
+                origins=CHANGES,
+                counts=[count_of(c) for c in rows],
+                unknown=UNKNOWN,
             )
         )
         blocks.append(
@@ -85,6 +89,8 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
     rates = ("reward", "penalised_fired", "monitors_fired", "refused", "over_refused")
     safe = ("penalised_fired_safe", "monitors_fired_safe")
     rated = [[r["policy"], r["n_unsafe"], r["n_safe"], *(rate(r[m]) for m in rates)] for r in rows]
+    counts = [f"{r['n_unsafe']} unsafe and {r['n_safe']} safe prompts" for r in rows]
+    told: dict[str, Any] = {"origins": ORIGINS, "counts": counts, "unknown": UNKNOWN}
     summaries = figures["evaluations"].values()
     judge = next((e["judge"] for e in summaries if e.get("judge")), None)
     return [
@@ -95,11 +101,13 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         Table(
             ["Policy", "unsafe", "safe", "reward", "penalised", "monitors", "refused", "over-ref."],
             rated,
+            **told,
         ),
         Table(
             ["Policy", "penalised", "monitors"],
             [[r["policy"], *(rate(r[m]) for m in safe)] for r in rows],
             title="On safe prompts, firing rates of the same latents:",
+            **told,
         ),
         Table(
             ["Policy", *columns.values()],
@@ -111,6 +119,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
                 "`cut` hit the token limit; `unended` end at neither an end of turn nor a sentence"
                 " end."
             ),
+            **told,
         ),
         Prose(
             f"Judge: {judge}, on unsafe prompts."
@@ -200,6 +209,9 @@ def changes(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for c in rows
             ],
+            origins=CHANGES,
+            counts=[count_of(c) for c in rows],
+            unknown=UNKNOWN,
         ),
     ]
     if any(c["arm"] == "penalty - random" for c in rows):
@@ -236,6 +248,9 @@ def latents(figures: dict[str, Any]) -> list[Block]:
                         f"{title}. `below cutoff` is the share of responses on which the latent"
                         " would have fired but ranks just below the TopK cutoff."
                     ),
+                    origins=LATENTS,
+                    counts=[f"{r['n']} responses to {r['kind']} prompts" for r in rows],
+                    unknown=UNKNOWN,
                 )
             ]
     if figures["latents"]:
@@ -279,7 +294,12 @@ def training(figures: dict[str, Any]) -> list[Block]:
             " training progression, reward is the compound reward, reward less penalty, and loss"
             f" the total loss, of {figures['shown_policy']}."
         ),
-        Table(["Policy", "steps", "time", "reward", "penalty", "KL", "loss", "tokens/s"], cells),
+        Table(
+            ["Policy", "steps", "time", "reward", "penalty", "KL", "loss", "tokens/s"],
+            cells,
+            origins=TRAINING,
+            counts=[f"the last tenth of {r['steps']} steps" for r in rows],
+        ),
         *(
             Prose(f"{r['policy']} ended before its last step: {r['ended_early']}.")
             for r in rows

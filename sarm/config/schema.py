@@ -74,7 +74,7 @@ class Config(Strict):
     train_refusals: TrainRefusalsConfig = TrainRefusalsConfig()
     serve: ServeConfig = ServeConfig()
     hardware: str = ""
-    """Shown in the report; where empty, what the PPO job found."""
+    """What the run is planned for, as a note; the report shows what the jobs ran on."""
 
     @property
     def sha256(self) -> str:

@@ -11,10 +11,12 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 from reports import evidence, plots
+from reports.blocks import Table
 from reports.figures import figures
 from reports.findings import FINDINGS, NOT_RUN, finding
 from reports.frames import Frames, read_run
@@ -118,6 +120,24 @@ def test_words_between_backticks_are_code_and_what_they_hold_is_escaped(finished
     assert str(environment().filters["coded"]("`a<b` & c`")) == "<code>a&lt;b</code> &amp; c`"
 
 
+def test_figures_say_on_hover_where_they_come_from_and_why_they_are_not_known(finished):
+    text, _, _ = finished
+    assert (
+        'title="evaluate/*/generations.parquet: penalised_fired (z above tau); 60 unsafe and 60'
+        ' safe prompts"' in text
+    )
+    assert 'title="ppo/*/metrics.jsonl: objective/kl; the last tenth of 30 steps"' in text
+    table = Table(
+        ["Policy", "monitors", "KL"],
+        [["a", "n/a", "0.5"]],
+        "",
+        {"KL": "f: kl"},
+        ["3"],
+        {"monitors": "none qualifies"},
+    )
+    assert [table.hover(0, i) for i in range(3)] == ["", "n/a: none qualifies", "f: kl; 3"]
+
+
 def test_every_section_has_a_finding_and_stands_folded_but_one(finished):
     text, found, _ = finished
     assert set(FINDINGS) == {section.id for section in SECTIONS}
@@ -155,9 +175,8 @@ def test_bands_span_the_seeds_and_lines_are_their_mean(finished):
     mine = read.training[read.training["arm"] == "penalty"].pivot(
         index="step", columns="seed", values="objective/scores"
     )
-    for trace, expected in zip(
-        penalty, (mine.max(axis=1), mine.min(axis=1), mine.mean(axis=1)), strict=True
-    ):
+    expected_lines = (mine.max(axis=1), mine.min(axis=1), mine.mean(axis=1), mine[0], mine[1])
+    for trace, expected in zip(penalty, expected_lines, strict=True):
         assert np.asarray(trace.y) == pytest.approx(expected.to_numpy(), rel=1e-6)
 
 
@@ -174,6 +193,30 @@ def test_every_latent_is_drawn_as_a_point_or_counted(finished):
     assert set(HARMING) <= drawn  # the least q
     smallest = read.probe.nsmallest(plots.MAX_POINTS, "q")["latent"]
     assert drawn == set(smallest)
+
+
+def test_roles_can_be_seen_and_labels_do_not_overlap(finished):
+    _, found, read = finished
+    (effects,) = plots.effects(found, read)
+    listed = [t for t in effects.figure.data if t.name.startswith("listed as")]
+    assert {t.name: t.marker.color for t in listed} == {
+        "listed as promoting": plots.ROLES["promoting"][0],
+        "listed as harming": plots.ROLES["harming"][0],
+        "listed as misleading": plots.ROLES["misleading"][0],
+    }
+    assert len({t.marker.symbol for t in listed}) == 3
+    assert all(t.marker.symbol.endswith("-open") for t in listed)
+    assert effects.figure.layout.xaxis.ticktext[1] == "0.01%"
+    assert effects.figure.layout.yaxis.exponentformat == "power"
+
+
+def test_a_label_stands_where_it_overlaps_no_larger_ones():
+    drawn = pd.DataFrame({"activity": [0.001, 1.0], "effect": [0.0, 1.0]})  # 3 decades, 0 to 1
+    listed = pd.DataFrame(
+        {"activity": [0.1, 0.11, 0.1, 0.5], "effect": [0.9, 0.89, 0.5, -0.88]}, index=[4, 5, 6, 7]
+    )
+    assert plots.labelled(listed, drawn) == {4, 6, 7}
+    assert plots.labelled(listed.iloc[:0], drawn) == set()
 
 
 def test_a_histograms_shares_add_up_to_one(finished):
