@@ -5,7 +5,8 @@
 Clients ask for one conversation at a time and send the next when the answer is there. A round lets
 them ask for `--round` seconds and waits for the last answer, then scores as many of the same
 conversations offline, in batches of the same size: throughput is a ratio of the two, so that what
-else the machine does hits both. Every answer is held against offline scoring: none lost, none mixed
+else the machine does hits both. No text comes twice in a round: offline, both would share a pass.
+Every answer is held against offline scoring: none lost, none mixed
 up. The rounds go on until clients have asked for `--seconds` in all. Beside it: how much offline
 scoring's own numbers differ between batch shapes, which is what answers may differ by.
 """
@@ -40,6 +41,8 @@ class Answer(NamedTuple):
 
 class Round(NamedTuple):
     answers: list[Answer]
+    offline: list[float]
+    """The reward of each answer's conversation."""
     seconds: float
     offline_s: float
     server_cpu_s: float
@@ -156,7 +159,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--round", type=float, default=30.0)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--texts", type=int, default=120)
+    parser.add_argument("--texts", type=int, default=10**6)
+    parser.add_argument("--whole", type=int, default=100, help="texts of one request")
     parser.add_argument("--vary", type=int, default=24, help="texts for the variation of offline")
     args = parser.parse_args()
 
@@ -171,7 +175,7 @@ def main() -> None:
     overrides = [f"sarm.dtype={args.dtype}", latent]
     reward = open_scorer(load_config(ROOT / "configs" / "smollm2.yaml", overrides), None).reward
     texts = conversations()[: args.texts]
-    whole = reward.score(texts).total.tolist()
+    whole = reward.score(texts[: args.whole]).total.tolist()
     most, p95 = variation(reward, texts, whole, args.vary)
     print(
         f"{len(texts)} conversations, {args.dtype}, {threads} threads; offline scoring differs"
@@ -188,13 +192,16 @@ def main() -> None:
     served = Served(overrides)
     items = [json.loads(body)["items"][0] for body in bodies]
     try:
-        same = ask("/score", {"items": items}, url=f"http://127.0.0.1:{served.port}")["rewards"]
+        same = ask("/score", {"items": items[: args.whole]}, url=f"http://127.0.0.1:{served.port}")[
+            "rewards"
+        ]
         apart = max(abs(a - b) for a, b in zip(same, whole, strict=True))
-        print(f"all of them in one request differ from offline scoring by at most {apart:.2e}")
+        print(f"{len(whole)} in one request differ from offline scoring by at most {apart:.2e}")
         rounds = asyncio.run(measured(args, served, bodies, reward, texts))
     finally:
         served.stop()
-    report(args, rounds, whole, most)
+    assert all(len({a.row for a in r.answers}) == len(r.answers) for r in rounds), "shorter rounds"
+    report(args, rounds, most)
 
 
 async def measured(
@@ -208,9 +215,9 @@ async def measured(
         answers = await clients.ask(args.round)
         seconds, server_cpu = time.monotonic() - began, served.cpu_s() - cpu
         cpu, began = time.process_time(), time.monotonic()
-        reward.score([texts[a.row] for a in answers])
+        want = reward.score([texts[a.row] for a in answers]).total.tolist()
         offline, offline_cpu = time.monotonic() - began, time.process_time() - cpu
-        rounds.append(Round(answers, seconds, offline, server_cpu, offline_cpu))
+        rounds.append(Round(answers, want, seconds, offline, server_cpu, offline_cpu))
         print(
             f"  round {len(rounds)}: {len(answers)} answers in {seconds:.1f} s, offline"
             f" {offline:.1f} s, ratio {rounds[-1].ratio:.2f}; CPU {server_cpu:.1f} and"
@@ -220,10 +227,15 @@ async def measured(
     return rounds
 
 
-def report(args: argparse.Namespace, rounds: list[Round], whole: list[float], most: float) -> None:
+def report(args: argparse.Namespace, rounds: list[Round], most: float) -> None:
     answers = [a for r in rounds for a in r.answers]
     wrong = [a for a in answers if a.status != 200]
-    off = [abs(a.reward - whole[a.row]) for a in answers if a.status == 200]
+    off = [
+        abs(a.reward - want)
+        for r in rounds
+        for a, want in zip(r.answers, r.offline, strict=True)
+        if a.status == 200
+    ]
     apart = MIXED_UP + most
     latencies = sorted(a.seconds for a in answers)
     served_s, offline_s = sum(r.seconds for r in rounds), sum(r.offline_s for r in rounds)

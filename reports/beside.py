@@ -1,11 +1,11 @@
-"""The run beside what others say: the SARM beside its card, and the run beside the seed report."""
+"""The run beside what was said of it: the SARM beside its card, GPU-hours used beside planned."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
-from reports.numbers import plain
+from reports.numbers import fixed
 
 
 def opened(figures: dict[str, Any]) -> list[Block]:
@@ -27,9 +27,9 @@ def opened(figures: dict[str, Any]) -> list[Block]:
     rows = [
         [
             row["what"],
-            plain(float(f"{row['published']:.4g}")),
-            plain(float(f"{row['found']:.4g}")),
-            plain(float(f"{row['tolerance']:.2g}")),
+            f"{row['published']:.4g}",
+            f"{row['found']:.4g}",
+            f"{row['tolerance']:.2g}",
             "OFF" if row["off"] else "",
         ]
         for row in found["rows"]
@@ -44,3 +44,43 @@ def opened(figures: dict[str, Any]) -> list[Block]:
             Prose(f"Not compared, as no source holds them: {', '.join(found['missing'])}.")
         )
     return blocks
+
+
+def cost(figures: dict[str, Any]) -> list[Block]:
+    """What was used beside what was planned."""
+    rows = figures["cost"]
+    if not rows:
+        return list(NOT_AVAILABLE)
+    planned = [row["planned"] or 0.0 for row in rows]
+    known = any(row["planned"] is not None for row in rows)
+    return [
+        Table(
+            ["Phase", "GPU-hours planned", "used", "disk"],
+            [
+                *(
+                    [
+                        row["phase"],
+                        "n/a" if row["planned"] is None else fixed(row["planned"], 2),
+                        fixed(row["used"], 2),
+                        gigabytes(row["bytes"]),
+                    ]
+                    for row in rows
+                ),
+                [
+                    "in all",
+                    fixed(sum(planned), 2) if known else "n/a",
+                    fixed(sum(row["used"] for row in rows), 2),
+                    gigabytes(sum(row["bytes"] for row in rows)),
+                ],
+            ],
+        ),
+        Prose(
+            "Planned: for 80 GB H100s, four of them in training, at the rates measured there. Used:"
+            " from when each finished unit began to when it ended, times its GPUs; attempts that"
+            " failed, and time on a CPU, are not in it."
+        ),
+    ]
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"

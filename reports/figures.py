@@ -21,7 +21,10 @@ from reports.abstract import abstract
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents, shown
 from reports.ladder import rungs
 from reports.policies import compared_figures, distance_rows, mean, policy_table
+from reports.seed import seed_figures
 from reports.texts import shown_cause, texts_figures
+from sarm.config import PHASES, UserError
+from sarm.cost import REFERENCE_GPUS, counts, planned, shapes, used
 from sarm.evaluation.verdict import rule_words
 from sarm.run import RunDir
 
@@ -45,6 +48,8 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "readings": frames.readings.tree() if frames.readings else None,
         "check_sarm": frames.check_sarm,
         "has_card": config.check_sarm.card is not None,
+        "cost": _cost(run, frames),
+        "seed": seed_figures(run, frames, _progression(frames.training, shown_policy)),
         "penalty": _penalty(run, frames, shown_policy),
         "shown_policy": shown_policy,
         "progression": _progression(frames.training, shown_policy),
@@ -83,6 +88,36 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "abstract": abstract(found, config.verdict),
         "ladder": rungs(verdict, config.verdict),
     }
+
+
+def _cost(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
+    """GPU-hours by phase, planned for the reference's GPUs (None where sizes are not known here)
+    and used, and the bytes that each phase left.
+    """
+    config, data = run.config, (frames.models or {}).get("data", {})
+    plan: dict[str, float] = {}
+    try:
+        policy, sarm = shapes(config)
+        if policy is not None and sarm is not None:
+            known = counts(data.get("pairs"), data.get("prompts"))
+            for cost in planned(config, policy, sarm, known, REFERENCE_GPUS):
+                plan[cost.phase] = plan.get(cost.phase, 0.0) + cost.gpu_hours
+    except UserError:  # it does not fit those GPUs
+        plan = {}
+    took = used(frames.manifests)
+    left: dict[str, int] = {}
+    for (phase, _), made in frames.manifests.items():
+        left[phase] = left.get(phase, 0) + sum(output.bytes for output in made.outputs.values())
+    return [
+        {
+            "phase": phase,
+            "planned": plan.get(phase) if plan else None,
+            "used": took.get(phase, 0.0),
+            "bytes": left[phase],
+        }
+        for phase in PHASES
+        if phase in left
+    ]
 
 
 def _cards(cards: dict[str, Any] | None) -> dict[str, Any] | None:

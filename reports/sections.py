@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from reports.beside import opened
+from reports.beside import cost, opened
 from reports.blocks import Block
 from reports.calibration import calibration
 from reports.policy_sections import changes, latents, policy_evaluation, steered, training, verdict
 from reports.probe_sections import cards, features, rankings, steering
 from reports.run_sections import failures, phases, provenance
+from reports.seed import beside_seed
 from reports.sweep_sections import distances, sweep
 from reports.validity_sections import trust
 
@@ -46,6 +47,7 @@ SECTIONS = (
     Section("latents", "Penalised and monitor latents in the generations", latents),
     Section("training", "Training, all arms", training),
     Section("sweep", "Penalised rate against reward, KL and over-refusal", sweep),
+    Section("seed", "Beside the seed report", beside_seed),
     Section("opened", "The SARM beside its card", opened),
     Section("features", "Features: effects on held-out prompts", features),
     Section("trust", "Validity checks", trust),
@@ -53,6 +55,7 @@ SECTIONS = (
     Section("cards", "Latent cards", cards),
     Section("steering", "Steering: intervals, margins and ranking", steering),
     Section("steered", "Steering the policy", steered, "approximate"),
+    Section("cost", "Cost", cost, "planned against used"),
     Section("phases", "Pipeline status", phases),
     Section("provenance", "Provenance", provenance),
 )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +74,8 @@ def hub_snapshot(model: str, revision: str | None, *, download: bool) -> Path:
     """
     from huggingface_hub import errors, snapshot_download
 
+    if download:
+        refuse_without_room(model, revision)
     try:
         return Path(
             snapshot_download(
@@ -104,6 +107,32 @@ def hub_snapshot(model: str, revision: str | None, *, download: bool) -> Path:
             f"{model} at revision {revision} could not be fetched: {_line(error)}; run make fetch"
             " again"
         ) from error
+
+
+def refuse_without_room(model: str, revision: str | None) -> None:
+    """Raises UserError where what is not yet in the cache of a hub model takes more than its file
+    system has free. A hub that does not tell sizes, or does not answer, is left to the download.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    try:
+        told = HfApi().model_info(model, revision=revision, files_metadata=True)
+    except Exception:
+        return
+    missing = sum(
+        file.size or 0
+        for file in told.siblings or ()
+        if any(fnmatch(file.rfilename, pattern) for pattern in HUB_FILES)
+        and not isinstance(try_to_load_from_cache(model, file.rfilename, revision=told.sha), str)
+    )
+    place = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if missing > free:
+        raise UserError(
+            f"{there} has no room for {model}: {missing / 1e9:.1f} GB are to be fetched and"
+            f" {free / 1e9:.1f} GB are free; free some, or give another HF_HOME"
+        )
 
 
 def cache_folder() -> Path:

@@ -766,6 +766,10 @@ class Report(File):
     check_sarm: Row | None = None
     """The SARM beside its card."""
     has_card: bool = False
+    seed: Row | None = None
+    """The run beside an earlier report."""
+    cost: list[Row] = []
+    """GPU-hours planned and used, and bytes left, by phase."""
     penalty: Row
     shown_policy: str
     progression: list[Row]
@@ -800,6 +804,36 @@ class Report(File):
     sources: dict[str, list[Row]]
     comparable: Row
     sweep: Row | None
+
+
+class SeedStep(Record):
+    step: int
+    reward: float
+    penalty: float
+    loss: float
+
+
+class SeedSteering(Record):
+    """A row of a steering table."""
+
+    dataset: str
+    """As the report names it: the source's label and the side."""
+    before: float
+    after: float
+    delta: float
+
+
+class SeedReport(File):
+    """The figures of an earlier report, which `seed_report` names."""
+
+    NAME, REDO = "earlier report", "report"
+
+    source: str
+    promoting: list[int]
+    harming: list[int]
+    penalised: list[int]
+    progression: list[SeedStep]
+    steering: list[SeedSteering]
 
 
 class Differences(File):

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sarm.config import PHASES, ROOT, Config, Phase, UserError
-from sarm.ppo.learner.memory_plan import Sarm, Shape, find_shape
-from sarm.records import Models
+from sarm.cost import Cost, cost_lines, counts, planned, refuse_beyond, shapes, wall_seconds
+from sarm.ppo.learner.memory_plan import Gpus, Sarm
+from sarm.records import FetchedData, Models
 from sarm.run import RunDir
 from slurm.plan import Batch
-from slurm.profile import Profile, gpu_hours
+from slurm.profile import Profile, gpu_hours, resources
 
 
 class Disk(NamedTuple):
@@ -28,19 +29,6 @@ class Disk(NamedTuple):
     """None where it depends on data that this machine has not seen."""
     passing: float = 0.0
     """On top, while the phase runs."""
-
-
-def shapes(config: Config) -> tuple[Shape | None, Sarm | None]:
-    """The policy's sizes and the SARM's, each None where this machine does not know them."""
-    found: list[Any] = []
-    for model, kind in ((config.policy, Shape), (config.sarm, Sarm)):
-        try:
-            shape = find_shape(model.model, model.revision)
-        # a login node has no huggingface_hub to look with
-        except (UserError, ImportError, OSError, KeyError, ValueError):
-            shape = None
-        found.append(shape if isinstance(shape, kind) else None)
-    return found[0], found[1]
 
 
 def kept_latents(config: Config, sarm: Sarm) -> int:
@@ -90,21 +78,47 @@ def disk(config: Config, run: RunDir) -> list[Disk]:
     return found
 
 
-def count_texts(run: RunDir) -> int | None:
-    """Texts that encode takes, as fetch counted the pairs; None before that."""
+def fetched(run: RunDir) -> FetchedData | None:
+    """What fetch counted; None before that."""
     manifest = run.manifest("fetch")
     try:
         if manifest is None:
             return None
-        file = manifest.outputs["models.json"].file
-        pairs = Models.read(run.folder("fetch") / file).data.pairs
+        return Models.read(run.folder("fetch") / manifest.outputs["models.json"].file).data
     except (OSError, KeyError):
         return None
-    return 2 * sum(
-        n
-        for key, n in pairs.items()
-        if key.rpartition("/")[2] in ("discovery", "validation", "test")
-    )
+
+
+def count_texts(run: RunDir) -> int | None:
+    """Texts that encode takes, as fetch counted the pairs; None before that."""
+    found = fetched(run)
+    return None if found is None else counts(found.pairs, found.prompts).texts
+
+
+def plan_costs(config: Config, profile: Profile, run: RunDir) -> list[Cost] | None:
+    """By phase and arm; None where the models' sizes are not known here. Raises UserError where PPO
+    does not fit.
+    """
+    policy, sarm = shapes(config)
+    if policy is None or sarm is None:
+        return None
+    found = fetched(run)
+    data = counts(found.pairs, found.prompts) if found else counts(None, None)
+    ppo = resources(profile, "ppo")
+    return planned(config, policy, sarm, data, Gpus(max(1, ppo.gpus * ppo.nodes), 80))
+
+
+def check_limit(config: Config, profile: Profile, run: RunDir) -> None:
+    """Raises UserError where the plan is larger than `limits.gpu_hours`, or not known."""
+    if config.limits.gpu_hours is None:
+        return
+    costs = plan_costs(config, profile, run)
+    if costs is None:
+        raise UserError(
+            "limits.gpu_hours is set, and what the run takes is not known before make fetch has"
+            " brought its models; fetch first, or leave the limit out"
+        )
+    refuse_beyond(config, costs)
 
 
 def needed_bytes(config: Config, run: RunDir) -> float:
@@ -139,6 +153,16 @@ def table(config: Config, profile: Profile, run: RunDir, batches: list[Batch]) -
             )
             gpu = f"{hours:8.1f} GPU-hours at most"
             lines.append(f"### {phase:9}{jobs:4} jobs {gpu}  {stays}{passing}".rstrip())
+    try:
+        costs = plan_costs(config, profile, run)
+    except UserError as error:  # it does not fit: of no matter to a look at what would be sent
+        lines.append(f"### {error}")
+        costs = None
+    if costs:
+        models = parts["fetch"].stays if "fetch" in parts else None
+        wall_s = wall_seconds(costs, models or 0.0)
+        known = fetched(run) is not None
+        lines += [f"### {line}" for line in cost_lines(costs, wall_s, known)]
     unknown = [
         model.model
         for model, shape in zip((config.policy, config.sarm), shapes(config), strict=True)

@@ -23,6 +23,7 @@ from sarm.config import PHASES, Config, UserError
 from sarm.run import RunDir, config_of, git_commit, now
 from slurm import queue
 from slurm.checks import check_batches, check_named, check_token, own_run, umask
+from slurm.cost import check_limit
 from slurm.dag import Node, named, tasks
 from slurm.display import dry_run, show_attached, show_sent
 from slurm.images import check_images, images_of, make_caches, read_image
@@ -91,6 +92,7 @@ def submit_or_show(args: argparse.Namespace) -> int:
     profile, config = load_profile(args.cluster), config_of(args.run, args.config, args.overrides)
     run = own_run(args.run, config)
     asked = Asked(args.phase, args.unit)
+    check_limit(config, profile, run)
     if args.dry_run:
         dry_run(run, profile, decide(run, profile, asked, dry=True).batches)
         return 0

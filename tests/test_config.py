@@ -464,6 +464,8 @@ def test_every_key_is_read_by_a_phase_or_says_which_units_there_are() -> None:
                 "sweep.",
                 "report.",
                 "serve.",
+                "limits.",
+                "seed_report",
             )
             assert readers or key.startswith(shown), f"{key}: name its phases in READS"
 

@@ -373,3 +373,32 @@ def test_commit_is_read_from_the_hubs_cache():
         commit_of(Path(f"/cache/hub/datasets--o--d/snapshots/{COMMIT}/data/test.parquet")) == COMMIT
     )
     assert commit_of(Path("/data/pairs.jsonl")) is None
+
+
+def test_a_model_that_finds_no_room_is_refused_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    sizes = {"a.safetensors": 4_000_000_000, "b.safetensors": 3_000_000_000, "old.bin": 10**12}
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    told = SimpleNamespace(sha=COMMIT, siblings=files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: told)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached = {"a.safetensors"}
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda repo, name, revision: "here" if name in cached else None,
+    )
+    for free, refused in ((2_999_999_999, True), (3_000_000_001, False)):
+        monkeypatch.setattr(
+            hub.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free)
+        )
+        if refused:
+            with pytest.raises(UserError, match=r"no room for o/m: 3\.0 GB are to be fetched"):
+                hub.refuse_without_room("o/m", "main")
+        else:
+            hub.refuse_without_room("o/m", "main")  # what is cached, and pickles, take nothing more

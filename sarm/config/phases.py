@@ -39,6 +39,13 @@ class CheckSarmConfig(Strict):
     """
 
 
+class LimitsConfig(Strict):
+    """What a run may cost."""
+
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    """A submission whose plan is larger is refused; see `sarm/cost.py`."""
+
+
 class EncodeConfig(Strict):
     shards: Positive = 1
     extra_ranks: Positive = 16

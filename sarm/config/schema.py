@@ -17,6 +17,7 @@ from sarm.config.phases import (
     CheckSarmConfig,
     EncodeConfig,
     EvaluateConfig,
+    LimitsConfig,
     ProbeConfig,
     ReportConfig,
     ResponsesConfig,
@@ -57,6 +58,7 @@ class Config(Strict):
     policy: ChatModelConfig
     sarm: SarmConfig
     data: DataConfig
+    limits: LimitsConfig = LimitsConfig()
     check_sarm: CheckSarmConfig = CheckSarmConfig()
     encode: EncodeConfig = EncodeConfig()
     probe: ProbeConfig = ProbeConfig()
@@ -73,6 +75,10 @@ class Config(Strict):
     train_sarm: TrainSarmConfig = TrainSarmConfig()
     train_refusals: TrainRefusalsConfig = TrainRefusalsConfig()
     serve: ServeConfig = ServeConfig()
+    seed_report: str | None = None
+    """The figures of an earlier report, relative to the checkout: the report sets this run's beside
+    them.
+    """
     hardware: str = ""
     """What the run is planned for, as a note; the report shows what the jobs ran on."""
 

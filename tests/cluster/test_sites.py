@@ -390,11 +390,8 @@ def test_a_dead_node_is_named_and_its_job_goes_on_from_its_checkpoint(
 def test_share_group_lets_a_colleague_read_results_and_nothing_that_is_run(
     tiny_models: None, emptied: None
 ) -> None:
-    run = ClusterRun("shared")
-    shipped = yaml.safe_load((CLUSTERS / "development.yaml").read_text())
-    profile = RUNS / "shared.yaml"
-    profile.write_text(yaml.safe_dump({**shipped, "share": "group"}))
-    words = ["--cluster", str(profile), "--config", CONFIG, "--run", str(run.path)]
+    run = SiteRun("shared", share="group")
+    words = ["--cluster", str(run.profile), "--config", CONFIG, "--run", str(run.path)]
     inside("bash", "-c", f"umask 002; python -m slurm.submit {' '.join(words)}")
     run.wait()
     assert "undone" not in run.attempts().values(), run.report()

@@ -34,7 +34,7 @@ from sarm.evaluation.sarm_check import (
 from sarm.hub import local_model
 from sarm.records import Benchmark, SarmCard, SarmCheck
 from sarm.reward_model.model import load_sarm
-from sarm.run import RunDir
+from sarm.run import RunDir, file_sha256
 from slurm.dag import Node, tasks
 from tests.tiny import CHAT_TEMPLATE, tiny_config, write_tiny_sarm
 
@@ -363,6 +363,23 @@ def test_a_sarm_without_a_card_of_its_own_is_not_opened(
     monkeypatch.setattr("jobs.check_sarm.checked", lambda *_: pytest.fail("the SARM was opened"))
     assert main(["check_sarm", "--run", str(run.path), "--force"]) == 0
     assert SarmCheck.read(run.read("check_sarm").path("check.json")).verdict == "no card"
+
+
+def test_the_shipped_card_is_of_the_shipped_sarm_and_of_the_shipped_data() -> None:
+    folder = ROOT / "artifacts" / "sarm-smollm2"
+    card = SarmCard.read(folder / "card.json")
+    keys = json.loads((folder / "config.json").read_text())
+    assert (card.d_sae, card.k, card.layers) == (
+        keys["d_sae"],
+        keys["k"],
+        keys["num_hidden_layers"],
+    )
+    weight = load_file(folder / "model.safetensors")["score.weight"][0]
+    assert len(card.head) == 3
+    for latent, written in card.head.items():
+        assert f"{float(weight[int(latent)]):.3g}" == written
+    (demo,) = card.benchmarks
+    assert demo.sha256 == file_sha256(ROOT / "data" / "demo" / "pairs.jsonl")
 
 
 @pytest.mark.slow

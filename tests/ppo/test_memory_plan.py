@@ -150,7 +150,7 @@ def test_the_command_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> No
         "8.03 B parameters, LoRA of rank 16" in out
         and "peak" in out
         and "GPU-hours" in out
-        and "disk: 144.5 GB of policies" in out
+        and "disk: 32.1 GB of policies" in out
     )
     assert main(["--config", str(ROOT / "configs/llama31-8b.yaml"), "--gpus", "1x16"]) == 2
     assert "does not fit" in capsys.readouterr().err

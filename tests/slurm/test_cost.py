@@ -95,7 +95,8 @@ def test_a_dry_run_tells_disk_and_gpu_hours_a_phase(
     ]
     assert submit.main(words) == 0
     out = capsys.readouterr().out
-    # Three arms and three seeds on four GPUs for two hours each.
-    assert "### ppo         9 jobs     72.0 GPU-hours at most  150.6 GB 9 policies, and " in out
+    # Two arms and one seed on four GPUs for two hours each.
+    assert "### ppo         2 jobs     16.0 GPU-hours at most  33.5 GB 2 policies, and " in out
+    assert "###   ppo no_penalty" in out and "from fetch to report where no job waits" in out
     assert "GPU-hours by the time limits" in out and "in the run directory at most" in out
     assert not (site.path.parent / "new").exists() and not site.jobs

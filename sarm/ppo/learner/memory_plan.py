@@ -482,6 +482,14 @@ def parse_gpus(text: str) -> Gpus:
     return found
 
 
+def step_times(ppo: PpoConfig, policy: Shape, sarm: Sarm, gpus: Gpus) -> tuple[float, float]:
+    """Seconds of a step's rollout and of its scoring."""
+    rows = math.ceil(ppo.batch_size / gpus.number)
+    longest = ppo.max_prompt_tokens + ppo.max_new_tokens
+    rollout_s = 2 * policy.parameters * ppo.max_new_tokens / RATES.copy
+    return rollout_s, 2 * sarm.trunk.layers * sarm.trunk.layer * rows * longest / RATES.score
+
+
 def report(config: Config, gpus: Gpus) -> str:
     """Memory, disk and GPU-hours of a run's PPO, and the choice. Raises UserError where it does
     not fit.
@@ -497,12 +505,8 @@ def report(config: Config, gpus: Gpus) -> str:
         )
     ppo = config.ppo
     plan = make_plan(ppo, policy, sarm.bytes, gpus)
-    rows, longest = (
-        math.ceil(ppo.batch_size / gpus.number),
-        ppo.max_prompt_tokens + ppo.max_new_tokens,
-    )
-    rollout_s = 2 * policy.parameters * ppo.max_new_tokens / RATES.copy
-    score_s = 2 * sarm.trunk.layers * sarm.trunk.layer * rows * longest / RATES.score
+    longest = ppo.max_prompt_tokens + ppo.max_new_tokens
+    rollout_s, score_s = step_times(ppo, policy, sarm, gpus)
     step_s = rollout_s + score_s + plan.train_s
     units = len(config.units("ppo"))
     hours = units * ppo.steps * step_s * gpus.number / 3600
@@ -559,8 +563,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
+    from sarm.cost import table  # which adds up what this module says of a step
+
     try:
-        print(report(load_config(args.config, args.overrides), parse_gpus(args.gpus)))
+        config, gpus = load_config(args.config, args.overrides), parse_gpus(args.gpus)
+        print(report(config, gpus), table(config, gpus), sep="\n\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
