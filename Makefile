@@ -67,7 +67,7 @@ $(foreach goal,$(filter-out $(TAKING),$(or $(MAKECMDGOALS),help)),$(error make $
 endif
 endif
 
-.PHONY: help setup setup-light demo check-sarm probe-study test test-slow test-browser check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export serve-reward lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo check-sarm probe-study test test-slow test-browser test-docs check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export serve-reward lock format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -166,10 +166,13 @@ test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: setup  ## the slow tests
-	$(PY) -m pytest -m "slow and not gpu and not cluster" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "slow and not gpu and not cluster and not docs" $(PYTEST_ARGS)
 
 test-browser: setup  ## the report's pages in headless Chromium: apt-get install chromium chromium-driver
 	$(PY) -m pytest -m browser $(PYTEST_ARGS)
+
+test-docs: setup  ## the commands of README and docs, on a tiny run
+	$(PY) -m pytest -m docs $(PYTEST_ARGS)
 
 check: setup  ## lint, types, import rules
 	$(VENV)/bin/ruff check .

@@ -2,7 +2,7 @@
 
 No torch. Both give the plain job that the scoring process takes; both are answered in OpenRLHF's
 shape (`rewards`, `scores`, `extra_logs`), a list a column, an entry a conversation.
-`python -m pytest tests/serving/test_protocol.py`
+`python -m pytest tests/serving/test_server.py`
 """
 
 from __future__ import annotations
