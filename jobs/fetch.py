@@ -36,6 +36,9 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     wanted: dict[str, ModelConfig] = {"policy": config.policy, "sarm": config.sarm}
     wanted |= config.classifiers
     found: dict[str, Any] = {}
+    for name, source in config.data.sources.items():
+        if source.path is not None:
+            source_files(name, source)  # what is laid by hand, before an hour of downloads
     for i, (name, model) in enumerate(wanted.items()):
         attempt.progress(i, len(wanted) + 1, f"model {model.model}")
         folder = local_model(model.model, model.revision, download=True)

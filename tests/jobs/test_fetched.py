@@ -54,6 +54,22 @@ def test_labels_that_cannot_be_read_are_found_by_fetch_and_not_after_training(
         run_unit(run, "fetch", "all")
 
 
+def test_data_laid_in_another_folder_are_missed_before_a_model_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"data.sources.demo.path": str(tmp_path / "rmb")}
+    run = RunDir.create(tmp_path / "run", tiny_config(tmp_path, **given))
+    monkeypatch.setattr("jobs.fetch.local_model", lambda *_, **__: pytest.fail("downloading"))
+    with pytest.raises(
+        UserError, match=r"demo: .*/rmb does not exist; correct data\.sources\.demo"
+    ):
+        run_unit(run, "fetch", "all")
+    (tmp_path / "rmb").mkdir()
+    (tmp_path / "rmb" / "README.md").write_text("not here")
+    with pytest.raises(UserError, match="holds no file that ends in"):
+        run_unit(run, "fetch", "all")
+
+
 def test_a_commit_is_that_of_the_hubs_cache() -> None:
     assert commit_of(Path(f"/c/snapshots/{'a' * 40}/model.safetensors")) == "a" * 40
     assert commit_of(Path("/c/model")) is None
