@@ -622,7 +622,15 @@ def git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
+def heed_umask(path: Path) -> None:
+    """Give a file the permissions that the umask asks for; safetensors makes its owner's alone."""
+    mask = os.umask(0o077)  # whatever another thread makes meanwhile is private, not open to all
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def _output(path: Path, file: str) -> Output:
+    heed_umask(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
