@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from reports import beside
-from reports.blocks import Prose
+from reports import beside, seed
+from reports.blocks import Block, Prose
 from reports.calibration import verdict_on_the_instrument
 from reports.numbers import MEASURES, arm_name, duration, fixed
 from sarm.run import listed
@@ -101,10 +101,24 @@ def sweep(figures: Figures) -> str:
 
 
 def opened(figures: Figures) -> str:
-    if figures["check_sarm"] is None:
+    return first_words(beside.opened(dict(figures))) if figures["check_sarm"] else ""
+
+
+def beside_seed(figures: Figures) -> str:
+    return first_words(seed.beside_seed(dict(figures))) if figures["seed"] else ""
+
+
+def first_words(blocks: Sequence[Block]) -> str:
+    return next((block.text for block in blocks if isinstance(block, Prose)), "")
+
+
+def cost(figures: Figures) -> str:
+    rows = figures["cost"]
+    if not rows:
         return ""
-    first = beside.opened(dict(figures))[0]
-    return first.text if isinstance(first, Prose) else ""
+    used, planned = (sum(row[name] or 0.0 for row in rows) for name in ("used", "planned"))
+    known = any(row["planned"] is not None for row in rows)
+    return f"{fixed(used, 2)} GPU-hours used" + f" of {fixed(planned, 2)} planned" * known + "."
 
 
 def features(figures: Figures) -> str:
@@ -180,6 +194,8 @@ FINDINGS: dict[str, Callable[[Figures], str]] = {
     "training": training,
     "sweep": sweep,
     "opened": opened,
+    "seed": beside_seed,
+    "cost": cost,
     "features": features,
     "trust": trust,
     "rankings": rankings,

@@ -32,7 +32,7 @@ from sarm.records import (
     Steering,
     read_training_log,
 )
-from sarm.run import Published, RunDir, latest
+from sarm.run import Published, RunDir, latest, without_progress
 
 LOG_TAIL_BYTES = 65_536
 ERROR_LINE = re.compile(
@@ -266,8 +266,8 @@ def _phase_row(
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that names an error, else its last line; empty where its last job
-    wrote none.
+    """The last line of a log that names an error, else its last line that is no progress bar;
+    empty where its last job wrote none.
     """
     try:
         with open(log, "rb") as file:
@@ -284,6 +284,9 @@ def last_error(log: Path) -> str:
         if line
     ]
     lines = latest(lines)
+    if lines and not without_progress(lines):
+        return "its log ends in a progress bar, without a word why"
+    lines = without_progress(lines)
     named = [line for line in lines if ERROR_LINE.search(line)]
     return " ".join((named or lines or [""])[-1].split())[:400]
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -563,12 +564,21 @@ def damage(path: Path, entry: Mapping[str, Any], *, hashes: bool = True) -> str 
     return None
 
 
+PROGRESS_BAR = re.compile(r"\b\d{1,3}%\|")
+"""As tqdm draws it, `Loading weights:  47%|████`."""
+
+
 def latest(lines: list[str]) -> list[str]:
     """Of a log's lines those of the last job that wrote there; all, where none says that it
     began.
     """
     began = max((i for i, line in enumerate(lines) if line.startswith(BEGAN)), default=-1)
     return lines[began + 1 :]
+
+
+def without_progress(lines: list[str]) -> list[str]:
+    """A log's lines but for progress bars, which are no cause of anything."""
+    return [line for line in lines if not PROGRESS_BAR.search(line)]
 
 
 def attempt_id() -> str:
@@ -612,7 +622,15 @@ def git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
+def heed_umask(path: Path) -> None:
+    """Give a file the permissions that the umask asks for; safetensors makes its owner's alone."""
+    mask = os.umask(0o077)  # whatever another thread makes meanwhile is private, not open to all
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def _output(path: Path, file: str) -> Output:
+    heed_umask(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sarm.run import RunDir, latest
+from sarm.run import RunDir, latest, without_progress
 from slurm.dag import Node
 
 PLAIN_EVERY_S = 20.0
@@ -149,8 +149,8 @@ def span(seconds: float) -> str:
 
 
 def last_lines(log: Path, count: int) -> list[str]:
-    """The last lines that the last job wrote to a log, where causes stand, submitit's own left
-    out; none where the log is gone.
+    """The last lines that the last job wrote to a log, where causes stand, submitit's own and
+    progress bars left out; none where the log is gone.
     """
     try:
         lines = [
@@ -160,7 +160,7 @@ def last_lines(log: Path, count: int) -> list[str]:
         ]
     except OSError:
         return []
-    return latest(lines)[-count:]
+    return without_progress(latest(lines))[-count:]
 
 
 class View:

@@ -654,11 +654,12 @@ def large_run(
         arm, _, seed = unit.rpartition("-seed")
         publish_ppo(run, unit, training_curves(steps, arm, int(seed)), steps=steps)
     rng = np.random.default_rng(0)
+    words = np.array(["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(4000)])
     for unit in run.config.units("evaluate"):
         rates = SAFER if unit.startswith("penalty") else BASE
         table = generations(rates, n=prompts, n_safe=prompts)
         table["prompt"] = [f"What about the thing numbered {i}?" for i in range(len(table))]
-        table["response"] = ["lorem ipsum dolor sit amet " * 20] * len(table)
+        table["response"] = [" ".join(words[rng.integers(0, 4000, 100)]) for _ in table.index]
         table["category"] = "made up"
         for latent in HARMING[:3]:
             table[f"z_{latent}"] *= rng.uniform(0.5, 1.5, len(table))

@@ -126,6 +126,25 @@ def test_a_published_unit_is_done_and_reads_back(run: RunDir) -> None:
         found.directory("model")
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o027, 0o640), (0o022, 0o644)])
+def test_outputs_have_the_permissions_that_the_umask_asks_for(
+    run: RunDir, mask: int, mode: int
+) -> None:
+    """Libraries that make a file by renaming a temporary one leave it its owner's alone."""
+    before = os.umask(mask)
+    try:
+        attempt = Attempt(run, "select", "all")
+        for path in (attempt.path("features.json"), attempt.directory("policy") / "weights"):
+            path.write_text("{}")
+            path.chmod(0o600)
+        published = attempt.publish()
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    for path in (published.path("features.json"), published.directory("policy") / "weights"):
+        assert path.stat().st_mode & 0o777 == mode
+
+
 @pytest.mark.parametrize(
     "name", ["features.json", "policy/weights.safetensors", "policy/inner/notes.txt"]
 )

@@ -24,6 +24,7 @@ from reports.text import RULE, final_report
 from sarm.evaluation.verdict import LEADS, Verdict, decide
 from sarm.records import plain
 from sarm.run import RunDir
+from slurm.view import last_lines
 from tests import runs
 from tests.runs import (
     CALIBRATED,
@@ -303,6 +304,23 @@ def test_a_failed_phase_is_named_with_its_cause_and_log(tmp_path):
     assert "select (failed): torch.OutOfMemoryError: CUDA out of memory" in report
     assert f"log: {log}" in report
     assert "ppo/penalty-seed0 (failed): error: no harming latent was found" in report
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("reading\nLoading weights:  47%|████▋     | 10/21\r", "reading"),
+        ("error: no room\nLoading weights: 100%|██████████| 21/21 [00:00]\n", "error: no room"),
+        ("Map:   3%|▎ | 1/30\rMap:   6%|▋ | 2/30", "its log ends in a progress bar"),
+        ("the disk is 47% full\n", "the disk is 47% full"),
+        ("", ""),
+    ],
+)
+def test_a_progress_bar_is_never_a_cause(tmp_path, log, said):
+    (tmp_path / "log").write_text(log)
+    assert frames.last_error(tmp_path / "log").startswith(said)
+    assert frames.last_error(tmp_path / "log") or not said
+    assert not any("%|" in line for line in last_lines(tmp_path / "log", 3))
 
 
 def test_damaged_outputs_are_named_and_left_out(tmp_path):

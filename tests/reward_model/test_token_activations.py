@@ -24,7 +24,6 @@ CONVERSATIONS = [
     [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Like this, I think."}],
     [{"role": "user", "content": "Why " * 30}, {"role": "assistant", "content": "No."}],
 ]
-LATENTS = [3, 17, 0]
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +32,22 @@ def model(tiny_sarm: Path) -> SarmModel:
 
 
 def test_each_token_has_what_the_model_says_of_the_text_that_ends_there(model, tiny_tokenizer):
+    latents = list(reversed(range(model.d_sae)))  # all, or the one at TopK's edge is missed
     found = token_activations(
-        model, tiny_tokenizer, CONVERSATIONS, LATENTS, max_length=512, window=9
+        model, tiny_tokenizer, CONVERSATIONS, latents, max_length=512, window=9
     )
     for one, text in zip(
         found, tokenize_conversations(tiny_tokenizer, CONVERSATIONS, 512), strict=True
     ):
-        assert len(one.tokens) == 9 and one.a.shape == one.kept.shape == (9, 3)
+        assert len(one.tokens) == 9 and one.a.shape == one.kept.shape == (9, model.d_sae)
         for place in range(9):
             end = len(text.ids) - 8 + place
             with torch.inference_mode():
                 states = model.states(torch.tensor([text.ids[:end]]))
                 a = model.sae.preactivations(states)[0]
                 kept = set(model.sae.topk(a).indices.tolist())
-            assert one.a[place] == pytest.approx(a[LATENTS].numpy(), abs=2e-4)
-            assert one.kept[place].tolist() == [latent in kept for latent in LATENTS]
+            assert one.a[place] == pytest.approx(a[latents].numpy(), abs=2e-4)
+            assert one.kept[place].tolist() == [latent in kept for latent in latents]
     assert found[0].kept.any() and not found[0].kept.all()
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sarm.config import UserError
 from sarm.ppo.learner.distributed import World
-from sarm.run import damage, file_sha256, fsync_dir, write_atomic
+from sarm.run import damage, file_sha256, fsync_dir, heed_umask, write_atomic
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
@@ -261,6 +261,7 @@ def _write_rank(target: Path, rank: int, pieces: Iterable[Piece]) -> str:
         )
     except SafetensorError as error:  # a full disk, among others
         raise OSError(f"{path}: {error}") from error
+    heed_umask(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
