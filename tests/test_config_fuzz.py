@@ -68,11 +68,11 @@ def spoiled(tree: Any, rng: random.Random) -> str:
         if accident == "drop":
             del inside[key]
         elif accident == "value":
-            inside[key] = rng.choice(VALUES)
+            inside[key] = copy.deepcopy(rng.choice(VALUES))
         elif isinstance(inside, dict) and accident == "rename":
             inside[rng.choice((f"{key}s", str(key).upper(), 7, ""))] = inside.pop(key)
         elif isinstance(inside, dict) and accident == "add":
-            inside["zz"] = rng.choice(VALUES)
+            inside["zz"] = copy.deepcopy(rng.choice(VALUES))
         else:
             double = f"{rng.choice([k for k in tree])}: {{}}\n" if tree else ""
     return yaml.safe_dump(tree, allow_unicode=True) + double
