@@ -3,7 +3,7 @@ log-probabilities of the model's own forward, and what is saved opens as it was,
 refused with its reason.
 
 `python -m pytest -m slow tests/llama/test_families.py` asks all of them and compares the answers
-with the table of docs/your-model.md; two of them are among the fast tests.
+with the table of docs/your-model.md; three of them are among the fast tests.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM3": ("SmolLM3", {"pad_token_id": 4}),
     "GPT-NeoX": ("GPTNeoX", {"rotary_pct": 0.5}),
 }
-SAMPLE = ("Qwen2, Qwen2.5", "Granite")
+SAMPLE = ("Qwen2, Qwen2.5", "Granite", "Mixtral")
 QUESTIONS = ([5, 9, 40, 41, 70, 7], [8, 120], [30] * 11, [77, 12, 13])
 
 
@@ -162,7 +162,7 @@ def agrees(found: str, said: str) -> bool:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize("name", SAMPLE)
-def test_two_families_are_as_the_page_says(name: str, lora: bool, tmp_path: Path) -> None:
+def test_some_families_are_as_the_page_says(name: str, lora: bool, tmp_path: Path) -> None:
     assert agrees(outcome(name, tmp_path / "m", lora), table()[name])
 
 

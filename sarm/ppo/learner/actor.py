@@ -83,6 +83,19 @@ class Actor(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
 
+def linear_names(policy: Any) -> list[str]:
+    """What LoRA adapts: every projection but the head. Not `all-linear`, under which peft also
+    adapts the routers and joined experts of a mixture, which are no projections to merge into.
+    """
+    head = policy.get_output_embeddings()
+    found = {
+        name.rpartition(".")[2]
+        for name, module in policy.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    return sorted(found)
+
+
 def make_actor(
     policy: Any, ppo: PpoConfig, seed: int, fused: bool = False, checkpointed: int = 0
 ) -> Actor:
@@ -95,7 +108,9 @@ def make_actor(
         torch.manual_seed(seed)
         policy = get_peft_model(
             policy,
-            LoraConfig(r=ppo.lora.rank, lora_alpha=ppo.lora.alpha, target_modules="all-linear"),
+            LoraConfig(
+                r=ppo.lora.rank, lora_alpha=ppo.lora.alpha, target_modules=linear_names(policy)
+            ),
         )
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
