@@ -31,12 +31,12 @@ given = $(if $(filter command environment,$(firstword $(origin $1))),$(value $1)
 quoted = '$(subst ','\'',$1)'
 arg = $(call quoted,$(call given,$1))
 # Variables on the command line that are no variable of this file are overrides of the config, `ppo.steps=2`.
-KNOWN := PYTHON VENV CONFIG RUN UNIT CLUSTER DRY_RUN GPUS RUNS OUT DATA PYTEST_ARGS TORCH_INDEX KIND BASE SARM_IMAGES \
+KNOWN := PYTHON VENV CONFIG RUN UNIT CLUSTER DRY_RUN GPUS RUNS OUT DATA PATHS PYTEST_ARGS TORCH_INDEX KIND BASE SARM_IMAGES \
   ACCOUNTING SHELL MAKEFLAGS DEBIAN_MIRROR SLURM_CONF_EXTRA SARM_% HF_% PIP_% APPTAINER_% TMPDIR %_PROXY %_proxy
 OVERRIDES := $(filter-out $(KNOWN),$(foreach pair,$(MAKEOVERRIDES),$(if $(findstring =,$(pair)),$(if \
   $(filter command,$(firstword $(origin $(firstword $(subst =, ,$(pair)))))),$(firstword $(subst =, ,$(pair)))))))
 # make hands variables of its command line on to what it runs, and expands them for that.
-WORDS := CONFIG RUN UNIT CLUSTER RUNS OUT DATA GPUS DRY_RUN KIND BASE $(OVERRIDES)
+WORDS := CONFIG RUN UNIT CLUSTER RUNS OUT DATA PATHS GPUS DRY_RUN KIND BASE $(OVERRIDES)
 unexport $(WORDS)
 # A recipe's lines are each a shell's.
 define line_break
@@ -67,7 +67,7 @@ $(foreach goal,$(filter-out $(TAKING),$(or $(MAKECMDGOALS),help)),$(error make $
 endif
 endif
 
-.PHONY: help setup setup-light demo check-sarm probe-study test test-slow test-browser test-docs check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export serve-reward lock format clean login $(PHASES) $(SUBMIT)
+.PHONY: help setup setup-light demo check-sarm probe-study test test-slow test-browser test-docs check bench run status watch doctor verify cancel unlock sbatch submit-all compare plan train-sarm export serve-reward lock mutants format clean login $(PHASES) $(SUBMIT)
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
@@ -190,6 +190,10 @@ bench: setup  ## speed and memory, each a ratio against a named peer or a limit 
 	$(PY) benchmarks/probe.py $(if $(shell command -v nvidia-smi),,--d-sae 4608 --d-in 576 --k 64 --texts 64 --prompts 100 --permutations 20000)
 	$(PY) benchmarks/report.py
 
+mutants: setup  ## which one-line faults the tests let through: PATHS="sarm/ppo/losses.py", or a sample of 1,000 over all
+	@test -e $(VENV)/mutmut/.installed || { rm -rf $(VENV)/mutmut; $(PY) -m pip install -q --disable-pip-version-check --no-deps --require-hashes --target $(VENV)/mutmut -r requirements/mutants.lock; touch $(VENV)/mutmut/.installed; }
+	@$(PY) tests/mutants.py --mutmut $(VENV)/mutmut $(call listed,PATHS)
+
 lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
 	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve --extra dev -c requirements/constraints.txt --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu.lock
@@ -199,6 +203,7 @@ lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a fol
 	  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate -o requirements/cuda.lock
 	uv pip compile -q pyproject.toml --extra light --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/light.lock
 	uv pip compile -q pyproject.toml --extra light --extra report --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/report.lock
+	uv pip compile -q pyproject.toml --extra mutants -c requirements/cpu.lock --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/mutants.lock
 
 clean:  ## remove the environment and caches, never outputs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -633,8 +633,8 @@ def test_status_for_programs(site: Site, capsys: pytest.CaptureFixture[str]) -> 
     failed = units["probe", "shard-0003-of-0005"]
     assert (failed["state"], failed["kind"], failed["job"]) == ("FAILED", "failed", "103_1")
     assert units["fetch", "all"]["kind"] == "done" and units["fetch", "all"]["job"] is None
-    # 26.05 hours on four GPUs; planned: seven shards, cards and calibrate of 1 h, three evaluations
-    # of 2 h, 2 x 16 h
+    # 26.05 hours on four GPUs; planned: seven shards, cards and calibrate of 1 h, three
+    # evaluations of 2 h, 2 x 16 h
     assert found["gpu_hours"]["used"] == pytest.approx(4 * (26 * 3600 + 3 * 60 + 4) / 3600)
     assert found["gpu_hours"]["planned"] == 9 * 1 + 3 * 2 + 2 * 4 * 4
 
