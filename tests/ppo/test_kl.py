@@ -35,6 +35,12 @@ def test_kl_of_a_token_the_reference_almost_excludes_is_finite() -> None:
     assert kl_per_token(T([0.0, -300.0]), T([-300.0, 0.0]), "k3").isfinite().all()
 
 
+def test_log_ratios_are_cut_on_both_sides() -> None:
+    logprobs, ref = T([0.0, -30.0, -1.0]), T([-30.0, 0.0, -1.2])
+    assert kl_per_token(logprobs, ref, "k1", 5.0).tolist() == pytest.approx([5.0, -5.0, 0.2])
+    assert kl_per_token(logprobs, ref, "k1").tolist() == pytest.approx([20.0, -20.0, 0.2])
+
+
 def test_adaptive_kl_coefficient_by_hand() -> None:
     def after(kl: float, controller: Any = "adaptive") -> float:
         return next_kl_coef(0.05, kl, 64, controller, target=6.0, horizon=10_000)

@@ -54,12 +54,15 @@ def test_explained_variance_by_hand() -> None:
     values = T([[1.0, 2.0], [3.0, 2.0]])  # errors 0, 0, 0, 2: variance 0.75; returns: 1.25
     assert o.explained_variance(values, returns, mask) == pytest.approx(0.4)
     assert math.isnan(o.explained_variance(values, torch.ones(2, 2), mask))
+    # of the first row alone: errors 0, 0.2: variance 0.01; returns: 0.04
+    first, small = T([[True, True], [False, False]]), T([[0.1, 0.5], [9.0, -9.0]])
+    assert o.explained_variance(T([[0.1, 0.3], [0.0, 5.0]]), small, first) == pytest.approx(0.75)
 
 
-def rates(schedule: Any, warmup: int = 0, steps: int = 5) -> list[float]:
+def rates(schedule: Any, warmup: int | None = None, steps: int = 5) -> list[float]:
+    given = {} if warmup is None else {"warmup_steps": warmup}
     return [
-        o.learning_rate(s, steps=steps, peak=1.0, schedule=schedule, warmup_steps=warmup)
-        for s in range(steps)
+        o.learning_rate(s, steps=steps, peak=1.0, schedule=schedule, **given) for s in range(steps)
     ]
 
 
@@ -70,6 +73,9 @@ def test_learning_rates_by_hand() -> None:
     assert rates("cosine", steps=4) == pytest.approx(
         [1.0, 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4]
     )
+    assert rates("linear", warmup=1, steps=2) == [0.5, 1.0]
+    # beyond the last step, as where a run goes on: no lower than 0
+    assert o.learning_rate(1, steps=1, peak=1.0, schedule="linear") == 0.0
     assert rates("linear", warmup=9) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
@@ -89,5 +95,5 @@ def test_running_sd_is_one_until_values_differ_and_scaled_rewards_are_cut() -> N
         == o.RunningSd().updated(T([3.0, 3.0])).sd
         == 1.0
     )
-    assert o.scaled_rewards(T([1.0, -30.0]), 2.0, 10.0).tolist() == [0.5, -10.0]
+    assert o.scaled_rewards(T([1.0, -30.0, 24.0]), 2.0, 10.0).tolist() == [0.5, -10.0, 10.0]
     assert o.scaled_rewards(T([1.0, -30.0]), 2.0, None).tolist() == [0.5, -15.0]
