@@ -404,7 +404,7 @@ def test_share_group_lets_a_colleague_read_results_and_nothing_that_is_run(
             assert mode & 0o040 and path.suffix not in (".pkl", ".py", ".sh", ".pt", ".so"), path
     # the folders above, which are the site's
     for folder in (STATE / "home", RUNS):
-        inside("chmod", "o+x", str(folder))
+        inside("chmod", "g+x", str(folder))
     inside("useradd", "--no-create-home", "--groups", "sarm", "colleague", root=True)
     try:
         colleague = ["setpriv", "--reuid=colleague", "--regid=colleague", "--init-groups"]
@@ -417,4 +417,4 @@ def test_share_group_lets_a_colleague_read_results_and_nothing_that_is_run(
     finally:
         inside("userdel", "colleague", root=True)
         for folder in (STATE / "home", RUNS):
-            inside("chmod", "o-x", str(folder))
+            inside("chmod", "g-x", str(folder))
