@@ -228,7 +228,9 @@ def test_what_waits_when_the_scoring_process_dies_is_scored_by_the_next(server: 
         assert asked.result().status_code == 200
 
 
-def test_no_log_holds_a_token_or_a_text(server: Server) -> None:
+def test_no_log_holds_a_token_or_a_text(tiny_policy: Path, tiny_sarm: Path, tmp_path: Path) -> None:
+    # of its own: one that has refused much in this minute logs no more of it
+    server = Server(tmp_path, settings(tiny_policy, tiny_sarm), TOKEN)
     for path, content in (
         ("/score", json.dumps({"items": [{"prompt": SECRET, "response": 1}]})),
         ("/score", json.dumps({"items": [{"prompt": SECRET + "\x00", "response": SECRET}]})),
@@ -250,6 +252,7 @@ def test_no_log_holds_a_token_or_a_text(server: Server) -> None:
     assert SECRET not in metrics and TOKEN not in metrics
     worker = Path(f"/proc/{server.worker()}/environ").read_bytes()
     assert TOKEN.encode() not in worker
+    assert server.stop() == 0
 
 
 def test_asked_to_stop_it_ends_what_is_under_way(
