@@ -30,6 +30,7 @@ PATIENCE_S = 900.0
 VOLATILE = {
     "date",
     "provenance",
+    "cost",
     "phases",
     "sources",
     "outputs",
