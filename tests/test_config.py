@@ -265,16 +265,16 @@ def test_overrides_reach_sections_that_the_file_leaves_out() -> None:
         "ppo.steps=7",
         "ppo.lora=null",
         "ppo.arms=[penalty]",
-        "hardware=some/machine",
+        "seed_report=some/figures",
         'policy.revision="1e5"',
     )
-    assert (made.ppo.steps, made.ppo.lora, made.ppo.arms, made.hardware, made.policy.revision) == (
-        7,
-        None,
-        ("penalty",),
-        "some/machine",
-        "1e5",
-    )
+    assert (
+        made.ppo.steps,
+        made.ppo.lora,
+        made.ppo.arms,
+        made.seed_report,
+        made.policy.revision,
+    ) == (7, None, ("penalty",), "some/figures", "1e5")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_the_hash_depends_on_values_alone() -> None:
             "ppo.steps=99",
             "data.salt=x",
             "ppo.arms=[no_penalty, penalty, random]",
-            "hardware=mine",
+            "seed_report=mine",
         )
     }
     assert len(seen) == 6
@@ -457,7 +457,6 @@ def test_every_key_is_read_by_a_phase_or_says_which_units_there_are() -> None:
         for key in leaves(load_config(ROOT / "configs" / name).model_dump(mode="json")):
             readers = [phase for phase in READS if phase != "report" and is_read(phase, key)]
             shown = (
-                "hardware",
                 "verdict.",
                 "ppo.seeds",
                 "evaluate.arms",

@@ -30,6 +30,8 @@ RENAMED = {
 have; so too the values below.
 """
 RENAMED_VALUES = {"ppo.penalty.kind": {"count": "threshold"}}
+REMOVED = ("hardware",)
+"""Keys that nothing reads any more; the config of a stored run may have them."""
 
 
 def under_todays_names(tree: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def under_todays_names(tree: dict[str, Any]) -> dict[str, Any]:
         section, leaf = _section_of(tree, dotted), dotted.rpartition(".")[2]
         if section is not None and section.get(leaf) in values:
             section[leaf] = values[section[leaf]]
-    return tree
+    return {key: value for key, value in tree.items() if key not in REMOVED}
 
 
 def _section_of(tree: Any, dotted: str) -> dict[str, Any] | None:

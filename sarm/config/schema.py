@@ -79,8 +79,6 @@ class Config(Strict):
     """The figures of an earlier report, relative to the checkout: the report sets this run's beside
     them.
     """
-    hardware: str = ""
-    """What the run is planned for, as a note; the report shows what the jobs ran on."""
 
     @property
     def sha256(self) -> str:
