@@ -88,12 +88,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "mutants")
     parser.add_argument("--mutmut", type=Path, required=True, help="the folder it is installed in")
     args = parser.parse_args()
-    covered = sorted(
-        file.relative_to(ROOT).as_posix()
-        for pattern in COVERED
-        for file in ROOT.glob(pattern)
-        if file.name not in LEFT_OUT
-    )
+    covered = covered_files()
     paths = args.paths or covered
     if missing := [path for path in paths if not (ROOT / path).is_file()]:
         sys.exit(
@@ -111,17 +106,26 @@ def main() -> int:
     return judged(found)
 
 
+def covered_files() -> list[str]:
+    return sorted(
+        file.relative_to(ROOT).as_posix()
+        for pattern in COVERED
+        for file in ROOT.glob(pattern)
+        if file.name not in LEFT_OUT
+    )
+
+
 def prepared(work: Path, path: str) -> Path:
     """A copy of the checkout as it is, set up for faults in this file."""
     folder = work / path.removesuffix(".py").replace("/", ".")
-    listed = subprocess.run(
+    tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
     ).stdout.split("\n")
-    files = [name for name in listed if name and (ROOT / name).is_file()]
+    files = [name for name in tracked if name and (ROOT / name).is_file()]
     for name in files:
         source, target = ROOT / name, folder / name
         if name == "pyproject.toml":
@@ -150,18 +154,17 @@ def prepared(work: Path, path: str) -> Path:
 
 def tests_of(path: str) -> list[str]:
     """The test files that import the module: of the folder that mirrors its own where there are
-    such, otherwise of all.
+    such, otherwise of all; where none does, that folder's, which reach it through others.
     """
     module = path.removesuffix(".py").replace("/", ".")
+    mirrored = ROOT / "tests" / Path(path).parent.as_posix().removeprefix("sarm").lstrip("/")
     files = [
         file
         for file in sorted((ROOT / "tests").rglob("test_*.py"))
         if "cluster" not in file.parts and module in imported(file)
     ]
-    mirrored = ROOT / "tests" / Path(*Path(path).parent.parts[1:] or Path(path).parent.parts)
-    chosen = [file for file in files if file.parent == mirrored] or files
-    if not chosen:
-        sys.exit(f"error: no test file imports {module}; write one")
+    near = [file for file in files if file.parent == mirrored]
+    chosen = near or files or sorted(mirrored.glob("test_*.py"))
     return [file.relative_to(ROOT).as_posix() for file in chosen]
 
 
@@ -247,8 +250,7 @@ def survivor(name: str, shown: str) -> Survivor:
 
 def judged(found: Sequence[Tried]) -> int:
     """Prints what is wrong; the exit code."""
-    listed = yaml.safe_load(LISTED.read_text(encoding="utf-8")) or []
-    reasons = {Survivor(e["function"], e["line"], e["becomes"]): e["why"] for e in listed}
+    reasons = listed()
     unlisted = [s for one in found for s in one.survivors if s not in reasons]
     for s in unlisted:
         print(f"survived: {s.function}\n  - {s.line}\n  + {s.becomes}")
@@ -256,6 +258,12 @@ def judged(found: Sequence[Tried]) -> int:
     for s in stale:
         print(f"error: {LISTED.name} lists a line that {s.function} no longer has: {s.line}")
     return 1 if unlisted or stale else 0
+
+
+def listed() -> dict[Survivor, str]:
+    """Why each fault of `tests/mutants.yaml` changes nothing."""
+    entries = yaml.safe_load(LISTED.read_text(encoding="utf-8")) or []
+    return {Survivor(e["function"], e["line"], e["becomes"]): e["why"] for e in entries}
 
 
 def stands(entry: Survivor) -> bool:
