@@ -54,6 +54,14 @@ class Round(NamedTuple):
         return self.offline_s / self.seconds
 
 
+def first_number(pattern: str, text: str) -> int:
+    """Raises RuntimeError where the server said something else."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no {pattern} in what the server said: {text!r}")
+    return int(found[1])
+
+
 def conversations() -> list[list[dict[str, str]]]:
     """One answer to every prompt that ships: no two share a prompt, which would be computed once
     where both fall into one batch.
@@ -99,7 +107,7 @@ class Clients:
                 + body
             )
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-            length = int(re.search(r"content-length: (\d+)", head)[1])  # type: ignore[index]
+            length = first_number(r"content-length: (\d+)", head)
             answer = json.loads(await reader.readexactly(length))
             status = int(head.split()[1])
             reward = answer["rewards"][0] if status == 200 else float("nan")
@@ -124,7 +132,7 @@ class Served:
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
         print(said.strip(), flush=True)
-        self.port = int(re.search(r":(\d+) serves", said)[1])  # type: ignore[index]
+        self.port = first_number(r":(\d+) serves", said)
 
     def cpu_s(self) -> float:
         pid = self.process.pid

@@ -17,7 +17,7 @@ from sarm.threads import bound_threads
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 where the unit is done, 2 where the user can mend it (one sentence), 1 on a defect
+    """0 where the unit is done, 2 where the user can fix it (one sentence), 1 on a defect
     (traceback).
     """
     bound_threads(os.environ)

@@ -29,8 +29,8 @@ REMEDIES = {
 """By what rung 0 lacked."""
 NEXT = {
     "degenerate": "read the responses, then train with a smaller penalty or a larger `ppo.kl_coef`",
-    "suppression": "add safe prompts to training (`ppo.safe_share`), or mend the reward model's"
-    " preference for refusals",
+    "suppression": "add safe prompts to training (`ppo.safe_share`), or use a reward model"
+    " that prefers refusals less",
     "rose": "read the responses that fire, and whether the reward pays for these latents",
     "no effect": "raise `ppo.penalty.alpha`, or penalise latents that vary more within prompts",
     "undecided": "evaluate on more prompts and seeds, until the minimum detectable effect is a"

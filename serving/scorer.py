@@ -151,7 +151,7 @@ def refuse_control_characters(prompt: str | Sequence[Message], where: str) -> No
         if found := CONTROL.search(text):
             raise Refused(
                 422,
-                f"the prompt of {where} holds the control character U+{ord(found[0]):04X}; mend the"
+                f"the prompt of {where} holds the control character U+{ord(found[0]):04X}; fix the"
                 " data that it comes from",
             )
 
