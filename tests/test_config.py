@@ -326,6 +326,14 @@ def test_the_hash_depends_on_values_alone() -> None:
     assert len(seen) == 6
 
 
+def test_a_key_that_is_gone_is_refused_but_in_a_stored_run(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(config_yaml(config("seed=3")) + "hardware: 4x H100\n", encoding="utf-8")
+    assert load_config(file, stored=True) == config("seed=3")
+    with pytest.raises(UserError, match="unknown key hardware"):
+        load_config(file)
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config().seed = 1  # type: ignore[misc]
