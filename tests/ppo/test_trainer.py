@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 
-from sarm.config import UserError
+from sarm.config import ROOT, UserError
 from sarm.data.conversations import prompt_ids
 from sarm.data.datasets import Prompt
 from sarm.data.endings import Ending
@@ -163,6 +165,17 @@ def test_place(env: dict[str, str], expected: tuple[int, int, int]) -> None:
 def test_ranks_that_cannot_meet_are_told(given: dict[str, str]) -> None:
     with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT"):
         place({"RANK": "0", "WORLD_SIZE": "2", **given})
+
+
+def test_the_torchrun_of_the_docs_takes_the_phases_words_for_the_phases() -> None:
+    """Without `--` it reads `--run` as its own `--run-path`."""
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^torchrun (.*)$", text, re.MULTILINE)
+    words = shlex.split(line)
+    given = get_args_parser().parse_args(words)
+    assert given.module and not given.run_path and given.training_script == "jobs"
+    assert given.training_script_args == words[words.index("jobs") + 1 :]
+    assert "--run" in given.training_script_args
 
 
 # --- gradients
