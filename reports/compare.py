@@ -20,7 +20,7 @@ import pandas as pd
 from reports.blocks import Block, Items, Prose, Table, lines
 from reports.comparable import MAX_SHOWN, Compared, opened, refuse_incomparable
 from reports.distances import compared_words
-from reports.numbers import MEASURES, arm_name, duration, fixed, interval, plain
+from reports.numbers import MEASURES, arm_name, duration, fixed, interval, percentage, plain
 from reports.page import render
 from reports.plots import ABOVE, OTHER, STYLES, TRAINING, Plot, figure
 from reports.text import RULE, section
@@ -149,8 +149,7 @@ def changes(runs: Sequence[Compared]) -> list[Block]:
 
 def _points(change: dict[str, Any]) -> list[str]:
     value = {
-        m: None if change[m] is None else 100 * change[m]
-        for m in ("before", "after", "change", "low", "high", "detectable")
+        m: percentage(change[m]) for m in ("before", "after", "change", "low", "high", "detectable")
     }
     numbers = [
         fixed(value["before"], 1),

@@ -94,6 +94,12 @@ def interval(low: float | None, high: float | None, digits: int) -> str:
     )
 
 
+def clipped(change: dict[str, Any]) -> bool:
+    """Whether a corrected rate lay outside 0 to 1, so that the change is not after minus before."""
+    gap = change["after"] - change["before"] - change["change"]
+    return change["measure"] in ("refused", "over_refused") and abs(gap) > 1e-9
+
+
 def digits(change: dict[str, Any]) -> int:
     """Decimals of a measure of `MEASURES`."""
     return 1 if change["measure"] == "n_tokens" else 3
@@ -136,4 +142,4 @@ def duration(seconds: float | None) -> str:
 
 def percentage(share: float | None) -> float | None:
     """A share in per cent, None for what is not known."""
-    return None if share is None else 100 * share
+    return None if share is None or math.isnan(share) else 100 * share
