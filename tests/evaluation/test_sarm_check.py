@@ -276,7 +276,7 @@ def found(subset: str, score: float, prompts: int = 450) -> Found:
     benchmark = Benchmark(
         label=subset, format="rewardbench2", subset=subset, prompts=prompts, best_of_n=score
     )
-    return Found(benchmark, math.nan, True)
+    return Found(benchmark, math.nan)
 
 
 PUBLISHED = SarmCard(
