@@ -147,9 +147,11 @@ class Pool:
         deaths = 0
         while not self._stopping:
             if deaths:
-                await asyncio.sleep(min(2.0 ** (deaths - 1), 30.0) - 0.9)
-            reader = await self._begin()
-            was_ready, failed = await self._listen(reader)
+                await asyncio.sleep(2.0 ** (deaths - 1) - 0.9)
+            try:
+                was_ready, failed = await self._listen(await self._begin())
+            except OSError as error:  # such as no memory or file left for another process
+                was_ready, failed = False, f"no process can be started: {error.strerror or error}"
             self.ready = None
             code = await self._end()
             deaths = 1 if was_ready else deaths + 1
@@ -179,7 +181,7 @@ class Pool:
                 start_new_session=True,
             )
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=LINE_BYTES)
-        self._write(json.dumps(self.begin).encode() + b"\n")
+        self._writer.write(json.dumps(self.begin).encode() + b"\n")
         return reader
 
     async def _listen(self, reader: asyncio.StreamReader) -> tuple[bool, str]:
@@ -236,7 +238,7 @@ class Pool:
 
     def _write(self, line: bytes) -> None:
         """Jobs only once it is ready: then all that wait are sent."""
-        if self._writer is not None and (self.ready is not None or line.startswith(b'{"config"')):
+        if self._writer is not None and self.ready is not None:
             self._writer.write(line)
 
     def _kill(self) -> None:

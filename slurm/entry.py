@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -242,13 +243,18 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "WORLD_SIZE": env["SLURM_NTASKS"],
         "MASTER_ADDR": host,
-        # Jobs that share a node must not meet on one port; a requeued job's old ranks must not be
-        # met either. Below 32768, where Linux begins to give ports to outgoing connections.
-        "MASTER_PORT": str(
-            20000
-            + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", "0"))) % 12000
-        ),
+        "MASTER_PORT": str(rendezvous_port(env)),
     }
+
+
+def rendezvous_port(env: Mapping[str, str]) -> int:
+    """Jobs that share a node must not meet on one port, nor those of two clusters that share hosts
+    and count their jobs alike, nor a requeued job its old ranks. Below 32768, where Linux begins to
+    give ports to outgoing connections.
+    """
+    job, restarts = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_RESTART_COUNT", "0"))
+    cluster = zlib.crc32(env.get("SLURM_CLUSTER_NAME", "").encode())
+    return 20000 + (cluster + job * 7 + restarts) % 12000
 
 
 def first_host(nodes: str) -> str:

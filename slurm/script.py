@@ -27,6 +27,11 @@ FORGET_ALLOCATION = (
 for this job's; it gets its own on its command line.
 """
 
+IN_CHECKOUT = (
+    'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
+    '[ -e slurm/entry.py ] || { echo "$PWD is not the checkout; submit from there" >&2; exit 2; }',
+)
+"""A stand-alone script begins where it was submitted."""
 BY_HAND = '"$RUN"/submissions/by-hand'
 """Where a job of a stand-alone script, which has no submission, keeps what a submission's folder
 holds.
@@ -282,11 +287,7 @@ def script(profile: Profile, phase: Phase, cluster: str) -> str:
             lines.append(sbatch_line(flag, value))
     lines += [
         "",
-        'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
-        (
-            '[ -e slurm/entry.py ] || { echo "$PWD is not the checkout; submit from there" >&2;'
-            " exit 2; }"
-        ),
+        *IN_CHECKOUT,
         (
             ': "${CONFIG:?give --export=ALL,CONFIG=...,RUN=...}" "${RUN:?give'
             ' --export=ALL,CONFIG=...,RUN=...}"'

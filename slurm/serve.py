@@ -10,6 +10,7 @@ from sarm.config import Phase
 from slurm.profile import Profile, flags, resources
 from slurm.script import (
     FORGET_ALLOCATION,
+    IN_CHECKOUT,
     image_lines,
     sbatch_line,
     srun_args,
@@ -46,7 +47,7 @@ def serve_script(profile: Profile, cluster: str) -> str:
         "#SBATCH --output=%x-%j.log",
         *(sbatch_line(flag, value) for flag, value in mine.items() if flag != "export"),
         "",
-        'cd "${SLURM_SUBMIT_DIR:?submit from the checkout}"',
+        *IN_CHECKOUT,
         ': "${RUN:?give --export=ALL,RUN=... or --export=ALL,CONFIG=...,RUN=...}"',
         '(umask 077; mkdir -p "$RUN"/serving)',
         umask_line(profile),

@@ -247,6 +247,7 @@ def on(cluster: str) -> dict[str, str]:
 
 @needs_accounting
 def test_two_clusters_whose_ids_are_the_same(emptied: None, second_cluster: None) -> None:
+    dev = inside("bash", "-c", "sed -n s/^ClusterName=//p /etc/slurm/slurm.conf").stdout.strip()
     here, there = pending("here"), pending("there", clusters="gpu")
     said = inside(
         *["env", "SLURM_CLUSTERS=gpu", "python", "-m", "slurm.doctor"],
@@ -257,15 +258,15 @@ def test_two_clusters_whose_ids_are_the_same(emptied: None, second_cluster: None
     here.send()
     there.send()
     assert set(here.jobs.values()) & set(there.jobs.values()), "ids are not the same"
-    assert set(on("dev").values()) == set(on("gpu").values()) == {"PENDING"}
-    for run, other in ((here, "gpu"), (there, "dev")):
+    assert set(on(dev).values()) == set(on("gpu").values()) == {"PENDING"}
+    for run, other in ((here, "gpu"), (there, dev)):
         words = ["env", f"SLURM_CLUSTERS={other}", "make", "status", f"RUN={run.path}"]
         assert inside(*words).stdout.count("pending") > 10
-    before = on("dev")
-    words = ["env", "SLURM_CLUSTERS=dev", "make", "cancel", f"RUN={there.path}"]
+    before = on(dev)
+    words = ["env", f"SLURM_CLUSTERS={dev}", "make", "cancel", f"RUN={there.path}"]
     assert inside(*words).stdout.startswith("cancelled ")
     until("an empty queue", lambda: not on("gpu"))
-    assert on("dev") == before, "the run on the other cluster is touched"
+    assert on(dev) == before, "the run on the other cluster is touched"
     there.send()
     here.make("cancel")
     assert len(on("gpu")) == len(there.jobs)

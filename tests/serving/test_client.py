@@ -176,3 +176,15 @@ def test_a_busy_server_is_asked_again(client: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(client._DIRECT, "open", opened)
     monkeypatch.setattr(client.time, "sleep", lambda s: None)
     assert client.ask("/score", {}) == {"rewards": [1.0]} and asked == [0, 1, 2]
+
+
+def test_a_server_that_restarts_is_waited_for_about_two_minutes(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waits of 1, 2, 4, 8, 16 and four times 30 s, each shortened by chance to half at most."""
+    waits: list[float] = []
+    monkeypatch.setattr(client.time, "sleep", waits.append)
+    monkeypatch.setattr(client.random, "uniform", lambda low, high: (low + high) / 2)
+    with pytest.raises(client.ServerRefused, match="does not answer"):
+        client.ask("/score", {}, url="http://127.0.0.1:9")
+    assert sum(waits) == 0.75 * 151

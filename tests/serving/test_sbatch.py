@@ -45,9 +45,12 @@ def test_the_job_makes_a_token_and_serves_the_run(given: str, tmp_path: Path) ->
     }
     if given:
         env |= {"SARM_REWARD_TOKEN": given, "CONFIG": "c.yaml"}
-    done = subprocess.run(
-        ["bash"], input=serve_script(profile, "generic"), text=True, capture_output=True, env=env
-    )
+    text = serve_script(profile, "generic")
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
+    assert done.returncode == 2 and f"{tmp_path} is not the checkout" in done.stderr
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "entry.py").touch()
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
     assert done.returncode == 7, done.stderr
     words = (tmp_path / "arguments").read_text().splitlines()
     at = words.index("serving")

@@ -1,13 +1,19 @@
-"""Which jobs are scored together, and what becomes of the others when one cannot be scored."""
+"""Which jobs are scored together, and what becomes of the others when one cannot be scored, or when
+no scoring process can be started.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import queue
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from sarm.config import UserError
+from serving.pool import GaveUp, Pool
 from serving.protocol import Refused
 from serving.worker import Waiting, first_that_fit, refusal, scored, work
 
@@ -100,3 +106,18 @@ def test_what_nobody_foresaw_is_logged_without_its_message(capfd: Any) -> None:
     said = capfd.readouterr().err
     assert told["status"] == 500 and SECRET not in told["sentence"] + said
     assert "RuntimeError at" in said and "test_worker.py" in said
+
+
+def test_where_no_process_can_be_started_serving_ends_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def none_left(*words: Any, **how: Any) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", none_left)
+
+    async def start() -> None:
+        await asyncio.wait_for(Pool({}, max_queue=1, timeout_s=1.0).start(), 30)
+
+    with pytest.raises(GaveUp, match="no process can be started: Cannot allocate memory"):
+        asyncio.run(start())

@@ -355,6 +355,15 @@ def test_ranks_of_a_requeued_job_meet_at_another_port() -> None:
     assert "CUDA_VISIBLE_DEVICES" not in first, "every rank sees all GPUs"
 
 
+def test_jobs_of_one_id_on_two_clusters_that_share_hosts_meet_at_two_ports() -> None:
+    ports = {
+        entry.rendezvous_port({"SLURM_JOB_ID": job, "SLURM_CLUSTER_NAME": cluster})
+        for job in ("7", "8")
+        for cluster in ("dev16800", "dev17000", "gpu")
+    }
+    assert len(ports) == 6
+
+
 def test_the_lock_refuses_a_live_owner_and_takes_over_from_a_dead_one(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     with (
