@@ -94,10 +94,20 @@ def interval(low: float | None, high: float | None, digits: int) -> str:
     )
 
 
-def clipped(change: dict[str, Any]) -> bool:
+def cut_off(change: dict[str, Any]) -> bool:
     """Whether a corrected rate lay outside 0 to 1, so that the change is not after minus before."""
-    gap = change["after"] - change["before"] - change["change"]
-    return change["measure"] in ("refused", "over_refused") and abs(gap) > 1e-9
+    before, after, value = (change[m] for m in ("before", "after", "change"))
+    if change["measure"] not in ("refused", "over_refused") or None in (before, after, value):
+        return False
+    return abs(after - before - value) > 1e-9
+
+
+CORRECTED = (
+    "Refusal rates here are corrected for the detector's errors, so they are not the counted ones."
+    " A corrected rate outside 0 to 1 is shown as 0 or 1; changes are of the rates before that, so"
+    " that some are not after minus before."
+)
+"""Said beneath a table with a rate that is `cut_off`."""
 
 
 def digits(change: dict[str, Any]) -> int:

@@ -22,7 +22,7 @@ from reports.distances import compared_words
 from reports.findings import NOT_RUN, finding
 from reports.frames import Frames
 from reports.ladder import drawn
-from reports.numbers import clipped, fixed, interval, percentage
+from reports.numbers import cut_off, fixed, interval, percentage
 from reports.origins import CHANGES, count_of
 from reports.plots import PLOTS, Plot
 from reports.policy_sections import verdict_figures
@@ -177,7 +177,7 @@ def _headline(
         "value": fixed(percentage(change["change"]), 1, sign=True),
         "interval": interval(percentage(low), percentage(high), 1),
         "from_to": f"{fixed(change['before'], 3)} to {fixed(change['after'], 3)}"
-        + (", cut off at 0 and 1" if clipped(change) else ""),
+        + (", cut off at 0 and 1" if cut_off(change) else ""),
         "n": count_of(change),
         "origin": f"{CHANGES['change']}; {count_of(change)}",
         "detectable": fixed(percentage(change["detectable"]), 1),

@@ -9,9 +9,10 @@ from typing import Any
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.distances import compared_words
 from reports.numbers import (
+    CORRECTED,
     MEASURES,
     arm_name,
-    clipped,
+    cut_off,
     digits,
     duration,
     fixed,
@@ -227,14 +228,8 @@ def changes(figures: dict[str, Any]) -> list[Block]:
             unknown=UNKNOWN,
         ),
     ]
-    if any(clipped(c) for c in rows):
-        blocks.append(
-            Prose(
-                "Refusal rates here are corrected for the detector's errors, so they are not the"
-                " counted ones above. A corrected rate outside 0 to 1 is shown as 0 or 1; changes"
-                " are of the rates before that, so that some are not after minus before."
-            )
-        )
+    if any(cut_off(c) for c in rows):
+        blocks.append(Prose(CORRECTED))
     if any(c["arm"] == "penalty - random" for c in rows):
         blocks.append(
             Prose("In the row `vs. random`, before is the random arm and after the penalty arm.")
