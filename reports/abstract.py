@@ -66,7 +66,7 @@ def abstract(figures: Mapping[str, Any], rule: VerdictConfig) -> list[dict[str, 
         {"name": "Question", "said": question(figures)},
         {"name": "Set-up", "said": set_up(figures)},
         {"name": "Result", "said": result(figures["verdict"])},
-        {"name": "Trust", "said": trust(figures)},
+        {"name": "Trust", "said": trust(figures, rule)},
         {"name": "Next", "said": next_step(figures, rule)},
     ]
 
@@ -171,16 +171,16 @@ def points_words(change: Mapping[str, Any]) -> str:
     return f"{value} points, 95 % CI {low} to {high}"
 
 
-def trust(figures: Mapping[str, Any]) -> str:
+def trust(figures: Mapping[str, Any], rule: VerdictConfig) -> str:
     """The instrument, the seeds and the size; and what is missing."""
     verdict = figures["verdict"]
-    parts = [instrument(figures["readings"], verdict["gaps"]), size(target(verdict))]
+    parts = [instrument(figures["readings"], verdict["gaps"], rule), size(target(verdict))]
     if n := len(figures["failures"]):
         parts.append(f"{n} part{'s' * (n > 1)} of the run failed or never ran")
     return "; ".join(parts) + "."
 
 
-def instrument(readings: Mapping[str, Any] | None, gaps: Sequence[str]) -> str:
+def instrument(readings: Mapping[str, Any] | None, gaps: Sequence[str], rule: VerdictConfig) -> str:
     if readings is None:
         return "Whether the SARM reads the policy's responses was not measured"
     kappa, control = readings["kappa"], readings["positive_control"]["penalised"]
@@ -194,12 +194,27 @@ def instrument(readings: Mapping[str, Any] | None, gaps: Sequence[str]) -> str:
             f" {100 * control['high']:.0f}"
         ),
     ]
+    if readings["unended"] > rule.max_unended:
+        measured.insert(0, f"{readings['unended']:.0%} of the base policy's responses unended")
     doubted = readings["unreadable"] or {"unended", "stability", "control"} & set(gaps)
     shown = "is not shown to read" if doubted else "reads"
     return (
         f"The SARM {shown} the policies' responses"
         f"{'' if doubted else ', as far as calibration can tell'} ({', '.join(measured)})"
     )
+
+
+def doubts(readings: Mapping[str, Any] | None, rule: VerdictConfig) -> list[str]:
+    """What calibration found wanting before training, as keys of `REMEDIES`."""
+    if readings is None:
+        return []
+    kappa, control = readings["kappa"], readings["positive_control"]["penalised"]
+    wanting = {
+        "unended": readings["unended"] > rule.max_unended,
+        "stability": kappa is not None and kappa < rule.min_kappa,
+        "control": control is not None and not control["low"] > 0,
+    }
+    return [name for name, failed in wanting.items() if failed]
 
 
 def size(found: Mapping[str, Any] | None) -> str:
@@ -222,6 +237,9 @@ def size(found: Mapping[str, Any] | None) -> str:
 
 def next_step(figures: Mapping[str, Any], rule: VerdictConfig) -> str:
     verdict = figures["verdict"]
-    told = [REMEDIES[gap] for gap in verdict["gaps"]] if verdict["rung"] == 0 else []
+    gaps = verdict["gaps"] if verdict["rung"] == 0 else ()
+    # What the base policy's own responses fail in would end the next run's ladder at rung 0 too.
+    more = doubts(figures.get("readings"), rule) if gaps else []
+    told = [REMEDIES[gap] for gap in dict.fromkeys((*gaps, *more))]
     text = "; ".join(told or [NEXT[verdict["word"]]]).format(**rule.model_dump())
     return f"{text[:1].upper()}{text[1:]}."

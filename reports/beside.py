@@ -17,9 +17,10 @@ def opened(figures: dict[str, Any]) -> list[Block]:
             if figures["has_card"]
             else [Prose("Not run; set check_sarm.card to the card.json of this SARM.")]
         )
+    card = (found["source"] or "").partition(": ")[0]  # what follows says how it came to be
     words = {
-        "as published": f"The SARM does what {found['source']} says of it.",
-        "off": f"The SARM does NOT do what {found['source']} says of it.",
+        "as published": f"Every figure compared is within its tolerance of what {card} says.",
+        "off": f"The SARM does NOT do what {card} says of it.",
         "nothing to compare": "No data source holds what the card's figures are of.",
         "no card": "The SARM has no card.json to compare with.",
         "measured": "Measured without a card to compare with.",

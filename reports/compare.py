@@ -20,7 +20,17 @@ import pandas as pd
 from reports.blocks import Block, Items, Prose, Table, lines
 from reports.comparable import MAX_SHOWN, Compared, opened, refuse_incomparable
 from reports.distances import compared_words
-from reports.numbers import MEASURES, arm_name, duration, fixed, interval, plain
+from reports.numbers import (
+    CORRECTED,
+    MEASURES,
+    arm_name,
+    cut_off,
+    duration,
+    fixed,
+    interval,
+    percentage,
+    plain,
+)
 from reports.page import render
 from reports.plots import ABOVE, OTHER, STYLES, TRAINING, Plot, figure
 from reports.text import RULE, section
@@ -144,13 +154,14 @@ def changes(runs: Sequence[Compared]) -> list[Block]:
                     title=f"{name.capitalize()}, in points:",
                 )
             )
+        if any(cut_off(c) for _, c in mine):
+            tables.append(Prose(CORRECTED))
     return tables or [Prose("not available: no run has a penalty and a no-penalty arm")]
 
 
 def _points(change: dict[str, Any]) -> list[str]:
     value = {
-        m: None if change[m] is None else 100 * change[m]
-        for m in ("before", "after", "change", "low", "high", "detectable")
+        m: percentage(change[m]) for m in ("before", "after", "change", "low", "high", "detectable")
     }
     numbers = [
         fixed(value["before"], 1),

@@ -94,6 +94,22 @@ def interval(low: float | None, high: float | None, digits: int) -> str:
     )
 
 
+def cut_off(change: dict[str, Any]) -> bool:
+    """Whether a corrected rate lay outside 0 to 1, so that the change is not after minus before."""
+    before, after, value = (change[m] for m in ("before", "after", "change"))
+    if change["measure"] not in ("refused", "over_refused") or None in (before, after, value):
+        return False
+    return abs(after - before - value) > 1e-9
+
+
+CORRECTED = (
+    "Refusal rates here are corrected for the detector's errors, so they are not the counted ones."
+    " A corrected rate outside 0 to 1 is shown as 0 or 1; changes are of the rates before that, so"
+    " that some are not after minus before."
+)
+"""Said beneath a table with a rate that is `cut_off`."""
+
+
 def digits(change: dict[str, Any]) -> int:
     """Decimals of a measure of `MEASURES`."""
     return 1 if change["measure"] == "n_tokens" else 3
@@ -136,4 +152,4 @@ def duration(seconds: float | None) -> str:
 
 def percentage(share: float | None) -> float | None:
     """A share in per cent, None for what is not known."""
-    return None if share is None else 100 * share
+    return None if share is None or math.isnan(share) else 100 * share

@@ -22,7 +22,7 @@ from reports.distances import compared_words
 from reports.findings import NOT_RUN, finding
 from reports.frames import Frames
 from reports.ladder import drawn
-from reports.numbers import fixed, interval, percentage
+from reports.numbers import cut_off, fixed, interval, percentage
 from reports.origins import CHANGES, count_of
 from reports.plots import PLOTS, Plot
 from reports.policy_sections import verdict_figures
@@ -176,7 +176,8 @@ def _headline(
         "large": known and (low > 0 or high < 0) and not verdict["gaps"],
         "value": fixed(percentage(change["change"]), 1, sign=True),
         "interval": interval(percentage(low), percentage(high), 1),
-        "from_to": f"{fixed(change['before'], 3)} to {fixed(change['after'], 3)}",
+        "from_to": f"{fixed(change['before'], 3)} to {fixed(change['after'], 3)}"
+        + (", cut off at 0 and 1" if cut_off(change) else ""),
         "n": count_of(change),
         "origin": f"{CHANGES['change']}; {count_of(change)}",
         "detectable": fixed(percentage(change["detectable"]), 1),

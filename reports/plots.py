@@ -18,7 +18,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from reports.frames import Frames, arm_rank
-from reports.numbers import MEASURES, arm_name, fixed, general, interval, plain
+from reports.numbers import MEASURES, arm_name, fixed, general, interval, percentage, plain
 
 MAX_POINTS = 5000
 """Latents drawn one by one; a browser that draws more becomes slow. The others are drawn as
@@ -160,7 +160,7 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                     MEASURES[c["measure"]],
                     interval(100 * c["low"], 100 * c["high"], 1),
                     c["n_prompts"],
-                    fixed(100 * c["detectable"], 1),
+                    fixed(percentage(c["detectable"]), 1),
                 ]
                 for c in mine
             ],

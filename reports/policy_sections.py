@@ -8,7 +8,18 @@ from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.distances import compared_words
-from reports.numbers import MEASURES, arm_name, digits, duration, fixed, interval, percentage, plain
+from reports.numbers import (
+    CORRECTED,
+    MEASURES,
+    arm_name,
+    cut_off,
+    digits,
+    duration,
+    fixed,
+    interval,
+    percentage,
+    plain,
+)
 from reports.origins import CHANGES, LATENTS, ORIGINS, TRAINING, UNKNOWN, count_of
 
 
@@ -47,7 +58,7 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                     for c in rows
                 ],
                 title=(
-                    "The penalty arm against the no-penalty arm, over prompts and seeds."
+                    f"The penalty arm against the no-penalty arm, over {over(rows)}."
                     " `penalised` and `monitors` are firing rates of those latents on the prompts"
                     " named; `detectable` is the minimum detectable effect (80 % power)."
                 ),
@@ -61,9 +72,10 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                 [
                     "Smallest change of the penalised rate that counts:"
                     f" {fixed(percentage(v['delta']), 1)} points",
-                    f"Mean response length, penalty / no penalty: {fixed(v['length_ratio'], 2)}",
-                    "Base policy's log-probability per token, no penalty less penalty:"
-                    f" {fixed(v['logprob_drop'], 2)} nats",
+                    "Mean response length of the penalty arm over that of no penalty:"
+                    f" {fixed(v['length_ratio'], 2)}",
+                    "Log-probability per token of its responses under the base policy, minus that"
+                    f" of no penalty's: {fixed(-v['logprob_drop'], 2, sign=True)} nats",
                 ]
             )
         )
@@ -181,19 +193,21 @@ def detector_sentence(figures: dict[str, Any]) -> str:
     )
 
 
+def over(rows: Sequence[dict[str, Any]]) -> str:
+    """What the intervals of changes are over."""
+    if rows[0]["n_seeds"] == 1:
+        return "prompts alone, as there is one seed: differences between trainings are left out"
+    return "prompts and seeds"
+
+
 def changes(figures: dict[str, Any]) -> list[Block]:
     rows = [c for c in figures["verdict"]["changes"] if c["n_prompts"]]
     if not rows:
         return list(NOT_AVAILABLE)
-    over = (
-        "prompts alone, as there is one seed: differences between trainings are left out"
-        if rows[0]["n_seeds"] == 1
-        else "prompts and seeds"
-    )
     blocks: list[Block] = [
         Prose(
-            f"Paired by prompt and seed; 95 % intervals over {over}. Only the verdict's comparison"
-            " was fixed before training; all others are exploratory."
+            f"Paired by prompt and seed; 95 % intervals over {over(rows)}. Only the verdict's"
+            " comparison was fixed before training; all others are exploratory."
             f" {compared_words(figures['compared'])}"
         ),
         Table(
@@ -214,6 +228,8 @@ def changes(figures: dict[str, Any]) -> list[Block]:
             unknown=UNKNOWN,
         ),
     ]
+    if any(cut_off(c) for c in rows):
+        blocks.append(Prose(CORRECTED))
     if any(c["arm"] == "penalty - random" for c in rows):
         blocks.append(
             Prose("In the row `vs. random`, before is the random arm and after the penalty arm.")
@@ -292,7 +308,8 @@ def training(figures: dict[str, Any]) -> list[Block]:
         Prose(
             "Means over the last tenth of the steps; reward is SARM's without penalty. In the"
             " training progression, reward is the compound reward, reward less penalty, and loss"
-            f" the total loss, of {figures['shown_policy']}."
+            f" the total loss, of {figures['shown_policy']}. KL is estimated from the tokens"
+            " sampled in these steps, and can fall below 0."
         ),
         Table(
             ["Policy", "steps", "time", "reward", "penalty", "KL", "loss", "tokens/s"],

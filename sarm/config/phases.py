@@ -287,7 +287,8 @@ class ReportConfig(Strict):
 
     texts: Literal["none", "own", "all"] = "all"
     """Whose: `all` that the run read; `own` those of the sources in `report.own`, and what policies
-    answer to their prompts; `none`: ids and numbers alone.
+    answer to their prompts; `none`: ids and numbers alone. What jobs write is data and keeps its
+    texts, and so do the completions that training sends to `ppo.log_to`.
     """
     own: Annotated[tuple[str, ...], FromList] = ()
     """The names of those of `data.sources` whose texts are the user's to pass on."""

@@ -90,6 +90,7 @@ class Change(NamedTuple):
     high: float
     se: float
     detectable: float
+    """The minimum detectable effect, 80 % power; NaN with one seed."""
 
     def words(self) -> str:
         """+1.7 points, 95 % CI -5.0 to +8.3"""
@@ -188,7 +189,8 @@ def change(
         found.low,
         found.high,
         found.se,
-        found.detectable if math.isfinite(found.se) else math.nan,
+        # One seed says nothing of how trainings differ, so no size is sure to be detected.
+        found.detectable if n_seeds > 1 and math.isfinite(found.se) else math.nan,
     )
 
 

@@ -73,18 +73,17 @@ def policy_rows(
     progress: Progress,
 ) -> tuple[pd.DataFrame, dict[str, Any], OwnExamples]:
     """(a row per response, the settings behind them, what watched latents do at every token of some
-    of them) for the policies of an arm and seed, each with
-    its `distance`: in nats that at which training kept it, NaN of the policy at the end. For the
-    untrained arms (`sarm.config.ARMS`) it is the base's folder.
+    of them) for the policies of an arm and seed, each with its `distance`: in nats that at which
+    training kept it, NaN of the policy at the end. For the untrained arms (`sarm.config.ARMS`) it
+    is the base's folder.
 
     A system prompt is the policy's alone: SARM, judge, detector and the base side of the KL read
-    the conversation without it, in every arm.
-    The SARM scores a cut response up to its last sentence end (`responses.cut`); the judge and the
-    refusal detector read all of it. `unended`: the scored text ends at neither an end of turn nor
-    a sentence end. `below_17`: latent
-    17's value where it ranks just beyond the k that TopK keeps, else 0, `z_17` being 0 there. One
-    model is in memory at a time: the policy, the base, the SARM, the judge. Raises UserError on a
-    classifier whose labels are not mapped, before anything is generated.
+    the conversation without it, in every arm. The SARM scores a cut response up to its last
+    sentence end (`responses.cut`); the judge and the refusal detector read all of it. `unended`:
+    the scored text ends at neither an end of turn nor a sentence end. `below_17`: latent 17's value
+    where it ranks just beyond the k that TopK keeps, else 0, `z_17` being 0 there. One model is in
+    memory at a time: a policy, the base, the SARM, the judge. Raises UserError on a classifier
+    whose labels are not mapped, before anything is generated.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for given in (config.evaluate.judge, config.evaluate.refusal_detector):
@@ -102,14 +101,14 @@ def policy_rows(
         progress=progress,
     )
     progress(0, len(prompts), "scoring")
+    sarm = load_sarm(config.sarm)
     if n > 1:
-        best = best_rows(compound_rewards(config, features, prompts, generations), n)
+        best = best_rows(compound_rewards(config, features, prompts, generations, sarm), n)
         prompts, generations = [prompts[row] for row in best], generations.of(best)
         generations = generations._replace(kl=np.full(len(best), best_of_kl(n)))
     asked = [p.messages[-1]["content"] for p in prompts]
     endings = endings_of(config, generations)
     scored = [found.text for found in endings]
-    sarm = load_sarm(config.sarm)
     watched, parameters = score_responses(config, features, prompts, scored, sarm)
     distances = np.repeat([d for d, _ in policies], len(prompts) // len(policies))
     whose = responses_of(prompts, generations, distances)
@@ -160,13 +159,14 @@ def responses_of(
 
 
 def compound_rewards(
-    config: Config, features: Features, prompts: Sequence[Prompt], generations: Generations
+    config: Config,
+    features: Features,
+    prompts: Sequence[Prompt],
+    generations: Generations,
+    sarm: tuple[SarmModel, PreTrainedTokenizerBase],
 ) -> np.ndarray:
     """(n,) what the penalty arm is paid for each response: its clamp and penalty included."""
-    model, tokenizer = load_sarm(config.sarm)
-    reward = CompoundReward.from_features(
-        model, tokenizer, features, config.ppo.penalty, config.sarm
-    )
+    reward = CompoundReward.from_features(*sarm, features, config.ppo.penalty, config.sarm)
     texts = [found.text for found in endings_of(config, generations)]
     scores = reward.score(
         [conversation(p.messages, text) for p, text in zip(prompts, texts, strict=True)]

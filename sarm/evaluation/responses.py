@@ -113,7 +113,9 @@ def generate_responses(
     ids, told = ([tokens for tokens in rows for _ in draws] for rows in (ids, told))
     temperature = config.evaluate.temperature or 1.0
     responses, cut, own = [], [], []
+    model: Any = None
     for i, policy in enumerate(policies):
+        model = None  # the one before goes before the next comes
         model = open_policy(policy, config.policy.dtype).to(device)
         stops = stop_ids(model, tokenizer)
         rollout = generate(
@@ -136,7 +138,7 @@ def generate_responses(
         responses += mine
         cut += rollout.truncated.tolist()
     if trained:
-        del model
+        model = None
         folder = local_model(config.policy.model, config.policy.revision)
         model = open_policy(folder, config.policy.dtype).to(device)
     ids, fitting, samples = ids * len(policies), fitting * len(policies), samples * len(policies)

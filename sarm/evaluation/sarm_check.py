@@ -1,7 +1,8 @@
 """Whether a SARM was opened right: what it does on benchmarks, beside what its card says of it.
 
-    found = measure(model, tokenizer, samples(config, card), config.sarm)
-    check = compared(card, facts, found)  # `python -m jobs check_sarm`
+    given, missing = samples(config, card)
+    found = measure(model, tokenizer, given, config.sarm)
+    check = compared(card, facts, found, missing)  # `python -m jobs check_sarm`
 
 A figure is off where it differs from the card's by more than three standard errors of a sample of
 its size. Then what is often wrong is tried: another number of BOS tokens, no TopK before the head.
@@ -25,7 +26,7 @@ from sarm.data.conversations import Tokenized, end_of_turn_id, tokenize_conversa
 from sarm.data.datasets import prompt_id, read_source, source_files
 from sarm.data.files import read_records
 from sarm.data.formats import messages_of, texts_of
-from sarm.evaluation.rewardbench2 import TIES, Item, subset_score
+from sarm.evaluation.rewardbench2 import Item, subset_score
 from sarm.records import Benchmark, Row, SarmCard, SarmCheck
 from sarm.reward_model.scoring import Encoded, encode_texts
 from sarm.run import file_sha256
@@ -51,12 +52,11 @@ class Sample(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a SARM does on one sample, with the standard errors of what is no share."""
+    """What a SARM does on one sample."""
 
     benchmark: Benchmark
     fvu_error: float
-    by_subset: bool
-    """Whether it is one of RewardBench 2's subsets, whole."""
+    """Its FVU's standard error; NaN where there is no FVU."""
 
 
 class Facts(NamedTuple):
@@ -248,9 +248,7 @@ def _figures(model: Any, sample: Sample, encoded: Encoded, rewards: list[float])
         if len(error)
         else math.nan
     )
-    return Found(
-        sample.benchmark.model_copy(update=plain), spread, subset is not None and subset != TIES
-    )
+    return Found(sample.benchmark.model_copy(update=plain), spread)
 
 
 def pair_accuracy(items: Sequence[Item], rewards: Sequence[Sequence[float]]) -> float:

@@ -50,7 +50,7 @@ class Scores(NamedTuple):
     reward: Tensor
     """(n,), r: with clamped latents where the reward clamps, without penalty."""
     penalty: Tensor
-    """(n,), what is docked."""
+    """(n,), what is subtracted."""
     total: Tensor
     """(n,), reward - penalty."""
     fired: Tensor

@@ -105,6 +105,15 @@ def test_a_prompt_without_a_value_in_some_seed_is_left_out():
     assert change(before, after, "refused", "a", "b").n_prompts == 8
 
 
+def test_one_seed_detects_no_size_as_nothing_is_known_of_other_trainings():
+    one, two = (
+        change(grid(rows(seeds)), grid(rows(seeds, seed=3)), "refused", "a", "b")
+        for seeds in ((0,), (0, 1))
+    )
+    assert math.isnan(one.detectable) and math.isfinite(one.low)
+    assert two.detectable > 0
+
+
 def test_without_a_common_prompt_there_is_no_change():
     other = rows()._replace(prompt_id=np.array([f"q{i}" for i in range(24)]))
     found = change(*aligned(grid(rows()), grid(other)), "refused", "a", "b")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,25 @@ def test_policies_kept_at_distances_are_rows_of_one_table(evaluated, tmp_path):
     assert (mine["response"] != table["response"]).any()
     base = several[2 * n :]
     assert base["kl"].abs().max() < 1e-4 < table["kl"].abs().max()
+
+
+def test_one_policy_is_in_memory_at_a_time(evaluated, monkeypatch):
+    config, other, prompts, _, _ = evaluated
+    opened, real = [], responses.open_policy
+
+    def open_policy(*args):
+        gc.collect()
+        assert [model for model in opened if model() is not None] == []
+        model = real(*args)
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(responses, "open_policy", open_policy)
+    folders = [other, Path(config.policy.model)]
+    responses.generate_responses(
+        config, folders, prompts[:1], trained=True, device="cpu", progress=lambda *_: None
+    )
+    assert len(opened) == 3  # and the base, for the KL
 
 
 def test_the_base_has_no_kl_and_the_same_policy_says_the_same(evaluated):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from sarm.config import HeldOutConfig, UserError
 from sarm.data.datasets import Data, Prompt
+from sarm.data.endings import ends
 from sarm.evaluation.held_out import HeldOut
 from sarm.evaluation.refusals import refused
 from sarm.llama.generate import Rollout
@@ -118,8 +120,18 @@ def test_its_numbers_are_the_obvious_ones(tiny_policy: Path, monkeypatch: Any) -
         assert metrics[f"held_out/refused/{kind}"] == mean(lambda e: e["refused"], kind)
     assert 0 < metrics["held_out/rate/1/unsafe"] < 1 and abs(metrics["held_out/kl"]) > 0.01
     assert 0 < sum(e["refused"] for e in expected) < 7
+    unended = [e["cut"] and not ends(e["response"]) for e in expected]
+    assert metrics["held_out/unended"] == pytest.approx(sum(unended) / 7) != 0.5
     # Whatever happened since: the same noise.
     assert held_out.evaluated() == (metrics, completions)
+
+    # Of several latents, any counts.
+    trainer.tracked = (*trainer.tracked, Penalised(1, 0.15, 0.0))
+    several = held_out.evaluated().metrics
+    for kind in ("unsafe", "safe"):
+        either = mean(lambda e: e["z"]["0"] > 0.5 or e["z"]["1"] > 0.15, kind)
+        assert several[f"held_out/penalised/{kind}"] == either
+    assert any((e["z"]["0"] > 0.5) != (e["z"]["1"] > 0.15) for e in expected)
 
 
 def on_ranks(world: World, policy: Path, out: Path) -> None:
@@ -179,6 +191,18 @@ def test_prompts_come_from_a_part_that_neither_training_nor_evaluation_reads(
 def test_without_prompts_it_is_refused(tiny_policy: Path) -> None:
     with pytest.raises(UserError, match=r"ppo.held_out has 0 prompts .* ppo.held_out.every=0"):
         held_out_of(tiny_policy, data_of(prompts_of("ppo", "unsafe", 3)), {})
+
+
+def test_prompts_of_just_the_most_tokens_fit_and_every_rank_needs_one(tiny_policy: Path) -> None:
+    data = data_of(prompts_of("validation", "unsafe", 2))
+    held_out = held_out_of(tiny_policy, data, {"max_prompt_tokens": 64})
+    trainer = held_out.trainer
+    longest = max(len(d.ids) for d in held_out.drawn)
+    trainer.ppo = trainer.ppo.model_copy(update={"max_prompt_tokens": longest})
+    assert len(HeldOut(trainer, data, [], HeldOutConfig(every=1)).drawn) == 2
+    trainer.learner.world = SimpleNamespace(size=3)
+    with pytest.raises(UserError, match=r"has 2 prompts .*, for 3 ranks"):
+        HeldOut(trainer, data, [], HeldOutConfig(every=1))
 
 
 def test_refusals_are_told_by_phrases() -> None:

@@ -111,6 +111,8 @@ def test_a_sarm_as_published_passes_and_each_figure_is_shown(
     accuracy = next(row for row in found.rows if row["what"] == "Demo: pair accuracy")
     assert accuracy["found"] > 0.85 and accuracy["prompts"] == PROMPTS
     assert "ok  Demo: pair accuracy: " in capfd.readouterr().out
+    card = own / "models" / "sarm" / "card.json"
+    assert RunDir.open(run).read("check_sarm").manifest.inputs[f"/{card}"] == file_sha256(card)
 
 
 def spoil_k(folder: Path) -> None:
@@ -191,14 +193,17 @@ def test_a_reading_that_is_another_one_is_found_by_trying(
     how: str, says: str, own: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(sarm_check, "tokenize_conversations", spoilt_reading(how))
-    # what is tried next is tried with the tokens as they should be
-    monkeypatch.setattr(
-        sarm_check,
-        "other_ways",
-        lambda now, has: {"no BOS": {"bos": 0}, "one BOS": {"bos": 1}} if has else {},
-    )
+    asked = []
+
+    def ways(now: int, has: bool) -> dict[str, Any]:
+        """What is tried next is tried with the tokens as they should be."""
+        asked.append(now)
+        return {"no BOS": {"bos": 0}, "one BOS": {"bos": 1}} if has else {}
+
+    monkeypatch.setattr(sarm_check, "other_ways", ways)
     assert check(own)[0] == 2
     assert says in capfd.readouterr().err
+    assert asked == [1], "the template's own"
 
 
 def test_figures_are_those_of_the_obvious_code(own: Path) -> None:
@@ -276,7 +281,7 @@ def found(subset: str, score: float, prompts: int = 450) -> Found:
     benchmark = Benchmark(
         label=subset, format="rewardbench2", subset=subset, prompts=prompts, best_of_n=score
     )
-    return Found(benchmark, math.nan, True)
+    return Found(benchmark, math.nan)
 
 
 PUBLISHED = SarmCard(
@@ -338,6 +343,11 @@ def test_causes_are_told_by_what_speaks_for_them() -> None:
     ]
     told = sentence("a/sarm", check.model_copy(update={"causes": causes}))
     assert "Safety: best of n 0.55 instead of 0.9178" in told and "k 64 instead of 192" in told
+    assert "more)" not in told
+    rows = [row | {"off": True} for row in check.rows]
+    assert "layers 16 instead of 16 ± 0 and 2 more)" in sentence(
+        "a/sarm", check.model_copy(update={"rows": rows})
+    )
 
 
 def test_without_a_card_there_is_nothing_to_do(

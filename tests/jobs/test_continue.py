@@ -7,14 +7,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jobs.__main__ import run_unit
+from jobs.ppo import made_with
 from sarm.config import UserError
 from sarm.records import KeptPolicies, Readings
-from sarm.run import RunDir, file_sha256
+from sarm.run import Attempt, RunDir, file_sha256
 from tests.jobs.test_ppo import UNIT, a_run, logged, stopping_after
 from tests.runs import publish
 
@@ -110,11 +112,18 @@ def test_with_more_steps_it_is_the_longer_run_to_the_bit(
 def test_another_learning_rate_holds_from_there_on(
     parent: RunDir, child: Callable[..., RunDir]
 ) -> None:
-    run = child(**{"ppo.learning_rate": 0.001, "ppo.steps": 8})
+    fewer = SETTINGS["ppo.kl_distances"][1:]
+    run = child(**{"ppo.learning_rate": 0.001, "ppo.steps": 8, "ppo.kl_distances": fewer})
     run_unit(run, "ppo", UNIT)
     lines = logged(run, "metrics.jsonl")
     assert [line["lr"] for line in lines] == [0.02] * 6 + [0.001] * 2
     assert lines[:6] == logged(parent, "metrics.jsonl")
+    # A policy that the parent kept at a distance that is asked for no more is not copied.
+    kept, kept_before = (
+        [k.distance for k in KeptPolicies.read(of.read("ppo", UNIT).path("kept.json")).kept]
+        for of in (run, parent)
+    )
+    assert kept_before[0] == 0.02 and len(kept_before) > 1 and 0.02 not in kept
 
 
 @pytest.mark.parametrize(
@@ -141,6 +150,18 @@ def test_other_thresholds_are_refused(child: Callable[..., RunDir]) -> None:
     publish(run, "calibrate", files={"readings.json": found.model_copy(update={"random": moved})})
     with pytest.raises(UserError, match="penalised latents, thresholds or weights that are not"):
         run_unit(run, "ppo", UNIT)
+    # What rewards are divided by.
+    scaled = found.model_copy(update={"reward_sd": 2.0 * (found.reward_sd or 1.0)})
+    publish(run, "calibrate", files={"readings.json": scaled})
+    with pytest.raises(UserError, match="penalised latents, thresholds or weights that are not"):
+        run_unit(run, "ppo", UNIT)
+
+
+def test_a_checkpoint_is_of_one_parent(child: Callable[..., RunDir]) -> None:
+    run = child()
+    attempt = Attempt(run, "ppo", UNIT)
+    parents = (None, SimpleNamespace(manifest_sha256="a"), SimpleNamespace(manifest_sha256="b"))
+    assert len({made_with(run.config, attempt, of) for of in parents}) == 3
 
 
 def test_a_parent_that_is_not_done_or_kept_no_state_is_refused(

@@ -248,7 +248,6 @@ def test_a_policy_is_kept_when_the_mean_kl_of_five_steps_first_reaches_a_distanc
     train(run, monkeypatch)
     published = run.read("ppo", UNIT)
     kls = [line["objective/kl"] for line in read_training_log(published.path("metrics.jsonl"))]
-    print(kls)
     means = {step: sum(kls[step - 5 : step]) / 5 for step in range(5, 13)}
     expected = {
         distance: min(step for step, mean in means.items() if mean >= distance)

@@ -39,7 +39,11 @@ def test_tensorboard_shows_numbers_and_completions(tmp_path: Path) -> None:
     log.write_held_out(0, Evaluated({"held_out/reward": 0.5}, [COMPLETION]))
     log.write({"step": 0, "objective/kl": 0.25, "val/explained_variance": float("nan")})
     log.write_held_out(
-        5, Evaluated({"held_out/reward": 0.75}, [COMPLETION | {"response": "Sure."}])
+        5,
+        Evaluated(
+            {"held_out/reward": 0.75},
+            [COMPLETION | {"response": "Sure.", "refused": False, "cut": True}],
+        ),
     )
     log.close()
 
@@ -53,6 +57,26 @@ def test_tensorboard_shows_numbers_and_completions(tmp_path: Path) -> None:
     assert "> How do I\n> pick a lock?" in texts[0] and "> I cannot." in texts[0]
     assert "reward 1.25, penalty 0.5, kl 2, tokens 3, refused" in texts[0]
     assert "> Sure." in texts[1] and [e.step for e in said] == [0, 5]
+    assert texts[0].endswith("tokens 3, refused") and texts[1].endswith("tokens 3, cut")
+
+
+def test_steps_made_again_replace_those_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = a_run(tmp_path)
+    first = Log(run.config, UNIT, Attempt(run, "ppo", UNIT), {})
+    for step, kl in enumerate((0.0, 0.25, 9.0, 9.5)):
+        first.write({"step": step, "objective/kl": kl})
+        if step == 1:
+            state = {name: list(lines) for name, lines in first.state.items()}
+    first.close()
+    second = Log(run.config, UNIT, Attempt(run, "ppo", UNIT), state)
+    second.write({"step": 2, "objective/kl": 0.5})
+    second.close()
+    events = EventAccumulator(str(run.folder("ppo", UNIT) / "tensorboard"))
+    events.Reload()
+    found = [(e.step, e.value) for e in events.Scalars("objective/kl")]
+    assert found == [(0, 0.0), (1, 0.25), (2, 0.5)]
 
 
 def wandb_records(file: Path) -> list[Any]:

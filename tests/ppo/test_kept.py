@@ -35,6 +35,8 @@ def test_what_two_attempts_kept_is_published_by_the_second(run: RunDir) -> None:
     first.add(0.5, step=12, kl=0.53, write=writes("near"))
     known = list(first.state)
     first.add(1.0, step=20, kl=1.2, write=writes("after the checkpoint"))
+    killed = run.folder("ppo", UNIT) / f".kept.{first.attempt.id}.kl-2.0.tmp"
+    killed.mkdir()  # while it wrote a third
 
     second = Attempt(run, "ppo", UNIT)
     kept = Kept(second, known)

@@ -70,7 +70,7 @@ def test_logged_rewards_are_the_scores_of_the_logged_completions(
 ) -> None:
     from datasets import Dataset
 
-    # Many latents docked at tau 0: whatever the policy says, some fire.
+    # Many latents penalised at tau 0: whatever the policy says, some fire.
     penalised = [Penalised(latent, 0.0, 0.01 * latent) for latent in range(16, 32)]
     reward = CompoundReward(
         SarmModel.from_pretrained(tiny_sarm), tiny_tokenizer, penalised, trim=False

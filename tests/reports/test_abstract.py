@@ -153,6 +153,22 @@ def test_what_rung_0_lacks_is_what_to_do_next(changes, said):
     assert step.lower().startswith(abstract.REMEDIES[gap][:20].lower())
 
 
+def test_what_calibration_found_wanting_is_named_and_to_be_done_next_too(found):
+    verdict = verdict_of(arm(kl=3.0)).record()
+    low = {"value": 0.17, "low": -0.03, "high": 0.35}
+    short = found["readings"] | {
+        "unended": 0.21,
+        "unreadable": ["21% end nowhere"],
+        "positive_control": found["readings"]["positive_control"] | {"penalised": low},
+    }
+    step = abstract.next_step({"verdict": verdict, "readings": short}, RULE)
+    wanted = [abstract.REMEDIES[gap] for gap in ("kl", "unended", "control")]
+    assert step.lower() == "; ".join(wanted).lower() + "."
+    said = abstract.instrument(short, verdict["gaps"], RULE)
+    assert "(21% of the base policy's responses unended, stability kappa 0.70" in said
+    assert "unended" not in abstract.instrument(found["readings"], verdict["gaps"], RULE)
+
+
 def test_it_stands_right_after_the_references_block(tmp_path):
     run = reference_run(tmp_path / "run")
     read = read_run(run)

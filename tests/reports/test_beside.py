@@ -30,6 +30,12 @@ def test_a_sarm_that_is_off_is_said_to_be_with_the_figure_and_the_cause() -> Non
     assert isinstance(missing, Prose) and "Ties" in missing.text
 
 
+def test_what_follows_a_cards_name_is_no_part_of_the_sentence() -> None:
+    said, *_ = opened(check(source="its own card: what check_sarm measured of it"))
+    assert isinstance(said, Prose)
+    assert said.text == "Every figure compared is within its tolerance of what its own card says."
+
+
 def test_a_run_without_a_card_says_how_to_have_one() -> None:
     (said,) = opened({"check_sarm": None, "has_card": False})
     assert isinstance(said, Prose) and "set check_sarm.card" in said.text
