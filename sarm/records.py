@@ -181,12 +181,18 @@ class FetchedModel(Record):
     model: str
     revision: str | None
     commit: str | None
+    """That the revision stood at: every phase opens this one."""
     path: str
     sha256: dict[str, str]
+    sizes: dict[str, int] = {}
+    """Of a SARM: `d_sae`, `k` and `layers`, as its config.json has them."""
 
 
 class FetchedFile(Record):
     path: str
+    repo: str | None = None
+    """The hub's, or where another repository's files come from."""
+    revision: str | None = None
     commit: str | None
     sha256: str
 
