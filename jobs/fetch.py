@@ -8,6 +8,7 @@ many prompts and pairs were read.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,7 +136,7 @@ def look_over(model: ModelConfig, folder: Path, *, prompted: bool) -> None:
     if find_spec("torch") is None or find_spec("transformers") is None:
         return
     from sarm.data.conversations import check_system
-    from sarm.evaluation.classifiers import label_positions
+    from sarm.evaluation.classifiers import judge_problem, label_positions
     from sarm.models import check_judge, check_policy, read_tokenizer
     from sarm.reward_model.model import check_sarm
 
@@ -147,8 +148,10 @@ def look_over(model: ModelConfig, folder: Path, *, prompted: bool) -> None:
             check_system(read_tokenizer(folder, model.chat_template_kwargs))
     else:
         check_judge(folder)
-        if isinstance(model, (JudgeConfig, RefusalDetectorConfig)):
+        if isinstance(model, RefusalDetectorConfig):
             label_positions(model)
+        elif isinstance(model, JudgeConfig) and (problem := judge_problem(model)):
+            print(f"warning: harm will not be judged: {problem}", file=sys.stderr)
 
 
 def backbone_of(folder: Path) -> dict[str, Any] | None:

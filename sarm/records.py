@@ -670,6 +670,9 @@ class Evaluation(File):
     policy: str
     kl: str
     judge: str | None
+    """None where no judge was asked."""
+    judge_problem: str | None = None
+    """Why the judge that the config names was not."""
     refusal_detector: Row | None
     """A `Detector` with its rates; None where its errors are not known."""
     samples: int
