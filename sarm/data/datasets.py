@@ -246,8 +246,8 @@ def read_source(
                     missed["empty prompt"] += 1
     if not found:
         why = ", ".join(f"{n:,} left out: {reason}" for reason, n in missed.items())
-        place = source.path or source.repo or source.url
+        named = source.path or source.repo or source.url
         raise UserError(
-            f"data source {name} ({place}) holds no rows for format"
+            f"data source {name} ({named}) holds no rows for format"
             f" {source.format}{f' ({why})' if why else ''}; check its path, format and subset"
         )
