@@ -9,6 +9,7 @@ from typing import Any
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.numbers import fixed, plain
 from reports.origins import UNKNOWN
+from sarm.run import many
 
 
 def calibration(figures: dict[str, Any]) -> list[Block]:
@@ -102,7 +103,10 @@ def responses(found: dict[str, Any]) -> str:
 
 def detects(found: dict[str, Any]) -> str:
     plan = found["planned"]
-    what = f"{plan['prompts']} unsafe prompts, {plan['samples']} samples, {plan['seeds']} seeds"
+    what = (
+        f"{many(plan['prompts'], 'unsafe prompt')}, {many(plan['samples'], 'sample')},"
+        f" {many(plan['seeds'], 'seed')}"
+    )
     if plan["seeds"] < 2:
         return (
             f"Minimum detectable effect of the evaluation ({what}): none, as one seed cannot tell a"

@@ -124,18 +124,22 @@ def _cards(cards: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the report says of the cards; the cards themselves are a page of their own."""
     if cards is None:
         return None
-    scores = [
-        card["label"]["score"]
-        for card in cards["cards"]
-        if card["label"] and card["label"]["score"] is not None
-    ]
-    mean = sum(scores) / len(scores) if scores else None
+    scores = {
+        how: [
+            card["label"][how]["score"]
+            for card in cards["cards"]
+            if card["label"] and card["label"][how]["score"] is not None
+        ]
+        for how in ("detection", "fuzzing")
+    }
     return {
         "n": len(cards["cards"]),
         "minimal_edits": cards["minimal_edits"],
         "labels": cards["labels"],
-        "n_scored": len(scores),
-        "mean_score": mean,
+        "label_scores": {
+            how: {"n": len(of), "mean": sum(of) / len(of) if of else None}
+            for how, of in scores.items()
+        },
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sarm.run import many
+
 GENERATIONS = "evaluate/*/generations.parquet"
 RATES = {
     "penalised": "penalised_fired (z above tau)",
@@ -54,4 +56,4 @@ TRAINING = {
 
 
 def count_of(change: dict[str, Any]) -> str:
-    return f"{change['n_prompts']} prompts, {change['n_seeds']} seeds"
+    return f"{many(change['n_prompts'], 'prompt')}, {many(change['n_seeds'], 'seed')}"

@@ -9,6 +9,7 @@ from typing import Any
 from reports.blocks import NOT_AVAILABLE, Block, Prose, Table
 from reports.numbers import fixed, general, interval
 from reports.reference import direction, moves
+from sarm.run import many
 
 
 def features(figures: dict[str, Any]) -> list[Block]:
@@ -112,14 +113,24 @@ def cards(figures: dict[str, Any]) -> list[Block]:
             )
         )
     if found["labels"]:
-        mean = fixed(found["mean_score"], 2)
-        blocks.append(
-            Prose(
-                f"Labels by {found['labels']['model']}: mean balanced accuracy {mean} on held-out"
-                f" texts, over {found['n_scored']} latents."
-            )
-        )
+        blocks.append(Prose(labels_sentence(found)))
     return blocks
+
+
+def labels_sentence(found: dict[str, Any]) -> str:
+    """How well the labels tell held-out texts apart."""
+    asked = {
+        "detection": "which texts the latent fires on",
+        "fuzzing": "whether the tokens marked in a text are those at which it is active",
+    }
+    told = [
+        f"{fixed(score['mean'], 2)} by {how} ({asked[how]}), over {many(score['n'], 'latent')}"
+        for how, score in found["label_scores"].items()
+    ]
+    return (
+        f"Labels by {found['labels']['model']}, scored on held-out texts: mean balanced accuracy"
+        f" {'; '.join(told)}. 0.5 is chance."
+    )
 
 
 def steering(figures: dict[str, Any]) -> list[Block]:

@@ -466,6 +466,11 @@ def listed(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
+def many(n: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def exact_cover(shards: list[Published], phase: str) -> list[Published]:
     """The shards in order, if their ranges cover [0, total) once. Raises UserError naming the
     ranges that do not.
