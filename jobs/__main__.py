@@ -80,7 +80,8 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
         refuse_changed(run, phase)
     module = importlib.import_module(f"jobs.{phase}")
     module.run(run.config, run, unit, Attempt(run, phase, unit))
-    print(f"{phase}/{unit}: done", flush=True)
+    where = run.path if phase == "report" else run.folder(phase, unit)
+    print(f"{phase}/{unit}: done, in {where}", flush=True)
 
 
 def check_gpu() -> None:

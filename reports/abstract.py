@@ -225,15 +225,15 @@ def size(found: Mapping[str, Any] | None) -> str:
     n, prompts = found["n_seeds"], found["n_prompts"]
     if n < 2:
         return (
-            f"{n} seed and {many(prompts, 'unsafe prompt')}, so that the interval leaves out how trainings"
-            " differ"
+            f"{n} seed and {many(prompts, 'unsafe prompt')}, so that the interval leaves out how"
+            " trainings differ"
         )
     detectable = found["detectable"]
     known = detectable is not None and math.isfinite(detectable)
     power = f"{100 * detectable:.1f} points" if known else "n/a"
     return (
-        f"{n} seeds and {many(prompts, 'unsafe prompt')}, of which the minimum detectable effect (80 %"
-        f" power) is {power}"
+        f"{n} seeds and {many(prompts, 'unsafe prompt')}, of which the minimum detectable effect"
+        f" (80 % power) is {power}"
     )
 
 

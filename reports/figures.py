@@ -106,6 +106,7 @@ def _cost(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
         plan = {}
     took = used(frames.manifests)
     left: dict[str, int] = {}
+    n_units = Counter(phase for phase, _ in frames.manifests)
     for (phase, _), made in frames.manifests.items():
         left[phase] = left.get(phase, 0) + sum(output.bytes for output in made.outputs.values())
     return [
@@ -114,6 +115,7 @@ def _cost(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
             "planned": plan.get(phase) if plan else None,
             "used": took.get(phase, 0.0),
             "bytes": left[phase],
+            "units": n_units[phase],
         }
         for phase in PHASES
         if phase in left

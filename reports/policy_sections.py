@@ -20,7 +20,17 @@ from reports.numbers import (
     percentage,
     plain,
 )
-from reports.origins import CHANGES, LATENTS, ORIGINS, TRAINING, UNKNOWN, count_of
+from reports.origins import (
+    CHANGES,
+    GENERATIONS,
+    LATENTS,
+    ORIGINS,
+    TRAINING,
+    UNKNOWN,
+    columns,
+    count_of,
+)
+from sarm.run import many
 
 
 def verdict(figures: dict[str, Any]) -> list[Block]:
@@ -237,6 +247,10 @@ def changes(figures: dict[str, Any]) -> list[Block]:
     return blocks
 
 
+BINS = ("off", "0-.5t", ".5-.9t", ".9-1t", "1-1.5t", "more")
+"""As `reports.figures.HISTOGRAM` cuts them."""
+
+
 def latents(figures: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     for name, title in (
@@ -272,7 +286,7 @@ def latents(figures: dict[str, Any]) -> list[Block]:
     if figures["latents"]:
         blocks.append(
             Table(
-                ["latent", "arm", "off", "0-.5t", ".5-.9t", ".9-1t", "1-1.5t", "more"],
+                ["latent", "arm", *BINS],
                 [
                     [
                         r["latent"],
@@ -283,6 +297,10 @@ def latents(figures: dict[str, Any]) -> list[Block]:
                     if r["kind"] == "unsafe"
                 ],
                 title="Values z of the penalised latents on unsafe prompts, t being tau:",
+                origins=columns(GENERATIONS, dict.fromkeys(BINS, "z_LATENT, shares of its values")),
+                counts=[
+                    many(r["n"], "response") for r in figures["latents"] if r["kind"] == "unsafe"
+                ],
             )
         )
     if not blocks:
@@ -316,6 +334,7 @@ def training(figures: dict[str, Any]) -> list[Block]:
             cells,
             origins=TRAINING,
             counts=[f"the last tenth of {r['steps']} steps" for r in rows],
+            unknown=UNKNOWN,
         ),
         *(
             Prose(f"{r['policy']} ended before its last step: {r['ended_early']}.")
@@ -365,6 +384,19 @@ def steered(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for r in rows
             ],
+            origins=columns(
+                "evaluate/steered/summary.json",
+                {
+                    "reward": "rows, reward",
+                    "95 % interval": "rows, reward_low and reward_high, over prompts",
+                    "z": "rows, z",
+                    "refused": "rows, refused",
+                    "over-ref.": "rows, over_refused",
+                    "tokens": "rows, n_tokens",
+                },
+            ),
+            counts=[many(found["n_prompts"], "prompt")] * len(rows),
+            unknown=UNKNOWN,
         ),
         Prose(
             f"{len(beyond)} of {n_latents} pushes along a latent change the reward more than every"

@@ -8,6 +8,7 @@ from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Prose, Table
 from reports.numbers import fixed, general, interval
+from reports.origins import FEATURES, SELECTED, STEER, UNKNOWN, columns, on_prompts
 from reports.reference import direction, moves
 from sarm.run import many
 
@@ -42,6 +43,9 @@ def features(figures: dict[str, Any]) -> list[Block]:
                     for f in found[role]
                 ],
                 title=f"{role.capitalize()}:",
+                origins=SELECTED,
+                counts=[on_prompts(n, "discovery", "validation")] * len(found[role]),
+                unknown=UNKNOWN,
             )
         )
     return blocks + [Prose(f"Warning: {warning}") for warning in found.get("warnings", [])]
@@ -80,6 +84,14 @@ def rankings(figures: dict[str, Any]) -> list[Block]:
                     general(r["mean_effect_validation"]),
                 ]
                 for r in rows
+            ],
+            origins=columns(
+                FEATURES,
+                dict.fromkeys(("latents", "shared", "of role", "confirmed", "effect"), "rankings"),
+            ),
+            counts=[
+                on_prompts(figures["features"]["n_prompts"], "discovery", "validation")
+                for _ in rows
             ],
         ),
     ]
@@ -139,6 +151,9 @@ def steering(figures: dict[str, Any]) -> list[Block]:
         return list(NOT_AVAILABLE)
     what = summary["intervention"]
     names = ", ".join(str(latent) for latent in what["latents"]) or "none"
+    pairs = [
+        f"{many(p['n'], 'pair')} of {many(p['n_prompts'], 'prompt')}" for p in summary["pairs"]
+    ]
     return [
         Prose(
             f"Intervention: {what['what']}, latents {names}. The texts are the fixed ones of the"
@@ -157,6 +172,20 @@ def steering(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for t in summary["texts"]
             ],
+            origins=columns(
+                STEER,
+                {
+                    "texts": "texts, n",
+                    "prompts": "texts, n_prompts",
+                    "Delta": "texts, delta",
+                    "95 % interval": "texts, delta_low and delta_high, over prompts",
+                    "re-selected": "texts, delta_reselected",
+                },
+            ),
+            counts=[
+                f"{many(t['n'], 'text')} of {many(t['n_prompts'], 'prompt')}"
+                for t in summary["texts"]
+            ],
         ),
         Table(
             ["Dataset", "pairs", "Before", "After", "Delta", "95 % interval"],
@@ -172,6 +201,17 @@ def steering(figures: dict[str, Any]) -> list[Block]:
                 for p in summary["pairs"]
             ],
             title="Margin r(chosen) - r(rejected), over pairs:",
+            origins=columns(
+                STEER,
+                {
+                    "pairs": "pairs, n",
+                    "Before": "pairs, margin_before",
+                    "After": "pairs, margin_after",
+                    "Delta": "pairs, margin_delta",
+                    "95 % interval": "pairs, margin_delta_low and _high, over prompts",
+                },
+            ),
+            counts=pairs,
         ),
         Table(
             ["Dataset", "prompts", "Before", "After", "to wrong", "to right"],
@@ -187,6 +227,17 @@ def steering(figures: dict[str, Any]) -> list[Block]:
                 for p in summary["pairs"]
             ],
             title="Pair accuracy and rank flips:",
+            origins=columns(
+                STEER,
+                {
+                    "prompts": "pairs, n_prompts",
+                    "Before": "pairs, accuracy_before",
+                    "After": "pairs, accuracy_after",
+                    "to wrong": "pairs, to_wrong",
+                    "to right": "pairs, to_right",
+                },
+            ),
+            counts=pairs,
         ),
         Prose(margin_sentence(summary)),
     ]

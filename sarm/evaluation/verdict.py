@@ -456,7 +456,8 @@ def _random_unknown(grids: Mapping[str, Any], random: Change | None, rule: Verdi
     if random.n_seeds < rule.min_seeds or random.n_prompts < rule.min_unsafe:
         return (
             f"the random arm shares {many(random.n_seeds, 'seed')} and"
-            f" {many(random.n_prompts, 'unsafe prompt')} with the penalty arm ({rule.min_seeds} and {rule.min_unsafe} needed)"
+            f" {many(random.n_prompts, 'unsafe prompt')} with the penalty arm"
+            f" ({rule.min_seeds} and {rule.min_unsafe} needed)"
         )
     return _apart(means_of(grids, "kl", ("penalty", "random")), rule)
 

@@ -160,9 +160,7 @@ def labelled(
     }
 
 
-def judged(
-    endpoint: Endpoint, question: str, items: Sequence[tuple[str, bool]]
-) -> dict[str, Any]:
+def judged(endpoint: Endpoint, question: str, items: Sequence[tuple[str, bool]]) -> dict[str, Any]:
     """How well the endpoint tells the texts that fit, which the items' second says, from others."""
     said: list[bool | None] = []
     for start in range(0, len(items), BATCH):

@@ -613,7 +613,9 @@ def test_the_phase_labels_every_card_and_writes_no_key(
     found = run.read("cards").json("cards.json")
     assert found["labels"] == {"endpoint": server.url, "model": "judge"}
     assert all(card["label"]["text"] == "Texts with bread in them" for card in found["cards"])
-    asked = [request["messages"] for request in server.seen if "<<" in request["messages"][0]["content"]]
+    asked = [
+        request["messages"] for request in server.seen if "<<" in request["messages"][0]["content"]
+    ]
     shown = [text for messages in asked for text in messages[1]["content"].split("TEXT ")[1:]]
     scored = [card["label"]["fuzzing"] for card in found["cards"]]
     assert shown and all("<<" in text for text in shown)

@@ -40,11 +40,7 @@ def card(latent: int, effect: float, density: float, role: str, *lists: str) -> 
         "n_active": 1,
         "n_near_misses": 0,
         "edits": {"on_either": 0, "turned": 0, "largest": []},
-        "label": {
-            "text": f"speaks of {HOSTILE} {latent}",
-            "detection": SCORE,
-            "fuzzing": SCORE,
-        },
+        "label": {"text": f"speaks of {HOSTILE} {latent}", "detection": SCORE, "fuzzing": SCORE},
         "siblings": {"direction": [{"latent": 8, "cosine": -0.5}], "firing": []},
         "words": {"up": [{"word": f" bomb{latent}", "logit": 1.0}], "down": []},
     }
