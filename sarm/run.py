@@ -569,8 +569,12 @@ def damage(path: Path, entry: Mapping[str, Any], *, hashes: bool = True) -> str 
     return None
 
 
-PROGRESS_BAR = re.compile(r"\b\d{1,3}%\|")
-"""As tqdm draws it, `Loading weights:  47%|████`."""
+PROGRESS_BAR = re.compile(
+    r"^.*\b\d{1,3}%\|[^|]*(\|\s*([\d.?kMG]+/[\d.?kMG]+)?(\s*\[[^\]]*\]?)?)?"
+    r"|^.*\b\d+it \[\d+:\d\d[^\]]*\]?"
+)
+"""As tqdm draws it, `Loading weights:  47%|████      | 10/21 [00:01<00:01]`, and without a total, `10it
+[00:01, 9.8it/s]`."""
 
 
 def latest(lines: list[str]) -> list[str]:
@@ -582,8 +586,12 @@ def latest(lines: list[str]) -> list[str]:
 
 
 def without_progress(lines: list[str]) -> list[str]:
-    """A log's lines but for progress bars, which are no cause of anything."""
-    return [line for line in lines if not PROGRESS_BAR.search(line)]
+    """A log's lines but for progress bars, which are no cause of anything; what was written into
+    the line of one stays.
+    """
+    found = ((line, PROGRESS_BAR.sub("", line)) for line in lines)
+    kept = (line if line == rest else rest.strip() for line, rest in found)
+    return [line for line in kept if line]
 
 
 def attempt_id() -> str:

@@ -90,7 +90,7 @@ def verified_line(look: Look, shown: Iterable[Unit]) -> str:
     """What came of hashing every published file."""
     units = [unit for unit in shown if look.manifest(*unit.node) is not None]
     files = sum(len(look.manifest(*unit.node).outputs) for unit in units)  # type: ignore[union-attr]
-    damaged = [str(unit.node) for unit in units if unit.kind not in ("done", "skipped")]
+    damaged = [str(u.node) for u in units if look.why_not_done(*u.node, hashes=True)]
     said = f"hashed {many(files, 'file')} of {many(len(units), 'unit')}"
     if damaged:
         return f"{said}: not as published are {listed(damaged)}, of which the table says why"
