@@ -46,7 +46,9 @@ CHANGES = columns(
         "the measure's column, paired by prompt and seed",
     ),
 )
-DISTANCES = ORIGINS | columns("ppo/*/kept.json", {"KL in training": "kl", "at step": "step"})
+DISTANCES = ORIGINS | columns(
+    "ppo/*/kept.json", {"distance": "distance", "KL in training": "kl", "at step": "step"}
+)
 FRONT = ORIGINS | columns(
     GENERATIONS, {"seeds": "seed", "95 % interval": "penalised_fired, over prompts and seeds"}
 )

@@ -15,7 +15,7 @@ from sarm.config import ROOT, UserError
 from sarm.records import SeedReport
 from sarm.run import RunDir, many
 
-EARLIER = "the earlier report (seed_report)"
+EARLIER = "seed_report of config.yaml: the earlier report's own figure"
 ROLES = ("promoting", "harming", "misleading")
 WHY = (
     "Which texts, split and statistic chose its latents is not published, nor what it calls"
@@ -109,7 +109,7 @@ def beside_seed(figures: dict[str, Any]) -> list[Block]:
     latents = found["latents"]
     same = sum(row["list"] == row["seed_role"] for row in latents)
     confirmed = sum(bool(row["confirmed"]) for row in latents)
-    n = (figures["features"] or {}).get("n_prompts", {})
+    n = (figures.get("features") or {}).get("n_prompts", {})
     said_of = on_prompts(n, "discovery", "validation")
     theirs, ours = found["penalised"]["seed"], found["penalised"]["run"] or []
     return [
@@ -170,7 +170,7 @@ def beside_seed(figures: dict[str, Any]) -> list[Block]:
             ],
             origins=beside(STEER, ("texts, before", "texts, after", "texts, delta")),
             counts=[
-                many(row["run"]["n"], "text") if row["run"] else "not in this run"
+                f"here {many(row['run']['n'], 'text')}" if row["run"] else "not in this run"
                 for row in found["steering"]
             ],
             unknown=UNKNOWN,

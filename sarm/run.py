@@ -573,8 +573,8 @@ PROGRESS_BAR = re.compile(
     r"^.*\b\d{1,3}%\|[^|]*(\|\s*([\d.?kMG]+/[\d.?kMG]+)?(\s*\[[^\]]*\]?)?)?"
     r"|^.*\b\d+it \[\d+:\d\d[^\]]*\]?"
 )
-"""As tqdm draws it, `Loading weights:  47%|████      | 10/21 [00:01<00:01]`, and without a total, `10it
-[00:01, 9.8it/s]`."""
+"""As tqdm draws it, `Loading weights:  47%|████      | 10/21 [00:01<00:01]`, and without a total,
+`10it [00:01, 9.8it/s]`."""
 
 
 def latest(lines: list[str]) -> list[str]:
