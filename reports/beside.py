@@ -91,7 +91,8 @@ def cost(figures: dict[str, Any]) -> list[Block]:
                 ],
             ],
             origins={
-                "GPU-hours planned": "config.yaml, fetch/all/models.json: sizes, at an H100's rates",
+                "GPU-hours planned": "config.yaml and fetch/all/models.json: sizes, at an H100's"
+                " rates",
                 **columns(
                     MANIFEST, {"used": "started to ended, times its GPUs", "disk": "outputs' bytes"}
                 ),
