@@ -78,7 +78,7 @@ help:  ## list the targets
 
 # It is what nearly every other target needs first, and has a word to say only where it was asked for.
 setup: $(VENV)/.installed  ## make the virtual environment with everything pinned (CPU)
-	@$(if $(filter setup,$(MAKECMDGOALS)),echo "installed: $(VENV), as requirements/cpu.lock pins it; next: make demo",:)
+	@$(if $(filter setup,$(MAKECMDGOALS)),echo "installed: $(VENV) as requirements/cpu.lock pins it; next: make demo",:)
 
 $(VENV)/.installed: requirements/cpu.lock requirements/constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on PATH; install Python 3.11 or give PYTHON=..." >&2; exit 2; }
