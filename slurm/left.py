@@ -1,7 +1,8 @@
 """How long the rest of a run takes, as far as it can be known from what its parts took so far: for
 the local launcher and watch.
 
-`Rest(run).left(units)` -> `about 12 min left`, or `at least 12 min left (evaluate not known yet)`.
+`Rest(run).left(units)` -> `about 12 min left`, or `at least 12 min left, and evaluate, of which
+nothing is known yet`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from sarm.config import UserError
 from sarm.cost import LIGHT_S, REFERENCE_GPUS, counts, planned, shapes
 from sarm.records import Manifest
-from sarm.run import RunDir
+from sarm.run import RunDir, listed
 from slurm.dag import Node, Task, tasks
 from slurm.view import Unit, read_progress, span
 
@@ -31,8 +32,9 @@ class Left(NamedTuple):
 
     def __str__(self) -> str:
         told = f"{'at least' if self.unknown else 'about'} {span(self.seconds)} left"
-        told += f" ({', '.join(self.unknown)} not known yet)" if self.unknown else ""
-        return told + (", and what jobs wait in the queue" if self.queued else "")
+        if self.unknown:
+            told += f", and {listed(list(self.unknown), 3)}, of which nothing is known yet"
+        return told + ("; the time that jobs wait in the queue is not in it" if self.queued else "")
 
 
 class Rest:
@@ -46,8 +48,8 @@ class Rest:
         self.plan: dict[str, float] | None = None
 
     def left(self, units: Sequence[Unit], workers: int | None = None) -> Left | None:
-        """None where all has ended; `workers` is how many units run side by side, None where a
-        queue decides.
+        """None where all has ended, or nothing is known of what is left; `workers` is how many
+        units run side by side, None where a queue decides.
         """
         kinds = {unit.node: unit.kind for unit in units}
         alive = self.alive(kinds)
@@ -64,6 +66,8 @@ class Rest:
             lasts[task.node] = seconds or 0.0
         running = {node for node in lasts if kinds[node] == "running"}
         seconds = makespan(alive, lasts, running, workers)
+        if unknown and seconds < 1:
+            return None
         return Left(seconds, tuple(unknown), "pending" in kinds.values())
 
     def alive(self, kinds: Mapping[Node, str]) -> list[Task]:
