@@ -88,10 +88,11 @@ def status(args: argparse.Namespace) -> int:
 
 def verified_line(look: Look, shown: Iterable[Unit]) -> str:
     """What came of hashing every published file."""
-    units = [unit for unit in shown if look.manifest(*unit.node) is not None]
-    files = sum(len(look.manifest(*unit.node).outputs) for unit in units)  # type: ignore[union-attr]
-    damaged = [str(u.node) for u in units if look.why_not_done(*u.node, hashes=True)]
-    said = f"hashed {many(files, 'file')} of {many(len(units), 'unit')}"
+    found = {unit.node: look.manifest(*unit.node) for unit in shown}
+    made_by = {node: manifest for node, manifest in found.items() if manifest is not None}
+    files = sum(len(manifest.outputs) for manifest in made_by.values())
+    damaged = [str(node) for node in made_by if look.why_not_done(*node, hashes=True)]
+    said = f"hashed {many(files, 'file')} of {many(len(made_by), 'unit')}"
     if damaged:
         return f"{said}: not as published are {listed(damaged)}, of which the table says why"
     return f"{said}: all are as published"

@@ -100,7 +100,7 @@ def test_verify_hashes_exports_and_trained_sarms(
         run.read(phase).path("w.bin").write_bytes(b"evil")
     lines = verified(run, capsys)
     assert all("w.bin does not match its SHA-256" in line for line in lines[:2])
-    assert "not as published are export, train_sarm, of which" in lines[2] and len(lines) == 3
+    assert "not as published are train_sarm, export, of which" in lines[2] and len(lines) == 3
 
 
 def verified(run: RunDir, capsys: pytest.CaptureFixture[str]) -> list[str]:
