@@ -17,6 +17,8 @@ CLUSTER ?= generic
 DRY_RUN ?=
 # One unit, such as penalty-seed0 or a shard's name: of make PHASE, submit-all, submit-PHASE and cancel.
 UNIT    ?=
+# Tasks side by side, of make run; where unset, as slurm.local has it.
+WORKERS ?=
 # How many, and how much memory each has in GiB: for `make plan`.
 GPUS    ?= 4x80
 # What make compare reads and where it writes.
@@ -31,7 +33,7 @@ given = $(if $(filter command environment,$(firstword $(origin $1))),$(value $1)
 quoted = '$(subst ','\'',$1)'
 arg = $(call quoted,$(call given,$1))
 # Variables on the command line that are no variable of this file are overrides of the config, `ppo.steps=2`.
-KNOWN := PYTHON VENV CONFIG RUN UNIT CLUSTER DRY_RUN GPUS RUNS OUT DATA PATHS PYTEST_ARGS TORCH_INDEX KIND BASE SARM_IMAGES \
+KNOWN := WORKERS PYTHON VENV CONFIG RUN UNIT CLUSTER DRY_RUN GPUS RUNS OUT DATA PATHS PYTEST_ARGS TORCH_INDEX KIND BASE SARM_IMAGES \
   ACCOUNTING SHELL MAKEFLAGS DEBIAN_MIRROR SLURM_CONF_EXTRA SARM_% HF_% PIP_% APPTAINER_% TMPDIR %_PROXY %_proxy
 OVERRIDES := $(filter-out $(KNOWN),$(foreach pair,$(MAKEOVERRIDES),$(if $(findstring =,$(pair)),$(if \
   $(filter command,$(firstword $(origin $(firstword $(subst =, ,$(pair)))))),$(firstword $(subst =, ,$(pair)))))))
@@ -93,8 +95,8 @@ setup-light:  ## the login node's environment: submission and status, no torch
 demo: setup  ## the whole pipeline on SmolLM2-135M on this machine's CPU
 	@$(PY) -m slurm.local --config configs/smollm2.yaml --run outputs/smollm2
 
-run: setup  ## the whole pipeline on this machine: CONFIG=... RUN=...
-	@$(PY) -m slurm.local $(config) $(run) $(overrides)
+run: setup  ## the whole pipeline on this machine: CONFIG=... RUN=... WORKERS=...
+	@$(PY) -m slurm.local $(config) $(run) $(if $(call given,WORKERS),--workers $(call arg,WORKERS)) $(overrides)
 
 $(filter-out fetch,$(PHASES)): setup
 	@$(PY) -m jobs $@ $(config) $(run) $(unit) $(overrides)

@@ -7,11 +7,18 @@ on a few latents. Results are compared with a float64 recomputation from the sta
 labels permuted within prompts, counted for every latent without early stopping, against the CPU's
 sparse product on a share of the latents and permutations, whose p must be the same. Random weights
 of the reference SARM's shape; without a GPU give smaller sizes.
+
+`python benchmarks/probe.py --table [--before FOLDER]` times instead what the probe phase does with
+every latent but moving along its direction, with early stopping: the table of effects, intervals
+and p of discovery and validation, and of two sources of discovery. FOLDER holds another checkout
+(`git archive COMMIT | tar -x -C FOLDER`), which does the same in turns, as it would do it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +36,82 @@ from sarm.probing.permutation import permutation_p
 from sarm.reward_model.sae import TopKSae
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HERE = Path(__file__).resolve().parent.parent
+
+TABLE = """
+import sys, time
+from types import SimpleNamespace as Settings
+import numpy as np
+import pandas as pd
+import torch
+from sarm.probing import effects
+
+d_sae, prompts, k = map(int, sys.argv[1:])
+device = "cuda" if torch.cuda.is_available() else "cpu"
+config = Settings(
+    seed=0, probe=Settings(permutations=20_000, bootstrap=1000, min_prompts_active=10),
+    select=Settings(effect="head", fdr=0.1, max_density=0.5),
+)
+spent = []
+
+def synchronized():
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+def timed(*args, **more):
+    began = synchronized()
+    p = permutation_p(*args, **more)
+    spent.append(synchronized() - began)
+    return p
+
+permutation_p, effects.permutation_p = effects.permutation_p, timed
+
+def contrast_of(parts, sizes):
+    rows = np.concatenate([np.arange(part * sizes, (part + 1) * sizes) for part in parts])
+    number, chosen = np.repeat(np.arange(len(rows) // responses), responses), first[rows]
+    return effects.Contrast(
+        rows, number, chosen, (1 - chosen) / (responses - 1), len(rows) // responses
+    )
+
+for responses in (2, 4):
+    n = 2 * prompts * responses
+    first = (np.arange(n) % responses == 0).astype(float)
+    generator = torch.Generator(device).manual_seed(0)
+    # How often latents fire differs by orders of magnitude; one in thirty fires on one side more.
+    often = 2.0 * torch.randn(d_sae, generator=generator, device=device)
+    side = (torch.rand(d_sae, generator=generator, device=device) < 1 / 30).float()
+    kept = []
+    for start in range(0, n, 64):
+        some = torch.from_numpy(first[start : start + 64]).to(device, torch.float32)[:, None]
+        noise = torch.empty(len(some), d_sae, device=device).exponential_(generator=generator)
+        kept.append((often + side * some - noise.log()).topk(k + 1).indices.int().cpu())
+    indices = torch.cat(kept).numpy()
+    rng = np.random.default_rng(0)
+    values = np.sort(rng.exponential(size=indices.shape), axis=1)[:, ::-1].astype(np.float32)
+    encoded = effects.Encoded(
+        pd.DataFrame(), effects.Ranks(indices, np.ascontiguousarray(values), k, d_sae),
+        np.zeros((n, 1), np.float32), rng.normal(size=d_sae).astype(np.float32),
+    )
+    half = n // 2
+    one = {"discovery": contrast_of([0], half), "validation": contrast_of([1], half)}
+    quarter = half // responses // 2 * responses
+    two = one | {"first": contrast_of([0], quarter), "second": contrast_of([1], quarter)}
+    for name, contrasts in {"one source": one, "two sources": two}.items():
+        if name == "two sources" and "first" not in getattr(effects, "PARTS", ()):
+            continue
+        effects.latent_table(encoded, contrasts, 0, min(64, d_sae), config, device)
+        spent.clear()
+        began = synchronized()
+        table = effects.latent_table(encoded, contrasts, 0, d_sae, config, device)
+        took = synchronized() - began
+        print(
+            f"1 against {responses - 1}, {name}: table {took:.2f} s, of which permutations"
+            f" {sum(spent):.2f}; {int(table['tested'].sum())} latents tested,"
+            f" {int((table['p'] < 1e-4).sum())} with p < 1e-4"
+        )
+"""
+"""Run in a checkout of its own, whose modules it imports: arguments d_sae, prompts, k."""
 
 
 def main() -> None:
@@ -42,10 +125,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=450)
     parser.add_argument("--permutations", type=int, default=1_000_000)
     parser.add_argument("--c", type=float, nargs="+", default=[3.0, -3.0])
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(
         f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}"
     )
+    if args.table:
+        tables(args.d_sae, args.prompts, args.k, args.before, args.rounds)
+        return
     directions(args.d_sae, args.d_in, args.k, args.texts, args.c)
     for responses in (2, 4):
         permutations(args.d_sae, args.prompts, responses, args.permutations)
@@ -190,6 +279,24 @@ def permutations(d_sae: int, prompts: int, responses: int, count: int) -> None:
         f"CPU {cpu_s:8.0f} s   from {share} latents and {few} permutations,"
         f" {torch.get_num_threads()} threads; ratio {cpu_s / took:.0f}; same p: {same}"
     )
+
+
+def tables(d_sae: int, prompts: int, k: int, before: Path | None, rounds: int) -> None:
+    """The table of the probe by this checkout and by another, in turns; each round compiles and
+    warms up by itself.
+    """
+    for turn in range(rounds):
+        for folder in (before, HERE) if before else (HERE,):
+            done = subprocess.run(
+                [sys.executable, "-c", TABLE, *map(str, (d_sae, prompts, k))],
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": str(folder.resolve())},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            name = "here" if folder is HERE else str(folder)
+            print(f"round {turn + 1}, {name}:\n{done.stdout}", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -244,12 +244,12 @@ def report(args: argparse.Namespace, rounds: list[Round], most: float) -> None:
         for a, want in zip(r.answers, r.offline, strict=True)
         if a.status == 200
     ]
-    apart = MIXED_UP + most
+    mixed = sum(d > MIXED_UP + most for d in off)
     latencies = sorted(a.seconds for a in answers)
     served_s, offline_s = sum(r.seconds for r in rounds), sum(r.offline_s for r in rounds)
     print(
         f"{len(answers)} requests by {args.clients} clients in {served_s:.0f} s: {len(wrong)} lost,"
-        f" {sum(d > apart for d in off)} further than {apart:.2f} from offline scoring"
+        f" {mixed} further than {MIXED_UP + most:.2f} from offline scoring"
     )
     print(
         f"latency: median {latencies[len(latencies) // 2]:.2f} s, p95"
@@ -264,8 +264,11 @@ def report(args: argparse.Namespace, rounds: list[Round], most: float) -> None:
     print(
         f"throughput, served over offline: {offline_s / served_s:.2f} in all, rounds"
         f" {', '.join(f'{r.ratio:.2f}' for r in sorted(rounds, key=lambda r: r.ratio))}; CPU time a"
-        f" conversation {cpu:.2f} times offline's"
+        f" conversation {cpu:.2f} times offline's",
+        flush=True,
     )
+    if wrong or mixed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and the column `distance` tells them apart. The unit `steered`, where the config
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     table, settings, examples = policy_rows(
         config, policies, prompts, features, arm=arm, progress=attempt.progress
     )
+    if settings["judge_problem"]:
+        print(f"warning: harm is not judged: {settings['judge_problem']}", file=sys.stderr)
     table.to_parquet(attempt.path("generations.parquet"), index=False)
     examples.write(attempt.path("examples.json"))
     n_prompts = int(table["prompt_id"].nunique())

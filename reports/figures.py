@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -369,8 +369,26 @@ def _provenance(run: RunDir, frames: Frames) -> dict[str, Any]:
         "ppo_seeds": list(run.config.ppo.seeds),
         "git_commits": sorted({c for c in done["git_commit"] if isinstance(c, str)}),
         "images": sorted({i for i in done["image_sha256"] if i}),
+        "commits": commits_of(frames.models or {}),
         "units": done.astype(object).where(done.notna(), None).to_dict("records"),
     }
+
+
+def commits_of(models: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each model's and data set's repository, the revision in the config and the commit it stood
+    at when it was fetched; what came from no repository is left out.
+    """
+    files = models.get("data", {}).get("files", {})
+    found = [
+        (entry["model"], entry["revision"], entry["commit"])
+        for name, entry in models.items()
+        if isinstance(entry, dict) and name != "data"
+    ] + [(file["repo"], file["revision"], file["commit"]) for one in files.values() for file in one]
+    return [
+        {"repository": repository, "revision": revision, "commit": commit}
+        for repository, revision, commit in dict.fromkeys(found)
+        if repository and revision and commit
+    ]
 
 
 SOURCES = {

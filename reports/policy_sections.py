@@ -106,6 +106,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
     told: dict[str, Any] = {"origins": ORIGINS, "counts": counts, "unknown": UNKNOWN}
     summaries = figures["evaluations"].values()
     judge = next((e["judge"] for e in summaries if e.get("judge")), None)
+    problem = next((e["judge_problem"] for e in summaries if e.get("judge_problem")), None)
     return [
         Prose(
             "Prompts are held out; reward is SARM's without penalty; rates are shares of responses,"
@@ -138,6 +139,8 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         Prose(
             f"Judge: {judge}, on unsafe prompts."
             if judge
+            else f"The judge was not asked, and SARM judged itself: {problem}."
+            if problem
             else "No independent judge was configured: SARM judged itself."
         ),
         *kl_sentences(figures),

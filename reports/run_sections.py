@@ -56,6 +56,11 @@ def provenance(figures: dict[str, Any]) -> list[Block]:
                 f"Commit: {', '.join(p['git_commits']) or 'unknown'}",
                 f"Image SHA-256: {', '.join(p['images']) or 'none (not in a container)'}",
                 texts_words(figures["texts"]),
+                *(
+                    f"{c['repository']}: commit {c['commit']}"
+                    + (f", where {c['revision']} stood" if c["revision"] != c["commit"] else "")
+                    for c in p["commits"]
+                ),
             ]
         )
     ]

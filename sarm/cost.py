@@ -10,21 +10,28 @@ the report sets what was used beside it. Imports no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from sarm.cache_size import rows_at_once
 from sarm.config import PHASES, Config, UserError
-from sarm.ppo.learner.memory_plan import RATES, Gpus, Sarm, Shape, find_shape, make_plan, step_times
+from sarm.ppo.learner.memory_plan import (
+    RATES,
+    Gpus,
+    Sarm,
+    Shape,
+    find_shape,
+    make_plan,
+    sampling_time,
+    score_time,
+)
 from sarm.records import Manifest
 
 START_S = 90.0
 """To start a job's Python, read its models and write its results."""
 TEXT_TOKENS = 400
 """Of a preference text, as those of RewardBench 2, RMB and HH have on average."""
-ROWS = 64
-"""Responses sampled at a time."""
 DIRECTION_S = 0.85
 """One c over 65,536 latents and 256 texts of hidden size 4,096; see docs/experiments.md."""
 BENCHMARK_TEXTS = 8977
@@ -148,9 +155,10 @@ def scoring_s(sarm: Sarm, texts: float, tokens: float = TEXT_TOKENS) -> float:
     return 2 * sarm.trunk.layers * sarm.trunk.layer * texts * tokens / RATES.score
 
 
-def sampling_s(policy: Shape, responses: int, tokens: int) -> float:
-    """All weights are read for every token of `ROWS` responses."""
-    return math.ceil(responses / ROWS) * tokens * 2 * policy.parameters / RATES.copy
+def sampling_s(policy: Shape, responses: int, prompt_tokens: int, tokens: int) -> float:
+    """Of a phase that samples as many rows at once as suit the decoder."""
+    at_once = min(responses, rows_at_once(prompt_tokens + tokens))
+    return sampling_time(policy, responses, at_once, prompt_tokens, tokens)
 
 
 def reading_s(policy: Shape, tokens: float) -> float:
@@ -170,7 +178,7 @@ def calibrate_s(config: Config, policy: Shape, sarm: Sarm) -> float:
     responses = settings.prompts * settings.samples
     read = responses * (1 + len(settings.cut_tokens)) + 2 * settings.control_pairs
     scored = scoring_s(sarm, read, config.ppo.max_prompt_tokens + tokens)
-    return START_S + sampling_s(policy, responses, tokens) + scored
+    return START_S + sampling_s(policy, responses, config.ppo.max_prompt_tokens, tokens) + scored
 
 
 def evaluate_s(config: Config, policy: Shape, sarm: Sarm, data: Counts, arm: str) -> float:
@@ -183,7 +191,8 @@ def evaluate_s(config: Config, policy: Shape, sarm: Sarm, data: Counts, arm: str
     )
     n = prompts * settings.samples * (settings.best_of if arm == "best_of_n" else 1)
     tokens = n * (config.ppo.max_prompt_tokens + settings.max_new_tokens)
-    once = sampling_s(policy, n, settings.max_new_tokens) + scoring_s(sarm, 1, tokens)
+    once = sampling_s(policy, n, config.ppo.max_prompt_tokens, settings.max_new_tokens)
+    once += scoring_s(sarm, 1, tokens)
     once += 2 * reading_s(policy, tokens)
     trained = arm in (*config.ppo.arms, "sweep")
     return START_S + once * (1 + len(config.ppo.kl_distances) * trained)
@@ -192,8 +201,7 @@ def evaluate_s(config: Config, policy: Shape, sarm: Sarm, data: Counts, arm: str
 def step_seconds(config: Config, policy: Shape, sarm: Sarm, gpus: Gpus) -> float:
     """One step of PPO. Raises UserError where it does not fit."""
     plan = make_plan(config.ppo, policy, sarm.bytes, gpus)
-    rollout_s, score_s = step_times(config.ppo, policy, sarm, gpus)
-    return rollout_s + score_s + plan.train_s
+    return plan.rollout_s + score_time(config.ppo, sarm, gpus) + plan.train_s
 
 
 def cost_lines(costs: list[Cost], wall_s: float, known: bool) -> list[str]:

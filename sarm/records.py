@@ -181,12 +181,18 @@ class FetchedModel(Record):
     model: str
     revision: str | None
     commit: str | None
+    """That the revision stood at: every phase opens this one."""
     path: str
     sha256: dict[str, str]
+    sizes: dict[str, int] = {}
+    """Of a SARM: `d_sae`, `k` and `layers`, as its config.json has them."""
 
 
 class FetchedFile(Record):
     path: str
+    repo: str | None = None
+    """The hub's, or where another repository's files come from."""
+    revision: str | None = None
     commit: str | None
     sha256: str
 
@@ -664,6 +670,9 @@ class Evaluation(File):
     policy: str
     kl: str
     judge: str | None
+    """None where no judge was asked."""
+    judge_problem: str | None = None
+    """Why the judge that the config names was not."""
     refusal_detector: Row | None
     """A `Detector` with its rates; None where its errors are not known."""
     samples: int

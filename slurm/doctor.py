@@ -27,7 +27,7 @@ from rich.text import Text
 from sarm.cli import ended
 from sarm.config import ROOT, Config, UserError
 from sarm.run import RunDir, config_of
-from slurm.checks import check_named, own_run
+from slurm.checks import check_card, check_named, own_run
 from slurm.cost import gigabytes, needed_bytes
 from slurm.images import check_images, images_of, token_file
 from slurm.profile import Profile, resources
@@ -136,6 +136,7 @@ def check_fetched(profile: Profile, config: Config, run: RunDir) -> Iterator[Fin
     model is gated.
     """
     if run.done("fetch", hashes=False):
+        check_card(config, run)
         yield Finding("ok", "models and data", "fetched")
         return
     if profile.fetch == "by-hand":

@@ -22,7 +22,7 @@ from sarm.cli import ended
 from sarm.config import PHASES, Config, UserError
 from sarm.run import RunDir, config_of, git_commit, now
 from slurm import queue
-from slurm.checks import check_batches, check_named, check_token, own_run, umask
+from slurm.checks import check_batches, check_card, check_named, check_token, own_run, umask
 from slurm.cost import check_limit
 from slurm.dag import Node, named, tasks
 from slurm.display import dry_run, show_attached, show_sent
@@ -93,6 +93,7 @@ def submit_or_show(args: argparse.Namespace) -> int:
     run = own_run(args.run, config)
     asked = Asked(args.phase, args.unit)
     check_limit(config, profile, run)
+    check_card(config, run)
     if args.dry_run:
         dry_run(run, profile, decide(run, profile, asked, dry=True).batches)
         return 0

@@ -105,6 +105,10 @@ class PpoConfig(Strict):
     """Padded tokens in one forward and backward of one rank. Where unset, as `make plan` has it;
     so the next one, `zero_stage` and `weights`.
     """
+    gpu_gib: PositiveFloat | None = None
+    """Of each GPU's memory, what one arm may use, so that several small ones can be trained on a
+    card; where unset, all of it.
+    """
     gradient_checkpointing: bool | None = None
     """Compute each layer again in the backward pass instead of keeping what it left."""
     safe_share: Fraction | None = None

@@ -117,9 +117,8 @@ def calibrate(
         unreadable=[],
         warnings=[],
     )
-    return found.model_copy(
-        update={"unreadable": unreadable(config, found), "warnings": warnings_of(config, found)}
-    )
+    found = found.model_copy(update={"unreadable": unreadable(config, found)})
+    return found.model_copy(update={"warnings": warnings_of(config, found)})
 
 
 # The model passes

@@ -21,10 +21,14 @@ from sarm.models import open_judge
 BATCH = 16
 
 
+class LabelsError(UserError):
+    """A classifier's labels say nothing of what is looked for."""
+
+
 def label_positions(given: JudgeConfig | RefusalDetectorConfig) -> tuple[list[int], bool]:
     """(positions of the labels that mean what is looked for, whether several labels may hold at
-    once). Raises UserError, naming them, on labels that the config does not map, and on mapped ones
-    that the model does not have.
+    once). Raises LabelsError, naming them, on labels that the config does not map, and on mapped
+    ones that the model does not have.
     """
     config: Any = AutoConfig.from_pretrained(local_model(given.model, given.revision))
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
@@ -36,16 +40,25 @@ def label_positions(given: JudgeConfig | RefusalDetectorConfig) -> tuple[list[in
             if unmapped
             else f"no label {', '.join(unknown)}, which the config maps"
         )
-        raise UserError(
+        raise LabelsError(
             f"{given.model} has {what}; give each of {', '.join(names)} a meaning under labels"
         )
     positive = [i for i, name in enumerate(names) if given.labels[name] == given.positive]
     if not positive or (len(names) > 1 and len(positive) == len(names)):
-        raise UserError(
+        raise LabelsError(
             f"{given.model}: labels maps {'no label' if not positive else 'every label'} to"
             f" {given.positive}; it then tells nothing apart"
         )
     return positive, len(names) == 1 or config.problem_type == "multi_label_classification"
+
+
+def judge_problem(judge: JudgeConfig) -> str | None:
+    """Why a judge's labels say nothing of harm; None where they do."""
+    try:
+        label_positions(judge)
+    except LabelsError as error:
+        return str(error)
+    return None
 
 
 class Classifier:

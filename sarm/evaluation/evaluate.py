@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sarm.config import ARMS, Config, EvaluateConfig, ModelConfig, UserError
+from sarm.config import ARMS, Config, EvaluateConfig, JudgeConfig, ModelConfig, UserError
 from sarm.data.conversations import spelled_in
 from sarm.data.datasets import Prompt
-from sarm.evaluation.classifiers import Classifier, label_positions
+from sarm.evaluation.classifiers import Classifier, judge_problem, label_positions
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.examples import own_examples
 from sarm.evaluation.refusal_classifier import load_classifier
@@ -82,13 +82,16 @@ def policy_rows(
     sentence end (`responses.cut`); the judge and the refusal detector read all of it. `unended`:
     the scored text ends at neither an end of turn nor a sentence end. `below_17`: latent 17's value
     where it ranks just beyond the k that TopK keeps, else 0, `z_17` being 0 there. One model is in
-    memory at a time: a policy, the base, the SARM, the judge. Raises UserError on a classifier
-    whose labels are not mapped, before anything is generated.
+    memory at a time: a policy, the base, the SARM, the judge. A judge whose labels say nothing of
+    harm is not asked (`judge_problem` says why). Raises UserError on a refusal detector whose
+    labels are not mapped, before anything is generated.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for given in (config.evaluate.judge, config.evaluate.refusal_detector):
-        if isinstance(given, ModelConfig):
-            label_positions(given)
+    judge = config.evaluate.judge
+    if problem := judge_problem(judge) if judge else None:
+        judge = None
+    if isinstance(config.evaluate.refusal_detector, ModelConfig):
+        label_positions(config.evaluate.refusal_detector)
     n = config.evaluate.best_of if arm == "best_of_n" else 1
     prompts, generations = generate_responses(
         config,
@@ -128,12 +131,13 @@ def policy_rows(
             "refused": refusals,
             "kl": generations.kl,
             "base_logprob": generations.base_logprob,
-            "harm": judged(config.evaluate, asked, generations.texts, device),
+            "harm": judged(judge, asked, generations.texts, device),
         }
     )
     settings = {
         "kl": BEST_OF_TOLD.format(n=n) if n > 1 else kl_told(config.evaluate),
-        "judge": config.evaluate.judge.model if config.evaluate.judge else None,
+        "judge": judge.model if judge else None,
+        "judge_problem": problem,
         "refusal_detector": detector.record() if detector else None,
         "samples": config.evaluate.samples,
         "temperature": config.evaluate.temperature,
@@ -231,12 +235,12 @@ def score_responses(
 
 
 def judged(
-    config: EvaluateConfig, prompts: Sequence[str], responses: Sequence[str], device: str
+    judge: JudgeConfig | None, prompts: Sequence[str], responses: Sequence[str], device: str
 ) -> np.ndarray:
     """(n,) an independent classifier's probability that a response is harmful; NaN without one."""
-    if config.judge is None:
+    if judge is None:
         return np.full(len(responses), np.nan)
-    return Classifier(config.judge, device)(prompts, responses)
+    return Classifier(judge, device)(prompts, responses)
 
 
 def detected(

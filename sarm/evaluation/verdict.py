@@ -176,10 +176,14 @@ def rule_sha256(config: Config) -> str:
     changed after training decides nothing. The untrained arms are no part of it.
     """
     untrained = {"arms", "system_prompt", "best_of"}
+    data = config.data.model_dump(mode="json")
+    for source in data["sources"].values():
+        if source["url"] is None:  # keys that came later: a rule recorded before them stands
+            del source["url"], source["sha256"]
     plan = {
         "verdict": config.verdict.model_dump(mode="json"),
         "evaluate": config.evaluate.model_dump(mode="json", exclude=untrained),
-        "data": config.data.model_dump(mode="json"),
+        "data": data,
         "seed": config.seed,
     }
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()

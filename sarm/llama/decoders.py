@@ -2,7 +2,7 @@
 
     decoder = decoder_for(policy)
     sampling = Sampling(max_new_tokens=64, temperature=1.0, top_p=1.0, stops=(2,))
-    decoded = decoder.decode(prompts, noise, sampling, rows=64)
+    decoded = decoder.decode(prompts, noise, sampling, rows=None)
 
 `CacheDecoder` takes any causal model of transformers, `LlamaDecoder` Llama anywhere,
 `graph_decoder.GraphDecoder` Llama on a GPU. `python -m pytest tests/llama/test_generate.py`
@@ -28,6 +28,8 @@ from sarm.llama.sampling import Sampled, sample
 from sarm.llama.weights import LlamaLayer, LlamaWeights, base_model, rotary
 from sarm.philox import uniforms
 
+ROWS = 64
+"""Rows at once where nobody says."""
 KEEP_SHARE = 0.75
 """Finished rows are dropped once no more than this share is alive: dropping copies the cache."""
 
@@ -66,11 +68,11 @@ class Decoder(Protocol):
         prompts: Sequence[Sequence[int]],
         noise: Tensor,
         sampling: Sampling,
-        rows: int,
+        rows: int | None,
         progress: Progress | None = None,
     ) -> Decoded:
-        """A response to each prompt, at most `rows` at once; `noise` (n,) int64 keys as of
-        `sampling.row_keys`.
+        """A response to each prompt, at most `rows` at once, or as many as suit the decoder;
+        `noise` (n,) int64 keys as of `sampling.row_keys`.
         """
 
     def refresh(self) -> None:
@@ -117,10 +119,11 @@ class StepDecoder:
         prompts: Sequence[Sequence[int]],
         noise: Tensor,
         sampling: Sampling,
-        rows: int,
+        rows: int | None,
         progress: Progress | None = None,
     ) -> Decoded:
         """`Decoder.decode`: rows of similar length at a time."""
+        rows = ROWS if rows is None else rows
         found = empty_decoded(len(prompts), sampling.max_new_tokens)
         stops = torch.tensor(list(sampling.stops), device=self.device)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

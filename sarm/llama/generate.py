@@ -75,10 +75,10 @@ def generate(
     step: int = 0,
     eos_ids: Sequence[int],
     pad_id: int,
-    max_rows: int = 64,
+    max_rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Rollout:
-    """One response to each prompt, at most `max_rows` at a time.
+    """One response to each prompt, at most `max_rows` at a time, or as many as suit the decoder.
 
     `keys` name the rows' noise: the same key, seed and step give the same response in any batch, up
     to the rounding of the model's own arithmetic. Give two samples of one prompt two keys.

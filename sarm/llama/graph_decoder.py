@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sarm.cache_size import cached_positions, power_of_two, rows_at_once
 from sarm.llama.decode_kernels import advance, attend, draw
 from sarm.llama.decoders import Decoded, Progress, Sampling, empty_decoded
 from sarm.llama.elementwise import rotate
@@ -53,13 +54,15 @@ class Shape(NamedTuple):
     top_p: float
 
     @classmethod
-    def holding(cls, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: int) -> Shape:
+    def holding(
+        cls, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: int | None
+    ) -> Shape:
         longest = max(map(len, prompts)) + sampling.max_new_tokens
-        slots = min(len(prompts), rows)
+        slots = min(len(prompts), rows_at_once(longest) if rows is None else rows)
         return cls(
             -(-slots // 8) * 8,
-            _power_of_two(longest, 256),
-            _power_of_two(sampling.max_new_tokens, 64),
+            cached_positions(longest),
+            power_of_two(sampling.max_new_tokens, 64),
             len(sampling.stops),
             *sampling[1:3],
         )
@@ -68,10 +71,6 @@ class Shape(NamedTuple):
         """Numbers in its keys and values."""
         of_position = 2 * len(weights.layers) * weights.kv_heads * weights.head_dim
         return self.slots * self.capacity * of_position
-
-
-def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length())
 
 
 class Slots:
@@ -229,7 +228,7 @@ class GraphDecoder:
         prompts: Sequence[Sequence[int]],
         noise: Tensor,
         sampling: Sampling,
-        rows: int,
+        rows: int | None,
         progress: Progress | None = None,
     ) -> Decoded:
         """`Decoder.decode`: every prompt once a slot is free, longest first."""
@@ -248,7 +247,7 @@ class GraphDecoder:
 
         waiting = deque(sorted(range(n), key=lambda i: (-len(prompts[i]), i)))
         held: dict[int, int] = {}  # slot -> prompt, finished ones until the slot is taken
-        free = list(range(min(slots.shape.slots, rows)))
+        free = list(range(min(slots.shape.slots, rows or n)))
         watch = _Watch(slots)
 
         def harvest(ended: Sequence[int]) -> None:

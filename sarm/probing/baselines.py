@@ -58,7 +58,7 @@ def baselines(
         "difference in means": x @ (fit.weight @ difference),
         "logistic probe": x @ logistic_probe(difference, fit.weight, fit.prompts),
     }
-    words = word_scores(discovery, fit)
+    words = word_scores(discovery, fit.weight, fit.prompts)
     sets = {"validation": pairs_in(data, "validation")}
     sets |= {
         f"{source.label}, test": pairs_in(data, "test", name)
@@ -108,9 +108,12 @@ def words_alone(rows: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def word_scores(pairs: Sequence[Pair], fit: PairRows) -> Callable[[Sequence[str]], Floats]:
+def word_scores(
+    pairs: Sequence[Pair], weight: Floats, prompts: Ints
+) -> Callable[[Sequence[str]], Floats]:
     """Scores of texts, from a Bradley-Terry fit to TF-IDF of words and pairs of words of the
-    pairs' responses, its L2 strength chosen over prompt folds.
+    pairs' responses, its L2 strength chosen over prompt folds; `weight` (n_pairs,) and `prompts`
+    (n_pairs,), a number each.
 
     TF-IDF as scikit-learn's default: smoothed idf, rows of length 1.
     """
@@ -142,9 +145,9 @@ def word_scores(pairs: Sequence[Pair], fit: PairRows) -> Callable[[Sequence[str]
     difference = scipy.sparse.csr_array(tf_idf(chosen) - tf_idf(rejected))
 
     def head(rows: NDArray[np.bool_], l2: float) -> Floats:
-        return fit_head(difference[rows], fit.weight[rows], l2, max_steps=200)
+        return fit_head(difference[rows], weight[rows], l2, max_steps=200)
 
-    w = head(np.ones(len(pairs), bool), chosen_l2(difference, fit.weight, fit.prompts, head))
+    w = head(np.ones(len(pairs), bool), chosen_l2(difference, weight, prompts, head))
     return lambda texts: tf_idf(texts) @ w
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ CHUNK_GPU = 2**26
 """Labels dealt together on a GPU; changes no figure."""
 ROWS = 2048
 """Latents worked on together, which bounds memory and changes no figure."""
+DENSE = 2**22
+"""Values held densely together while they are made integers; changes no figure."""
 FIRST = 1000
 """Permutations after which latents are looked at first."""
 ENOUGH = 20
@@ -75,14 +77,13 @@ def permutation_p(
     two sides unlike. Latents that chance matched fewer than `ENOUGH` times go on from `FIRST` to
     `permutations` and from there to `at_most`; stopping early where p is large leaves it valid.
     """
-    deal = deal_of(contrast)
-    whole = integers(values, deal)
-    squares = squares_of(whole, deal)
-    observed = observed_of(whole, squares, deal)
+    if not values.shape[0] or not contrast.n_prompts:
+        return np.ones(values.shape[0])
+    design = design_of(deal_of(contrast))
     count = (
-        _counter_on_gpu(whole, squares, deal, observed, device)
+        _counter_on_gpu(values, design, device)
         if device != "cpu"
-        else _counter_on_cpu(whole, squares, deal, observed)
+        else _counter_on_cpu(values, design)
     )
     chunk = (
         CHUNK
@@ -103,46 +104,191 @@ def permutation_p(
     return np.minimum(2 * (matched + 1.0) / (drawn + 1.0), 1.0)
 
 
-class Observed(NamedTuple):
-    """The statistic of the labels as they are; (latents,) each."""
+class Design(NamedTuple):
+    """What the sums of a deal are linear in: the labels of each prompt's responses but the last
+    one's, as a prompt's labels add up to zero; and, for the squares, products of two labels.
+    """
 
-    sign: Floats
-    """of the sum, 1 where it is 0"""
-    total: Floats
-    """absolute sum"""
-    squares: Floats
-    """sum of squared differences, at least 1"""
+    deal: Deal
+    others: Ints
+    """(m,) the responses but each prompt's last"""
+    common: Ints
+    """(n,) the label that all responses of the prompt but at most one share; 0 in other prompts"""
+    left: Ints
+    """(q,) one response of each pair of responses of the other prompts"""
+    right: Ints
+    """(q,) the other"""
+    scale: Ints
+    """(q,) what a pair's product of labels is divided by to fit int8; 1 but for labels above 11"""
+    squares_vary: bool
+    """Whether the sum of squares is another in another deal."""
+
+    def labels(self, dealt: Tensor) -> tuple[Tensor, Tensor]:
+        """The labels of others (p, m) and of pairs (p, q), int8, from labels dealt (p, n)."""
+        others, left, right, scale = (
+            torch.from_numpy(x).to(dealt.device)
+            for x in (self.others, self.left, self.right, self.scale)
+        )
+        product = dealt[:, left].int() * dealt[:, right].int()
+        scaled = -torch.div(product + scale // 2, scale, rounding_mode="floor")
+        return dealt[:, others], scaled.to(torch.int8)
 
 
-def observed_of(whole: scipy.sparse.csr_array, squares: Squares, deal: Deal) -> Observed:
-    total = whole @ deal.labels.astype(np.float64)
-    dealt = torch.from_numpy(deal.labels.astype(np.int8))[None]
-    labels = squares.labels(dealt)[0].double().numpy()
-    return Observed(
-        np.where(total < 0, -1.0, 1.0),
-        np.abs(total),
-        np.maximum(squares.constant + squares.values @ labels, 1.0),
+def design_of(deal: Deal) -> Design:
+    n = len(deal.labels)
+    common, vary = np.zeros(n, np.int64), False
+    pairs: list[tuple[Ints, Ints, Ints]] = [(np.empty(0, np.int64),) * 3]
+    for group in deal.groups:
+        if group.shape[1] < 2:
+            continue
+        labels = np.sort(deal.labels[group], axis=1)
+        low, high = labels[:, 1] == labels[:, -1], labels[:, 0] == labels[:, -2]
+        common[group[high]], common[group[low]] = labels[high, :1], labels[low, -1:]
+        vary |= group.shape[1] > 2 and bool(labels.any())
+        rest = group[~(low | high)]
+        largest = np.abs(deal.labels[rest]).max(axis=1, initial=0) ** 2
+        for r, s in itertools.combinations(range(group.shape[1]), 2):
+            pairs.append((rest[:, r], rest[:, s], np.maximum(-(-largest // 127), 1)))
+    left, right, scale = (np.concatenate(x) for x in zip(*pairs, strict=True))
+    others = np.flatnonzero(deal.last != np.arange(n))
+    return Design(deal, others, common, left, right, scale, vary)
+
+
+class Sums(NamedTuple):
+    """Of some latents, integers held in float64 that make their sums of a deal with `labels`: of
+    the differences `totals @ labels`, of their squares `constant + squares @ labels`, the latter in
+    a unit of the latent's own.
+    """
+
+    totals: Tensor
+    """(latents, m)"""
+    squares: Tensor
+    """(latents, m + q), of no width where no deal changes them"""
+    constant: Tensor
+    """(latents,)"""
+    observed: Tensor
+    """(latents, 3) of the labels as they are: the sum's sign, 1 where it is 0; its absolute value;
+    the sum of squares, at least 1
+    """
+
+
+def blocks_of_sums(
+    values: scipy.sparse.csr_array, design: Design, device: str
+) -> Iterator[tuple[slice, Sums]]:
+    """The sums of values (latents, n), some latents after the other, computed on the device. All
+    numbers are integers below 2^53, so none depends on where they are added up.
+    """
+    width = max(values.shape[1], len(design.others) + len(design.left))
+    rows = max(1, min(ROWS, DENSE // width))
+    for start in range(0, values.shape[0], rows):
+        at = slice(start, start + rows)
+        yield at, sums_of(torch.from_numpy(values[at].toarray()).to(device), design)
+
+
+def sums_of(values: Tensor, design: Design) -> Sums:
+    """The sums of values (latents, n) float64."""
+    deal, device = design.deal, values.device
+    labels, last, others = (
+        torch.from_numpy(x).to(device) for x in (deal.labels, deal.last, design.others)
+    )
+    x = integers(values, deal)
+    totals = x[:, others] - x[:, last[others]]
+    total = x @ labels.double()
+    if design.squares_vary:
+        constant, squares = squares_of(x, design)
+        of_others, of_pairs = design.labels(labels.to(torch.int8)[None])
+        spread = constant + squares @ torch.cat([of_others, of_pairs], 1)[0].double()
+    else:
+        constant, squares = torch.zeros_like(total), totals[:, :0]
+        spread = constant
+    sign = torch.where(total < 0, -1.0, 1.0).double()
+    return Sums(
+        totals, squares, constant, torch.stack([sign, total.abs(), spread.clamp(min=1.0)], 1)
     )
 
 
-def _counter_on_cpu(
-    whole: scipy.sparse.csr_array, squares: Squares, deal: Deal, observed: Observed
-) -> Counter:
+def squares_of(x: Tensor, design: Design) -> tuple[Tensor, Tensor]:
+    """What every deal makes of the squared differences of integers x (latents, n): the constant
+    (latents,) and columns (latents, m + q) of `Sums`.
+
+    With L a prompt's labels and d = sum(L x): where one of m responses has a label of its own and
+    all others b, d^2 follows which of them is the lone one. With S = sum(x) it is b^2 (m sum(x^2) -
+    S^2) + sum(L g), g = b x (2 S - m x); of two responses g is the same, so d^2 is too. In any
+    other prompt d^2 is the sum over pairs of -L_r L_s (x_r - x_s)^2.
+    """
+    common, others, last, left, right, scale = (
+        torch.from_numpy(array).to(x.device)
+        for array in (
+            design.common, design.others, design.deal.last, design.left, design.right, design.scale
+        )
+    )  # fmt: skip
+    g, constant = torch.zeros_like(x), torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    for group in design.deal.groups:
+        places, m = torch.from_numpy(group).to(x.device), group.shape[1]
+        mine, b = x[:, places], common[places].double()
+        total = mine.sum(-1, keepdim=True)
+        g[:, places] = b * mine * (2 * total - m * mine)
+        constant += (b[:, 0] ** 2 * (m * mine.square().sum(-1) - total.squeeze(-1) ** 2)).sum(-1)
+    pairs = scale * (x[:, left] - x[:, right]).square()
+    columns = torch.cat([g[:, others] - g[:, last[others]], pairs], 1)
+    reach = np.abs(design.deal.labels[design.common != 0]).sum() + _reach_of_pairs(design)
+    unit = _unit(columns, reach)
+    return torch.round(constant * unit), torch.round(columns * unit[:, None])
+
+
+def _reach_of_pairs(design: Design) -> int:
+    """The most that labels of pairs add up to, whatever the deal."""
+    labels = np.abs(design.deal.labels)
+    largest = np.zeros(len(labels), np.int64)
+    np.maximum.at(largest, design.deal.last, labels)
+    return int((largest[design.deal.last[design.left]] ** 2 // design.scale + 1).sum())
+
+
+def integers(values: Tensor, deal: Deal) -> Tensor:
+    """Values (latents, n) over their prompt's denominator, as integers held in float64, the
+    largest of each latent `LEVELS`.
+    """
+    scaled = values / torch.from_numpy(deal.denominators).to(values.device)
+    return torch.round(scaled * _unit(scaled, int(np.abs(deal.labels).sum()))[:, None])
+
+
+def _unit(columns: Tensor, reach: int) -> Tensor:
+    """What to multiply each latent's row with, (latents,): its largest becomes `LEVELS`, or less
+    where a sum of `reach` times that would not fit in 31 bits; 1 for a row of zeros.
+    """
+    levels = float(min(LEVELS, (2**31 - 1) // max(reach, 1)))
+    largest = columns.abs().amax(1)
+    return torch.where(largest > 0, levels / largest, 1.0)
+
+
+def _counter_on_cpu(values: scipy.sparse.csr_array, design: Design) -> Counter:
+    blocks = [sums for _, sums in blocks_of_sums(values, design, "cpu")]
+    totals, squares = (
+        scipy.sparse.csr_array(
+            scipy.sparse.vstack([scipy.sparse.csr_array(sums[i].numpy()) for sums in blocks])
+        )
+        for i in (0, 1)
+    )
+    constant = torch.cat([sums.constant for sums in blocks]).numpy()
+    sign, observed, observed_squares = torch.cat([s.observed for s in blocks]).numpy().T
+
     def count(latents: Ints, begin: int, end: int, seed: int) -> Ints:
-        dealt = dealt_labels(deal, torch.arange(begin, end), seed)
-        labels = dealt.T.double().numpy()
-        of_squares = squares.labels(dealt).T.double().numpy()
+        of_others, of_pairs = design.labels(
+            dealt_labels(design.deal, torch.arange(begin, end), seed)
+        )
+        labels = of_others.T.double().numpy()
+        of_squares = torch.cat([of_others, of_pairs], 1).T.double().numpy()
         matched = np.empty(len(latents), dtype=np.int64)
         for start in range(0, len(latents), ROWS):
             some = latents[start : start + ROWS]
-            total = (whole[some] @ labels) * observed.sign[some, None]
-            if not of_squares.size:  # the same in every permutation
-                reached = total >= observed.total[some, None]
+            total = (totals[some] @ labels) * sign[some, None]
+            if not design.squares_vary:
+                reached = total >= observed[some, None]
             else:
-                spread = squares.values[some] @ of_squares + squares.constant[some, None]
+                spread = squares[some] @ of_squares + constant[some, None]
                 # total / sqrt(spread) against the observed, without a root to round
-                mine = total * total * observed.squares[some, None]
-                chance = np.maximum(spread, 1.0) * (np.square(observed.total[some]) * TIE)[:, None]
+                mine = total * total * observed_squares[some, None]
+                chance = np.maximum(spread, 1.0) * (np.square(observed[some]) * TIE)[:, None]
                 reached = (total >= 0) & (mine >= chance)
             matched[start : start + ROWS] = reached.sum(axis=1)
         return matched
@@ -150,164 +296,45 @@ def _counter_on_cpu(
     return count
 
 
-def _counter_on_gpu(
-    whole: scipy.sparse.csr_array, squares: Squares, deal: Deal, observed: Observed, device: str
-) -> Counter:
-    """The same integers as int8 matrix products: a prompt's labels add up to zero, so its last
-    response is taken off the others.
-    """
+def _counter_on_gpu(values: scipy.sparse.csr_array, design: Design, device: str) -> Counter:
+    """The same integers as int8 matrix products."""
     from sarm.probing.permutation_kernel import count_matched
 
-    others = np.flatnonzero(deal.last != np.arange(len(deal.last)))
-    halves = _int8_halves(whole[:, others] - whole[:, deal.last[others]], device)
-    of_squares = _int8_halves(squares.values, device)
-    width, squares_width = halves.shape[2], of_squares.shape[2]
-    seen = torch.from_numpy(
-        np.stack(
-            [
-                observed.sign,
-                observed.total,
-                observed.squares,
-                squares.constant,
-                np.square(observed.total) * TIE,
-            ],
-            axis=1,
-        )
-    ).to(device)
-    places = torch.from_numpy(others).to(device)
+    latents, m, q = values.shape[0], len(design.others), len(design.left)
+    width = _padded(m)
+    squares_width = width + _padded(q) if design.squares_vary else 0
+    totals, squares = (
+        torch.zeros(2, latents, columns, dtype=torch.int8, device=device)
+        for columns in (width, squares_width)
+    )
+    seen = torch.empty(latents, 5, dtype=torch.float64, device=device)
+    for at, sums in blocks_of_sums(values, design, device):
+        totals[:, at, :m] = _int8_halves(sums.totals)
+        if design.squares_vary:
+            squares[:, at, :m] = _int8_halves(sums.squares[:, :m])
+            squares[:, at, width : width + q] = _int8_halves(sums.squares[:, m:])
+        seen[at, :3], seen[at, 3] = sums.observed, sums.constant
+        seen[at, 4] = sums.observed[:, 1].square() * TIE
 
     def count(latents: Ints, begin: int, end: int, seed: int) -> Ints:
-        dealt = dealt_labels(deal, torch.arange(begin, end, device=device), seed)
-        labels = torch.zeros(end - begin, width, dtype=torch.int8, device=device)
-        labels[:, : len(others)] = dealt[:, places]
-        squares_labels = torch.zeros(end - begin, squares_width, dtype=torch.int8, device=device)
-        squares_labels[:, : len(squares.left)] = squares.labels(dealt)
-        some = slice(None) if len(latents) == whole.shape[0] else torch.from_numpy(latents)
-        matched = count_matched(
-            halves[:, some], labels, of_squares[:, some], squares_labels, seen[some]
+        dealt = dealt_labels(design.deal, torch.arange(begin, end, device=device), seed)
+        labels = torch.zeros(
+            end - begin, max(width, squares_width), dtype=torch.int8, device=device
         )
+        labels[:, :m], labels[:, width : width + q] = design.labels(dealt)
+        some = slice(None) if len(latents) == len(seen) else torch.from_numpy(latents)
+        matched = count_matched(totals[:, some], squares[:, some], labels, seen[some])
         return matched.cpu().numpy().astype(np.int64)
 
     return count
 
 
-def _int8_halves(matrix: scipy.sparse.csr_array, device: str) -> Tensor:
-    """Integers (latents, columns) as 256 * high + low, (2, latents, width) int8, the width filled
-    with zeros to a multiple of 128.
-    """
-    latents, columns = matrix.shape
-    halves = torch.zeros(2, latents, -(-columns // 128) * 128, dtype=torch.int8, device=device)
-    matrix = scipy.sparse.csr_array(matrix)
-    for start in range(0, latents if columns else 0, ROWS):
-        dense = torch.from_numpy(matrix[start : start + ROWS].toarray()).to(device, torch.int32)
-        upper = (dense + 128) >> 8
-        halves[0, start : start + ROWS, :columns] = upper.to(torch.int8)
-        halves[1, start : start + ROWS, :columns] = (dense - 256 * upper).to(torch.int8)
-    return halves
+def _padded(columns: int) -> int:
+    return -(-columns // 128) * 128
 
 
-def integers(values: scipy.sparse.csr_array, deal: Deal) -> scipy.sparse.csr_array:
-    """Values (latents, n) over their prompt's denominator, as integers held in float64, the
-    largest of each latent `LEVELS`.
-    """
-    scaled = scipy.sparse.csr_array(values / deal.denominators)
-    unit = _unit(scaled, float(np.abs(deal.labels).sum()))
-    return _rounded(scaled, unit)
-
-
-def _unit(matrix: scipy.sparse.csr_array, reach: float) -> Floats:
-    """What to multiply each row with, (latents,): its largest becomes `LEVELS`, or less where a
-    sum of `reach` times that would not fit in 31 bits; 1 for a row of zeros.
-    """
-    levels = min(LEVELS, (2**31 - 1) // max(int(reach), 1))
-    if not matrix.shape[1]:
-        return np.ones(matrix.shape[0])
-    largest = abs(matrix).max(axis=1).toarray().ravel()
-    return np.where(largest > 0, levels / np.where(largest > 0, largest, 1.0), 1.0)
-
-
-def _rounded(matrix: scipy.sparse.csr_array, unit: Floats) -> scipy.sparse.csr_array:
-    data = np.rint(matrix.data * np.repeat(unit, np.diff(matrix.indptr)))
-    return scipy.sparse.csr_array((data, matrix.indices, matrix.indptr), shape=matrix.shape)
-
-
-class Squares(NamedTuple):
-    """Each latent's sum over prompts of the squared difference, linear in columns that follow from
-    the labels dealt: constant + values @ labels(dealt), integers in a unit of the latent's own.
-    """
-
-    constant: Floats
-    """(latents,) what no deal changes"""
-    values: scipy.sparse.csr_array
-    """(latents, q)"""
-    left: Ints
-    """(q,) a response whose label the column follows"""
-    right: Ints
-    """(q,) the other of a pair of responses whose labels' product it follows; -1 where it follows
-    the one label
-    """
-    scale: Ints
-    """(q,) what products are divided by to fit int8; 1 but for labels above 11"""
-
-    def labels(self, dealt: Tensor) -> Tensor:
-        """The columns' labels (p, q) int8 from labels dealt (p, n)."""
-        left, right = (torch.from_numpy(x).to(dealt.device) for x in (self.left, self.right))
-        scale = torch.from_numpy(self.scale).to(dealt.device)
-        one = dealt[:, left]
-        product = one.int() * dealt[:, right.clamp(min=0)].int()
-        scaled = -torch.div(product + scale // 2, scale, rounding_mode="floor")
-        return torch.where(right < 0, one.int(), scaled.int()).to(torch.int8)
-
-
-def squares_of(whole: scipy.sparse.csr_array, deal: Deal) -> Squares:
-    """What every deal makes of the squared differences of values (latents, n).
-
-    With L a prompt's labels, x its values and d = sum(L x): of two responses d^2 is the same in
-    either deal. Where one response has a label a of its own and all others b, d^2 follows which of
-    them is the lone one: with S = sum(x) it is b^2 S^2 - b sum(g) + sum(L g), g = (a - b) x^2 + 2 b
-    x S. In any other prompt it is the sum over pairs of -L_r L_s (x_r - x_s)^2.
-    """
-    n, rows = len(deal.labels), whole.shape[0]
-    a, b = np.zeros(n), np.zeros(n)
-    constant, columns = np.zeros(rows), []
-    of: tuple[list[Ints], list[Ints], list[Ints]] = ([], [], [])
-    reach = 0
-
-    def add(matrix: scipy.sparse.csr_array, left: Ints, right: Ints, scale: Ints) -> None:
-        columns.append(matrix)
-        for known, new in zip(of, (left, right, scale), strict=True):
-            known.append(new)
-
-    for group in deal.groups:
-        if group.shape[1] < 2:
-            continue
-        labels = np.sort(deal.labels[group], axis=1)
-        low = (labels[:, 0] < labels[:, 1]) & (labels[:, 1] == labels[:, -1])
-        high = (labels[:, -1] > labels[:, -2]) & (labels[:, -2] == labels[:, 0])
-        if group.shape[1] == 2:
-            difference = whole[:, group[:, 0]] - whole[:, group[:, 1]]
-            constant += scipy.sparse.csr_array(difference).power(2) @ np.square(labels[:, 1] * 1.0)
-            continue
-        lone = low | high
-        a[group[lone]] = np.where(low, labels[:, 0], labels[:, -1])[lone, None]
-        b[group[lone]] = np.where(low, labels[:, -1], labels[:, 0])[lone, None]
-        for r, s in itertools.combinations(range(group.shape[1]), 2):
-            one, other = group[~lone, r], group[~lone, s]
-            largest = np.abs(labels[~lone]).max(axis=1, initial=0) ** 2
-            by = np.maximum(-(-largest // 127), 1)
-            reach += int((largest // by + 1).sum())
-            squared = scipy.sparse.csr_array(whole[:, one] - whole[:, other]).power(2)
-            add(scipy.sparse.csr_array(squared * by), one, other, by)
-    member = scipy.sparse.csr_array((np.ones(n), (np.arange(n), deal.last)), shape=(n, n))
-    alone = a != 0
-    total = whole @ member  # S, in the place of the prompt's last response
-    spread = scipy.sparse.csr_array(whole * (total @ member.T))
-    g = scipy.sparse.csr_array(whole.power(2) * (a - b) + spread * (2 * b))
-    constant += total.power(2) @ np.square(b) - g @ b
-    others = np.flatnonzero(alone & (deal.last != np.arange(n)))
-    ones = np.ones(len(others), np.int64)
-    add(scipy.sparse.csr_array(g[:, others] - g[:, deal.last[others]]), others, -ones, ones)
-    matrix = scipy.sparse.csr_array(scipy.sparse.hstack(columns))
-    left, right, scale = (np.concatenate(x).astype(np.int64) for x in of)
-    unit = _unit(matrix, reach + np.abs(deal.labels[alone]).sum())
-    return Squares(np.rint(constant * unit), _rounded(matrix, unit), left, right, scale)
+def _int8_halves(integers: Tensor) -> Tensor:
+    """Integers (latents, columns) as 256 * high + low, (2, latents, columns) int8."""
+    whole = integers.int()
+    upper = (whole + 128) >> 8
+    return torch.stack([upper, whole - 256 * upper]).to(torch.int8)

@@ -13,78 +13,67 @@ from torch import Tensor
 
 
 @triton.jit
-def _sums(
-    halves_ptr,
-    labels_ptr,
-    l_at,
-    l_real,
-    p_at,
-    p_real,
-    latents,
-    width,
-    BLOCK_L: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The sums of labels times values, of a block of latents and one of permutations."""
-    k_at = tl.arange(0, BLOCK_K)
-    values_at = l_at.to(tl.int64)[:, None] * width + k_at[None, :]
-    labels_at = p_at.to(tl.int64)[None, :] * width + k_at[:, None]
-    low_ptr = halves_ptr + tl.cast(latents, tl.int64) * width
-    high = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.int32)
-    low = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.int32)
-    for k in range(0, width, BLOCK_K):
-        labels = tl.load(labels_ptr + labels_at + k, mask=p_real[None, :], other=0)
-        high = tl.dot(
-            tl.load(halves_ptr + values_at + k, mask=l_real[:, None], other=0),
-            labels,
-            high,
-            out_dtype=tl.int32,
-        )
-        low = tl.dot(
-            tl.load(low_ptr + values_at + k, mask=l_real[:, None], other=0),
-            labels,
-            low,
-            out_dtype=tl.int32,
-        )
-    return high * 256 + low
+def _add_products(values_ptr, at, low_half, real, labels, high, low):
+    """Both halves of a tile of values (latents, k) times a tile of labels (k, permutations), added
+    to what there is of either.
+    """
+    values = tl.load(values_ptr + at, mask=real, other=0)
+    high = tl.dot(values, labels, high, out_dtype=tl.int32)
+    values = tl.load(values_ptr + low_half + at, mask=real, other=0)
+    low = tl.dot(values, labels, low, out_dtype=tl.int32)
+    return high, low
 
 
 @triton.jit
 def _count_matched(
-    halves_ptr,
-    labels_ptr,
+    totals_ptr,
     squares_ptr,
-    squares_labels_ptr,
+    labels_ptr,
     observed_ptr,
     matched_ptr,
     latents,
     permutations,
     width,
-    squares_width,
+    labels_width,
     BLOCK_L: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WITH_SQUARES: tl.constexpr,
 ):
     """One program a block of latents and one of permutations: how often the statistic reaches the
-    observed one on its side.
+    observed one on its side. A tile of labels is read once for both sums.
     """
     l_at = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     p_at = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    k_at = tl.arange(0, BLOCK_K)
     l_real, p_real = l_at < latents, p_at < permutations
-    sign = tl.load(observed_ptr + l_at * 5, mask=l_real, other=1.0).to(tl.int32)
-    observed = tl.load(observed_ptr + l_at * 5 + 1, mask=l_real, other=0.0).to(tl.int32)
-    total = _sums(
-        halves_ptr, labels_ptr, l_at, l_real, p_at, p_real, latents, width,
-        BLOCK_L, BLOCK_P, BLOCK_K,
-    )  # fmt: skip
-    total = total * sign[:, None]
+    real, dealt = l_real[:, None], p_real[None, :]
+    totals_at = l_at.to(tl.int64)[:, None] * width + k_at[None, :]
+    squares_at = l_at.to(tl.int64)[:, None] * labels_width + k_at[None, :]
+    labels_at = p_at.to(tl.int64)[None, :] * labels_width + k_at[:, None]
+    low_totals = tl.cast(latents, tl.int64) * width
+    low_squares = tl.cast(latents, tl.int64) * labels_width
+    high = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.int32)
+    low = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.int32)
+    square_high = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.int32)
+    square_low = tl.zeros((BLOCK_L, BLOCK_P), dtype=tl.int32)
+    for k in range(0, width, BLOCK_K):
+        labels = tl.load(labels_ptr + labels_at + k, mask=dealt, other=0)
+        high, low = _add_products(totals_ptr, totals_at + k, low_totals, real, labels, high, low)
+        if WITH_SQUARES:
+            square_high, square_low = _add_products(
+                squares_ptr, squares_at + k, low_squares, real, labels, square_high, square_low
+            )
     if WITH_SQUARES:
-        spread = _sums(
-            squares_ptr, squares_labels_ptr, l_at, l_real, p_at, p_real, latents, squares_width,
-            BLOCK_L, BLOCK_P, BLOCK_K,
-        )  # fmt: skip
+        for k in range(width, labels_width, BLOCK_K):
+            labels = tl.load(labels_ptr + labels_at + k, mask=dealt, other=0)
+            square_high, square_low = _add_products(
+                squares_ptr, squares_at + k, low_squares, real, labels, square_high, square_low
+            )
+    sign = tl.load(observed_ptr + l_at * 5, mask=l_real, other=1.0).to(tl.int32)
+    total = (high * 256 + low) * sign[:, None]
+    if WITH_SQUARES:
+        spread = square_high * 256 + square_low
         squares = tl.load(observed_ptr + l_at * 5 + 2, mask=l_real, other=1.0)
         constant = tl.load(observed_ptr + l_at * 5 + 3, mask=l_real, other=0.0)
         least = tl.load(observed_ptr + l_at * 5 + 4, mask=l_real, other=0.0)
@@ -92,16 +81,16 @@ def _count_matched(
         chance = tl.maximum(constant[:, None] + spread.to(tl.float64), 1.0) * least[:, None]
         reached = (total >= 0) & (mine >= chance)
     else:
+        observed = tl.load(observed_ptr + l_at * 5 + 1, mask=l_real, other=0.0).to(tl.int32)
         reached = total >= observed[:, None]
-    reached = reached & p_real[None, :]
+    reached = reached & dealt
     tl.atomic_add(matched_ptr + l_at, tl.sum(reached.to(tl.int32), 1), mask=l_real)
 
 
 def count_matched(
-    halves: Tensor,
-    labels: Tensor,
+    totals: Tensor,
     squares: Tensor,
-    squares_labels: Tensor,
+    labels: Tensor,
     observed: Tensor,
     blocks: tuple[int, int, int] = (64, 128, 128),
     warps: int | None = None,
@@ -109,33 +98,33 @@ def count_matched(
     """For each latent in how many permutations its studentised sum reaches the observed one,
     (latents,) int32.
 
-    `halves` (2, latents, width) int8 hold values as 256 * first + second, labels (permutations,
-    width) int8; `squares` and `squares_labels` likewise, of no width where no deal changes them;
-    `observed` (latents, 5) float64: sign, absolute sum, sum of squares, constant part of the
-    latter, squared sum less what counts as a tie. Widths are multiples of the last block, totals
-    fit in 31 bits, and the figures equal the CPU's to the bit.
+    `totals` (2, latents, width) int8 hold integers as 256 * first + second, labels (permutations,
+    labels width) int8, of which totals follow the first `width`; `squares` (2, latents, labels
+    width) follow all, or are of no width where no deal changes them; `observed` (latents, 5)
+    float64: sign, absolute sum, sum of squares, constant part of the latter, squared sum less what
+    counts as a tie. Widths are multiples of the last block, totals fit in 31 bits, and the figures
+    equal the CPU's to the bit.
     """
-    (_, latents, width), permutations = halves.shape, len(labels)
-    matched = torch.zeros(latents, dtype=torch.int32, device=halves.device)
+    (_, latents, width), permutations = totals.shape, len(labels)
+    matched = torch.zeros(latents, dtype=torch.int32, device=totals.device)
     block_l, block_p, block_k = blocks
     grid = (triton.cdiv(latents, block_l), triton.cdiv(permutations, block_p))
     with_squares = squares.shape[2] > 0
     _count_matched[grid](
-        halves.contiguous(),
+        totals.contiguous(),
+        squares.contiguous() if with_squares else totals,
         labels,
-        squares.contiguous() if with_squares else halves,
-        squares_labels if with_squares else labels,
         observed.contiguous(),
         matched,
         latents,
         permutations,
         width,
-        squares.shape[2],
+        labels.shape[1],
         BLOCK_L=block_l,
         BLOCK_P=block_p,
         BLOCK_K=block_k,
         WITH_SQUARES=with_squares,
-        # float64 comparisons of a whole block need the registers of twice the threads
+        # four sums and float64 comparisons of a whole block need the registers of twice the threads
         num_warps=warps or (8 if with_squares else 4),
     )
     return matched

@@ -35,7 +35,7 @@ from sarm.data.datasets import (
     texts_to_encode,
 )
 from sarm.data.formats import FORMATS
-from sarm.probing.baselines import PairRows, word_scores
+from sarm.probing.baselines import word_scores
 
 SPLIT = {"discovery": 0.34, "validation": 0.18, "test": 0.14, "ppo": 0.20, "policy_eval": 0.14}
 
@@ -709,7 +709,7 @@ def test_the_second_demo_source_is_of_another_style_that_words_hardly_give_away(
     for pairs in half:
         fit, rest = pairs[::2], pairs[1::2]
         weight = np.full(len(fit), 1 / len(fit))
-        score = word_scores(fit, PairRows(weight, weight, np.arange(len(fit)), weight))
+        score = word_scores(fit, weight, np.arange(len(fit)))
         margin = score([p.chosen for p in rest]) - score([p.rejected for p in rest])
         accuracy.append((margin > 0).mean())
     assert accuracy[0] > 0.97 and accuracy[1] < 0.9

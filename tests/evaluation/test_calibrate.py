@@ -4,6 +4,7 @@ once on the tiny models.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from jobs import calibrate as job
 from jobs.__main__ import run_unit
+from reports.calibration import calibration
 from sarm.config import Config, UserError
 from sarm.data.conversations import response_text
 from sarm.data.datasets import Pair, Prompt, load_data, prompts_in
@@ -351,3 +353,22 @@ def test_an_evaluation_that_is_too_small_stops_before_training(selected_run: Run
     attempt = Attempt(selected_run, "calibrate", "all")
     with pytest.raises(UserError, match="detects a change of the penalised rate of"):
         job.run(strict, selected_run, "all", attempt)
+
+
+def test_where_no_response_ends_that_is_said_and_what_can_be_read_is(
+    selected_run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(selected_run.path, tmp_path / "run")
+    ppo = selected_run.config.ppo.model_copy(update={"max_new_tokens": 1})
+    run = RunDir(tmp_path / "run", selected_run.config.model_copy(update={"ppo": ppo}))
+    job.run(run.config, run, "all", Attempt(run, "calibrate", "all"))
+    found = Readings.read(run.read("calibrate").path("readings.json"))
+    assert found.unended == 1.0 and found.kappa is None and 0 <= found.any_rate <= 1
+    said = "100% of the base policy's scored responses end at neither an end of turn nor a sentence"
+    assert any(said in why for why in found.unreadable)
+    assert f"warning: the SARM is not shown to read the policy's responses: {said}" in (
+        capsys.readouterr().err
+    )
+    blocks = calibration({"readings": found.tree()})
+    told = [line for block in blocks for line in getattr(block, "items", [])]
+    assert any(said in line for line in told), "in the report too"

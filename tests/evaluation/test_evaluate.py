@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.__main__ import run_unit
-from sarm.config import Config, EvaluateConfig, JudgeConfig, RefusalDetectorConfig, UserError
+from sarm.config import Config, EvaluateConfig, RefusalDetectorConfig, UserError
 from sarm.data.conversations import prompt_ids
 from sarm.data.datasets import Prompt, load_data, prompts_in
 from sarm.data.endings import ends, trim_to_last_sentence
@@ -329,13 +329,15 @@ def test_labels_that_are_not_mapped_stop_it_before_anything_is_generated(
     tmp_path, evaluated, monkeypatch
 ):
     config, other, prompts, _, _ = evaluated
-    folder = write_classifier(tmp_path / "judge", ["hate", "nothate"])
-    judge = JudgeConfig(model=str(folder), dtype="float32", labels={"hate": "harm"})
+    folder = write_classifier(tmp_path / "detector", ["refuses", "answers"])
+    detector = RefusalDetectorConfig(
+        model=str(folder), dtype="float32", labels={"refuses": "refusal"}
+    )
     given = config.model_copy(
-        update={"evaluate": config.evaluate.model_copy(update={"judge": judge})}
+        update={"evaluate": config.evaluate.model_copy(update={"refusal_detector": detector})}
     )
     monkeypatch.setattr(evaluate, "generate_responses", lambda *_, **__: pytest.fail("generated"))
-    with pytest.raises(UserError, match="nothate"):
+    with pytest.raises(UserError, match="labels answers that the config does not map"):
         policy_rows(
             given,
             [(math.nan, other)],
@@ -465,7 +467,7 @@ def publish_kept_policies(run: RunDir, folder: Path) -> None:
     attempt.publish()
 
 
-def test_steer_evaluate_and_report_without_training(tmp_path):
+def test_steer_evaluate_and_report_without_training(tmp_path, capsys):
     config = tiny_config(
         tmp_path,
         **{
@@ -475,14 +477,22 @@ def test_steer_evaluate_and_report_without_training(tmp_path):
             "steer.file": str(tmp_path / "steering.json"),
             "evaluate.arms": ["prompted", "best_of_n"],
             "evaluate.best_of": 3,
+            "evaluate.judge": {
+                "model": str(write_classifier(tmp_path / "judge", ["hate", "nothate"])),
+                "dtype": "float32",
+                "labels": {"hate": "harm"},
+            },
         },
     )
     (tmp_path / "steering.json").write_text('{"3": ["*", 0.0], "5": ["+", 1.0]}')
     run = RunDir.create(tmp_path / "run", config)
     for phase in ("fetch", "encode", "probe", "select", "steer", "calibrate"):
         run_unit(run, phase, config.units(phase)[0])  # type: ignore[arg-type]
+    unmapped = f"{tmp_path / 'judge'} has labels nothate that the config does not map"
+    assert f"warning: harm will not be judged: {unmapped}" in capsys.readouterr().err
     for unit in ("base", "prompted", "best_of_n"):
         run_unit(run, "evaluate", unit)
+        assert f"warning: harm is not judged: {unmapped}" in capsys.readouterr().err
     publish_kept_policies(run, tmp_path)
     run_unit(run, "evaluate", "no_penalty-seed0")
     kept = pd.read_parquet(run.read("evaluate", "no_penalty-seed0").path("generations.parquet"))
@@ -513,6 +523,9 @@ def test_steer_evaluate_and_report_without_training(tmp_path):
     order = [report.index(f"\n{arm} ") for arm in ("base", "prompted", "best_of_n")]
     assert order == sorted(order)
     assert "0.432" in report  # log 3 - 2/3
+    flat = " ".join(report.split())
+    assert f"The judge was not asked, and SARM judged itself: {unmapped}; give each of" in flat
+    assert base["harm"].isna().all()
     assert "KL of best_of_n: at most log n - (n - 1) / n nats" in " ".join(report.split())
     assert (
         "\nbase " in report

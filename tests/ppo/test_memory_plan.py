@@ -52,7 +52,9 @@ def test_lora_on_one_gpu_by_hand() -> None:
     plan = make_plan(REFERENCE_JOB, LLAMA_8B, SARM_BYTES, Gpus(1, 79.2))
     assert (plan.zero_stage, plan.checkpointed_layers, plan.micro_batch_tokens) == (0, 0, 32 * 192)
     assert plan.persistent_gib["policy"] * GIB == 2 * LLAMA_8B.parameters
-    assert plan.persistent_gib["KV cache"] * GIB == 32 * 192 * 131072  # 131 kB a token
+    # 131 kB a token; a row's cache is of a power of two
+    assert plan.persistent_gib["KV cache"] * GIB == 32 * 256 * 131072
+    assert plan.decode_rows == 32
     # 4 d_model + q, k, v and attention's output + 3 f, in bf16
     kept = 32 * 192 * 32 * 2 * (4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
     # The pass is recorded, so it keeps its memory.
@@ -131,6 +133,38 @@ def test_less_memory_costs_time_and_too_little_is_refused_with_the_numbers() -> 
         make_plan(
             REFERENCE_JOB.model_copy(update={"lora": None}), LLAMA_8B, SARM_BYTES, Gpus(1, 48)
         )
+
+
+def test_rows_are_decoded_together_where_there_is_room() -> None:
+    """By hand: 128 rows of 256 positions take 4 GiB, and each token reads the weights once and
+    96 + 32 positions of each row.
+    """
+    wide = REFERENCE_JOB.model_copy(update={"batch_size": 128, "max_prompt_tokens": 96})
+    plan = make_plan(wide, LLAMA_8B, SARM_BYTES, Gpus(1, 140))
+    assert plan.decode_rows == 128 and plan.persistent_gib["KV cache"] == 4
+    token = 2 * LLAMA_8B.parameters + 128 * (96 + 64) * 131072
+    assert plan.rollout_s == pytest.approx(128 * token / 2.3e12)
+    # Where there is less, a quarter of them, and the weights are read four times.
+    waves = make_plan(wide, LLAMA_8B, SARM_BYTES, Gpus(1, 45))
+    assert waves.decode_rows == 32 and waves.persistent_gib["KV cache"] == 1
+    token = 2 * LLAMA_8B.parameters + 32 * (96 + 64) * 131072
+    assert waves.rollout_s == pytest.approx(4 * 128 * token / 2.3e12)
+    # Each of four ranks decodes its own share.
+    assert make_plan(wide, LLAMA_8B, SARM_BYTES, Gpus(4, 80)).decode_rows == 32
+
+
+def test_several_arms_share_a_card() -> None:
+    """Each takes no more than it may; it then computes its layers again, and is still recorded."""
+    small = KNOWN["embedded:smollm2"]
+    assert isinstance(small, Shape)
+    ppo = PpoConfig(batch_size=128, max_prompt_tokens=256, max_new_tokens=64)
+    alone = make_plan(ppo, small, 5e8, Gpus(1, 80))
+    shared = make_plan(ppo.model_copy(update={"gpu_gib": 8}), small, 5e8, Gpus(1, 80))
+    assert alone.recorded and alone.checkpointed_layers == 0 and alone.peak_gib > 20
+    assert shared.recorded and shared.checkpointed_layers > 0 and shared.decode_rows == 128
+    assert shared.peak_gib <= 0.95 * (8 - 1.2)
+    # a card with less than an arm may use
+    assert make_plan(ppo.model_copy(update={"gpu_gib": 99}), small, 5e8, Gpus(1, 8)) == shared
 
 
 def test_other_sizes() -> None:

@@ -16,10 +16,11 @@ from sarm.probing import permutation
 from sarm.probing.contrast import Contrast, deal_of, dealt_labels, permuted_labels
 from sarm.probing.permutation import (
     LEVELS,
+    design_of,
     integers,
     permutation_p,
     permutations_needed,
-    squares_of,
+    sums_of,
 )
 from tests.ranks import run_interpreted
 
@@ -59,38 +60,77 @@ def random_values(contrast: Contrast, latents: int, seed: int = 0) -> scipy.spar
 # The statistic
 
 
-def test_squares_are_those_of_every_deal_s_differences() -> None:
+def test_sums_are_those_of_every_deal_s_differences_and_of_their_squares() -> None:
     contrast = odd_contrast()
-    deal = deal_of(contrast)
-    whole = integers(random_values(contrast, 20) - 0.4 * random_values(contrast, 20, 1), deal)
-    squares = squares_of(whole, deal)
-    dealt = dealt_labels(deal, torch.arange(200), 3)
-    ours = squares.constant[:, None] + squares.values @ squares.labels(dealt).T.double().numpy()
+    design = design_of(deal_of(contrast))
+    values = random_values(contrast, 20) - 0.4 * random_values(contrast, 20, 1)
+    sums = sums_of(torch.from_numpy(values.toarray()), design)
+    dealt = dealt_labels(design.deal, torch.arange(200), 3)
+    whole = integers(torch.from_numpy(values.toarray()), design.deal).numpy()
     differences = np.zeros((20, 200, contrast.n_prompts))
     for prompt in range(contrast.n_prompts):
         mine = contrast.prompts == prompt
-        differences[:, :, prompt] = whole.toarray()[:, mine] @ dealt.double().numpy()[:, mine].T
+        differences[:, :, prompt] = whole[:, mine] @ dealt.double().numpy()[:, mine].T
+    labels = torch.cat(design.labels(dealt), 1).double().T
+    totals = sums.totals @ labels[: len(design.others)]
+    assert np.array_equal(totals.numpy(), differences.sum(axis=2))
+    ours = (sums.constant[:, None] + sums.squares @ labels).numpy()
     theirs = np.square(differences).sum(axis=2)
     unit = theirs.sum(axis=1) / ours.sum(axis=1)
     assert np.abs(ours * unit[:, None] - theirs).max() < 2e-3 * theirs.max()
     assert np.ptp(theirs, axis=1).min() > 0.05 * theirs.max(), "they do depend on the deal"
+    observed = whole @ design.deal.labels
+    as_they_are = np.zeros((20, contrast.n_prompts))
+    np.add.at(as_they_are.T, contrast.prompts, (whole * design.deal.labels).T)
+    assert np.array_equal(sums.observed[:, 0].numpy(), np.where(observed < 0, -1, 1))
+    assert np.array_equal(sums.observed[:, 1].numpy(), np.abs(observed))
+    assert sums.observed[:, 2].numpy() * unit == pytest.approx(
+        np.square(as_they_are).sum(axis=1), rel=0.01
+    )
+
+
+def test_squares_are_left_out_where_no_deal_changes_them() -> None:
+    assert not design_of(deal_of(one_against(1, 5))).squares_vary
+    assert design_of(deal_of(one_against(2, 5))).squares_vary
+    first = np.arange(3) < 1
+    same = Contrast(np.arange(3), np.zeros(3, int), 1 / 3 + 0.0 * first, np.full(3, 1 / 3), 1)
+    assert not design_of(deal_of(same)).squares_vary, "chosen as often as rejected"
 
 
 def test_products_of_large_labels_are_rounded_and_still_fit() -> None:
     """Two chosen against 13 rejected: labels 13 and -2, whose products exceed an int8."""
     first = np.arange(15) < 2
     contrast = Contrast(np.arange(15), np.zeros(15, int), first / 2, (1.0 - first) / 13, 1)
-    deal = deal_of(contrast)
-    assert deal.labels[:3].tolist() == [13, 13, -2]
-    whole = integers(random_values(contrast, 5), deal)
-    squares, dealt = squares_of(whole, deal), dealt_labels(deal, torch.arange(50), 1)
-    labels = squares.labels(dealt)
-    ours = squares.constant[:, None] + squares.values @ labels.T.double().numpy()
+    design = design_of(deal_of(contrast))
+    assert design.deal.labels[:3].tolist() == [13, 13, -2]
+    values = torch.from_numpy(random_values(contrast, 5).toarray())
+    sums, dealt = sums_of(values, design), dealt_labels(design.deal, torch.arange(50), 1)
+    of_others, of_pairs = design.labels(dealt)
+    labels = torch.cat([of_others, of_pairs], 1).double().numpy()
+    ours = sums.constant.numpy()[:, None] + sums.squares.numpy() @ labels.T
+    whole = integers(values, design.deal).numpy()
     theirs = np.square(whole @ dealt.T.double().numpy())
-    assert (squares.scale == 2).all() and labels.min() == -85 and labels.max() == 13
-    assert np.abs(squares.values).max() <= LEVELS
+    assert (design.scale == 2).all() and of_pairs.min() == -85 and of_pairs.max() == 13
+    assert sums.squares.abs().max() <= LEVELS
     for mine, other in zip(ours, theirs, strict=True):
         assert np.corrcoef(mine, other)[0, 1] > 0.99
+
+
+def test_blocks_change_no_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    contrast = odd_contrast()
+    values = random_values(contrast, 30) - random_values(contrast, 30, 1)
+    whole = permutation_p(values, contrast, 1500, 1500, 3)
+    monkeypatch.setattr(permutation, "DENSE", 7 * len(contrast.rows))
+    assert np.array_equal(permutation_p(values, contrast, 1500, 1500, 3), whole)
+    assert np.array_equal(permutation_p(values[11:13], contrast, 1500, 1500, 3), whole[11:13])
+
+
+def test_nothing_to_compare_gives_p_of_one() -> None:
+    contrast = Contrast(np.arange(2), np.arange(2), np.ones(2), np.ones(2), 2)
+    assert permutation_p(random_values(contrast, 3), contrast, 50, 50, 0).tolist() == [1.0] * 3
+    assert not len(permutation_p(random_values(contrast, 0), contrast, 50, 50, 0))
+    none = Contrast(*(np.empty(0, int) for _ in range(4)), 0)
+    assert permutation_p(scipy.sparse.csr_array((2, 0)), none, 50, 50, 0).tolist() == [1.0] * 2
 
 
 def test_p_of_few_prompts_is_twice_the_share_of_all_relabelings_on_the_observed_side(
@@ -233,7 +273,7 @@ def test_chunks_change_no_label() -> None:
 def test_values_are_integers_that_fit() -> None:
     contrast = odd_contrast()
     deal, values = deal_of(contrast), random_values(contrast, 20)
-    whole = integers(values, deal).toarray()
+    whole = integers(torch.from_numpy(values.toarray()), deal).numpy()
     assert np.array_equal(whole, np.rint(whole)) and np.abs(whole).max() == LEVELS
     scale = np.abs(values.toarray() / deal.denominators).max(axis=1, keepdims=True)
     assert whole / LEVELS * scale == pytest.approx(values.toarray() / deal.denominators, abs=1e-4)
@@ -256,13 +296,10 @@ import numpy as np
 from sarm.probing import permutation
 from tests.probing.test_permutation import odd_contrast, one_against, random_values
 for contrast in (odd_contrast(), one_against(3, 50), one_against(1, 40)):
-    deal = permutation.deal_of(contrast)
+    design = permutation.design_of(permutation.deal_of(contrast))
     values = random_values(contrast, 150) - random_values(contrast, 150, 1)
-    whole = permutation.integers(values, deal)
-    squares = permutation.squares_of(whole, deal)
-    observed = permutation.observed_of(whole, squares, deal)
-    on_gpu = permutation._counter_on_gpu(whole, squares, deal, observed, "cpu")
-    on_cpu = permutation._counter_on_cpu(whole, squares, deal, observed)
+    on_gpu = permutation._counter_on_gpu(values, design, "cpu")
+    on_cpu = permutation._counter_on_cpu(values, design)
     for latents in (np.arange(150), np.arange(0, 150, 3)):
         counts = on_cpu(latents, 100, 300, 3)
         assert np.array_equal(on_gpu(latents, 100, 300, 3), counts) and 0 < counts.mean() < 200

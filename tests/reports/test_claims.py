@@ -91,9 +91,13 @@ def noise(path: Path) -> RunDir:
     return run
 
 
-def penalty_that_rises(path: Path) -> RunDir:
-    rows = {step: (-0.2, 0.001 * step, 0.05 - 0.0004 * step) for step in range(1, 101)}
-    return evaluated_run(path, seeds=(0,), progression=rows)
+def penalty_that_rises(path: Path, **changes: Any) -> RunDir:
+    """It comes and goes, loss falls, and it ends at its highest."""
+    rows = {
+        step: (-0.2, 0.001 * step * (1 if step % 10 else 0.5), 0.05 - 0.0004 * step)
+        for step in range(1, 100)
+    }
+    return evaluated_run(path, progression=rows, **changes)
 
 
 def arm_of_another_size(path: Path) -> RunDir:
@@ -119,7 +123,19 @@ SAME = {"monitors": BASE["monitors"], "harm": BASE["harm"]}
         (lost_evaluation, "no verdict", set()),
         (lambda path: evaluated_run(path, n=2), "no verdict", set()),
         (lambda path: evaluated_run(path, seeds=(0,)), "no verdict", set()),
-        (penalty_that_rises, "no verdict", set()),
+        (lambda path: penalty_that_rises(path, seeds=(0,)), "no verdict", set()),
+        (
+            penalty_that_rises,
+            "control",
+            {
+                "successfully learned",
+                "Fell:",
+                "Within the margin",
+                "Specific:",
+                "Monitors follow:",
+                "Harm fell:",
+            },
+        ),
         (
             lambda path: evaluated_run(path, n_safe=1),
             "monitors follow, over-refusal unknown",
@@ -187,6 +203,7 @@ SAME = {"monitors": BASE["monitors"], "harm": BASE["harm"]}
         "lost evaluation",
         "two prompts",
         "one seed",
+        "penalty ends higher, one seed",
         "penalty ends higher",
         "one safe prompt",
         "a rise",
@@ -216,6 +233,7 @@ def test_monitors_that_cannot_move_are_none(tmp_path):
     publish_evaluation(run, "base", generations(BASE | {"monitors": 0.97 / 0.9}))
     found = told(run, monitors_control=None)
     assert found.verdict.word == "fell and specific, no monitors"
+    assert found.claims == {"Fell:", "Within the margin", "Specific:"}
 
 
 def test_without_a_calibration_nothing_is_said_of_latents(tmp_path):

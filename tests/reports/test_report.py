@@ -165,6 +165,16 @@ def test_without_a_judge_sarm_judged_itself(tmp_path):
     assert "Verdict: feature control, harm unjudged" in report
 
 
+def test_a_judge_that_was_not_asked_is_named_with_the_reason(tmp_path):
+    run = evaluated_run(tmp_path / "run", judge=None, penalty={"harm": -1.0})
+    table = generations(runs.BASE | {"harm": -1.0})
+    publish_evaluation(run, "base", table, judge_problem="a/judge has labels LABEL_0; give each")
+    report = report_of(run)
+    said = "The judge was not asked, and SARM judged itself: a/judge has labels LABEL_0; give each."
+    assert said in flat(report)
+    assert "Verdict: feature control, harm unjudged" in report
+
+
 def test_only_what_may_have_ended_well_is_waited_for(tmp_path, monkeypatch):
     """As the report's job is told: who was to do what, and which jobs Slurm knows to have
     failed.

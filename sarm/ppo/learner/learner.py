@@ -160,11 +160,15 @@ class Learner:
                 ppo,
                 int(getattr(policy.config, "num_hidden_layers", 1)) if device.type == "cuda" else 0,
             )
-        total = torch.cuda.get_device_properties(device).total_memory
-        gib = min(float(text) for text in self.world.gather_texts(str(total / 2**30)))
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        gib = min(float(text) for text in self.world.gather_texts(str(total)))
+        gpus = Gpus(self.world.size, gib)
+        if ppo.gpu_gib is not None:  # others train on the same card
+            share = gpus.shared(ppo).usable_gib / total
+            torch.cuda.set_per_process_memory_fraction(share, device)
         as_long = ppo.model_copy(update={"max_prompt_tokens": self.longest_prompt})
         shape = shape_of(policy.config.to_dict())
-        return make_plan(as_long, shape, reward_bytes, Gpus(self.world.size, gib))
+        return make_plan(as_long, shape, reward_bytes, gpus)
 
     def _recorded(self) -> Recorded:
         reference = [] if self.reference is None else [self.reference.model]
@@ -206,6 +210,7 @@ class Learner:
             step=step,
             eos_ids=self.stops,
             pad_id=self.pad_id,
+            max_rows=self.plan.decode_rows,
         )
         room = self.ppo.max_new_tokens - own.responses.shape[1]
         responses = self.world.gather(F.pad(own.responses, (0, room), value=self.pad_id), shares)

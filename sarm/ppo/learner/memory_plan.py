@@ -1,11 +1,11 @@
 """What of a PPO run fits on which GPUs, and how it is cut so that it does: `make plan
 CONFIG=configs/llama31-8b.yaml GPUS=4x80`.
 
-`make_plan` is the one place that chooses ZeRO stage, how weights are kept, micro-batch, layers
-under activation checkpointing, layers of the reference that are offloaded, and whether the pass is
-recorded, wherever the config leaves them open. The learner asks it with the models it has loaded;
-here it is asked with their shapes. One file, since memory, time and choice share their terms. No
-torch: a login node can plan.
+`make_plan` is the one place that chooses ZeRO stage, how weights are kept, micro-batch, rows
+decoded at once, layers under activation checkpointing, layers of the reference that are offloaded,
+and whether the pass is recorded, wherever the config leaves them open. The learner asks it with the
+models it has loaded; here it is asked with their shapes. One file, since memory, time and choice
+share their terms. No torch: a login node can plan.
 
 Memory is counted for the worst batch (every row at `max_prompt_tokens + max_new_tokens`), per GPU,
 as the sum of what is persistent and the largest of what is transient. Seconds are at what an
@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sarm.cache_size import cached_positions
 from sarm.config import Config, PpoConfig, UserError, load_config
 
 GIB = 2**30
@@ -40,6 +41,8 @@ RECORDED_POSITIONS, RECORDED_TOKENS = 64, 512
 """A recorded pass rounds its longest row and its response tokens up to whole steps of these, so
 that a run has few shapes.
 """
+LEAST_ROWS = 32
+"""Fewer rows are not decoded at once to save memory: a token reads all weights however few rows."""
 LAUNCH_S = 4e-3
 """A layer's kernels in reference, forward and update, launched one by one on a slow host; hidden
 where the GPU takes longer.
@@ -96,6 +99,11 @@ class Shape(NamedTuple):
         )
         return elements if fused else 2 * elements
 
+    @property
+    def kv_bytes(self) -> int:
+        """Of one position's keys and values in all layers, in bf16."""
+        return self.layers * 4 * self.kv_heads * self.head_dim
+
     def lora(self, rank: int) -> int:
         """Parameters of adapters on every projection."""
         d, f, q, kv = (
@@ -132,6 +140,10 @@ class Gpus(NamedTuple):
         """What torch may reserve."""
         return self.gib - OUTSIDE_GIB
 
+    def shared(self, ppo: PpoConfig) -> Gpus:
+        """The same GPUs, of each no more than `ppo.gpu_gib`."""
+        return self._replace(gib=min(self.gib, ppo.gpu_gib or self.gib))
+
 
 class Plan(NamedTuple):
     """How one arm is trained."""
@@ -148,12 +160,16 @@ class Plan(NamedTuple):
     """GiB per GPU, persistent."""
     transient_gib: dict[str, float]
     """Peak transient GiB per GPU in each phase of a step."""
+    rollout_s: float
+    """Of a step's sampling."""
     train_s: float
     """Of a step: reference, forward, update, optimizer."""
     recorded: bool
     """Whether the pass over the batch becomes CUDA graphs (`cuda_graphs.py`), which keep its
     memory for themselves.
     """
+    decode_rows: int | None
+    """Rows of a rank sampled at once; None: as many as suit the decoder."""
 
     @property
     def peak_gib(self) -> float:
@@ -184,7 +200,9 @@ def unplanned(ppo: PpoConfig, layers: int) -> Plan:
         {},
         {},
         0.0,
+        0.0,
         False,
+        None,
     )
 
 
@@ -201,6 +219,7 @@ def make_plan(
     `fused`: whether the policy's layers are those of `layers.py`. Raises UserError with the numbers
     where nothing fits.
     """
+    gpus = gpus.shared(ppo)
     rows = math.ceil(ppo.batch_size / ppo.num_mini_batches / gpus.number)
     longest = ppo.max_prompt_tokens + ppo.max_new_tokens
     once = ppo.num_ppo_epochs * ppo.num_mini_batches == 1
@@ -219,13 +238,15 @@ def make_plan(
                 checkpointed,
                 offloaded,
                 recorded,
+                decode_rows,
             )
+            for decode_rows in _waves(math.ceil(ppo.batch_size / gpus.number))
             for micro_rows in _micro_batches(ppo, rows, longest)
             for checkpointed in _checkpointed(ppo, policy.layers, fused and stage < 3)
             for offloaded in _offloaded(ppo, policy.layers, fused)
             for recorded in (
                 (True, False)
-                if once and fused and stage == checkpointed == offloaded == 0 and micro_rows == rows
+                if once and fused and stage == offloaded == 0 and micro_rows == rows
                 else (False,)
             )
         ]
@@ -234,7 +255,7 @@ def make_plan(
             return min(
                 fitting,
                 key=lambda plan: (
-                    plan.train_s,
+                    plan.rollout_s + plan.train_s,
                     plan.offloaded_layers,
                     not plan.recorded,
                     plan.peak_gib,
@@ -291,6 +312,11 @@ def _micro_batches(ppo: PpoConfig, rows: int, longest: int) -> list[int]:
     return sorted({math.ceil(rows / 2**i) for i in range(rows.bit_length() + 1)}, reverse=True)
 
 
+def _waves(rows: int) -> list[int]:
+    """Rows decoded at once: all, half, a quarter ... while there are more than `LEAST_ROWS`."""
+    return [rows, *(_waves(math.ceil(rows / 2)) if rows > LEAST_ROWS else [])]
+
+
 def _checkpointed(ppo: PpoConfig, layers: int, fused: bool) -> list[int]:
     if ppo.gradient_checkpointing is not None:
         return [layers if ppo.gradient_checkpointing else 0]
@@ -313,6 +339,7 @@ def _plan(
     checkpointed: int,
     offloaded: int,
     recorded: bool,
+    decode_rows: int,
 ) -> Plan:
     """One way of cutting the work, with its memory and time; `micro_tokens` of a micro-batch."""
     p, full = policy.parameters, ppo.lora is None
@@ -332,7 +359,7 @@ def _plan(
             if full and stage < 3
             else layer_bytes * policy.layers + (2 * policy.embedding if stage == 3 else 0)
         ),
-        "KV cache": rows * longest * policy.layers * 4 * policy.kv_heads * policy.head_dim,
+        "KV cache": decode_rows * cached_positions(longest) * policy.kv_bytes,
         "optimizer": _optimizer_bytes(ppo, policy, weights, gpus, stage),
         "reference": 2 * p - offloaded * layer_bytes if full else 0,
         "SARM": sarm_bytes,
@@ -357,7 +384,7 @@ def _plan(
     transient = {
         "rollout": (
             fetched
-            + rows
+            + decode_rows
             * (
                 2 * ppo.max_prompt_tokens * (3 * policy.intermediate + 4 * policy.hidden)
                 + 24 * policy.vocab
@@ -399,8 +426,10 @@ def _plan(
         offloaded,
         in_gib(persistent),
         in_gib(transient),
+        sampling_time(policy, rows, decode_rows, ppo.max_prompt_tokens, ppo.max_new_tokens),
         train_s,
         recorded,
+        decode_rows,
     )
 
 
@@ -482,12 +511,22 @@ def parse_gpus(text: str) -> Gpus:
     return found
 
 
-def step_times(ppo: PpoConfig, policy: Shape, sarm: Sarm, gpus: Gpus) -> tuple[float, float]:
-    """Seconds of a step's rollout and of its scoring."""
+def sampling_time(
+    policy: Shape, responses: int, at_once: int, prompt_tokens: int, new_tokens: int
+) -> float:
+    """Seconds of sampling in waves. Each token of a wave reads the weights, and the keys and values
+    of its rows so far.
+    """
+    so_far = at_once * (prompt_tokens + new_tokens / 2) * policy.kv_bytes
+    tokens = math.ceil(responses / at_once) * new_tokens
+    return tokens * (2 * policy.parameters + so_far) / RATES.copy
+
+
+def score_time(ppo: PpoConfig, sarm: Sarm, gpus: Gpus) -> float:
+    """Seconds of a step's scoring."""
     rows = math.ceil(ppo.batch_size / gpus.number)
     longest = ppo.max_prompt_tokens + ppo.max_new_tokens
-    rollout_s = 2 * policy.parameters * ppo.max_new_tokens / RATES.copy
-    return rollout_s, 2 * sarm.trunk.layers * sarm.trunk.layer * rows * longest / RATES.score
+    return 2 * sarm.trunk.layers * sarm.trunk.layer * rows * longest / RATES.score
 
 
 def report(config: Config, gpus: Gpus) -> str:
@@ -506,8 +545,8 @@ def report(config: Config, gpus: Gpus) -> str:
     ppo = config.ppo
     plan = make_plan(ppo, policy, sarm.bytes, gpus)
     longest = ppo.max_prompt_tokens + ppo.max_new_tokens
-    rollout_s, score_s = step_times(ppo, policy, sarm, gpus)
-    step_s = rollout_s + score_s + plan.train_s
+    score_s = score_time(ppo, sarm, gpus)
+    step_s = plan.rollout_s + score_s + plan.train_s
     units = len(config.units("ppo"))
     hours = units * ppo.steps * step_s * gpus.number / 3600
     checkpoint = (
@@ -527,14 +566,16 @@ def report(config: Config, gpus: Gpus) -> str:
         *(f"  {name:16}{gib:7.2f}" for name, gib in plan.persistent_gib.items() if gib > 0),
         "transient, GiB per GPU at most",
         *(f"  {name:16}{gib:7.2f}" for name, gib in plan.transient_gib.items()),
-        f"peak              {plan.peak_gib:6.2f} of {gpus.usable_gib:.1f} that torch may reserve",
+        f"peak              {plan.peak_gib:6.2f} of {gpus.shared(ppo).usable_gib:.1f} that torch"
+        " may reserve",
         "",
         f"zero_stage {plan.zero_stage}, weights {plan.weights}, micro_batch_tokens"
         f" {plan.micro_batch_tokens}, {plan.checkpointed_layers} of {policy.layers} layers"
         f" checkpointed, {plan.offloaded_layers} of the reference's offloaded"
+        + f", {plan.decode_rows} rows decoded at once"
         + (", the pass over the batch recorded as CUDA graphs" if plan.recorded else ""),
         (
-            f"a step of {step_s:.2f} s at an H100's rates: rollout {rollout_s:.2f}, score"
+            f"a step of {step_s:.2f} s at an H100's rates: rollout {plan.rollout_s:.2f}, score"
             f" {score_s:.2f}, training {plan.train_s:.2f}"
         ),
         (
