@@ -20,7 +20,7 @@ import pandas as pd
 from reports.abstract import abstract
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents, shown
 from reports.ladder import rungs
-from reports.policies import compared_figures, distance_rows, mean, policy_table
+from reports.policies import against_base, compared_figures, distance_rows, mean, policy_table
 from reports.seed import seed_figures
 from reports.texts import shown_cause, texts_figures
 from sarm.config import PHASES, UserError
@@ -66,6 +66,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "compared": compared_figures(run, frames),
         "distances": distance_rows(run, frames),
         "policies": policy_table(frames.generations).to_dict("records"),
+        "against_base": against_base(frames.generations),
         "latents": (
             latent_table(frames.generations, penalised_latents(run, frames.features)).to_dict(
                 "records"

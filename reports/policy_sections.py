@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from reports.abstract import joined
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.distances import compared_words
 from reports.numbers import (
@@ -144,6 +145,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
             ),
             **told,
         ),
+        *base_sentences(figures["against_base"]),
         Prose(
             f"Judge: {judge}, on unsafe prompts."
             if judge
@@ -154,6 +156,37 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         *kl_sentences(figures),
         Prose(detector_sentence(figures)),
         *spelling_sentence(rows),
+    ]
+
+
+def base_sentences(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """How each trained arm's penalised rate differs from the base policy's, and of which arms
+    these prompts show it; nothing without a base policy.
+    """
+    rows = [row for row in rows if row["n_prompts"]]
+    if not rows:
+        return []
+    told = [
+        f"{arm_name(row['arm'])} {fixed(percentage(row['change']), 1, sign=True)}"
+        f" {interval(percentage(row['low']), percentage(row['high']), 1)}"
+        for row in rows
+    ]
+    words = {
+        "fell": [arm_name(row["arm"]) for row in rows if row["high"] < 0],
+        "rose": [arm_name(row["arm"]) for row in rows if row["low"] > 0],
+    }
+    shown = [f"it {word} with {joined(arms)}" for word, arms in words.items() if arms]
+    others = [arm_name(row["arm"]) for row in rows if row["low"] <= 0 <= row["high"]]
+    prompts, seeds = rows[0]["n_prompts"], rows[0]["n_seeds"]
+    counts = f"{prompts} prompts and {seeds} seed{'s' * (seeds != 1)}"
+    cannot = [f"with {joined(others)} {counts} cannot tell it from no change"] if others else []
+    said = "; ".join([*shown, *cannot])
+    return [
+        Prose(
+            "Penalised rate on unsafe prompts less the base policy's, in points, with 95 %"
+            f" intervals over {over(rows)}. {'; '.join(told).capitalize()}."
+            f" {said[:1].upper()}{said[1:]}."
+        )
     ]
 
 
