@@ -6,6 +6,7 @@ from typing import Any
 
 from reports.blocks import Block, Items, Prose, Table
 from reports.numbers import duration
+from reports.origins import UNITS, UNKNOWN
 from reports.texts import texts_words
 from sarm.run import listed
 
@@ -42,6 +43,8 @@ def phases(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for p in figures["phases"]
             ],
+            origins=UNITS,
+            unknown=UNKNOWN,
         )
     ]
 
@@ -90,6 +93,8 @@ def provenance(figures: dict[str, Any]) -> list[Block]:
                     for u in p["units"]
                 ],
                 title="The first eight digits of each manifest's SHA-256, commit and image:",
+                origins=UNITS,
+                unknown=UNKNOWN,
             )
         )
     return blocks

@@ -474,6 +474,7 @@ class Card(Record):
     n_near_misses: int
     edits: Row
     label: Row | None
+    """`text`, and its scores by `detection` and by `fuzzing` (`sarm.probing.labels`)."""
     siblings: dict[str, list[Row]] = Field(default_factory=dict)
     """By `direction` and by `firing`."""
     words: Row | None = None
@@ -481,7 +482,7 @@ class Card(Record):
 
 
 class Cards(File):
-    NAME, REDO = "cards.json", "cards"
+    SCHEMA, NAME, REDO = 2, "cards.json", "cards"
 
     n_texts: int
     n_prompts: int
@@ -729,6 +730,8 @@ class Completion(Line):
 
     prompt_id: str
     kind: str
+    source: str = ""
+    """Of the prompt, by its name in the config."""
     prompt: str
     """The last message."""
     response: str

@@ -470,6 +470,11 @@ def listed(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
+def many(n: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def exact_cover(shards: list[Published], phase: str) -> list[Published]:
     """The shards in order, if their ranges cover [0, total) once. Raises UserError naming the
     ranges that do not.
@@ -571,8 +576,12 @@ def damage(path: Path, entry: Mapping[str, Any], *, hashes: bool = True) -> str 
     return None
 
 
-PROGRESS_BAR = re.compile(r"\b\d{1,3}%\|")
-"""As tqdm draws it, `Loading weights:  47%|████`."""
+PROGRESS_BAR = re.compile(
+    r"^.*\b\d{1,3}%\|[^|]*(\|\s*([\d.?kMG]+/[\d.?kMG]+)?(\s*\[[^\]]*\]?)?)?"
+    r"|^.*\b\d+it \[\d+:\d\d[^\]]*\]?"
+)
+"""As tqdm draws it, `Loading weights:  47%|████      | 10/21 [00:01<00:01]`, and without a total,
+`10it [00:01, 9.8it/s]`."""
 
 
 def latest(lines: list[str]) -> list[str]:
@@ -584,8 +593,12 @@ def latest(lines: list[str]) -> list[str]:
 
 
 def without_progress(lines: list[str]) -> list[str]:
-    """A log's lines but for progress bars, which are no cause of anything."""
-    return [line for line in lines if not PROGRESS_BAR.search(line)]
+    """A log's lines but for progress bars, which are no cause of anything; what was written into
+    the line of one stays.
+    """
+    found = ((line, PROGRESS_BAR.sub("", line)) for line in lines)
+    kept = (line if line == rest else rest.strip() for line, rest in found)
+    return [line for line in kept if line]
 
 
 def attempt_id() -> str:

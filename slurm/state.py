@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sarm.config import Phase, UserError
 from sarm.records import Manifest
@@ -209,9 +209,12 @@ def lacking(needs: list[Node]) -> str:
     return ", ".join(dict.fromkeys(words))
 
 
-def write_local_states(run: RunDir, words: Mapping[Node, str]) -> None:
-    """Leave a local launcher's word on every unit where `local_states` finds it."""
-    text = json.dumps({str(node): word for node, word in words.items()}).encode()
+def write_local_states(run: RunDir, words: Mapping[Node, str], workers: int = 1) -> None:
+    """Leave a local launcher's word on every unit where `local_states` finds it, and how many it
+    runs side by side.
+    """
+    states = {str(node): word for node, word in words.items()}
+    text = json.dumps({"workers": workers, "states": states}).encode()
     path = run.path / LOCAL_STATES
     if not path.exists() or path.read_bytes() != text:
         write_atomic(path, text, durable=False)
@@ -221,13 +224,23 @@ def local_states(run: RunDir) -> dict[Node, str]:
     """What a launcher at work in this run says of each unit; empty where none is at work."""
     if not at_work(run.path / "run.lock"):
         return {}
-    try:
-        words = json.loads((run.path / LOCAL_STATES).read_text())
-    except (OSError, ValueError):
-        return {}
+    words = _local(run).get("states", {})
     return {
         task.node: words[str(task.node)] for task in tasks(run.config) if str(task.node) in words
     }
+
+
+def local_workers(run: RunDir) -> int:
+    """How many units a local launcher runs side by side."""
+    return int(_local(run).get("workers", 1))
+
+
+def _local(run: RunDir) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((run.path / LOCAL_STATES).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def published_by(run: RunDir, node: Node) -> str:

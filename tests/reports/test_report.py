@@ -353,6 +353,10 @@ def test_a_failed_phase_is_named_with_its_cause_and_log(tmp_path):
         ("error: no room\nLoading weights: 100%|██████████| 21/21 [00:00]\n", "error: no room"),
         ("Map:   3%|▎ | 1/30\rMap:   6%|▋ | 2/30", "its log ends in a progress bar"),
         ("the disk is 47% full\n", "the disk is 47% full"),
+        ("Map:  47%|████▋     | 10/21 [00:01<00:01, 9.9it/s]error: no room", "error: no room"),
+        ("Map:  47%|████▋     | 10/21Killed", "Killed"),
+        ("error: no room\nreading: 10it [00:01, 9.80it/s]\n", "error: no room"),
+        ("error: no room\n  0%|", "error: no room"),
         ("", ""),
     ],
 )
