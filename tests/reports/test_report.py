@@ -218,7 +218,7 @@ def test_only_what_may_have_ended_well_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_a_run_is_reported_as_before_without_its_policies(tmp_path):
-    """Weights are what people remove to save room; a file that the report reads is another thing."""
+    """Weights are removed to save room; a file that the report reads is another thing."""
     run = evaluated_run(tmp_path / "run")
     before = report_of(run)
     units = [unit for unit in run.config.units("ppo") if run.done("ppo", unit, hashes=False)]
