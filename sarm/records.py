@@ -800,6 +800,7 @@ class Report(File):
     texts: Row = Field(default_factory=lambda: {"whose": "all", "shown": [], "left_out": []})
     """Whose texts page and cards show."""
     distances: list[Row] = Field(default_factory=list)
+    against_base: list[Row] = Field(default_factory=list)
     """Every trained policy at every distance that the config names."""
     latents: list[Row]
     random_latents: list[Row]
