@@ -12,6 +12,7 @@ import sys
 from jobs.fetched import refuse_changed
 from sarm.cli import ended
 from sarm.config import NON_PHASE_JOBS, PHASES, UserError
+from sarm.pinned import pinned
 from sarm.run import Attempt, RunDir, config_of
 from sarm.threads import bound_threads
 
@@ -79,8 +80,10 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
     if phase not in ("fetch", "report", "train_sarm"):
         refuse_changed(run, phase)
     module = importlib.import_module(f"jobs.{phase}")
-    module.run(run.config, run, unit, Attempt(run, phase, unit))
-    print(f"{phase}/{unit}: done", flush=True)
+    config = run.config if phase in ("fetch", "report") else pinned(run)
+    module.run(config, run, unit, Attempt(run, phase, unit))
+    where = run.path if phase == "report" else run.folder(phase, unit)
+    print(f"{phase}/{unit}: done, in {where}", flush=True)
 
 
 def check_gpu() -> None:

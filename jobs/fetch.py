@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sarm.config import (
+    ROOT,
     ChatModelConfig,
     Config,
     JudgeConfig,
@@ -23,8 +24,10 @@ from sarm.config import (
     SarmConfig,
     UserError,
 )
-from sarm.data.datasets import load_data, source_files
-from sarm.hub import local_model
+from sarm.data.datasets import load_data
+from sarm.data.sources import source_files
+from sarm.hub import hub_commit, local_model
+from sarm.pinned import Commit, at_commits, commits_in, fetched
 from sarm.records import Models
 from sarm.run import Attempt, RunDir, file_sha256
 
@@ -33,14 +36,18 @@ INDEX = "model.safetensors.index.json"
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
-    """Download what the config names and record it."""
-    wanted: dict[str, ModelConfig] = {"policy": config.policy, "sarm": config.sarm}
-    wanted |= config.classifiers
-    found: dict[str, Any] = {}
+    """Download what the config names and record it: first whether every gate opens, then data, then
+    models.
+    """
     for name, source in config.data.sources.items():
         if source.path is not None:
             source_files(name, source)  # what is laid by hand, before an hour of downloads
-    for i, (name, model) in enumerate(wanted.items()):
+    now = at_commits(config, standing_at(config, earlier(run)))
+    wanted: dict[str, ModelConfig] = {"policy": now.policy, "sarm": now.sarm, **now.classifiers}
+    said = {"policy": config.policy, "sarm": config.sarm, **config.classifiers}
+    attempt.progress(0, len(wanted) + 1, "data")
+    found: dict[str, Any] = {"data": fetch_data(config, now)}
+    for i, (name, model) in enumerate(wanted.items(), 1):
         attempt.progress(i, len(wanted) + 1, f"model {model.model}")
         folder = local_model(model.model, model.revision, download=True)
         backbone = backbone_of(folder) if name == "sarm" else None
@@ -48,18 +55,59 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
             place = local_model(backbone["model"], backbone.get("revision"), download=True)
             found["sarm_backbone"] = described(place, backbone["model"], backbone.get("revision"))
         look_over(model, folder, prompted="prompted" in config.evaluate.arms)
-        found[name] = described(folder, model.model, model.revision)
-    attempt.progress(len(wanted), len(wanted) + 1, "data")
-    data = load_data(config.data, download=True)
+        found[name] = described(folder, model.model, said[name].revision)
+        if isinstance(model, SarmConfig):
+            found[name]["sizes"] = sizes_of(model)
+    Models(**found).write(attempt.path("models.json"))
+    attempt.progress(len(wanted) + 1, len(wanted) + 1, "done")
+    attempt.publish()
+
+
+def earlier(run: RunDir) -> Models | None:
+    """What this run fetched before; None where that cannot be read, and is written anew."""
+    try:
+        return fetched(run)
+    except UserError:
+        return None
+
+
+def standing_at(config: Config, before: Models | None) -> Commit:
+    """The commit that each revision of the config stands at: as an earlier fetch of this run wrote
+    it down, else as the hub says now, which takes a token where a model is gated.
+    """
+    known = {} if before is None else commits_in(before)
+    data = {(s.repo, s.revision): s.files[0] for s in config.data.sources.values() if s.repo}
+
+    def commit(at: tuple[str, str | None]) -> str | None:
+        repo, revision = at
+        here = repo.startswith("embedded:") or (ROOT / Path(repo).expanduser()).is_dir()
+        if at in known or here:
+            return known.get(at)
+        if at in data:
+            return hub_commit(repo, revision, data[at], "dataset")
+        return hub_commit(repo, revision, "config.json")
+
+    return commit
+
+
+def fetch_data(config: Config, now: Config) -> dict[str, Any]:
+    """Every source's files by hash, and what was read of them. `now` is the config at commits."""
+    data = load_data(now.data, download=True)
     if config.evaluate.refusal_labels is not None and find_spec("scipy") is not None:
         from sarm.evaluation.refusals import read_labelled
 
         read_labelled(config.evaluate.refusal_labels)  # evaluate, after training, would be late
-    files = {name: source_files(name, source) for name, source in config.data.sources.items()}
-    found["data"] = {
+    files = {name: source_files(name, source) for name, source in now.data.sources.items()}
+    return {
         "files": {
             name: [
-                {"path": str(file), "commit": commit_of(file), "sha256": file_sha256(file)}
+                {
+                    "path": str(file),
+                    "repo": config.data.sources[name].repo or config.data.sources[name].url,
+                    "revision": config.data.sources[name].revision,
+                    "commit": commit_of(file) or now.data.sources[name].revision,
+                    "sha256": file_sha256(file),
+                }
                 for file in paths
             ]
             for name, paths in files.items()
@@ -68,9 +116,16 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         "pairs": Counter(f"{p.source}/{p.prompt.part}" for p in data.pairs),
         "skipped": data.skipped,
     }
-    Models(**found).write(attempt.path("models.json"))
-    attempt.progress(len(wanted) + 1, len(wanted) + 1, "done")
-    attempt.publish()
+
+
+def sizes_of(sarm: SarmConfig) -> dict[str, int]:
+    """What a card may say of a SARM's sizes; nothing where there is no torch to open it with."""
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        return {}
+    from sarm.reward_model.weights import open_folder
+
+    opened = open_folder(sarm.model, sarm.revision, use_topk=sarm.use_topk).config
+    return {"d_sae": opened.d_sae, "k": opened.k, "layers": opened.source_layer}
 
 
 def look_over(model: ModelConfig, folder: Path, *, prompted: bool) -> None:

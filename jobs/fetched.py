@@ -9,8 +9,9 @@ from pathlib import Path
 
 from sarm.config import UserError
 from sarm.config.reads import is_read
-from sarm.data.datasets import source_files
+from sarm.data.sources import source_files
 from sarm.hub import local_model
+from sarm.pinned import pinned
 from sarm.records import FetchedModel, Models
 from sarm.run import RunDir, file_sha256, patience_s
 
@@ -28,7 +29,7 @@ def refuse_changed(run: RunDir, phase: str) -> None:
     for name, model in _models(models, phase):
         _compare_model(name, model)
     if is_read(phase, "data"):
-        for name, source in run.config.data.sources.items():
+        for name, source in pinned(run).data.sources.items():
             _compare_data(name, source_files(name, source), models)
 
 
@@ -46,7 +47,7 @@ def _models(models: Models, phase: str) -> Iterator[tuple[str, FetchedModel]]:
 
 
 def _compare_model(name: str, model: FetchedModel) -> None:
-    folder = local_model(model.model, model.revision)
+    folder = local_model(model.model, model.commit or model.revision)
     for file, sha256 in model.sha256.items():
         path = folder / file
         if not path.is_file() or file_sha256(path) != sha256:

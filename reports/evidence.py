@@ -16,6 +16,7 @@ from sarm.config import arm_and_seed
 from sarm.evaluation.comparison import Rows
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.verdict import Instrument, Verdict, decide, rule_sha256
+from sarm.pinned import pinned
 from sarm.records import Features
 from sarm.run import RunDir
 
@@ -107,7 +108,9 @@ def rule_problem(run: RunDir, frames: Frames) -> str:
         for (phase, unit), manifest in frames.manifests.items()
         if phase == "ppo" and arm_and_seed(unit)[0] in arms
     }
-    if changed := [u for u, h in recorded.items() if h and h != rule_sha256(run.config)]:
+    # training read the config with branches at the commits they stood at
+    stands = {rule_sha256(run.config), rule_sha256(pinned(run))}
+    if changed := [u for u, h in recorded.items() if h and h not in stands]:
         return f"rule changed after training ({', '.join(changed)})"
     if silent := [unit for unit, found in recorded.items() if not found]:
         return f"the rule was not recorded before training ({', '.join(silent)})"

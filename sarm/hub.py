@@ -8,17 +8,21 @@ network.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 from sarm.config import ModelConfig, UserError
+from sarm.config.base import cache_folder
 from sarm.gguf_conversion import convert_llama_gguf
 from sarm.run import file_sha256, fsync_dir
 
@@ -72,41 +76,92 @@ def hub_snapshot(model: str, revision: str | None, *, download: bool) -> Path:
     """The cached snapshot of a hub model at a pinned revision. Raises UserError where it cannot be
     had.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     if download:
         refuse_without_room(model, revision)
-    try:
+    with hub_refusals(model, revision, download=download):
         return Path(
             snapshot_download(
                 model, revision=revision, local_files_only=not download, allow_patterns=HUB_FILES
             )
         )
+
+
+def hub_commit(repo: str, revision: str | None, file: str, repo_type: str = "model") -> str:
+    """The commit that a revision of a hub repository stands at, asked by downloading one small
+    `file`: so a gate that is closed shows before hours of downloads. Raises UserError.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with hub_refusals(repo, revision, download=True):
+        found = hf_hub_download(repo, file, repo_type=repo_type, revision=revision)
+    # .../snapshots/COMMIT/FILE
+    return Path(found).parents[len(Path(file).parts) - 1].name
+
+
+@contextmanager
+def hub_refusals(repo: str, revision: str | None, *, download: bool) -> Iterator[None]:
+    """What the hub or its cache refuses, as a UserError that says what to do."""
+    from huggingface_hub import errors, get_token
+
+    try:
+        yield
     except errors.GatedRepoError:
+        if get_token() is None:
+            raise UserError(
+                f"{repo} is gated and there is no token: accept its licence on the hub, set"
+                " HF_TOKEN, and run make fetch again"
+            ) from None
         raise UserError(
-            f"{model} is gated: accept its licence on the hub and set HF_TOKEN, then run make fetch"
-            " again"
+            f"{repo} is gated and the account of this token may not read it: accept its licence on"
+            " the hub, wait until access is granted, and run make fetch again"
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise UserError(
-            f"the hub has no {model} at revision {revision}, or this token may not read it; correct"
+            f"the hub has no {repo} at revision {revision}, or this token may not read it; correct"
             " the config"
         ) from None
-    except errors.LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise UserError(_broken(repo, revision, error.__cause__)) from None
         if download:
             raise UserError(
-                f"{model} at revision {revision}: the hub could not be reached; check the network"
+                f"{repo} at revision {revision}: the hub could not be reached; check the network"
                 " and HF_ENDPOINT"
             ) from None
         raise UserError(
-            f"{model} at revision {revision} is not in this machine's cache; run make fetch where"
+            f"{repo} at revision {revision} is not in this machine's cache; run make fetch where"
             " there is a network"
         ) from None
-    except OSError as error:  # HfHubHTTPError, time-outs, a full disk
-        raise UserError(
-            f"{model} at revision {revision} could not be fetched: {_line(error)}; run make fetch"
-            " again"
-        ) from error
+    # httpx2's, of a connection that broke; HfHubHTTPError, time-outs, a full disk
+    except (OSError, errors.HTTPError) as error:
+        raise UserError(_broken(repo, revision, error)) from error
+
+
+def _broken(repo: str, revision: str | None, error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        from huggingface_hub import constants
+
+        return (
+            f"{constants.HF_HUB_CACHE} took no more of {repo} ({_line(error)}); free some room or"
+            " quota there, or give another HF_HOME, and run make fetch again: whole files are kept"
+        )
+    if status == 401:
+        return (
+            f"the hub does not know this token ({_line(error)}); make a new one in its settings"
+            " and set HF_TOKEN"
+        )
+    if status == 403:
+        return (
+            f"this token may not read {repo} ({_line(error)}); give it read access to gated"
+            " repositories in the hub's settings"
+        )
+    return (
+        f"{repo} at revision {revision} could not be fetched: {_line(error)}; run make fetch again:"
+        " whole files are kept"
+    )
 
 
 def refuse_without_room(model: str, revision: str | None) -> None:
@@ -133,11 +188,6 @@ def refuse_without_room(model: str, revision: str | None) -> None:
             f"{there} has no room for {model}: {missing / 1e9:.1f} GB are to be fetched and"
             f" {free / 1e9:.1f} GB are free; free some, or give another HF_HOME"
         )
-
-
-def cache_folder() -> Path:
-    """$SARM_CACHE, or ~/.cache/sarm."""
-    return Path(os.environ.get("SARM_CACHE") or "~/.cache/sarm").expanduser().absolute()
 
 
 def embedded_model(embedded: Embedded, *, download: bool) -> Path:

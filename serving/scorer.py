@@ -21,6 +21,7 @@ from sarm.config import Config, UserError
 from sarm.data.conversations import stop_ids, tokenize_conversations
 from sarm.hub import local_model
 from sarm.models import read_tokenizer
+from sarm.pinned import pinned
 from sarm.ppo.penalties import PENALTIES, Penalised
 from sarm.ppo.reward import CompoundReward, Message, Scores, scored_conversation
 from sarm.records import Features, Readings
@@ -158,6 +159,7 @@ def refuse_control_characters(prompt: str | Sequence[Message], where: str) -> No
 
 def open_scorer(config: Config, run: str | Path | None) -> Scorer:
     """The configured SARM under a run's penalty, or the config's own. Raises UserError."""
+    config = config if run is None else pinned(RunDir(run, config))
     model, tokenizer = load_sarm(config.sarm)
     model.eval()
     reward = CompoundReward(

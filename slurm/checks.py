@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sarm.config import ROOT, Config, Phase, UserError
+from sarm.pinned import fetched
+from sarm.records import SarmCard
 from sarm.run import RunDir
 from slurm import queue
 from slurm.images import token_file
@@ -144,6 +146,29 @@ def check_named(config: Config) -> None:
             raise UserError(
                 f"data source {name}: {ROOT / source.path} does not exist; correct"
                 f" data.sources.{name}.path"
+            )
+
+
+def check_card(config: Config, run: RunDir) -> None:
+    """Raises UserError where the SARM that was fetched has other sizes than its card: check_sarm
+    would stop there, after waiting for a GPU.
+    """
+    models = fetched(run)
+    if models is None or config.check_sarm.card is None or config.check_sarm.off != "stop":
+        return
+    own = config.check_sarm.card == "own"
+    file = Path(models.sarm.path) / "card.json" if own else ROOT / config.check_sarm.card
+    if own and not file.is_file():
+        return
+    if not file.is_file():
+        raise UserError(f"check_sarm.card: there is no file {file}; correct it")
+    card = SarmCard.read(file)
+    for name, found in models.sarm.sizes.items():
+        said = getattr(card, name)
+        if said is not None and said != found:
+            raise UserError(
+                f"{models.sarm.model} has {name} {found} where {card.source} says {said}, so it is"
+                " another SARM; correct sarm.model or check_sarm.card, or set check_sarm.off=warn"
             )
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from sarm.config import PHASES, ROOT, Config, Phase, UserError
 from sarm.cost import Cost, cost_lines, counts, planned, refuse_beyond, shapes, wall_seconds
+from sarm.pinned import fetched, pinned
 from sarm.ppo.learner.memory_plan import Gpus, Sarm
-from sarm.records import FetchedData, Models
 from sarm.run import RunDir
 from slurm.plan import Batch
 from slurm.profile import Profile, gpu_hours, resources
@@ -46,7 +46,7 @@ def kept_latents(config: Config, sarm: Sarm) -> int:
 
 def disk(config: Config, run: RunDir) -> list[Disk]:
     """Bytes a phase leaves, and those it needs on top while it runs."""
-    policy, sarm = shapes(config)
+    policy, sarm = shapes(pinned(run))
     texts, ppo, trained = count_texts(run), config.ppo, len(config.units("ppo"))
     found = []
     if policy and sarm:
@@ -78,32 +78,21 @@ def disk(config: Config, run: RunDir) -> list[Disk]:
     return found
 
 
-def fetched(run: RunDir) -> FetchedData | None:
-    """What fetch counted; None before that."""
-    manifest = run.manifest("fetch")
-    try:
-        if manifest is None:
-            return None
-        return Models.read(run.folder("fetch") / manifest.outputs["models.json"].file).data
-    except (OSError, KeyError):
-        return None
-
-
 def count_texts(run: RunDir) -> int | None:
     """Texts that encode takes, as fetch counted the pairs; None before that."""
     found = fetched(run)
-    return None if found is None else counts(found.pairs, found.prompts).texts
+    return None if found is None else counts(found.data.pairs, found.data.prompts).texts
 
 
 def plan_costs(config: Config, profile: Profile, run: RunDir) -> list[Cost] | None:
     """By phase and arm; None where the models' sizes are not known here. Raises UserError where PPO
     does not fit.
     """
-    policy, sarm = shapes(config)
+    policy, sarm = shapes(pinned(run))
     if policy is None or sarm is None:
         return None
     found = fetched(run)
-    data = counts(found.pairs, found.prompts) if found else counts(None, None)
+    data = counts(found.data.pairs, found.data.prompts) if found else counts(None, None)
     ppo = resources(profile, "ppo")
     return planned(config, policy, sarm, data, Gpus(max(1, ppo.gpus * ppo.nodes), 80))
 
@@ -165,7 +154,7 @@ def table(config: Config, profile: Profile, run: RunDir, batches: list[Batch]) -
         lines += [f"### {line}" for line in cost_lines(costs, wall_s, known)]
     unknown = [
         model.model
-        for model, shape in zip((config.policy, config.sarm), shapes(config), strict=True)
+        for model, shape in zip((config.policy, config.sarm), shapes(pinned(run)), strict=True)
         if shape is None
     ]
     if unknown:

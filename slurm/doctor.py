@@ -27,7 +27,7 @@ from rich.text import Text
 from sarm.cli import ended
 from sarm.config import ROOT, Config, UserError
 from sarm.run import RunDir, config_of
-from slurm.checks import check_named, own_run
+from slurm.checks import check_card, check_named, own_run
 from slurm.cost import gigabytes, needed_bytes
 from slurm.images import check_images, images_of, token_file
 from slurm.profile import Profile, resources
@@ -71,6 +71,11 @@ def doctor(args: argparse.Namespace) -> int:
             f"error: {wrong} problem{'s' if wrong > 1 else ''} to fix before make submit-all"
             f" CLUSTER={shlex.quote(args.cluster)}",
             file=sys.stderr,
+        )
+    else:
+        print(
+            f"nothing to fix; next: make submit-all CLUSTER={shlex.quote(args.cluster)}, with the"
+            " same CONFIG and RUN"
         )
     return 2 if wrong else 0
 
@@ -136,6 +141,7 @@ def check_fetched(profile: Profile, config: Config, run: RunDir) -> Iterator[Fin
     model is gated.
     """
     if run.done("fetch", hashes=False):
+        check_card(config, run)
         yield Finding("ok", "models and data", "fetched")
         return
     if profile.fetch == "by-hand":

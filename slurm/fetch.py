@@ -18,6 +18,7 @@ from importlib.util import find_spec
 
 from sarm.cli import ended
 from sarm.config import ROOT, Config, UserError
+from sarm.data.sources import file_url, repository_folder
 from sarm.run import RunDir, config_of
 from slurm import submit
 from slurm.checks import own_run, umask
@@ -106,6 +107,10 @@ def to_bring(config: Config) -> str:
         for source in config.data.sources.values()
         if source.path and not (ROOT / source.path).exists()
     ]
+    for source in config.data.sources.values():
+        if source.url:
+            lay = f"as {repository_folder(source)}/FILE (data of {source.label})"
+            other += [f"{file_url(source, file)}  {lay}" for file in source.sha256]
     other += [
         f"{m.model}: make fetch there, then bring SARM_CACHE to {caches('fetch')['SARM_CACHE']}"
         for m in config.models

@@ -142,6 +142,10 @@ def binds(run: RunDir, phase: Phase) -> list[str]:
     named = [
         *(source.path for source in config.data.sources.values()),
         config.steer.file,
+        config.check_sarm.card,
+        config.seed_report,
+        config.evaluate.refusal_labels,
+        config.ppo.continue_from,
         *(model.model for model in config.models),
     ]
     there = [path for name in named if name and (path := ROOT / Path(name).expanduser()).exists()]

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from sarm.config import ROOT
-from sarm.run import git_commit
+from sarm.config import ROOT, load_config
+from sarm.records import Models, SarmCard
+from sarm.run import Attempt, RunDir, git_commit
 from slurm import images
-from tests.fakes.site import PROFILE, Site, batch_of
+from tests.fakes.site import CONFIG, PROFILE, Site, batch_of
 
 
 @pytest.fixture
@@ -57,6 +58,24 @@ def test_unfetched_models_of_a_new_run_leave_no_run(site: Site, refused) -> None
     shutil.rmtree(site.path)
     assert "make fetch" in refused()
     assert not site.path.exists()
+
+
+def test_a_sarm_of_other_sizes_than_its_card(site: Site, refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    card = tmp_path / "card.json"
+    SarmCard(source="its card", d_sae=64, k=8).write(card)
+    site.config.write_text(f"{CONFIG}check_sarm: {{card: {card}}}\n")
+    run = RunDir.create(tmp_path / "fetched", load_config(site.config))
+    model = {"model": "s", "revision": None, "commit": None, "path": str(tmp_path), "sha256": {}}
+    sarm = model | {"sizes": {"d_sae": 64, "k": 9, "layers": 2}}
+    data = {"files": {}, "prompts": {}, "pairs": {}, "skipped": {}}
+    attempt = Attempt(run, "fetch")
+    Models(policy=model, sarm=sarm, data=data).write(attempt.path("models.json"))
+    attempt.publish()
+    site.path = run.path
+    assert "s has k 9 where its card says 8, so it is another SARM" in refused()
+    assert "correct it" in refused(f"check_sarm.card={tmp_path / 'none.json'}")
+    (tmp_path / "card.json").rename(tmp_path / "moved.json")
+    assert site.submit("check_sarm.card=own") == 0, "a SARM without a card has nothing to say"
 
 
 def test_a_partition_slurm_does_not_know_is_found_by_test_only_without_dependencies(

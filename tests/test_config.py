@@ -203,8 +203,8 @@ def test_a_missing_section_is_named() -> None:
         (["ppo.arms=[penalty, penalty]"], "named twice"),
         (["ppo.seeds=[]"], "at least one arm and one seed"),
         (["data.sources.demo.split={discovery: 0.7, test: 0.4}"], "add up to 1.1"),
-        (["data.sources.demo.repo=a/b"], "either path or repo"),
-        (["data.sources.demo.path=null"], "either path or repo"),
+        (["data.sources.demo.repo=a/b"], "one of path, repo and url"),
+        (["data.sources.demo.path=null"], "one of path, repo and url"),
         (
             ["data.sources.demo.path=null", "data.sources.demo.repo=a/b"],
             "pinned revision and its files",

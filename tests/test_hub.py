@@ -7,11 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from sarm import hub
 from sarm.config import ROOT, UserError
 from sarm.gguf_conversion import convert_llama_gguf
 from sarm.hub import EMBEDDED, Embedded, embedded_model, local_model
+from tests.fakes.hub import Hub
 
 COMMIT = "c0ffee" + "0" * 34
 FILES = {
@@ -30,69 +29,11 @@ FILES = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The three answers a snapshot download asks of the hub: the revision's files, a file's head,
-    a file.
-    """
-
-    files: ClassVar[dict[str, bytes]] = FILES
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        name = self.path.partition("?")[0]
-        if name.startswith(("/api/models/o/m/revision/", "/api/models/o/m/tree/")):
-            listing = [
-                {"rfilename": f, "path": f, "type": "file", "size": len(b), "oid": _oid(b)}
-                for f, b in self.files.items()
-            ]
-            body = (
-                {"id": "o/m", "modelId": "o/m", "sha": COMMIT, "siblings": listing}
-                if "/revision/" in name
-                else listing
-            )
-            self.answer(json.dumps(body).encode(), "application/json")
-        elif name.startswith(f"/o/m/resolve/{COMMIT}/"):
-            content = self.files[name.rsplit("/", 1)[1]]
-            self.answer(
-                content,
-                "application/octet-stream",
-                {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": COMMIT},
-            )
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    def answer(self, body: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
-        self.send_response(200)
-        for key, value in {
-            "Content-Type": kind,
-            "Content-Length": str(len(body)),
-            **(headers or {}),
-        }.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-def _oid(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
-
-
 @pytest.fixture
-def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def served() -> Iterator[Hub]:
+    with Hub() as served:
+        served.add("o/m", FILES)
+        yield served
 
 
 def resolve(model: str, revision: str, download: bool, home: Path, endpoint: str) -> str:
@@ -126,17 +67,18 @@ except UserError as error:
     return done.stdout.strip()
 
 
-def test_hub_model_is_fetched_once_without_pickles_then_found_without_network(tmp_path, endpoint):
-    missing = resolve("o/m", COMMIT, False, tmp_path, endpoint)
+def test_hub_model_is_fetched_once_without_pickles_then_found_without_network(tmp_path, served):
+    at = served.repositories["models/o/m"].commit
+    missing = resolve("o/m", at, False, tmp_path, served.endpoint)
     assert missing.startswith("error:") and "make fetch" in missing
-    folder = Path(resolve("o/m", COMMIT, True, tmp_path, endpoint))
+    folder = Path(resolve("o/m", at, True, tmp_path, served.endpoint))
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert (folder / "config.json").read_bytes() == FILES["config.json"]
-    assert Path(resolve("o/m", COMMIT, False, tmp_path, "http://127.0.0.1:9")) == folder
+    assert Path(resolve("o/m", at, False, tmp_path, "http://127.0.0.1:9")) == folder
 
 
-def test_unknown_hub_model_is_a_user_error(tmp_path, endpoint):
-    assert "the hub has no o/other" in resolve("o/other", COMMIT, True, tmp_path, endpoint)
+def test_unknown_hub_model_is_a_user_error(tmp_path, served):
+    assert "the hub has no o/other" in resolve("o/other", COMMIT, True, tmp_path, served.endpoint)
 
 
 def test_unreachable_hub_is_a_user_error(monkeypatch):

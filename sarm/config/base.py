@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 """The checkout: relative paths in a config are relative to it."""
+
+
+def cache_folder() -> Path:
+    """$SARM_CACHE, or ~/.cache/sarm: what fetch makes or keeps for every run."""
+    return Path(os.environ.get("SARM_CACHE") or "~/.cache/sarm").expanduser().absolute()
 
 
 class UserError(Exception):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
 from sarm.config.base import ROOT, Dtype, Fraction, FromList, Positive, Strict, UserError
 
@@ -79,6 +79,16 @@ class RefusalDetectorConfig(ModelConfig):
         return "refusal"
 
 
+def _within(file: str) -> str:
+    if not re.fullmatch(r"(?!.*(?:^|/)\.\.(?:/|$))[\w.-][\w./-]*", file):
+        raise ValueError(f"{file!r} is no path within a repository")
+    return file
+
+
+RepositoryFile = Annotated[str, AfterValidator(_within)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class SourceConfig(Strict):
     """One data set and what part of its prompts goes where.
 
@@ -98,6 +108,12 @@ class SourceConfig(Strict):
     """The files to read of a hub data set, or of a folder; a folder is read whole where this is
     empty.
     """
+    url: str | None = None
+    """Where any other repository gives a file of a commit, with `{revision}` and `{file}` in it;
+    needs the commit as `revision`, and `sha256`.
+    """
+    sha256: dict[RepositoryFile, Sha256] = Field(default_factory=dict)
+    """The files to read of that repository, by their paths in it, each with its hash."""
     subset: str | None = None
     """Keep only rows of this RewardBench 2 subset, such as `Safety`."""
     kind: Literal["unsafe", "safe"] = "unsafe"
@@ -117,12 +133,16 @@ class SourceConfig(Strict):
 
     @model_validator(mode="after")
     def _one_place_and_a_split(self) -> SourceConfig:
-        if (self.path is None) == (self.repo is None):
-            raise ValueError("give either path or repo")
+        if [self.path, self.repo, self.url].count(None) != 2:
+            raise ValueError("give one of path, repo and url")
         if self.repo is not None and (self.revision is None or not self.files):
             raise ValueError("a hub data set needs a pinned revision and its files")
+        if (self.url is None) != (not self.sha256):
+            raise ValueError("url and sha256 go together: a hash for each file that is read")
+        if self.url is not None:
+            self._check_url()
         if self.path is not None and self.revision is not None:
-            raise ValueError("revision goes with repo; a path has none")
+            raise ValueError("revision goes with repo or url; a path has none")
         from sarm.data.formats import FORMATS
 
         kind = FORMATS[self.format]
@@ -134,6 +154,18 @@ class SourceConfig(Strict):
         if sum(self.split.values()) > 1 + 1e-9:
             raise ValueError(f"split fractions add up to {sum(self.split.values()):g}, more than 1")
         return self
+
+    def _check_url(self) -> None:
+        url = self.url or ""
+        if not url.startswith(("https://", "http://")) or "{file}" not in url:
+            raise ValueError("url must begin with https:// and have {file} where a path goes")
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision or "") or "{revision}" not in url:
+            raise ValueError(
+                "url must have {revision} in it, and revision be the 40 digits of a commit: a"
+                " branch moves"
+            )
+        if self.files:
+            raise ValueError("sha256 names the files of a url; leave files out")
 
 
 class DataConfig(Strict):

@@ -12,13 +12,13 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from sarm.config import PARTS, ROOT, DataConfig, Part, SourceConfig, UserError
+from sarm.config import PARTS, DataConfig, Part, SourceConfig, UserError
 from sarm.data.fields import Message, Messages
-from sarm.data.files import SUFFIXES, read_records
+from sarm.data.files import read_records
 from sarm.data.formats import FORMATS, Place, Row
+from sarm.data.sources import source_files
 
 ENCODED_PARTS: tuple[Part, ...] = ("discovery", "validation", "test")
 
@@ -246,73 +246,8 @@ def read_source(
                     missed["empty prompt"] += 1
     if not found:
         why = ", ".join(f"{n:,} left out: {reason}" for reason, n in missed.items())
+        named = source.path or source.repo or source.url
         raise UserError(
-            f"data source {name} ({source.path or source.repo}) holds no rows for format"
+            f"data source {name} ({named}) holds no rows for format"
             f" {source.format}{f' ({why})' if why else ''}; check its path, format and subset"
         )
-
-
-def source_files(name: str, source: SourceConfig, *, download: bool = False) -> list[Path]:
-    """The local files of a source, fetched from the hub into its cache where it has no path.
-    Raises UserError.
-    """
-    if source.path is None:
-        return hub_files(name, source, download=download)
-    path = ROOT / source.path
-    if not path.exists():
-        raise UserError(
-            f"data source {name}: {path} does not exist; correct data.sources.{name}.path"
-        )
-    if path.is_file():
-        return [path]
-    files = [path / file for file in source.files] or sorted(
-        p
-        for p in path.rglob("*")
-        if p.name.endswith(SUFFIXES)
-        and p.is_file()
-        # an editor's copies, such as .ipynb_checkpoints
-        and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    )
-    if not files:
-        raise UserError(
-            f"data source {name}: {path} holds no file that ends in {', '.join(SUFFIXES)}"
-        )
-    return files
-
-
-def hub_files(name: str, source: SourceConfig, *, download: bool) -> list[Path]:
-    """The files of a hub data set at its revision, from the cache or, with `download`, over the
-    network. Raises UserError.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
-
-    assert source.repo is not None
-    where = f"data source {name}: {source.repo} at {source.revision}"
-    try:
-        if download:
-            return [
-                Path(
-                    hf_hub_download(
-                        source.repo, file, repo_type="dataset", revision=source.revision
-                    )
-                )
-                for file in source.files
-            ]
-        # Not hf_hub_download with local_files_only, which may ask the hub what program it runs
-        # under.
-        cached = [
-            try_to_load_from_cache(source.repo, file, repo_type="dataset", revision=source.revision)
-            for file in source.files
-        ]
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{where}: the hub could not be reached; check the network and HF_ENDPOINT"
-        ) from None
-    # no such repository or file, a broken connection, a malformed name
-    except (OSError, HTTPError, HFValidationError) as error:
-        raise UserError(f"{where} could not be fetched: {' '.join(str(error).split())}") from None
-    found = [Path(file) for file in cached if isinstance(file, str)]
-    if len(found) < len(cached):
-        raise UserError(f"{where} is not in the cache; run make fetch where there is a network")
-    return found

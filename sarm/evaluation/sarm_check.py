@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from sarm.config import Config, SarmConfig, SourceConfig
 from sarm.data.conversations import Tokenized, end_of_turn_id, tokenize_conversations
-from sarm.data.datasets import prompt_id, read_source, source_files
+from sarm.data.datasets import prompt_id, read_source
 from sarm.data.files import read_records
 from sarm.data.formats import messages_of, texts_of
+from sarm.data.sources import source_files
 from sarm.evaluation.rewardbench2 import Item, subset_score
 from sarm.records import Benchmark, Row, SarmCard, SarmCheck
 from sarm.reward_model.scoring import Encoded, encode_texts

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from sarm.config import ROOT, Config, UserError
 from sarm.config.reads import changed
+from sarm.pinned import pinned
 from sarm.ppo.learner import checkpoint
 from sarm.records import Calibration
 from sarm.run import Published, RunDir, file_sha256, listed
@@ -89,10 +90,13 @@ class Parent(NamedTuple):
     def check_config(self, config: Config) -> None:
         """Raises UserError where it could not be the parent's training gone on with."""
         made = self.published.manifest.config or self.run.config.model_dump(mode="json")
+        at_commits = changed("ppo", pinned(self.run).model_dump(mode="json"), config)
         keys = [
             key
             for key in changed("ppo", made, config)
             if not any(key == may or key.startswith(may + ".") for may in MAY_DIFFER)
+            # a branch in its config, and the commit that this run's fetch found there, are one
+            and (not key.endswith(".revision") or key in at_commits)
         ]
         if keys:
             raise UserError(

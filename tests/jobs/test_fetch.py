@@ -5,11 +5,9 @@ written nowhere.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -20,25 +18,8 @@ from slurm.images import token_file
 from slurm.profile import Profile
 from slurm.script import environment, script
 from tests import tiny
+from tests.fakes.hub import Hub
 from tests.fakes.site import CANARY, CONFIG, PROFILE, Site, batch_of
-from tests.test_hub import COMMIT, Hub
-
-
-class Gated(Hub):
-    """Serves o/m to bearers of the canary alone."""
-
-    bearers: ClassVar[set[str | None]] = set()
-
-    def do_GET(self) -> None:
-        bearer = self.headers.get("Authorization")
-        self.bearers.add(bearer)
-        if bearer == f"Bearer {CANARY}":
-            super().do_GET()
-            return
-        self.send_response(401)
-        self.send_header("X-Error-Code", "GatedRepo")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
 
 
 def policy_and_sarm(folder: Path) -> dict[str, bytes]:
@@ -55,23 +36,31 @@ def policy_and_sarm(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def gated(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """Serves o/m to bearers of the canary alone."""
+    with Hub() as hub:
+        hub.add("o/m", policy_and_sarm(tmp_path / "served"), gated=True)
+        hub.tokens[CANARY] = {"o/m"}
+        yield hub
+
+
+@pytest.fixture
+def commit(hub: Hub) -> str:
+    return hub.repositories["models/o/m"].commit
+
+
+@pytest.fixture
+def gated(site: Site, hub: Hub, commit: str, tmp_path: Path, monkeypatch: Any) -> Site:
     """A site whose run, not begun, wants the gated model."""
-    Gated.bearers = set()
-    Gated.files = policy_and_sarm(tmp_path / "served")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     site.config.write_text(
-        CONFIG.replace("{model: p}", f"{{model: o/m, revision: {COMMIT}}}").replace(
-            "{model: s}", f"{{model: o/m, revision: {COMMIT}}}"
+        CONFIG.replace("{model: p}", f"{{model: o/m, revision: {commit}}}").replace(
+            "{model: s}", f"{{model: o/m, revision: {commit}}}"
         )
     )
     site.path = tmp_path / "gated"
-    yield site
-    server.shutdown()
-    server.server_close()
+    return site
 
 
 def arguments(site: Site) -> list[str]:
@@ -88,14 +77,14 @@ def holds_canary(*folders: Path) -> list[Path]:
 
 
 def test_on_the_login_node_the_token_opens_the_gate_and_is_written_nowhere(
-    gated: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    gated: Site, hub: Hub, commit: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert fetch.main(arguments(gated)) == 0
-    assert f"Bearer {CANARY}" in Gated.bearers
+    assert CANARY in hub.bearers("/o/m/resolve/")
     shown = capfd.readouterr()
     assert CANARY not in shown.out + shown.err
     models = json.loads(next((gated.path / "fetch" / "all").glob("models.*.json")).read_text())
-    assert models["policy"]["commit"] == COMMIT and (tmp_path / "hf" / "hub").is_dir()
+    assert models["policy"]["commit"] == commit and (tmp_path / "hf" / "hub").is_dir()
     assert submit.main(arguments(gated)) == 0
     assert any(batch_of(job) == "report" for job in gated.jobs.values())
     assert not holds_canary(gated.path, tmp_path / "hf", tmp_path / "cache")
@@ -161,23 +150,21 @@ def test_make_fetch_submits_the_job_where_the_profile_says_so(
 
 
 def test_by_hand_says_what_to_bring_and_records_it_once_it_is_there(
-    gated: Site, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    gated: Site, hub: Hub, commit: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     gated.profile.write_text(PROFILE + "fetch: by-hand\n")
     assert fetch.main(arguments(gated)) == 2
     told = capfd.readouterr().err
-    assert f"hf download o/m --revision {COMMIT}" in told and not Gated.bearers, (
-        "no network is touched"
-    )
+    assert f"hf download o/m --revision {commit}" in told and not hub.asked, "no network is touched"
     assert submit.main(arguments(gated)) == 2
     assert "make fetch" in capfd.readouterr().err
     gated.profile.write_text(PROFILE)
     assert fetch.main(arguments(gated)) == 0  # stands in for bringing the cache
     (gated.path / "fetch" / "all" / "manifest.json").unlink()
-    Gated.bearers.clear()
+    hub.asked.clear()
     gated.profile.write_text(PROFILE + "fetch: by-hand\n")
     assert fetch.main(arguments(gated)) == 0
-    assert not Gated.bearers
+    assert not hub.asked
 
 
 def test_only_fetch_sees_a_network_and_a_writable_cache(site: Site, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.reports.conftest import contrast, resize
-from tests.reports.test_report_page import page_of
+from tests.reports.test_report_page import hostile_page, page_of
 from tests.runs import large_run
 
 pytestmark = pytest.mark.browser
@@ -114,6 +114,16 @@ def test_every_plot_is_drawn_without_a_word_on_the_console_or_the_network(browse
         )
         == 0
     )
+
+
+def test_hostile_words_in_any_field_run_nothing(browser, tmp_path):
+    file = tmp_path / "hostile.html"
+    file.write_text(hostile_page(tmp_path), encoding="utf-8")
+    opened(browser, file)
+    assert "onerror" in browser.title and browser.title != "1"
+    severe = [one for one in browser.get_log("browser") if one["level"] in ("SEVERE", "WARNING")]
+    assert severe == []
+    assert browser.execute_script("return document.querySelectorAll('img').length") == 0
 
 
 def test_tables_sort_by_number_and_say_so(browser, report):

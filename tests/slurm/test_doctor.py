@@ -16,8 +16,9 @@ import pytest
 from jobs import __main__ as jobs
 from sarm.config import ROOT, UserError
 from slurm import doctor
+from tests.fakes.hub import Hub
 from tests.fakes.site import CONFIG, PROFILE, Site
-from tests.jobs.test_fetch import Gated, gated  # noqa: F401
+from tests.jobs.test_fetch import commit, gated, hub  # noqa: F401
 
 
 def look(site: Site, capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
@@ -47,6 +48,7 @@ def test_a_cluster_that_is_as_it_should_be(site: Site, capsys: pytest.CaptureFix
         and "ok        Slurm: it would take all 9 kinds of jobs" in said
         and "580.65.06" in said
     )
+    assert said.splitlines()[-1].startswith("nothing to fix; next: make submit-all CLUSTER=")
 
 
 @pytest.mark.parametrize(
@@ -185,12 +187,15 @@ def test_no_token_for_a_gated_model(
 
 def test_the_hub_says_what_is_gated(
     gated: Site,  # noqa: F811
+    hub: Hub,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert doctor.gated("o/m") is True, "closed to those without a token"
+    assert doctor.gated("o/m") is True
+    hub.add("o/open", {})
+    assert doctor.gated("o/open") is False
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert doctor.gated("o/m") is None
-    assert Gated.bearers == {None}, "no token is sent to ask"
+    assert hub.bearers("/") == {None}, "no token is sent to ask"
 
 
 def test_no_network(
