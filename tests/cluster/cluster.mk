@@ -18,8 +18,8 @@ cluster-shell:  ## a shell in it, as its ordinary user
 images:  ## build the Apptainer images that are not there yet: KIND="gpu cpu light" BASE=name@sha256:... SARM_IMAGES=...
 	@for kind in $(call listed,KIND); do $(IMAGE_BUILDER) $$kind; done
 
-test-cluster: setup  ## a whole run on a real Slurm in real images, and four faults; skipped where there is no root or Debian
-	@tests/cluster/with-cluster $(PY) -m pytest -m cluster --durations=0 tests/cluster/test_run.py $(PYTEST_ARGS)
+test-cluster: setup  ## a whole run on a real Slurm in real images, four faults, and the reference run in small; skipped where there is no root or Debian
+	@tests/cluster/with-cluster $(PY) -m pytest -m cluster --durations=0 tests/cluster/test_run.py tests/cluster/test_rehearsal.py $(PYTEST_ARGS)
 
 test-faults: setup  ## every fault that a run is to outlive, on a real Slurm with accounting
 	@ACCOUNTING=1 tests/cluster/with-cluster $(PY) -m pytest -m cluster --durations=0 tests/cluster $(PYTEST_ARGS)

@@ -113,7 +113,8 @@ def test_three_commands_lead_from_a_gated_hub_to_the_report(hub: Hub) -> None:
         "revision": "main",
         "commit": policy.commit,
     }
-    assert f"{reference.POLICY}: commit {policy.commit}, where main stood" in report
+    told = f"{reference.POLICY}: commit {policy.commit}, where main stood"
+    assert told in " ".join(report.split())
     assert {"allenai/reward-bench-2", "Anthropic/hh-rlhf", hub.raw_url} < set(commits)
     assert figures["seed"]["latents"], "nothing is set beside the seed's report"
     with_token = inside("grep", "-rlF", reference.TOKEN, str(STATE / "home"), check=False)
