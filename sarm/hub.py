@@ -114,8 +114,9 @@ def hub_refusals(repo: str, revision: str | None, *, download: bool) -> Iterator
                 " HF_TOKEN, and run make fetch again"
             ) from None
         raise UserError(
-            f"{repo} is gated and the account of this token may not read it: accept its licence on"
-            " the hub, wait until access is granted, and run make fetch again"
+            f"{repo} is gated and this token may not read it: accept its licence on the hub"
+            " with the token's account and wait until access is granted, or let the token read"
+            " gated repositories; then run make fetch again"
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise UserError(
