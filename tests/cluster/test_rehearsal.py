@@ -113,6 +113,8 @@ def test_its_report_says_what_was_opened_and_stands_beside_the_seeds(
     assert check["verdict"] == "as published" and len(check["rows"]) > 20
     manifest = run.dir.manifest("ppo", PENALTY)
     assert manifest is not None and manifest.more["ranks"] == 4
+    images = {u: run.dir.read(u).manifest.image_sha256 for u in ("fetch", "select", "report")}
+    assert images["fetch"] == images["select"] != images["report"], images
     policy = hub.repositories[f"models/{reference.POLICY}"]
     commits = {entry["repository"]: entry for entry in figures["provenance"]["commits"]}
     assert commits[reference.POLICY] == {
