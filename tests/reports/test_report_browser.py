@@ -211,7 +211,8 @@ CROWDED = """
     const found = [];
     for (const c of document.querySelectorAll('.canvas')) {
       const frame = c.getBoundingClientRect();
-      for (const b of boxes(c, '.xtitle, .ytitle, .cbtitle text, .legendtext, .annotation-text-g text'))
+      const titles = '.xtitle, .ytitle, .cbtitle text, .legendtext, .annotation-text-g text';
+      for (const b of boxes(c, titles))
         if (b.left < frame.left - 1 || b.right > frame.right + 1
             || b.top < frame.top - 1 || b.bottom > frame.bottom + 1)
           found.push(c.dataset.plot + ': a title is cut off');
