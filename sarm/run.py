@@ -195,12 +195,14 @@ class RunDir:
         return Manifest.parse(tree, str(file)) if isinstance(tree, dict) else None
 
     def why_not_done(
-        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True
+        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True, folders: bool = True
     ) -> str | None:
         """None where the unit is done; otherwise why not, in a few words.
 
         Sizes are always checked; file hashes only with `hashes`. A unit whose recorded inputs are
-        no longer what their producers publish is not done either.
+        no longer what their producers publish is not done either. Without `folders`, files of
+        published folders, such as a policy's weights, may have been removed since: for who reads
+        none of them.
         """
         try:
             manifest = self.manifest(phase, unit)
@@ -212,6 +214,8 @@ class RunDir:
             return problem
         for name, output in manifest.outputs.items():
             problem = damage(self.folder(phase, unit) / output.file, output.tree(), hashes=hashes)
+            if problem == GONE and "/" in name and not folders:
+                continue
             if problem:
                 return f"{name} {problem}"
         for key, sha256 in manifest.inputs.items():
@@ -556,12 +560,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+GONE = "is missing"
+
+
 def damage(path: Path, entry: Mapping[str, Any], *, hashes: bool = True) -> str | None:
     """What is wrong with a published file, or None."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        return "is missing"
+        return GONE
     if size != entry["bytes"]:
         return f"has {size} bytes instead of {entry['bytes']}"
     if hashes and file_sha256(path) != entry["sha256"]:

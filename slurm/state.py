@@ -43,7 +43,7 @@ class Look(RunDir):
             n: job for journal in self.journals for n, job in jobs_of(run, journal).items()
         }
         self._manifests: dict[tuple[str, str], Manifest | None] = {}
-        self._undone: dict[tuple[str, str, bool], str | None] = {}
+        self._undone: dict[tuple[str, str, bool, bool], str | None] = {}
         self._logs: dict[str, dict[str, list[Path]]] = {}
 
     def manifest(self, phase: Phase | str, unit: str = "all") -> Manifest | None:
@@ -52,11 +52,11 @@ class Look(RunDir):
         return self._manifests[phase, unit]
 
     def why_not_done(
-        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True
+        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True, folders: bool = True
     ) -> str | None:
-        key = (phase, unit, hashes)
+        key = (phase, unit, hashes, folders)
         if key not in self._undone:
-            self._undone[key] = super().why_not_done(phase, unit, hashes=hashes)
+            self._undone[key] = super().why_not_done(phase, unit, hashes=hashes, folders=folders)
         return self._undone[key]
 
     def job_logs(self, node: Node) -> list[Path]:
