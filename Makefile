@@ -78,7 +78,9 @@ help:  ## list the targets
 	@echo variables: CONFIG=$(call arg,CONFIG) RUN=$(call arg,RUN) CLUSTER=$(call arg,CLUSTER) UNIT= DRY_RUN= VENV=$(call arg,VENV)
 	@echo "  and overrides of the config, such as ppo.steps=2"
 
+# It is what nearly every other target needs first, and has a word to say only where it was asked for.
 setup: $(VENV)/.installed  ## make the virtual environment with everything pinned (CPU)
+	@$(if $(filter setup,$(MAKECMDGOALS)),echo "installed: $(VENV) as requirements/cpu.lock pins it; next: make demo",:)
 
 $(VENV)/.installed: requirements/cpu.lock requirements/constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on PATH; install Python 3.11 or give PYTHON=..." >&2; exit 2; }
@@ -91,6 +93,7 @@ $(VENV)/.installed: requirements/cpu.lock requirements/constraints.txt
 setup-light:  ## the login node's environment: submission and status, no torch
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/light.lock
+	@echo "installed: $(VENV) with what a login node needs; next: make doctor CLUSTER=..."
 
 demo: setup  ## the whole pipeline on SmolLM2-135M on this machine's CPU
 	@$(PY) -m slurm.local --config configs/smollm2.yaml --run outputs/smollm2
@@ -181,16 +184,19 @@ check: setup  ## lint, types, import rules
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	@echo "check: lint, format, types and import rules hold"
 
 format: setup  ## fix what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	@echo "format: done; git diff shows what changed, make check what is left"
 
 bench: setup  ## speed and memory, each a ratio against a named peer or a limit in one run
 	$(PY) benchmarks/scoring.py
 	$(PY) benchmarks/effects.py
 	$(PY) benchmarks/probe.py $(if $(shell command -v nvidia-smi),,--d-sae 4608 --d-in 576 --k 64 --texts 64 --prompts 100 --permutations 20000)
 	$(PY) benchmarks/report.py
+	@echo "bench: done; each figure stands above beside its peer or limit"
 
 mutants: setup  ## which one-line faults the tests let through: PATHS="sarm/ppo/losses.py", or a sample of 1,000 over all
 	@test -e $(VENV)/mutmut/.installed || { rm -rf $(VENV)/mutmut; $(PY) -m pip install -q --disable-pip-version-check --no-deps --require-hashes --target $(VENV)/mutmut -r requirements/mutants.lock; touch $(VENV)/mutmut/.installed; }
@@ -206,8 +212,10 @@ lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a fol
 	uv pip compile -q pyproject.toml --extra light --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/light.lock
 	uv pip compile -q pyproject.toml --extra light --extra report --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/report.lock
 	uv pip compile -q pyproject.toml --extra mutants -c requirements/cpu.lock --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/mutants.lock
+	@echo "lock: requirements/*.lock are pinned anew; git diff shows what moved, make setup installs it"
 
 clean:  ## remove the environment and caches, never outputs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	@echo "clean: the environment and caches are gone, outputs/ stands"
 
 include tests/cluster/cluster.mk

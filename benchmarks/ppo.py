@@ -2,9 +2,11 @@
 `--shape tiny` on a CPU.
 
 On several GPUs `torchrun --nproc-per-node 2 benchmarks/ppo.py ...`; memory is that of the fullest.
-`--batch` is of all ranks. `python benchmarks/ppo.py --scaling` on 1, 2, 4 ... GPUs, as many as
-there are, at `--batch` sequences a GPU: a table of step, tokens/s per GPU, efficiency, memory and
-where the time goes, for each of `--ways`.
+`--batch` is of all ranks. `OMP_NUM_THREADS=1 python benchmarks/ppo.py --shape demo --batch 32
+--new 32 --set samples_per_prompt=4` is an arm of the demo on a CPU core: its policy, SARM, prompts
+and settings, its responses again of exactly `--new` tokens. `python benchmarks/ppo.py --scaling` on
+1, 2, 4 ... GPUs, as many as there are, at `--batch` sequences a GPU: a table of step, tokens/s per
+GPU, efficiency, memory and where the time goes, for each of `--ways`.
 
 The real `Trainer` on a policy and a SARM of the given shapes with random bf16 weights, prompts of
 exactly `--prompt` tokens and responses of exactly `--new`: no token ends them. Medians over
@@ -18,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -35,13 +38,16 @@ import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from sarm.config import PpoConfig, set_key  # noqa: E402
-from sarm.data.datasets import Prompt  # noqa: E402
+from sarm.config import Config, PpoConfig, load_config, set_key  # noqa: E402
+from sarm.data.conversations import prompt_ids  # noqa: E402
+from sarm.data.datasets import Prompt, load_data, prompts_in  # noqa: E402
+from sarm.hub import local_model  # noqa: E402
 from sarm.llama.weights import base_model  # noqa: E402
+from sarm.models import open_policy, read_tokenizer  # noqa: E402
 from sarm.ppo.learner.distributed import start_world  # noqa: E402
 from sarm.ppo.reward import CompoundReward, Penalised  # noqa: E402
 from sarm.ppo.trainer import Trainer  # noqa: E402
-from sarm.reward_model.model import SarmModel, SarmModelConfig  # noqa: E402
+from sarm.reward_model.model import SarmModel, SarmModelConfig, load_sarm  # noqa: E402
 
 SPECIAL = ("<bos>", "<eot>", "<pad>")
 TEMPLATE = "<bos> {% for m in messages %}{{ m['content'] | trim }} <eot> {% endfor %}"
@@ -156,7 +162,44 @@ def on_device(make: Callable[[], Any], device: torch.device, dtype: torch.dtype)
         torch.set_default_dtype(default)
 
 
+def demo_config() -> Config:
+    return load_config(ROOT / "configs" / "smollm2.yaml")
+
+
+def demo_trainer(args: argparse.Namespace, world: Any) -> Trainer:
+    """An arm of the demo, which penalises some latents; `args.prompt` becomes the mean length of
+    its prompts.
+    """
+    config = demo_config()
+    sarm, sarm_tokenizer = load_sarm(config.sarm)
+    reward = CompoundReward(
+        sarm,
+        sarm_tokenizer,
+        [Penalised(i, 0.5, 1.0) for i in range(3)],
+        monitors=range(3, 8),
+        tokens_per_batch=config.sarm.tokens_per_batch,
+        max_length=config.sarm.max_length,
+        all_reduce=world.sum,
+    )
+    folder = local_model(config.policy.model, config.policy.revision, download=True)
+    tokenizer = read_tokenizer(folder, config.policy.chat_template_kwargs)
+    prompts = prompts_in(load_data(config.data), "ppo")
+    lengths = [len(prompt_ids(tokenizer, p.messages)) for p in prompts]
+    args.prompt = round(statistics.mean(lengths))
+    settings: dict[str, Any] = {"ppo": config.ppo.model_dump(exclude_unset=True)}
+    settings["ppo"] |= {"batch_size": args.batch, "max_new_tokens": args.new}
+    for override in args.set:
+        set_key(settings, f"ppo.{override}")
+    ppo = PpoConfig.model_validate(settings["ppo"])
+    policy = open_policy(folder, config.policy.dtype)
+    trainer = Trainer(ppo, policy, tokenizer, reward, prompts, seed=0, world=world)
+    trainer.learner.stops = (-1,)
+    return trainer
+
+
 def make_trainer(args: argparse.Namespace, world: Any) -> Trainer:
+    if args.shape == "demo":
+        return demo_trainer(args, world)
     policy_shape, sarm_shape = SHAPES[args.shape]
     tokenizer = word_tokenizer(policy_shape["vocab_size"])
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -219,16 +262,12 @@ def median_s(call: Callable[[], Any], device: torch.device, repeats: int = 10) -
     return statistics.median(found)
 
 
-def ceilings(device: torch.device) -> tuple[float, float]:
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(bytes/s of a copy, read and written; FLOP/s of a matrix product), the latter in what the
     policy computes in.
     """
-    cuda = device.type == "cuda"
-    side, size = (8192, 1 << 30) if cuda else (1024, 1 << 24)
-    a, b = (
-        torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-        for _ in range(2)
-    )
+    side, size = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 24)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / median_s(lambda: target.copy_(source), device), 2 * side**3 / median_s(
         lambda: a @ b, device
@@ -250,7 +289,7 @@ def floors(
 ) -> dict[str, float]:
     """Seconds a phase cannot go below."""
     layers, head = matmul_parameters(trainer.learner.actor.policy)
-    element = 2 if trainer.learner.world.device.type == "cuda" else 4
+    element = trainer.learner.actor.policy.dtype.itemsize
     rows = args.batch / trainer.learner.world.size
     tokens, responses = rows * (args.prompt + args.new), rows * args.new
     forward = 2 * (layers * tokens + head * responses) / rate
@@ -323,7 +362,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--shape", choices=[*SHAPES, "demo"], default="8b")
     parser.add_argument("--mode", choices=MODES, default="lora")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64)
@@ -356,7 +395,8 @@ def main() -> None:
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     started = time.perf_counter()
-    bandwidth, rate = ceilings(world.device)
+    low = world.device.type == "cuda" or args.shape == "demo"
+    bandwidth, rate = ceilings(world.device, torch.bfloat16 if low else torch.float32)
     trainer = make_trainer(args, world)
     plan = trainer.learner.plan
     cut = (
@@ -365,8 +405,8 @@ def main() -> None:
     )
     print(f"planned: weights {plan.weights}, {cut}, {'' if plan.recorded else 'not '}recorded")
     print(
-        f"ready in {time.perf_counter() - started:.1f} s; copies {bandwidth / 1e12:.2f} TB/s,"
-        f" products {rate / 1e12:.0f} TFLOP/s"
+        f"ready in {time.perf_counter() - started:.1f} s; copies {bandwidth / 1e12:.3g} TB/s,"
+        f" products {rate / 1e12:.3g} TFLOP/s"
     )
     lines = [trainer.run_step() for _ in range(args.warmup)]
     print("warm-up steps: " + ", ".join(f"{line['time/step']:.2f} s" for line in lines))
@@ -408,6 +448,9 @@ def main() -> None:
             if key.startswith(("gpu/", "rollout/logprob", "policy/", "loss/"))
         )
     )
+    if world.device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"peak of the process {peak:.2f} GiB")
     if args.profile:
         profile(trainer)
     if args.record:

@@ -82,7 +82,8 @@ def run_unit(run: RunDir, phase: str, unit: str, *, force: bool = False) -> None
     module = importlib.import_module(f"jobs.{phase}")
     config = run.config if phase in ("fetch", "report") else pinned(run)
     module.run(config, run, unit, Attempt(run, phase, unit))
-    print(f"{phase}/{unit}: done", flush=True)
+    where = run.path if phase == "report" else run.folder(phase, unit)
+    print(f"{phase}/{unit}: done, in {where}", flush=True)
 
 
 def check_gpu() -> None:

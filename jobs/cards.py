@@ -7,9 +7,10 @@ latent and scores it; that needs a network, so under Slurm run this phase where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sarm.config import Config, LabelConfig, UserError
@@ -22,8 +23,10 @@ from sarm.probing.siblings import by_direction, by_firing
 from sarm.records import Cards, Features
 from sarm.reward_model.lens import lens_words
 from sarm.reward_model.model import load_sae, load_sarm
-from sarm.reward_model.token_activations import token_activations
+from sarm.reward_model.token_activations import TokenActivations, token_activations
 from sarm.run import Attempt, RunDir
+
+Reader = Callable[[Sequence[Text], Sequence[int]], list[TokenActivations]]
 
 
 def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
@@ -42,9 +45,11 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         config.seed,
     )
     add_siblings_and_words(found, encoded, config)
-    add_activations(found, texts, config)
-    if config.cards.label is not None:
-        add_labels(found, encoded, texts, config, config.cards.label, attempt)
+    if found["texts"]:
+        read = activations_reader(config)
+        add_activations(found, texts, read)
+        if config.cards.label is not None:
+            add_labels(found, encoded, texts, config, config.cards.label, read, attempt)
     Cards(**found).write(attempt.path("cards.json"))
     attempt.publish(n_cards=len(found["cards"]), n_minimal_edits=found["minimal_edits"]["n"])
 
@@ -73,6 +78,9 @@ def add_siblings_and_words(found: dict[str, Any], encoded: Encoded, config: Conf
         folder = local_model(config.policy.model, config.policy.revision)
         tokenizer = read_tokenizer(folder, config.policy.chat_template_kwargs)
         words, found["why_no_words"] = lens_words(folder, directions[latents], tokenizer)
+        for latent, siblings in firing.items():
+            for one in siblings:
+                one["cosine"] = float(directions[latent] @ directions[one["latent"]])
     for i, card in enumerate(found["cards"]):
         card["siblings"] = {
             "direction": along.get(card["latent"], []),
@@ -81,21 +89,23 @@ def add_siblings_and_words(found: dict[str, Any], encoded: Encoded, config: Conf
         card["words"] = words[i] if words else None
 
 
-def add_activations(found: dict[str, Any], texts: Sequence[Text], config: Config) -> None:
+def activations_reader(config: Config) -> Reader:
+    """What reads some latents at every token of some texts; the SARM is opened once."""
+    model, tokenizer = load_sarm(config.sarm)
+
+    def read(texts: Sequence[Text], latents: Sequence[int]) -> list[TokenActivations]:
+        conversations = [text.messages for text in texts]
+        length = config.sarm.max_length
+        return token_activations(model, tokenizer, conversations, latents, max_length=length)
+
+    return read
+
+
+def add_activations(found: dict[str, Any], texts: Sequence[Text], read: Reader) -> None:
     """Every shown text's tokens, and what each card's latent does at them, in place."""
     latents = [card["latent"] for card in found["cards"]]
     rows = sorted(int(row) for row in found["texts"])
-    if not rows:
-        return
-    model, tokenizer = load_sarm(config.sarm)
-    read = token_activations(
-        model,
-        tokenizer,
-        [texts[row].messages for row in rows],
-        latents,
-        max_length=config.sarm.max_length,
-    )
-    by_row = dict(zip(rows, read, strict=True))
+    by_row = dict(zip(rows, read([texts[row] for row in rows], latents), strict=True))
     for row, activations in by_row.items():
         found["texts"][str(row)]["tokens"] = activations.tokens
     for i, card in enumerate(found["cards"]):
@@ -109,10 +119,12 @@ def add_labels(
     texts: Sequence[Text],
     config: Config,
     label: LabelConfig,
+    read: Reader,
     attempt: Attempt,
 ) -> None:
     """Ask for a label of every card, in place."""
-    from sarm.probing.labels import Endpoint, Example, labelled  # httpx, for those who want labels
+    # httpx, for those who want labels
+    from sarm.probing.labels import Endpoint, Example, Tokens, labelled
 
     latents = [card["latent"] for card in found["cards"]]
     active = activity(encoded, latents)
@@ -129,5 +141,10 @@ def add_labels(
                 ]
                 for kind in rows
             ]
-            card["label"] = labelled(endpoint, *examples)
+            held = read([texts[row] for row in rows.held_active], [card["latent"]])
+            tokens = [
+                Tokens(one.tokens, np.flatnonzero(one.kept[:, 0] & (one.a[:, 0] > 0)).tolist())
+                for one in held
+            ]
+            card["label"] = labelled(endpoint, *examples, tokens, config.seed)
     found["labels"] = {"endpoint": label.url, "model": label.model}

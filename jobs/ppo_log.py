@@ -1,6 +1,6 @@
 """What `python -m jobs ppo` logs while it trains: metrics.jsonl, a line per step; held_out.jsonl
 and completions.jsonl, of the held-out evaluations (`ppo.held_out`); the same to TensorBoard or W&B
-(`ppo.log_to`).
+(`ppo.log_to`), of texts those that `report.texts` lets a report show.
 
 Each file begins with the lines of the checkpoint that the attempt goes on from.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sarm.config import Config, UserError
+from sarm.config import LEFT_OUT, Config, UserError
 from sarm.config.reads import values_sha256
 from sarm.evaluation.held_out import Evaluated
 from sarm.records import Completion, File, HeldOutMetrics, StepMetrics, plain
@@ -80,6 +80,7 @@ class Log:
         completions = [{"step": step, **completion} for completion in found.completions]
         self.files["held_out"].write({"step": step, **found.metrics})
         self.files["completions"].write(*completions)
+        completions = [self._shown(completion) for completion in completions]
         if self.tensorboard:
             for place, completion in enumerate(completions):
                 self.tensorboard.add_text(f"completions/{place}", as_text(completion), step)
@@ -91,6 +92,14 @@ class Log:
                 {"completions": wandb.Table(columns=COMPLETION_COLUMNS, data=rows)}, step=step
             )
         self._numbers({"step": step, **found.metrics})
+
+    def _shown(self, completion: dict[str, Any]) -> dict[str, Any]:
+        """What a logger may show of it: texts of the sources that reports show too, and of all
+        others ids and numbers. The run's own files keep every text.
+        """
+        if self.config.report.shows(completion["source"]):
+            return completion
+        return completion | {"prompt": LEFT_OUT, "response": LEFT_OUT}
 
     def _numbers(self, line: dict[str, Any]) -> None:
         numbers = {k: v for k, v in plain(line).items() if v is not None and k != "step"}

@@ -14,6 +14,7 @@ from reports import ladder
 from reports.blocks import wrap
 from reports.numbers import arm_name, fixed, percentage
 from sarm.config import VerdictConfig
+from sarm.run import many
 
 REMEDIES = {
     "generations": "finish the parts that are missing (`make status` says why they are)",
@@ -118,7 +119,8 @@ def set_up(figures: Mapping[str, Any]) -> str:
         f"{_range(evaluated, 'n_unsafe')} unsafe and {_range(evaluated, 'n_safe')} safe held-out"
         " prompts"
     )
-    return f"{said}; {len(evaluated)} policies answered {prompts}, trained ones {where}."
+    policies = "1 policy" if len(evaluated) == 1 else f"{len(evaluated)} policies"
+    return f"{said}; {policies} answered {prompts}, trained ones {where}."
 
 
 def joined(names: Sequence[str]) -> str:
@@ -223,15 +225,15 @@ def size(found: Mapping[str, Any] | None) -> str:
     n, prompts = found["n_seeds"], found["n_prompts"]
     if n < 2:
         return (
-            f"{n} seed and {prompts} unsafe prompts, so that the interval leaves out how trainings"
-            " differ"
+            f"{n} seed and {many(prompts, 'unsafe prompt')}, so that the interval leaves out how"
+            " trainings differ"
         )
     detectable = found["detectable"]
     known = detectable is not None and math.isfinite(detectable)
     power = f"{100 * detectable:.1f} points" if known else "n/a"
     return (
-        f"{n} seeds and {prompts} unsafe prompts, of which the minimum detectable effect (80 %"
-        f" power) is {power}"
+        f"{n} seeds and {many(prompts, 'unsafe prompt')}, of which the minimum detectable effect"
+        f" (80 % power) is {power}"
     )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.numbers import fixed
+from reports.origins import MANIFEST, UNKNOWN, columns
+from sarm.run import many
 
 
 def opened(figures: dict[str, Any]) -> list[Block]:
@@ -37,7 +39,20 @@ def opened(figures: dict[str, Any]) -> list[Block]:
     ]
     blocks: list[Block] = [Prose(words[found["verdict"]])]
     if rows:
-        blocks.append(Table(["Figure", "published", "here", "may differ by", ""], rows))
+        blocks.append(
+            Table(
+                ["Figure", "published", "here", "may differ by", ""],
+                rows,
+                origins=columns(
+                    "check_sarm/all/check.json",
+                    {"published": "published", "here": "found", "may differ by": "tolerance"},
+                ),
+                counts=[
+                    many(row["prompts"], "prompt") if row.get("prompts") else ""
+                    for row in found["rows"]
+                ],
+            )
+        )
     if found["causes"]:
         blocks.append(Items([f"Likely: {cause}" for cause in found["causes"]]))
     if found["missing"]:
@@ -53,6 +68,7 @@ def cost(figures: dict[str, Any]) -> list[Block]:
     if not rows:
         return list(NOT_AVAILABLE)
     planned = [row["planned"] or 0.0 for row in rows]
+    units = [row["units"] for row in rows]
     known = any(row["planned"] is not None for row in rows)
     return [
         Table(
@@ -74,6 +90,15 @@ def cost(figures: dict[str, Any]) -> list[Block]:
                     gigabytes(sum(row["bytes"] for row in rows)),
                 ],
             ],
+            origins={
+                "GPU-hours planned": "config.yaml and fetch/all/models.json: sizes, at an H100's"
+                " rates",
+                **columns(
+                    MANIFEST, {"used": "started to ended, times its GPUs", "disk": "outputs' bytes"}
+                ),
+            },
+            counts=[many(n, "unit") for n in (*units, sum(units))],
+            unknown=UNKNOWN,
         ),
         Prose(
             "Planned: for 80 GB H100s, four of them in training, at the rates measured there. Used:"

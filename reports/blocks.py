@@ -36,8 +36,10 @@ class Table(NamedTuple):
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     title: str = ""
-    origins: Mapping[str, str] = MappingProxyType({})
-    """By column: the file and column that its figures are made of; the page shows it on hover."""
+    origins: Mapping[str | int, str] = MappingProxyType({})
+    """By column, its name or, where several have one name, its place: the file and column that its
+    figures are made of; the page shows it on hover.
+    """
     counts: Sequence[str] = ()
     """By row: of how many prompts, seeds or steps."""
     unknown: Mapping[str, str] = MappingProxyType({})
@@ -49,10 +51,9 @@ class Table(NamedTuple):
         name = self.header[column]
         if str(self.rows[row][column]) == "n/a" and name in self.unknown:
             return f"n/a: {self.unknown[name]}"
-        if name not in self.origins:
-            return ""
-        of = f"; {self.counts[row]}" if row < len(self.counts) else ""
-        return f"{self.origins[name]}{of}"
+        origin = self.origins.get(column, self.origins.get(name, ""))
+        of = f"; {self.counts[row]}" if origin and row < len(self.counts) else ""
+        return f"{origin}{of}"
 
     @property
     def words(self) -> set[int]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.numbers import fixed, plain
-from reports.origins import UNKNOWN
+from reports.origins import READINGS, UNKNOWN, columns
+from sarm.run import many
 
 
 def calibration(figures: dict[str, Any]) -> list[Block]:
@@ -38,6 +39,14 @@ def calibration(figures: dict[str, Any]) -> list[Block]:
                     *fall(found["positive_control"]["monitors"]),
                 ],
             ],
+            origins=columns(
+                READINGS, dict.fromkeys(("estimate", "95 % interval"), "kappa and positive_control")
+            ),
+            counts=[
+                many(max((s["n"] for s in found["stability"]), default=0), "response"),
+                *[many(found["positive_control"]["prompts"], "prompt")] * 2,
+            ],
+            unknown=UNKNOWN,
         ),
         Prose(detects(found)),
         Table(
@@ -55,11 +64,11 @@ def calibration(figures: dict[str, Any]) -> list[Block]:
                 for c in found["candidates"]
             ],
             "Candidates on the base policy's own responses",
-            origins=dict.fromkeys(
-                ("tau", "rate", "within prompts", "charge (SD)"),
-                "calibrate/all/readings.json: candidates",
+            origins=columns(
+                READINGS,
+                dict.fromkeys(("tau", "rate", "within prompts", "charge (SD)"), "candidates"),
             ),
-            counts=[f"{found['n_prompts'] * found['samples']} responses"]
+            counts=[many(found["n_prompts"] * found["samples"], "response")]
             * len(found["candidates"]),
             unknown=UNKNOWN,
         ),
@@ -102,7 +111,10 @@ def responses(found: dict[str, Any]) -> str:
 
 def detects(found: dict[str, Any]) -> str:
     plan = found["planned"]
-    what = f"{plan['prompts']} unsafe prompts, {plan['samples']} samples, {plan['seeds']} seeds"
+    what = (
+        f"{many(plan['prompts'], 'unsafe prompt')}, {many(plan['samples'], 'sample')},"
+        f" {many(plan['seeds'], 'seed')}"
+    )
     if plan["seeds"] < 2:
         return (
             f"Minimum detectable effect of the evaluation ({what}): none, as one seed cannot tell a"

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text)
-    print(folder / "compare.html")
+    print(f"written: compare.txt and {folder / 'compare.html'}")
     return 0
 
 
@@ -333,8 +333,8 @@ def change_plot(runs: Sequence[Compared]) -> list[Plot]:
 def curves(runs: Sequence[Compared]) -> list[Plot]:
     """The penalty arm's metrics, mean over seeds, a line per run."""
     plots = []
-    for i, (metric, title) in enumerate(TRAINING.items()):
-        made = figure("step", "", 270, showlegend=True, legend=ABOVE)
+    for i, (metric, (title, unit)) in enumerate(TRAINING.items()):
+        made = figure("step", unit, 270, showlegend=True, legend=ABOVE)
         for position, r in enumerate(runs):
             table = r.frames.training
             if metric not in table:

@@ -20,7 +20,7 @@ import pandas as pd
 from reports.abstract import abstract
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents, shown
 from reports.ladder import rungs
-from reports.policies import compared_figures, distance_rows, mean, policy_table
+from reports.policies import against_base, compared_figures, distance_rows, mean, policy_table
 from reports.seed import seed_figures
 from reports.texts import shown_cause, texts_figures
 from sarm.config import PHASES, UserError
@@ -66,6 +66,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "compared": compared_figures(run, frames),
         "distances": distance_rows(run, frames),
         "policies": policy_table(frames.generations).to_dict("records"),
+        "against_base": against_base(frames.generations),
         "latents": (
             latent_table(frames.generations, penalised_latents(run, frames.features)).to_dict(
                 "records"
@@ -106,6 +107,7 @@ def _cost(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
         plan = {}
     took = used(frames.manifests)
     left: dict[str, int] = {}
+    n_units = Counter(phase for phase, _ in frames.manifests)
     for (phase, _), made in frames.manifests.items():
         left[phase] = left.get(phase, 0) + sum(output.bytes for output in made.outputs.values())
     return [
@@ -114,6 +116,7 @@ def _cost(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
             "planned": plan.get(phase) if plan else None,
             "used": took.get(phase, 0.0),
             "bytes": left[phase],
+            "units": n_units[phase],
         }
         for phase in PHASES
         if phase in left
@@ -124,18 +127,22 @@ def _cards(cards: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the report says of the cards; the cards themselves are a page of their own."""
     if cards is None:
         return None
-    scores = [
-        card["label"]["score"]
-        for card in cards["cards"]
-        if card["label"] and card["label"]["score"] is not None
-    ]
-    mean = sum(scores) / len(scores) if scores else None
+    scores = {
+        how: [
+            card["label"][how]["score"]
+            for card in cards["cards"]
+            if card["label"] and card["label"][how]["score"] is not None
+        ]
+        for how in ("detection", "fuzzing")
+    }
     return {
         "n": len(cards["cards"]),
         "minimal_edits": cards["minimal_edits"],
         "labels": cards["labels"],
-        "n_scored": len(scores),
-        "mean_score": mean,
+        "label_scores": {
+            how: {"n": len(of), "mean": sum(of) / len(of) if of else None}
+            for how, of in scores.items()
+        },
     }
 
 

@@ -108,9 +108,10 @@ def read_run(
             try:
                 left_s = 0.0 if (phase, unit) in failed else max(0.0, deadline - time.monotonic())
                 found = run.read(phase, unit, patience_s=left_s)
-                problem = run.why_not_done(phase, unit, hashes=False)
             except UserError:
-                found, problem = None, run.why_not_done(phase, unit, hashes=False)
+                found = None
+            # A report reads no weights: a run can be kept, and reported, without them.
+            problem = run.why_not_done(phase, unit, hashes=False, folders=False)
             if found is not None and problem is None:
                 published[phase, unit] = found
             rows.append(_phase_row(run, phase, unit, found, problem, failed.get((phase, unit))))
@@ -230,6 +231,10 @@ def _phase_row(
         ]
         row["cause"] = "; ".join(filter(None, causes)) or "it never started"
     manifest = found.manifest if found is not None and problem is None else None
+    row["removed"] = manifest is not None and any(
+        "/" in name and not (run.folder(phase, unit) / output.file).is_file()
+        for name, output in manifest.outputs.items()
+    )
     for name in (
         "attempt",
         "git_commit",

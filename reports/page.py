@@ -23,7 +23,7 @@ from reports.findings import NOT_RUN, finding
 from reports.frames import Frames
 from reports.ladder import drawn
 from reports.numbers import cut_off, fixed, interval, percentage
-from reports.origins import CHANGES, count_of
+from reports.origins import CHANGES, GENERATIONS, READINGS, count_of
 from reports.plots import PLOTS, Plot
 from reports.policy_sections import verdict_figures
 from reports.sections import SECTIONS, Section
@@ -65,7 +65,11 @@ def page(figures: dict[str, Any], frames: Frames) -> str:
         compared=compared_words(figures["compared"]),
         facts=facts(figures),
         headlines=headlines(figures),
-        ladder=[row | {"drawn": drawn(row)} for row in figures["ladder"]],
+        ladder=[
+            row | {"drawn": drawn(row), "origin": rung_origin(row["rung"], figures["verdict"])}
+            for row in figures["ladder"]
+        ],
+        abstract_origins=ABSTRACT,
         before=sections[:after],
         n_generations=len(frames.generations),
         n_prompts=frames.generations["prompt_id"].nunique(),
@@ -149,6 +153,34 @@ def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
     lines = lines[: lines.index("")]
     found = [tuple(line.split(": ", 1)) for line in lines if ": " in line]
     return [*found, ("Date", figures["date"])]  # type: ignore[list-item]
+
+
+RUNGS = {
+    1: ("penalised_fired", "penalty"),
+    2: ("over_refused", "penalty"),
+    3: ("penalised_fired", "penalty - random"),
+    4: ("monitors_fired", "penalty"),
+    5: ("harm", "penalty"),
+}
+"""By rung, the change that it asks about."""
+ABSTRACT = {
+    "Question": "config.yaml",
+    "Set-up": f"ppo/*/metrics.jsonl: step; {GENERATIONS}: prompt_id",
+    "Result": CHANGES["change"],
+    "Trust": f"{READINGS}; {GENERATIONS}, paired by prompt and seed",
+    "Next": "the rung of the ladder on which it ended",
+}
+"""By sentence of the abstract, where its figures come from; their N stands in the sentence."""
+
+
+def rung_origin(rung: int, verdict: dict[str, Any]) -> str:
+    """Where a rung's interval comes from, and of how many."""
+    found = next(
+        (c for c in verdict["changes"] if (c["measure"], c["arm"]) == RUNGS.get(rung)), None
+    )
+    if found is None or not found["n_prompts"]:
+        return ""
+    return f"{GENERATIONS}: {found['measure']}, paired by prompt and seed; {count_of(found)}"
 
 
 def headlines(figures: dict[str, Any]) -> list[dict[str, Any]]:

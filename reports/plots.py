@@ -19,6 +19,8 @@ import plotly.graph_objects as go
 
 from reports.frames import Frames, arm_rank
 from reports.numbers import MEASURES, arm_name, fixed, general, interval, percentage, plain
+from reports.origins import CHANGES, GENERATIONS, MANIFEST, STEER, count_of, on_prompts
+from sarm.run import many
 
 MAX_POINTS = 5000
 """Latents drawn one by one; a browser that draws more becomes slow. The others are drawn as
@@ -67,36 +69,53 @@ ROLES = {
 }
 STATES = {"done": "#0072b2", "failed": "#d55e00", "damaged": "#d55e00", "not run": "#7f868f"}
 
+
+class Drawn(NamedTuple):
+    """A metric: its title, what its axis counts, and the column of its file."""
+
+    title: str
+    unit: str
+    column: str
+
+
 TRAINING = {
-    "objective/scores": "Reward, without penalty",
-    "objective/penalty": "Penalty",
-    "objective/compound": "Compound reward",
-    "objective/kl": "KL to the base policy, nats",
-    "loss/total": "Total loss",
-    "loss/policy_avg": "Policy loss",
-    "loss/value_avg": "Value loss",
-    "objective/entropy": "Entropy, nats",
-    "response/length": "Response length, tokens",
-    "response/cut": "Responses cut at the token limit, share",
+    "objective/scores": ("Reward, without penalty", "SARM reward"),
+    "objective/penalty": ("Penalty", "SARM reward"),
+    "objective/compound": ("Compound reward", "SARM reward"),
+    "objective/kl": ("KL to the base policy", "nats"),
+    "loss/total": ("Total loss", "loss"),
+    "loss/policy_avg": ("Policy loss", "loss"),
+    "loss/value_avg": ("Value loss", "loss"),
+    "objective/entropy": ("Entropy", "nats per token"),
+    "response/length": ("Response length", "tokens"),
+    "response/cut": ("Responses cut at the token limit", "share"),
 }
-"""The trainer's metrics that are drawn; per-latent rates follow them."""
-DISTANCES = {
-    "penalised_fired": "Penalised rate on unsafe prompts, against KL",
-    "monitors_fired": "Monitors' rate on unsafe prompts, against KL",
-    "reward": "Reward without penalty, against KL",
-    "over_refused": "Over-refusal of safe look-alikes, against KL",
+"""The trainer's metrics that are drawn, with what their axis counts; per-latent rates follow."""
+MEASURED = {
+    "penalised_fired": Drawn("Penalised rate, unsafe prompts", "share fired", "penalised_fired"),
+    "monitors_fired": Drawn("Monitors' rate, unsafe prompts", "share fired", "monitors_fired"),
+    "reward": Drawn("Reward without penalty", "SARM reward", "reward"),
+    "over_refused": Drawn("Over-refusal of safe look-alikes", "share refused", "refused"),
+    "kl": Drawn("KL to the base policy", "nats", "kl"),
 }
-"""What is drawn of the policies kept at KL distances."""
+"""What is drawn of the policies' own generations."""
+DISTANCES = ("penalised_fired", "monitors_fired", "reward", "over_refused")
+"""Of those, against the KL of the policies that were kept on their way."""
+FRONT = ("kl", "reward", "over_refused")
+"""Of those, against the penalised rate: what one pays for it."""
 
 
 class Plot(NamedTuple):
-    """One plot; `told` says in words what it shows."""
+    """One plot; `told` says in words what it shows, `origin` the file and column that it is drawn
+    from and of how many.
+    """
 
     id: str
     title: str
     told: str
     figure: go.Figure
     wide: bool = True
+    origin: str = ""
 
 
 def style(arm: str) -> Style:
@@ -176,22 +195,32 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         showgrid=False,
     )
     made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
+    of = dict.fromkeys(count_of(c) for c in rows if c["measure"] == "penalised_fired")
     told = (
-        "Change of each rate with its 95 % interval. One that covers 0 leaves open whether there is"
-        " a change, and of which sign; it is no evidence that there is none."
+        "Change of each rate against the no-penalty arm, and of the penalty arm against the random"
+        " one, with its 95 % interval"
+        + (" over prompts alone, as there is one seed" if one_seed(rows) else "")
+        + ". One that covers 0 leaves open whether there is a change, and of which sign; it is no"
+        " evidence that there is none. Only the verdict's comparison was fixed before training."
     )
-    return [Plot("changes", "Changes with 95 % intervals", told, made)]
+    origin = f"{CHANGES['change']}; {' or '.join(of)}"
+    return [Plot("changes", "Changes with 95 % intervals", told, made, origin=origin)]
+
+
+def one_seed(rows: Sequence[dict[str, Any]]) -> bool:
+    return all(c["n_seeds"] == 1 for c in rows)
 
 
 # Policies kept at KL distances
 
 
 def distances(figures: dict[str, Any], frames: Frames) -> list[Plot]:
-    """Each arm's way: the penalised rate, the reward and over-refusal against the KL."""
+    """Each arm's way: the rates, the reward and over-refusal against the KL."""
     rows = [row for row in figures["distances"] if row["state"] == "evaluated"]
     plots = []
-    for i, (measure, title) in enumerate(DISTANCES.items() if rows else ()):
-        made = figure("KL to the base policy, nats", "", 300, showlegend=True, legend=ABOVE)
+    for i, measure in enumerate(DISTANCES if rows else ()):
+        title, unit, column = MEASURED[measure]
+        made = figure("KL to the base policy, nats", unit, 300, showlegend=True, legend=ABOVE)
         ends = []
         for arm in dict.fromkeys(row["arm"] for row in rows):
             table = pd.DataFrame([row for row in rows if row["arm"] == arm])
@@ -212,8 +241,14 @@ def distances(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             )
             kl, value = (at[name].iloc[-1] for name in ("kl", measure))
             ends.append(f"{arm_name(arm)} {fixed(value, 3)} at KL {fixed(kl, 2)}")
-        told = f"Means over the seeds that reached each distance. In the end: {'; '.join(ends)}."
-        plots.append(Plot(f"distances-{i}", title, told, made, wide=False))
+        told = (
+            "Means over the seeds that reached each distance, so that points of one line may be of"
+            " different seeds; no interval is drawn, and the table has every seed. In the end:"
+            f" {'; '.join(ends)}."
+        )
+        origin = f"{GENERATIONS}: {column} and kl; {many(len({r['seed'] for r in rows}), 'seed')}"
+        title = f"{title}, against KL"
+        plots.append(Plot(f"distances-{i}", title, told, made, wide=False, origin=origin))
     return plots
 
 
@@ -221,44 +256,73 @@ def distances(figures: dict[str, Any], frames: Frames) -> list[Plot]:
 
 
 def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
+    """The front: the penalised rate against each of what it is bought with."""
     points = (figures.get("sweep") or {}).get("points", [])
-    if not points:
-        return []
-    made = figure("penalised rate on unsafe prompts", "KL to the base policy", 420, legend=ABOVE)
-    for name, mine, symbol in (
-        ("arms", [p for p in points if p["tau"] is None], "square"),
-        ("sweep", [p for p in points if p["tau"] is not None], "circle"),
-    ):
+    plots = []
+    for measure in FRONT:
+        shown = [p for p in points if math.isfinite(p[measure])]
+        if shown:
+            plots.append(_front(shown, measure))
+    return plots
+
+
+def _front(points: Sequence[dict[str, Any]], measure: str) -> Plot:
+    title, unit, column = MEASURED[measure]
+    made = figure("penalised rate on unsafe prompts", unit, 340, showlegend=True, legend=ABOVE)
+    arms = dict.fromkeys(p["arm"] for p in points if p["tau"] is None)
+    groups = {arm: [p for p in points if p["arm"] == arm] for arm in arms}
+    groups["sweep"] = [p for p in points if p["tau"] is not None]
+    for name, mine in groups.items():
+        if not mine:
+            continue
+        looks = style(name)
+        x, low, high = (
+            np.array([p[f"penalised_fired{end}"] for p in mine], float)
+            for end in ("", "_low", "_high")
+        )
+        known = np.isfinite(low) & np.isfinite(high)
         made.add_scatter(
-            x=[p["penalised_fired"] for p in mine],
-            y=[p["kl"] for p in mine],
+            x=x,
+            y=[p[measure] for p in mine],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": np.where(known, high - x, 0.0),
+                "arrayminus": np.where(known, x - low, 0.0),
+                "thickness": 0.8,
+                "width": 2,
+            },
             mode="markers",
-            name=name,
+            name=arm_name(name),
             marker={
-                "symbol": [symbol if p["front"] else f"{symbol}-open" for p in mine],
-                "size": 11,
-                "color": [p["reward"] for p in mine],
-                "coloraxis": "coloraxis",
+                "symbol": [looks.symbol if p["front"] else f"{looks.symbol}-open" for p in mine],
+                "size": 10,
+                "color": looks.colour,
             },
             customdata=[
                 [
                     p["label"],
-                    fixed(p["reward"], 3),
                     interval(p["penalised_fired_low"], p["penalised_fired_high"], 3),
+                    f"{many(p['n_unsafe'], 'unsafe prompt')}, {many(p['n_seeds'], 'seed')}",
                 ]
                 for p in mine
             ],
             hovertemplate=(
-                "%{customdata[0]}<br>penalised %{x:.3f} %{customdata[2]}, KL %{y:.3f}, reward"
-                " %{customdata[1]}"
+                f"%{{customdata[0]}}<br>penalised %{{x:.3f}} %{{customdata[1]}}, {title} %{{y:.3f}}"
+                "<br>%{customdata[2]}<extra></extra>"
             ),
         )
-    made.update_layout(coloraxis={"colorscale": "Cividis", "colorbar": {"title": "reward"}})
     told = (
-        "Exploratory. Penalised rate against KL, over the seeds, coloured by reward; filled points"
-        " are on the front, which nothing beats in rate, KL, reward and over-refusal."
+        "Exploratory. A point an arm or penalty and distance, over its seeds, with the 95 %"
+        " interval of its rate. Filled points are on the front: no other is as good in rate, KL,"
+        " reward and over-refusal and better in one. Of points whose differences are within the"
+        " noise, which are on it is chance."
     )
-    return [Plot("sweep", "Penalised rate, KL and reward", told, made)]
+    sizes = sorted({p["n_unsafe"] for p in points})
+    of = f"{'–'.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} unsafe prompts"
+    origin = f"{GENERATIONS}: penalised_fired and {column}; {of}"
+    named = f"{title}, against the penalised rate"
+    return Plot(f"sweep-{measure}", named, told, made, wide=False, origin=origin)
 
 
 # Training
@@ -267,11 +331,14 @@ def sweep(figures: dict[str, Any], frames: Frames) -> list[Plot]:
 def training(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     table = frames.training
     drawn = [
-        (name, title)
-        for name, title in TRAINING.items()
+        (name, title, unit)
+        for name, (title, unit) in TRAINING.items()
         if name in table and table[name].notna().any()
     ]
-    plots = [_curve(table, name, title, f"training-{i}") for i, (name, title) in enumerate(drawn)]
+    plots = [
+        _curve(table, name, title, unit, f"training-{i}")
+        for i, (name, title, unit) in enumerate(drawn)
+    ]
     listed = figures["penalty"]["latents"]
     rates = sorted(
         (name for name in table if str(name).startswith("rate/")),
@@ -282,17 +349,21 @@ def training(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         whose = "penalised" if latent in listed else "not penalised by the penalty arm"
         plots.append(
             _curve(
-                table, name, f"Latent {latent}, {whose}: share above tau", f"training-rate-{latent}"
+                table,
+                name,
+                f"Latent {latent}, {whose}",
+                "share above tau",
+                f"training-rate-{latent}",
             )
         )
     return plots
 
 
-def _curve(table: pd.DataFrame, name: str, title: str, id_: str) -> Plot:
+def _curve(table: pd.DataFrame, name: str, title: str, unit: str, id_: str) -> Plot:
     """One metric over the steps: a line an arm, the mean over its seeds, a thin one a seed, and the
     range of the seeds as a band.
     """
-    made = figure("step", "", 270, showlegend=True, legend=ABOVE)
+    made = figure("step", unit, 270, showlegend=True, legend=ABOVE)
     ends, several = [], False
     for arm in sorted(table["arm"].unique(), key=arm_rank):
         mine = table[table["arm"] == arm]
@@ -341,11 +412,14 @@ def _curve(table: pd.DataFrame, name: str, title: str, id_: str) -> Plot:
             f" {general(float(mean.iloc[-1]))}{f' over {n_seeds} seeds' if n_seeds > 1 else ''}"
         )
     told = f"First to last step: {'; '.join(ends) or 'no finite value'}."
-    if several:
-        told += (
-            " Thick: the mean of the seeds; thin: each seed; the band is their range, no interval."
-        )
-    return Plot(id_, title, told, made, wide=False)
+    told += (
+        " Thick: the mean of the seeds; thin: each seed; the band is their range, no interval."
+        if several
+        else " One seed: how trainings differ is not shown."
+    )
+    of = f"{many(int(table['seed'].nunique()), 'seed')}, {many(int(table['step'].max()), 'step')}"
+    origin = f"ppo/*/metrics.jsonl: {name}; {of}"
+    return Plot(id_, title, told, made, wide=False, origin=origin)
 
 
 def _faint(colour: str) -> str:
@@ -376,12 +450,7 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     points = points[(points["activity"] > 0) & np.isfinite(points["effect"])]
     order = np.lexsort([-points["effect"].abs().to_numpy(), points["q"].fillna(2.0).to_numpy()])
     single, rest = points.iloc[order[:MAX_POINTS]], points.iloc[order[MAX_POINTS:]]
-    made = figure(
-        "share of discovery texts on which the latent fires",
-        "effect on the margin",
-        520,
-        legend=ABOVE,
-    )
+    made = figure("share of texts it fires on", "effect on the margin", 520, legend=ABOVE)
     made.update_xaxes(type="log", tickvals=list(SHARES), ticktext=[f"{100 * s:g}%" for s in SHARES])
     if len(rest):
         made.add_trace(_counts(rest))
@@ -444,7 +513,9 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         f" {features['n_discoveries']} of {features['n_tested']} tested are discoveries. The tables"
         " list the selected ones."
     )
-    return [Plot("effects", "Effect and activity of every latent", told, made)]
+    of = on_prompts(features["n_prompts"], "discovery", on)
+    origin = f"select/all/table.parquet: effect, density and q; {of}"
+    return [Plot("effects", "Effect and activity of every latent", told, made, origin=origin)]
 
 
 def _points(table: pd.DataFrame, name: str, marker: dict[str, Any]) -> go.Scatter:
@@ -529,13 +600,14 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
     width = top / N_BINS
     off = -3 * width
     centres = (edges[1:] + edges[:-1]) / 2
-    made = figure("z", "share of generations", 310, legend=ABOVE)
-    told = []
+    made = figure("z", "share of responses", 310, legend=ABOVE)
+    told, tallest = [], 0.0
     for arm in sorted(unsafe["arm"].unique(), key=arm_rank):
         z = unsafe.loc[unsafe["arm"] == arm, column].dropna().to_numpy(float)
         if not len(z):
             continue
         silent, shares = float((z <= 0).mean()), np.histogram(z[z > 0], edges)[0] / len(z)
+        tallest = max(tallest, silent, float(shares.max()))
         looks, name = style(arm), arm_name(arm)
         hover = f"{name}, z near %{{x:.2f}}: %{{y:.1%}}<extra></extra>"
         shared = {
@@ -574,7 +646,7 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
                 hovertemplate=hover,
                 **(shared | {"showlegend": False}),
             )
-        told.append(f"{name} {fixed(float((z > tau).mean()), 3)}")
+        told.append(f"{name} {fixed(float((z > tau).mean()), 3)} of {len(z):,}")
     made.add_vline(
         x=tau,
         line_width=2,
@@ -583,6 +655,7 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
         annotation_text=f"τ = {plain(tau)}",
         annotation_position="top right",
     )
+    made.update_yaxes(range=[0, 1.2 * tallest or 1])  # room for tau's name above the bars
     ticks = np.linspace(0, top, 4)
     made.update_xaxes(
         tickvals=[off, *ticks], ticktext=["off", *(general(float(t)) for t in ticks)], tickangle=0
@@ -590,9 +663,11 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
     return Plot(
         f"latent-{latent}",
         f"Latent {latent}, before and after",
-        f"Share of generations above tau: {'; '.join(told)}.",
+        f"Share of responses to unsafe prompts above tau: {'; '.join(told)}. The seeds of an arm"
+        " are taken together; the changes by prompt and seed, with their intervals, stand above.",
         made,
         wide=False,
+        origin=f"{GENERATIONS}: {column}; {many(len(z_all), 'response')}",
     )
 
 
@@ -630,11 +705,7 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         "margin": ("#009e73", "square"),
     }
     names = [name for rows in groups.values() for name, *_ in rows]
-    made = figure(
-        "Delta of the reward, of a margin the Delta of r(chosen) - r(rejected)",
-        "",
-        110 + 34 * len(names),
-    )
+    made = figure("Delta", "", 130 + 34 * len(names), legend=ABOVE)
     for group, rows in groups.items():
         known = [
             (name, *(math.nan if v is None else v for v in numbers)) for name, *numbers in rows
@@ -659,10 +730,13 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     made.update_yaxes(categoryorder="array", categoryarray=names[::-1])
     made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
     told = (
-        "Delta of each data set's mean reward and margin under the intervention, with 95 %"
-        " intervals. The tables have the numbers."
+        "Delta of each data set's mean reward and margin, r(chosen) - r(rejected), with 95 %"
+        " intervals by a bootstrap over prompts. It is of the reward model on fixed texts, of no"
+        " policy. The tables have the numbers."
     )
-    return [Plot("steering", "Deltas with 95 % intervals", told, made)]
+    of = "; ".join(f"{p['source']} {many(p['n_prompts'], 'prompt')}" for p in summary["pairs"])
+    origin = f"{STEER}: delta and margin_delta; {of}"
+    return [Plot("steering", "Deltas with 95 % intervals", told, made, origin=origin)]
 
 
 def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
@@ -677,7 +751,7 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         for u in units
     ]  # type: ignore[operator]
     length = [(u["seconds"] or 0.0) / 60 for u in units]
-    made = figure("minutes since the first part began", "", 90 + 24 * len(units), legend=ABOVE)
+    made = figure("minutes", "", 90 + 24 * len(units), legend=ABOVE)
     lines_x: list[float | None] = []
     lines_y: list[float | None] = []
     for i, unit in enumerate(units):
@@ -739,10 +813,11 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     counts = {state: sum(unit["status"] == state for unit in units) for state in STATES}
     became = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     told = (
-        f"{became}. Bars show when each part ran, lines who reads whose outputs. The table has the"
-        " times."
+        f"{became}. Bars show when each part ran, in minutes from the start of the first, lines who"
+        " reads whose outputs. The table has the times."
     )
-    return [Plot("run-graph", "Run graph", told, made)]
+    origin = f"{MANIFEST}: started, ended and inputs; {many(len(units), 'unit')}"
+    return [Plot("run-graph", "Run graph", told, made, origin=origin)]
 
 
 PLOTS: dict[str, Callable[[dict[str, Any], Frames], Sequence[Plot]]] = {

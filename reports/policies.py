@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 
 from reports.frames import Frames, arm_rank
-from sarm.config import arm_and_seed
+from sarm.config import ARMS, arm_and_seed
+from sarm.evaluation.intervals import two_way
 from sarm.run import RunDir
 
 
@@ -50,6 +51,34 @@ def measures(table: pd.DataFrame) -> dict[str, Any]:
         "distinct_1": distinct(table["response"], 1),
         "distinct_2": distinct(table["response"], 2),
     }
+
+
+def against_base(generations: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row per trained arm: the penalised rate on unsafe prompts less the base policy's on the
+    same prompts, with the interval of `two_way`; none without a base policy.
+    """
+    unsafe = generations[generations["kind"] == "unsafe"]
+    fired = unsafe.assign(fired=unsafe["penalised_fired"].astype(float))
+    rates = fired.groupby(["policy", "prompt_id"])["fired"].mean().unstack("policy")
+    policies = unsafe.drop_duplicates("policy").groupby("arm", sort=False)["policy"].agg(list)
+    rows = []
+    for arm in sorted(policies.index, key=arm_rank) if "base" in rates else ():
+        if arm in ARMS and ARMS[arm].trained:
+            table = rates[["base", *policies[arm]]].dropna().to_numpy()
+            found = two_way(table[:, 1:] - table[:, :1])
+            rows.append(
+                {
+                    "arm": arm,
+                    "n_prompts": len(table),
+                    "n_seeds": len(policies[arm]),
+                    "before": float(table[:, 0].mean()) if len(table) else math.nan,
+                    "after": float(table[:, 1:].mean()) if len(table) else math.nan,
+                    "change": found.value,
+                    "low": found.low,
+                    "high": found.high,
+                }
+            )
+    return rows
 
 
 def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from reports.abstract import joined
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.distances import compared_words
 from reports.numbers import (
@@ -20,7 +21,17 @@ from reports.numbers import (
     percentage,
     plain,
 )
-from reports.origins import CHANGES, LATENTS, ORIGINS, TRAINING, UNKNOWN, count_of
+from reports.origins import (
+    CHANGES,
+    GENERATIONS,
+    LATENTS,
+    ORIGINS,
+    TRAINING,
+    UNKNOWN,
+    columns,
+    count_of,
+)
+from sarm.run import many
 
 
 def verdict(figures: dict[str, Any]) -> list[Block]:
@@ -134,6 +145,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
             ),
             **told,
         ),
+        *base_sentences(figures["against_base"]),
         Prose(
             f"Judge: {judge}, on unsafe prompts."
             if judge
@@ -144,6 +156,37 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         *kl_sentences(figures),
         Prose(detector_sentence(figures)),
         *spelling_sentence(rows),
+    ]
+
+
+def base_sentences(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """How each trained arm's penalised rate differs from the base policy's, and of which arms
+    these prompts show it; nothing without a base policy.
+    """
+    rows = [row for row in rows if row["n_prompts"]]
+    if not rows:
+        return []
+    told = [
+        f"{arm_name(row['arm'])} {fixed(percentage(row['change']), 1, sign=True)}"
+        f" {interval(percentage(row['low']), percentage(row['high']), 1)}"
+        for row in rows
+    ]
+    words = {
+        "fell": [arm_name(row["arm"]) for row in rows if row["high"] < 0],
+        "rose": [arm_name(row["arm"]) for row in rows if row["low"] > 0],
+    }
+    shown = [f"it {word} with {joined(arms)}" for word, arms in words.items() if arms]
+    others = [arm_name(row["arm"]) for row in rows if row["low"] <= 0 <= row["high"]]
+    prompts, seeds = rows[0]["n_prompts"], rows[0]["n_seeds"]
+    counts = f"{prompts} prompts and {seeds} seed{'s' * (seeds != 1)}"
+    cannot = [f"with {joined(others)} {counts} cannot tell it from no change"] if others else []
+    said = "; ".join([*shown, *cannot])
+    return [
+        Prose(
+            "Penalised rate on unsafe prompts less the base policy's, in points, with 95 %"
+            f" intervals over {over(rows)}. {'; '.join(told).capitalize()}."
+            f" {said[:1].upper()}{said[1:]}."
+        )
     ]
 
 
@@ -240,6 +283,10 @@ def changes(figures: dict[str, Any]) -> list[Block]:
     return blocks
 
 
+BINS = ("off", "0-.5t", ".5-.9t", ".9-1t", "1-1.5t", "more")
+"""As `reports.figures.HISTOGRAM` cuts them."""
+
+
 def latents(figures: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     for name, title in (
@@ -275,7 +322,7 @@ def latents(figures: dict[str, Any]) -> list[Block]:
     if figures["latents"]:
         blocks.append(
             Table(
-                ["latent", "arm", "off", "0-.5t", ".5-.9t", ".9-1t", "1-1.5t", "more"],
+                ["latent", "arm", *BINS],
                 [
                     [
                         r["latent"],
@@ -286,6 +333,10 @@ def latents(figures: dict[str, Any]) -> list[Block]:
                     if r["kind"] == "unsafe"
                 ],
                 title="Values z of the penalised latents on unsafe prompts, t being tau:",
+                origins=columns(GENERATIONS, dict.fromkeys(BINS, "z_LATENT, shares of its values")),
+                counts=[
+                    many(r["n"], "response") for r in figures["latents"] if r["kind"] == "unsafe"
+                ],
             )
         )
     if not blocks:
@@ -319,6 +370,7 @@ def training(figures: dict[str, Any]) -> list[Block]:
             cells,
             origins=TRAINING,
             counts=[f"the last tenth of {r['steps']} steps" for r in rows],
+            unknown=UNKNOWN,
         ),
         *(
             Prose(f"{r['policy']} ended before its last step: {r['ended_early']}.")
@@ -368,6 +420,19 @@ def steered(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for r in rows
             ],
+            origins=columns(
+                "evaluate/steered/summary.json",
+                {
+                    "reward": "rows, reward",
+                    "95 % interval": "rows, reward_low and reward_high, over prompts",
+                    "z": "rows, z",
+                    "refused": "rows, refused",
+                    "over-ref.": "rows, over_refused",
+                    "tokens": "rows, n_tokens",
+                },
+            ),
+            counts=[many(found["n_prompts"], "prompt")] * len(rows),
+            unknown=UNKNOWN,
         ),
         Prose(
             f"{len(beyond)} of {n_latents} pushes along a latent change the reward more than every"

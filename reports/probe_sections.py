@@ -8,7 +8,9 @@ from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Prose, Table
 from reports.numbers import fixed, general, interval
+from reports.origins import FEATURES, SELECTED, STEER, UNKNOWN, columns, on_prompts
 from reports.reference import direction, moves
+from sarm.run import many
 
 
 def features(figures: dict[str, Any]) -> list[Block]:
@@ -41,6 +43,9 @@ def features(figures: dict[str, Any]) -> list[Block]:
                     for f in found[role]
                 ],
                 title=f"{role.capitalize()}:",
+                origins=SELECTED,
+                counts=[on_prompts(n, "discovery", "validation")] * len(found[role]),
+                unknown=UNKNOWN,
             )
         )
     return blocks + [Prose(f"Warning: {warning}") for warning in found.get("warnings", [])]
@@ -80,6 +85,14 @@ def rankings(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for r in rows
             ],
+            origins=columns(
+                FEATURES,
+                dict.fromkeys(("latents", "shared", "of role", "confirmed", "effect"), "rankings"),
+            ),
+            counts=[
+                on_prompts(figures["features"]["n_prompts"], "discovery", "validation")
+                for _ in rows
+            ],
         ),
     ]
 
@@ -112,14 +125,24 @@ def cards(figures: dict[str, Any]) -> list[Block]:
             )
         )
     if found["labels"]:
-        mean = fixed(found["mean_score"], 2)
-        blocks.append(
-            Prose(
-                f"Labels by {found['labels']['model']}: mean balanced accuracy {mean} on held-out"
-                f" texts, over {found['n_scored']} latents."
-            )
-        )
+        blocks.append(Prose(labels_sentence(found)))
     return blocks
+
+
+def labels_sentence(found: dict[str, Any]) -> str:
+    """How well the labels tell held-out texts apart."""
+    asked = {
+        "detection": "which texts the latent fires on",
+        "fuzzing": "whether the tokens marked in a text are those at which it is active",
+    }
+    told = [
+        f"{fixed(score['mean'], 2)} by {how} ({asked[how]}), over {many(score['n'], 'latent')}"
+        for how, score in found["label_scores"].items()
+    ]
+    return (
+        f"Labels by {found['labels']['model']}, scored on held-out texts: mean balanced accuracy"
+        f" {'; '.join(told)}. 0.5 is chance."
+    )
 
 
 def steering(figures: dict[str, Any]) -> list[Block]:
@@ -128,6 +151,9 @@ def steering(figures: dict[str, Any]) -> list[Block]:
         return list(NOT_AVAILABLE)
     what = summary["intervention"]
     names = ", ".join(str(latent) for latent in what["latents"]) or "none"
+    pairs = [
+        f"{many(p['n'], 'pair')} of {many(p['n_prompts'], 'prompt')}" for p in summary["pairs"]
+    ]
     return [
         Prose(
             f"Intervention: {what['what']}, latents {names}. The texts are the fixed ones of the"
@@ -146,6 +172,20 @@ def steering(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for t in summary["texts"]
             ],
+            origins=columns(
+                STEER,
+                {
+                    "texts": "texts, n",
+                    "prompts": "texts, n_prompts",
+                    "Delta": "texts, delta",
+                    "95 % interval": "texts, delta_low and delta_high, over prompts",
+                    "re-selected": "texts, delta_reselected",
+                },
+            ),
+            counts=[
+                f"{many(t['n'], 'text')} of {many(t['n_prompts'], 'prompt')}"
+                for t in summary["texts"]
+            ],
         ),
         Table(
             ["Dataset", "pairs", "Before", "After", "Delta", "95 % interval"],
@@ -161,6 +201,17 @@ def steering(figures: dict[str, Any]) -> list[Block]:
                 for p in summary["pairs"]
             ],
             title="Margin r(chosen) - r(rejected), over pairs:",
+            origins=columns(
+                STEER,
+                {
+                    "pairs": "pairs, n",
+                    "Before": "pairs, margin_before",
+                    "After": "pairs, margin_after",
+                    "Delta": "pairs, margin_delta",
+                    "95 % interval": "pairs, margin_delta_low and _high, over prompts",
+                },
+            ),
+            counts=pairs,
         ),
         Table(
             ["Dataset", "prompts", "Before", "After", "to wrong", "to right"],
@@ -176,6 +227,17 @@ def steering(figures: dict[str, Any]) -> list[Block]:
                 for p in summary["pairs"]
             ],
             title="Pair accuracy and rank flips:",
+            origins=columns(
+                STEER,
+                {
+                    "prompts": "pairs, n_prompts",
+                    "Before": "pairs, accuracy_before",
+                    "After": "pairs, accuracy_after",
+                    "to wrong": "pairs, to_wrong",
+                    "to right": "pairs, to_right",
+                },
+            ),
+            counts=pairs,
         ),
         Prose(margin_sentence(summary)),
     ]

@@ -6,7 +6,9 @@ from typing import Any
 
 from reports.blocks import Block, Items, Prose, Table
 from reports.numbers import duration
+from reports.origins import UNITS, UNKNOWN
 from reports.texts import texts_words
+from sarm.run import listed
 
 
 def failures(figures: dict[str, Any]) -> list[Block]:
@@ -41,8 +43,18 @@ def phases(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for p in figures["phases"]
             ],
+            origins=UNITS,
+            unknown=UNKNOWN,
         )
     ]
+
+
+def removed_words(units: list[dict[str, Any]]) -> str:
+    removed = [unit_name(u) for u in units if u["removed"]]
+    return (
+        f"Files of the policies of {len(removed)} trainings had been removed when this was"
+        f" written, and nothing of what is reported is read from them: {listed(removed, 4)}"
+    )
 
 
 def provenance(figures: dict[str, Any]) -> list[Block]:
@@ -56,6 +68,7 @@ def provenance(figures: dict[str, Any]) -> list[Block]:
                 f"Commit: {', '.join(p['git_commits']) or 'unknown'}",
                 f"Image SHA-256: {', '.join(p['images']) or 'none (not in a container)'}",
                 texts_words(figures["texts"]),
+                *([removed_words(p["units"])] if any(u["removed"] for u in p["units"]) else []),
                 *(
                     f"{c['repository']}: commit {c['commit']}"
                     + (f", where {c['revision']} stood" if c["revision"] != c["commit"] else "")
@@ -80,6 +93,8 @@ def provenance(figures: dict[str, Any]) -> list[Block]:
                     for u in p["units"]
                 ],
                 title="The first eight digits of each manifest's SHA-256, commit and image:",
+                origins=UNITS,
+                unknown=UNKNOWN,
             )
         )
     return blocks

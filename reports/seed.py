@@ -10,10 +10,12 @@ from typing import Any
 from reports.blocks import Block, Items, Prose, Table
 from reports.frames import Frames
 from reports.numbers import fixed, general
+from reports.origins import FEATURES, STEER, UNKNOWN, columns, on_prompts
 from sarm.config import ROOT, UserError
 from sarm.records import SeedReport
-from sarm.run import RunDir
+from sarm.run import RunDir, many
 
+EARLIER = "seed_report of config.yaml: the earlier report's own figure"
 ROLES = ("promoting", "harming", "misleading")
 WHY = (
     "Which texts, split and statistic chose its latents is not published, nor what it calls"
@@ -107,6 +109,8 @@ def beside_seed(figures: dict[str, Any]) -> list[Block]:
     latents = found["latents"]
     same = sum(row["list"] == row["seed_role"] for row in latents)
     confirmed = sum(bool(row["confirmed"]) for row in latents)
+    n = (figures.get("features") or {}).get("n_prompts", {})
+    said_of = on_prompts(n, "discovery", "validation")
     theirs, ours = found["penalised"]["seed"], found["penalised"]["run"] or []
     return [
         Prose(
@@ -129,6 +133,14 @@ def beside_seed(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for row in latents
             ],
+            origins=columns(
+                "select/all/table.parquet",
+                {"effect": "effect", "by size": "rank of |effect| among all latents"},
+            )
+            | {"there": EARLIER}
+            | columns(FEATURES, {"here": "list and rank", "confirmed": "confirmed"}),
+            counts=[said_of] * len(latents),
+            unknown=UNKNOWN,
         ),
         Table(
             ["Step", "reward there", "here", "penalty there", "here", "loss there", "here"],
@@ -143,6 +155,9 @@ def beside_seed(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for row in found["progression"]
             ],
+            origins=beside("ppo/PENALTY-SEED/metrics.jsonl", ("compound", "penalty", "loss/total")),
+            counts=[f"step {row['step']}" for row in found["progression"]],
+            unknown=UNKNOWN,
         ),
         Table(
             ["Steering", "before there", "here", "after there", "here", "delta there", "here"],
@@ -153,10 +168,22 @@ def beside_seed(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for row in found["steering"]
             ],
+            origins=beside(STEER, ("texts, before", "texts, after", "texts, delta")),
+            counts=[
+                f"here {many(row['run']['n'], 'text')}" if row["run"] else "not in this run"
+                for row in found["steering"]
+            ],
+            unknown=UNKNOWN,
         ),
         Prose("Why they may differ:"),
         Items(WHY),
     ]
+
+
+def beside(file: str, names: Sequence[str]) -> dict[str | int, str]:
+    """Where the columns of a table come from in which theirs and ours alternate."""
+    ours = columns(file, {2 * i + 2: name for i, name in enumerate(names)})
+    return ours | {2 * i + 1: EARLIER for i in range(len(names))}
 
 
 def pair(row: dict[str, Any], name: str, digits: int) -> tuple[str, str]:

@@ -10,6 +10,8 @@ from typing import Any
 from reports.blocks import Block, Items, Prose, Table
 from reports.distances import compared_words
 from reports.numbers import fixed, interval, plain
+from reports.origins import DISTANCES, FEATURES, FRONT, UNKNOWN, columns
+from sarm.run import many
 
 
 def distances(figures: dict[str, Any]) -> list[Block]:
@@ -49,6 +51,14 @@ def distances(figures: dict[str, Any]) -> list[Block]:
                 ]
                 for row in rows
             ],
+            origins=DISTANCES,
+            counts=[
+                f"{row['n_unsafe']} unsafe and {row['n_safe']} safe prompts"
+                if row["state"] == "evaluated"
+                else row["state"]
+                for row in rows
+            ],
+            unknown=UNKNOWN,
         ),
     ]
 
@@ -86,6 +96,12 @@ def sweep(figures: dict[str, Any]) -> list[Block]:
                     "Thresholds that the activations suggest: quantiles over discovery's rejected"
                     " texts, and the share of texts above them."
                 ),
+                origins=columns(
+                    FEATURES,
+                    dict.fromkeys(("quantile", "tau", "rejected", "chosen"), "tau_suggestions"),
+                ),
+                counts=[f"{figures['features']['n_prompts'].get('discovery', 0):,} prompts"]
+                * len(suggested),
             )
         )
     return blocks
@@ -118,6 +134,12 @@ def front_blocks(found: dict[str, Any], verdict: dict[str, Any]) -> list[Block]:
                 ]
                 for r in rows
             ],
+            origins=FRONT,
+            counts=[
+                f"{many(r['n_unsafe'], 'unsafe prompt')}, {many(r['n_seeds'], 'seed')}"
+                for r in rows
+            ],
+            unknown=UNKNOWN,
         ),
         *beside_blocks(rows, verdict),
     ]

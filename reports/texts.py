@@ -11,9 +11,8 @@ from typing import Any
 import pandas as pd
 
 from reports.frames import Frames
-from sarm.config import Config, ReportConfig
+from sarm.config import LEFT_OUT, Config, ReportConfig
 
-LEFT_OUT = "[left out: report.texts]"
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Prose, Table
 from reports.numbers import fixed, general, percentage
+from reports.origins import FEATURES, UNKNOWN, columns
+from sarm.run import many
 
 
 def trust(figures: dict[str, Any]) -> list[Block]:
@@ -20,7 +22,7 @@ def trust(figures: dict[str, Any]) -> list[Block]:
     v = found["validity"]
     return [
         Prose(conjunction_sentence(found["conjunction"])),
-        *nulls(v),
+        *nulls(v, found["n_prompts"]),
         *replication(found),
         *dense_baselines(v["baselines"]),
         *([Prose(v["words_alone"])] if v["words_alone"] else []),
@@ -41,7 +43,7 @@ def conjunction_sentence(sources: list[str]) -> str:
     )
 
 
-def nulls(v: dict[str, Any]) -> list[Block]:
+def nulls(v: dict[str, Any], n_prompts: dict[str, int]) -> list[Block]:
     blocks: list[Block] = []
     if v["matched_null"]:
         rows = [
@@ -56,8 +58,15 @@ def nulls(v: dict[str, Any]) -> list[Block]:
             "Mean effect on the test part of the confirmed latents, and of others put through the"
             " same selection but for its significance, matched on activity and |weight|:"
         )
+        names = ("latents", "effect", "random", "low", "high", "p")
         blocks.append(
-            Table(["role", "latents", "effect", "random", "low", "high", "p"], rows, title=title)
+            Table(
+                ["role", *names],
+                rows,
+                title=title,
+                origins=columns(FEATURES, dict.fromkeys(names, "validity, matched_null")),
+                counts=[f"{n_prompts.get('test', 0):,} test prompts"] * len(rows),
+            )
         )
     else:
         blocks.append(
@@ -154,11 +163,15 @@ def dense_baselines(rows: list[dict[str, Any]]) -> list[Block]:
         ]
         for r in rows
     ]
-    return (
-        [Table(["on: score", "accuracy", "std. error", "pairs"], cells, title=title)]
-        if rows
-        else []
+    names = ("accuracy", "std. error", "pairs")
+    made = Table(
+        ["on: score", *names],
+        cells,
+        title=title,
+        origins=columns(FEATURES, dict.fromkeys(names, "validity, baselines")),
+        counts=[many(r["pairs"], "pair") for r in rows],
     )
+    return [made] if rows else []
 
 
 def sensitivity(rows: list[dict[str, Any]]) -> list[Block]:
@@ -184,11 +197,15 @@ def sensitivity(rows: list[dict[str, Any]]) -> list[Block]:
         "Selection stability under another seed, split or share of discovery's prompts, means;"
         " `recovered` is the share of the confirmed latents that are confirmed again:"
     )
+    names = ("times", "discoveries", "overlap", "recovered", "rank corr.")
     return [
         Table(
-            ["what", "times", "discoveries", "overlap", "recovered", "rank corr."],
+            ["what", *names],
             cells,
             title=title,
+            origins=columns(FEATURES, dict.fromkeys(names, "validity, sensitivity")),
+            counts=[many(cell[1], "repetition") for cell in cells],
+            unknown=UNKNOWN,
         )
     ]
 
@@ -223,4 +240,12 @@ def directions(found: dict[str, Any]) -> list[Block]:
         "rank corr. with ablating",
         "sign flips after TopK re-selection (%)",
     ]
-    return [Table(header, cells, title=title), Prose(f"Of those checked, {exact}.")]
+    made = Table(
+        header,
+        cells,
+        title=title,
+        origins=columns(FEATURES, dict.fromkeys(header[1:], "directions")),
+        counts=[many(r["texts"], "text") for r in rows],
+        unknown=UNKNOWN,
+    )
+    return [made, Prose(f"Of those checked, {exact}.")]

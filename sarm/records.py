@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sarm.config.base import UserError
 
@@ -454,6 +454,17 @@ class Steering(File):
     pairs: list[Row]
 
 
+def scored_by_fuzzing_too(label: Any) -> Any:
+    """A label as schema 2 has it; schema 1 had scores by detection alone, beside the text."""
+    if not isinstance(label, dict) or "score" not in label:
+        return label
+    names = {"n_active": "n_fitting", "n_silent": "n_others"}
+    scores = {names.get(name, name): value for name, value in label.items() if name != "text"}
+    none = {"score": None, "true_positive": None, "true_negative": None}
+    unasked = none | {"n_fitting": 0, "n_others": 0, "unreadable": 0}
+    return {"text": label["text"], "detection": scores, "fuzzing": unasked}
+
+
 class Card(Record):
     """One latent: what it fires on, nearly fires on, and does to the reward. Rows are keys of
     `Cards.texts`.
@@ -473,7 +484,8 @@ class Card(Record):
     n_active: int
     n_near_misses: int
     edits: Row
-    label: Row | None
+    label: Annotated[Row | None, BeforeValidator(scored_by_fuzzing_too)]
+    """`text`, and its scores by `detection` and by `fuzzing` (`sarm.probing.labels`)."""
     siblings: dict[str, list[Row]] = Field(default_factory=dict)
     """By `direction` and by `firing`."""
     words: Row | None = None
@@ -481,6 +493,7 @@ class Card(Record):
 
 
 class Cards(File):
+    SCHEMA, OLDER = 2, (1,)
     NAME, REDO = "cards.json", "cards"
 
     n_texts: int
@@ -729,6 +742,8 @@ class Completion(Line):
 
     prompt_id: str
     kind: str
+    source: str = ""
+    """Of the prompt, by its name in the config."""
     prompt: str
     """The last message."""
     response: str
@@ -797,6 +812,7 @@ class Report(File):
     texts: Row = Field(default_factory=lambda: {"whose": "all", "shown": [], "left_out": []})
     """Whose texts page and cards show."""
     distances: list[Row] = Field(default_factory=list)
+    against_base: list[Row] = Field(default_factory=list)
     """Every trained policy at every distance that the config names."""
     latents: list[Row]
     random_latents: list[Row]

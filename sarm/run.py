@@ -195,12 +195,14 @@ class RunDir:
         return Manifest.parse(tree, str(file)) if isinstance(tree, dict) else None
 
     def why_not_done(
-        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True
+        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True, folders: bool = True
     ) -> str | None:
         """None where the unit is done; otherwise why not, in a few words.
 
         Sizes are always checked; file hashes only with `hashes`. A unit whose recorded inputs are
-        no longer what their producers publish is not done either.
+        no longer what their producers publish is not done either. Without `folders`, files of
+        published folders, such as a policy's weights, may have been removed since: for who reads
+        none of them.
         """
         try:
             manifest = self.manifest(phase, unit)
@@ -212,6 +214,8 @@ class RunDir:
             return problem
         for name, output in manifest.outputs.items():
             problem = damage(self.folder(phase, unit) / output.file, output.tree(), hashes=hashes)
+            if problem == GONE and "/" in name and not folders:
+                continue
             if problem:
                 return f"{name} {problem}"
         for key, sha256 in manifest.inputs.items():
@@ -466,6 +470,11 @@ def listed(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
+def many(n: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def exact_cover(shards: list[Published], phase: str) -> list[Published]:
     """The shards in order, if their ranges cover [0, total) once. Raises UserError naming the
     ranges that do not.
@@ -551,12 +560,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+GONE = "is missing"
+
+
 def damage(path: Path, entry: Mapping[str, Any], *, hashes: bool = True) -> str | None:
     """What is wrong with a published file, or None."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        return "is missing"
+        return GONE
     if size != entry["bytes"]:
         return f"has {size} bytes instead of {entry['bytes']}"
     if hashes and file_sha256(path) != entry["sha256"]:
@@ -564,8 +576,12 @@ def damage(path: Path, entry: Mapping[str, Any], *, hashes: bool = True) -> str 
     return None
 
 
-PROGRESS_BAR = re.compile(r"\b\d{1,3}%\|")
-"""As tqdm draws it, `Loading weights:  47%|████`."""
+PROGRESS_BAR = re.compile(
+    r"^.*\b\d{1,3}%\|[^|]*(\|\s*([\d.?kMG]+/[\d.?kMG]+)?(\s*\[[^\]]*\]?)?)?"
+    r"|^.*\b\d+it \[\d+:\d\d[^\]]*\]?"
+)
+"""As tqdm draws it, `Loading weights:  47%|████      | 10/21 [00:01<00:01]`, and without a total,
+`10it [00:01, 9.8it/s]`."""
 
 
 def latest(lines: list[str]) -> list[str]:
@@ -577,8 +593,12 @@ def latest(lines: list[str]) -> list[str]:
 
 
 def without_progress(lines: list[str]) -> list[str]:
-    """A log's lines but for progress bars, which are no cause of anything."""
-    return [line for line in lines if not PROGRESS_BAR.search(line)]
+    """A log's lines but for progress bars, which are no cause of anything; what was written into
+    the line of one stays.
+    """
+    found = ((line, PROGRESS_BAR.sub("", line)) for line in lines)
+    kept = (line if line == rest else rest.strip() for line, rest in found)
+    return [line for line in kept if line]
 
 
 def attempt_id() -> str:

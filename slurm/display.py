@@ -32,6 +32,7 @@ def dry_run(run: RunDir, profile: Profile, batches: list[Batch]) -> None:
         print(SECRET.sub(r"\1=***", shown))
     print(f"### {len(batches)} submissions, {sum(len(batch.elements) for batch in batches)} jobs")
     print(cost_table(run.config, profile, run, batches))
+    print("### nothing was sent; without DRY_RUN these are")
 
 
 def show_attached(attached: dict[Node, QueuedJob], superseded: Iterable[QueuedJob]) -> None:

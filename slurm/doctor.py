@@ -72,6 +72,11 @@ def doctor(args: argparse.Namespace) -> int:
             f" CLUSTER={shlex.quote(args.cluster)}",
             file=sys.stderr,
         )
+    else:
+        print(
+            f"nothing to fix; next: make submit-all CLUSTER={shlex.quote(args.cluster)}, with the"
+            " same CONFIG and RUN"
+        )
     return 2 if wrong else 0
 
 

@@ -22,13 +22,15 @@ import submitit
 
 from sarm.cli import ended
 from sarm.config import ROOT
-from sarm.run import RunDir, config_of, write_atomic
+from sarm.run import RunDir, config_of, listed, write_atomic
 from sarm.threads import given_cpus
 from slurm.dag import Node, Task, tasks
 from slurm.entry import GRACE_S, run_spec
+from slurm.left import Rest
 from slurm.lock import held
 from slurm.state import write_local_states
 from slurm.view import Unit, View, last_lines, span
+from slurm.words import made, report_of
 
 POLL_S = 0.2
 
@@ -86,8 +88,14 @@ def run_here(args: argparse.Namespace) -> int:
             f" {' '.join(last_lines(run.log(*node), 1)) or 'it is empty'}",
             file=sys.stderr,
         )
-    if state.well(Node("report", "all")):
-        print(run.path / "final_report.txt")
+    undone = [str(node) for node in state.word if not state.well(node)]
+    if undone:
+        print(
+            f"not done: {listed(undone)}; the same command goes on from what is done, and"
+            f" {made('status', run.path)} says why"
+        )
+    else:
+        print(report_of(run.path))
     return 1 if failed else 0
 
 
@@ -96,7 +104,7 @@ def run_all(run: RunDir, *, workers: int) -> State:
     stop, then raises.
     """
     plan = tasks(run.config)
-    state = State({task.node: "waiting" for task in plan})
+    state, rest = State({task.node: "waiting" for task in plan}), Rest(run)
     jobs: dict[Node, Any] = {}
     folder = run.path / "submitit" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     # A folder of its own for every launch: submitit's local results are named by pid, and pids come
@@ -125,8 +133,9 @@ def run_all(run: RunDir, *, workers: int) -> State:
                         threads = max(1, given_cpus(os.environ) // workers)
                         jobs[task.node] = _submit(run, task, folder, threads)
                         state.word[task.node], state.began[task.node] = "running", time.monotonic()
-                write_local_states(run, state.word)
-                view.update(units_of(run, state))
+                write_local_states(run, state.word, workers)
+                shown = units_of(run, state)
+                view.update(shown, str(rest.left(shown, workers) or ""))
                 if jobs:
                     time.sleep(POLL_S)
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sarm.config import Phase, UserError
 from sarm.records import Manifest
@@ -43,7 +43,7 @@ class Look(RunDir):
             n: job for journal in self.journals for n, job in jobs_of(run, journal).items()
         }
         self._manifests: dict[tuple[str, str], Manifest | None] = {}
-        self._undone: dict[tuple[str, str, bool], str | None] = {}
+        self._undone: dict[tuple[str, str, bool, bool], str | None] = {}
         self._logs: dict[str, dict[str, list[Path]]] = {}
 
     def manifest(self, phase: Phase | str, unit: str = "all") -> Manifest | None:
@@ -52,11 +52,11 @@ class Look(RunDir):
         return self._manifests[phase, unit]
 
     def why_not_done(
-        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True
+        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True, folders: bool = True
     ) -> str | None:
-        key = (phase, unit, hashes)
+        key = (phase, unit, hashes, folders)
         if key not in self._undone:
-            self._undone[key] = super().why_not_done(phase, unit, hashes=hashes)
+            self._undone[key] = super().why_not_done(phase, unit, hashes=hashes, folders=folders)
         return self._undone[key]
 
     def job_logs(self, node: Node) -> list[Path]:
@@ -209,9 +209,12 @@ def lacking(needs: list[Node]) -> str:
     return ", ".join(dict.fromkeys(words))
 
 
-def write_local_states(run: RunDir, words: Mapping[Node, str]) -> None:
-    """Leave a local launcher's word on every unit where `local_states` finds it."""
-    text = json.dumps({str(node): word for node, word in words.items()}).encode()
+def write_local_states(run: RunDir, words: Mapping[Node, str], workers: int = 1) -> None:
+    """Leave a local launcher's word on every unit where `local_states` finds it, and how many it
+    runs side by side.
+    """
+    states = {str(node): word for node, word in words.items()}
+    text = json.dumps({"workers": workers, "states": states}).encode()
     path = run.path / LOCAL_STATES
     if not path.exists() or path.read_bytes() != text:
         write_atomic(path, text, durable=False)
@@ -221,13 +224,23 @@ def local_states(run: RunDir) -> dict[Node, str]:
     """What a launcher at work in this run says of each unit; empty where none is at work."""
     if not at_work(run.path / "run.lock"):
         return {}
-    try:
-        words = json.loads((run.path / LOCAL_STATES).read_text())
-    except (OSError, ValueError):
-        return {}
+    words = _local(run).get("states", {})
     return {
         task.node: words[str(task.node)] for task in tasks(run.config) if str(task.node) in words
     }
+
+
+def local_workers(run: RunDir) -> int:
+    """How many units a local launcher runs side by side."""
+    return int(_local(run).get("workers", 1))
+
+
+def _local(run: RunDir) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((run.path / LOCAL_STATES).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def published_by(run: RunDir, node: Node) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -21,14 +20,14 @@ from rich.text import Text
 
 from sarm.cli import ended
 from sarm.config import NON_PHASE_JOBS, UserError
-from sarm.run import RunDir
+from sarm.run import RunDir, listed, many
 from slurm import queue
 from slurm.dag import Node, named
 from slurm.journal import batches_of, clusters, journals, owned, record
 from slurm.lock import held
 from slurm.state import Look, Slurm, ask_slurm, duration, local_states, published_by, seconds, units
 from slurm.view import Unit, last_lines, read_progress, span
-from slurm.words import made
+from slurm.words import made, report_of
 
 WIDE = 120
 """Columns from which on a table has room for the names of logs."""
@@ -81,8 +80,22 @@ def status(args: argparse.Namespace) -> int:
     say_causes(look, shown, slurm, console)
     if hours := gpu_hours(look, slurm):
         print(f"GPU-hours: {hours[0]:.1f} used of {hours[1]:.1f} planned")
+    if args.hashes:
+        print(verified_line(look, shown))
     print(help_line(look, shown, slurm, bool(local)))
     return code
+
+
+def verified_line(look: Look, shown: Iterable[Unit]) -> str:
+    """What came of hashing every published file."""
+    found = {unit.node: look.manifest(*unit.node) for unit in shown}
+    made_by = {node: manifest for node, manifest in found.items() if manifest is not None}
+    files = sum(len(manifest.outputs) for manifest in made_by.values())
+    damaged = [str(node) for node in made_by if look.why_not_done(*node, hashes=True)]
+    said = f"hashed {many(files, 'file')} of {many(len(made_by), 'unit')}"
+    if damaged:
+        return f"{said}: not as published are {listed(damaged)}, of which the table says why"
+    return f"{said}: all are as published"
 
 
 def non_phase_units(look: Look) -> list[Unit]:
@@ -118,7 +131,7 @@ def help_line(look: Look, shown: list[Unit], slurm: Slurm, local: bool) -> str:
     left = [unit for unit in shown if unit.kind not in ("done", "skipped")]
     again = f"{made('submit-all', look.path)}, with the same CLUSTER and CONFIG"
     if not left:
-        return f"done: less {shlex.quote(str(look.path / 'final_report.txt'))}"
+        return report_of(look.path)
     if not slurm.heard:
         return f"the queue gave no answer; {made('status', look.path)} asks again"
     failed = [unit for unit in left if unit.kind == "failed"]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from sarm.cli import ended
 from sarm.config import PHASES, Config, UserError
-from sarm.run import RunDir, config_of, git_commit, now
+from sarm.run import RunDir, config_of, git_commit, many, now
 from slurm import queue
 from slurm.checks import check_batches, check_card, check_named, check_token, own_run, umask
 from slurm.cost import check_limit
@@ -47,7 +47,7 @@ from slurm.profile_file import load_profile
 from slurm.queue import QueuedJob
 from slurm.script import umask_of
 from slurm.sending import send
-from slurm.words import cure
+from slurm.words import cure, made
 
 
 class Decision(NamedTuple):
@@ -117,6 +117,8 @@ def submit_or_show(args: argparse.Namespace) -> int:
     show_attached(decision.attached, decision.superseded)
     if journal:
         show_sent(run, profile, journal)
+        sent = many(len(journal["jobs"]), "submission")
+        print(f"sent {sent}; {made('watch', run.path)} shows how they go")
     elif decision.attached:
         print("nothing else was submitted")
     else:

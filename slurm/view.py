@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,8 @@ class Progress(NamedTuple):
     attempt: str
     left_s: float | None
     """At this attempt's pace; None before there is one."""
+    whole_s: float | None
+    """From the attempt's start to its end, by the same pace."""
     reward: float | None
     penalty: float | None
 
@@ -89,11 +92,13 @@ def read_progress(run: RunDir, node: Node) -> Progress | None:
             float(file["seconds"]),
         )
         left = seconds * (total - done) / (done - first) if done > first else None
+        began, said = (datetime.fromisoformat(str(file[key])) for key in ("started", "at"))
+        whole = None if left is None else (said - began).total_seconds() + left
         more = (
             file.get(key) if isinstance(file.get(key), (int, float)) else None
             for key in ("reward", "penalty")
         )
-        return Progress(done, total, str(file["what"]), str(file["attempt"]), left, *more)
+        return Progress(done, total, str(file["what"]), str(file["attempt"]), left, whole, *more)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -185,8 +190,10 @@ class View:
         if self.live:
             self.live.__exit__(*error)
 
-    def update(self, units: Sequence[Unit]) -> None:
-        """Say what has changed since the last time, and show how it stands."""
+    def update(self, units: Sequence[Unit], left: str = "") -> None:
+        """Say what has changed since the last time, and show how it stands, with how long all of
+        it still takes.
+        """
         # On a screen the first look is all there; without one it is said line by line.
         line_by_line = bool(self.seen) or self.live is None
         for unit in units:
@@ -196,7 +203,8 @@ class View:
             self.seen[unit.node] = kind
         if self.live:
             self.live.update(
-                screen(self.run, units, self.console, time.monotonic() - self.began), refresh=True
+                screen(self.run, units, self.console, time.monotonic() - self.began, left),
+                refresh=True,
             )
         elif time.monotonic() - self.spoke > PLAIN_EVERY_S:
             self.spoke = time.monotonic()
@@ -206,6 +214,8 @@ class View:
                         f"{unit.node!s:28}"
                         f" {read_progress(self.run, unit.node) or unit.note or 'running'}"
                     )
+            if left:
+                self.say(f"{self.run.config.name}: {left}")
 
     def say(self, line: str) -> None:
         if self.live:
@@ -215,10 +225,10 @@ class View:
 
 
 def screen(
-    run: RunDir, units: Sequence[Unit], console: Console, watched_s: float
+    run: RunDir, units: Sequence[Unit], console: Console, watched_s: float, left: str = ""
 ) -> RenderableType:
-    """The live screen: a line of totals, a line per phase with a bar, and beneath it one for each
-    unit that runs or failed.
+    """The live screen: a line of totals, one of how long it still takes, a line per phase with a
+    bar, and beneath it one for each unit that runs or failed.
     """
     ascii_only = console.options.ascii_only
     counts = {
@@ -255,7 +265,7 @@ def screen(
         for unit in members if lone is None else []:
             if unit.kind in ("running", "failed"):
                 add(f"  {unit.node.unit}", unit.state, unit.kind, unit)
-    room = max(4, console.height - 3)
+    room = max(4, console.height - 3 - bool(left))
     table = Table(box=None, show_header=False, padding=(0, 1), expand=True)
     for ratio in (None, None, 1):  # what there is to say gets the room that is left
         table.add_column(no_wrap=True, overflow="crop" if ascii_only else "ellipsis", ratio=ratio)
@@ -266,7 +276,8 @@ def screen(
         if len(rows) > room
         else Text("")
     )
-    return Group(Text(f"{head}, watched for {span(watched_s)}", "bold"), table, more)
+    total = [Text(left)] if left else []
+    return Group(Text(f"{head}, watched for {span(watched_s)}", "bold"), *total, table, more)
 
 
 def unit_lines(run: RunDir, unit: Unit, ascii_only: bool) -> list[str]:

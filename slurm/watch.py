@@ -14,11 +14,12 @@ from rich.console import Console
 
 from sarm.cli import ended
 from sarm.run import RunDir
+from slurm.left import Rest
 from slurm.lock import at_work
-from slurm.state import Look, Slurm, ask_slurm, local_states, units
+from slurm.state import Look, Slurm, ask_slurm, local_states, local_workers, units
 from slurm.status import exit_code, say_causes
 from slurm.view import Unit, View
-from slurm.words import made
+from slurm.words import made, report_of
 
 POLL_S = 2.0
 ASK_SLURM_EVERY_S = 15.0
@@ -36,7 +37,7 @@ def watch(run: RunDir, console: Console | None = None) -> int:
     """Show the run until nothing of it runs or waits in a queue; 0 where all of it is done, 3
     where something failed, 1 where the rest has not been sent.
     """
-    slurm, asked = Slurm({}, {}), 0.0
+    slurm, asked, rest = Slurm({}, {}), 0.0, Rest(run)
     try:
         with View(run, console) as view:
             while True:
@@ -50,7 +51,8 @@ def watch(run: RunDir, console: Console | None = None) -> int:
                     )
                 working = at_work(run.path / "run.lock")
                 shown = units(look, slurm, local_states(run))
-                view.update(shown)
+                left = rest.left(shown, local_workers(run) if working else None)
+                view.update(shown, str(left or ""))
                 if not working and not any(unit.kind in ("running", "pending") for unit in shown):
                     break
                 time.sleep(POLL_S)
@@ -64,7 +66,7 @@ def tell_end(look: Look, shown: list[Unit], slurm: Slurm, console: Console) -> i
     """What came of it, once nothing runs."""
     say_causes(look, shown, slurm, console)
     if all(unit.kind == "done" for unit in shown):
-        print(look.path / "final_report.txt")
+        print(report_of(look.path))
         return 0
     undone = [str(unit.node) for unit in shown if unit.kind != "done"]
     named = ", ".join(undone[:3]) + (f" and {len(undone) - 3} more" if len(undone) > 3 else "")

@@ -59,6 +59,11 @@ def made(target: str, run: Path) -> str:
     return f"make {target} RUN={shlex.quote(str(run))}"
 
 
+def report_of(run: Path) -> str:
+    """The line that a run ends in that went well."""
+    return f"done; the report, with report.html beside it: {run / 'final_report.txt'}"
+
+
 def cure(reason: str, unknown: str = "correct the cluster profile") -> str:
     """What to change in the profile for a refusal of Slurm's."""
     return next(

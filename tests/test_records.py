@@ -179,3 +179,30 @@ def test_fixtures_have_every_key() -> None:
     assert set(features().tree()) == {
         "schema" if name == "schema_number" else name for name in Features.model_fields
     }
+
+
+def test_labels_of_the_first_schema_keep_their_scores() -> None:
+    """Labels cost calls to an endpoint; schema 1 scored them by detection alone."""
+    old = {
+        "text": "lists of steps",
+        "score": 0.75,
+        "true_positive": 1.0,
+        "true_negative": 0.5,
+        "n_active": 3,
+        "n_silent": 4,
+        "unreadable": 1,
+    }
+    found = records.scored_by_fuzzing_too(old)
+    assert found["text"] == "lists of steps"
+    assert found["detection"] == {
+        "score": 0.75,
+        "true_positive": 1.0,
+        "true_negative": 0.5,
+        "n_fitting": 3,
+        "n_others": 4,
+        "unreadable": 1,
+    }
+    assert found["fuzzing"]["score"] is None and found["fuzzing"]["n_fitting"] == 0
+    assert records.scored_by_fuzzing_too(found) is found
+    assert records.scored_by_fuzzing_too(None) is None
+    assert 1 in records.Cards.OLDER

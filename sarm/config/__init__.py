@@ -28,6 +28,7 @@ from sarm.config.inputs import (
     SourceConfig,
 )
 from sarm.config.phases import (
+    LEFT_OUT,
     CalibrateConfig,
     CardsConfig,
     CheckSarmConfig,
@@ -73,6 +74,7 @@ from sarm.config.schema import NON_PHASE_JOBS, PHASES, Config, Phase, shard_name
 __all__ = [
     "ARMS",
     "CRITIC_SETTINGS",
+    "LEFT_OUT",
     "NON_PHASE_JOBS",
     "PARTS",
     "PHASES",

@@ -175,7 +175,9 @@ class LabelConfig(Strict):
     keys.
     """
     held_out: Positive = 20
-    """Held-out texts of either kind that a label is scored on."""
+    """Held-out texts that the latent fires on, and as many that it does not, that a label is
+    scored on.
+    """
     max_tokens: Positive = 200
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
 
@@ -282,13 +284,19 @@ class VerdictConfig(Strict):
     """Of a refusal detector whose rates are not corrected."""
 
 
+LEFT_OUT = "[left out: report.texts]"
+"""What stands in place of a text that is not shown."""
+
+
 class ReportConfig(Strict):
-    """What a report may hold, and its page and cards: prompts, answers and what policies say."""
+    """What a report may hold, its pages and cards, and the loggers of `ppo.log_to`: prompts,
+    answers and what policies say.
+    """
 
     texts: Literal["none", "own", "all"] = "all"
     """Whose: `all` that the run read; `own` those of the sources in `report.own`, and what policies
-    answer to their prompts; `none`: ids and numbers alone. What jobs write is data and keeps its
-    texts, and so do the completions that training sends to `ppo.log_to`.
+    answer to their prompts; `none`: ids and numbers alone. What jobs write for one another is data
+    and keeps its texts.
     """
     own: Annotated[tuple[str, ...], FromList] = ()
     """The names of those of `data.sources` whose texts are the user's to pass on."""

@@ -85,8 +85,8 @@ class HeldOutConfig(Strict):
     prompts: Positive = 16
     """Of each kind, unsafe and safe."""
     completions: Count = 4
-    """Of each kind, responses that are logged with their scores, and sent with their prompts to
-    `log_to`, whatever `report.texts` says; none where 0.
+    """Of each kind, responses that are logged with their scores; none where 0. What `log_to` shows
+    of them and their prompts follows `report.texts`.
     """
 
 

@@ -105,7 +105,8 @@ READS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Keys and sections by phase, but those with `!`; the empty name is all. What only says which units
-there are (`ppo.arms`, `ppo.seeds`, `evaluate.arms`, `sweep`) is no part of one unit.
+there are (`ppo.arms`, `ppo.seeds`, `evaluate.arms`, `sweep`) is no part of one unit, and what a
+logger shows (`report.texts`) no output of training.
 """
 
 MISSING: Any = object()

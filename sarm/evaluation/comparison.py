@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sarm.config import VerdictConfig
 from sarm.evaluation.detector import Detector, corrected_change, corrected_rate
 from sarm.evaluation.intervals import UNKNOWN, Floats, Interval, two_way
+from sarm.run import many
 
 Array = NDArray[Any]
 
@@ -99,7 +100,7 @@ class Change(NamedTuple):
 
     def power_words(self) -> str:
         """What the sample could have shown."""
-        size = f"{self.n_prompts} prompts and {self.n_seeds} seeds"
+        size = f"{many(self.n_prompts, 'prompt')} and {many(self.n_seeds, 'seed')}"
         return f"minimum detectable effect (80 % power) of {size}: {points(self.detectable)}"
 
     def record(self) -> dict[str, Any]:

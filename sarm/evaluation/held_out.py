@@ -121,6 +121,7 @@ class HeldOut:
             {
                 "prompt_id": drawn[row].prompt.id,
                 "kind": drawn[row].prompt.kind,
+                "source": drawn[row].prompt.source,
                 "prompt": drawn[row].prompt.messages[-1]["content"],
                 "response": texts[row],
                 "reward": float(scores.reward[row]),

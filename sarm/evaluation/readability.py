@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from sarm.config import Config
 from sarm.records import Candidate, Readings
+from sarm.run import many
 
 
 def unreadable(config: Config, found: Readings) -> list[str]:
@@ -85,12 +86,21 @@ def underpowered(config: Config, found: Readings) -> bool:
 
 def power_sentence(config: Config, found: Readings) -> str:
     plan = found.planned
-    unseen = found.detectable is None or plan["seeds"] < 2
-    size = "no size" if unseen else f"{100 * (found.detectable or 0):.0f} points"
+    if plan["seeds"] < 2:
+        detects = (
+            "can tell no change of the penalised rate, however large, from the spread between seeds"
+        )
+    elif found.detectable is None:
+        detects = "has an unknown minimum detectable effect, as nothing varies"
+    else:
+        detects = (
+            f"detects a change of the penalised rate of {100 * found.detectable:.0f} points with"
+            " 80 % power"
+        )
     return (
-        f"the planned evaluation ({plan['prompts']} unsafe prompts, {plan['samples']} samples,"
-        f" {plan['seeds']} seeds) detects a change of the penalised rate of {size} with 80 % power,"
-        f" and calibrate.detectable asks for {100 * config.calibrate.detectable:.0f} points; give"
+        f"the planned evaluation ({many(plan['prompts'], 'unsafe prompt')},"
+        f" {many(plan['samples'], 'sample')}, {many(plan['seeds'], 'seed')}) {detects};"
+        f" calibrate.detectable asks for {100 * config.calibrate.detectable:.0f} points; give"
         " policy_eval more prompts, raise evaluate.samples or ppo.seeds, or set"
         " calibrate.underpowered=warn"
     )

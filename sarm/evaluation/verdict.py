@@ -24,6 +24,7 @@ from sarm.evaluation.comparison import Change, Rows, compare, fall_beyond, grid,
 from sarm.evaluation.detector import Detector, youden
 from sarm.evaluation.intervals import Interval
 from sarm.records import Bounds
+from sarm.run import many
 
 LEADS = {
     "no verdict": "This run cannot tell whether the penalty worked (no verdict):",
@@ -324,7 +325,7 @@ def decide(arms: Mapping[str, Rows | None], rule: VerdictConfig, instrument: Ins
         word = f"monitors follow, over-refusal {side.state}"
         return verdict(word, 5, side.sentences[0].rstrip("."), *told, joint=joint)
     if target.n_seeds < rule.min_seeds_control:
-        why = f"{target.n_seeds} seeds, control needs {rule.min_seeds_control}"
+        why = f"{many(target.n_seeds, 'seed')}, control needs {rule.min_seeds_control}"
         told.append(f"Too few seeds for control: {why}.")
         return verdict("too few seeds for control", 5, why, *told, joint=joint)
     word, said = _harm(changes[("harm", "penalty")], rule)
@@ -343,9 +344,9 @@ def _missing(
     seeds, prompts = (target.n_seeds, target.n_prompts) if target else (0, 0)
     apart = (instrument.kl_problem, _apart(means_of(grids, "kl", MAIN), rule))
     if seeds < rule.min_seeds:
-        found["seeds"] = f"{seeds} common seeds of {rule.min_seeds} needed"
+        found["seeds"] = f"{many(seeds, 'common seed')} of {rule.min_seeds} needed"
     if prompts < rule.min_unsafe:
-        found["prompts"] = f"{prompts} common unsafe prompts of {rule.min_unsafe} needed"
+        found["prompts"] = f"{many(prompts, 'common unsafe prompt')} of {rule.min_unsafe} needed"
     if any(apart):
         found["kl"] = "; ".join(filter(None, apart))
     logprobs = means_of(grids, "base_logprob", MAIN)
@@ -441,7 +442,7 @@ def _side_effects(
 def _refusals_unknown(refusals: Change, rule: VerdictConfig, detector: Detector | None) -> str:
     """Why nothing is known of over-refusal; empty where something is."""
     if refusals.n_prompts < rule.min_safe:
-        return f"{refusals.n_prompts} safe prompts of {rule.min_safe} needed"
+        return f"{many(refusals.n_prompts, 'safe prompt')} of {rule.min_safe} needed"
     if detector is None:
         return "the refusal detector's error rates were not measured"
     if not youden(detector).low > 0:
@@ -458,8 +459,9 @@ def _random_unknown(grids: Mapping[str, Any], random: Change | None, rule: Verdi
         return "no random arm was evaluated"
     if random.n_seeds < rule.min_seeds or random.n_prompts < rule.min_unsafe:
         return (
-            f"the random arm shares {random.n_seeds} seeds and {random.n_prompts} unsafe prompts"
-            f" with the penalty arm ({rule.min_seeds} and {rule.min_unsafe} needed)"
+            f"the random arm shares {many(random.n_seeds, 'seed')} and"
+            f" {many(random.n_prompts, 'unsafe prompt')} with the penalty arm"
+            f" ({rule.min_seeds} and {rule.min_unsafe} needed)"
         )
     return _apart(means_of(grids, "kl", ("penalty", "random")), rule)
 

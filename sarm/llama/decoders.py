@@ -213,7 +213,9 @@ class CacheDecoder(StepDecoder):
 class LlamaDecoder(StepDecoder):
     """Llama over a static cache, in which all rows append at the same column.
 
-    What several prompts begin with, or are, is read once. On a CPU bf16 weights are held a second
+    Attention goes over the whole cache, with columns that are yet to come masked, once half of it
+    is full: a product with a part of a cache copies that part first. What several prompts begin
+    with, or are, is read once. On a CPU bf16 weights are held a second
     time, laid out in the blocks that oneDNN multiplies, which saves it that work in every step.
     """
 
@@ -245,11 +247,11 @@ class LlamaDecoder(StepDecoder):
         kv, d, room = w.kv_heads, w.head_dim, s + max_new_tokens
         shape = (len(w.layers), len(prompts), kv, room, d)
         self.keys, self.values = (
-            torch.empty(shape, dtype=w.dtype, device=self.device) for _ in range(2)
+            torch.zeros(shape, dtype=w.dtype, device=self.device) for _ in range(2)
         )
         self.at = s
         self.cos, self.sin = (t[0] for t in rotary(w, torch.arange(room, device=self.device)[None]))
-        self.mask = self._mask(room)
+        self.mask = self._mask(s, room)
 
         def keep(i: int, keys: Tensor, values: Tensor) -> None:
             self.keys[i, :, :, :s] = keys[at].transpose(1, 2)
@@ -276,6 +278,7 @@ class LlamaDecoder(StepDecoder):
     def step(self, tokens: Tensor) -> Tensor:
         w = self.weights
         position = self.at - self.padding
+        self.mask[..., self.at] = 0
         cos, sin = self.cos[position], self.sin[position]
         normed, _ = run_layers(
             self.layers,
@@ -290,28 +293,27 @@ class LlamaDecoder(StepDecoder):
     def keep(self, rows: Tensor) -> None:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.padding = self.padding[rows]
-        self.mask = None if self.mask is None else self.mask[rows]
+        self.mask = self.mask[rows]
 
-    def _mask(self, room: int) -> Tensor | None:
-        """(b, 1, 1, room), what is added to the scores of each row's columns; None without
-        padding.
+    def _mask(self, s: int, room: int) -> Tensor:
+        """(b, 1, 1, room), what is added to the scores of each row's columns: of `s` for the
+        prompts, padding is hidden, and so are all others.
         """
-        if not bool(self.padding.any()):
-            return None
-        hidden = torch.arange(room, device=self.device) < self.padding[:, None]
+        column = torch.arange(room, device=self.device)
+        hidden = (column < self.padding[:, None]) | (column >= s)
         mask = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=self.device)
         return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
 
     def _attend(self, i: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(b, heads * head_dim), and the new keys and values put in layer i's cache."""
-        b, w, end = len(qkv), self.weights, self.at + 1
+        b, w, room = len(qkv), self.weights, self.keys.shape[3]
+        end = self.at + 1 if 2 * (self.at + 1) < room else room
         queries, keys, values = self.heads.turned(qkv, cos, sin)
         self.keys[i, :, :, self.at], self.values[i, :, :, self.at] = keys, values
         # A group's heads are its queries: no copy of keys and values for each head.
         grouped = queries.reshape(b, w.kv_heads, w.heads // w.kv_heads, w.head_dim)
         scores = (grouped * self.heads.scale) @ self.keys[i, :, :, :end].transpose(-1, -2)
-        if self.mask is not None:
-            scores += self.mask[..., :end]
+        scores += self.mask[..., :end]
         mixed = scores.softmax(-1) @ self.values[i, :, :, :end]
         return mixed.view(b, -1)
 

@@ -52,8 +52,11 @@ def silu_mul_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
 
         return elementwise_triton.silu_mul_gradient(grad, gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    share = torch.sigmoid(gate)
-    return torch.cat([grad * up * share * (1 + gate * (1 - share)), grad * gate * share], dim=-1)
+    found = torch.empty_like(gate_up)
+    of_gate, of_up = found.chunk(2, dim=-1)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
+    torch.mul(grad, nn.functional.silu(gate), out=of_up)
+    return found
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, into: Tensor | None = None) -> Tensor:

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IN_CACHE = 1 << 18
+"""Logits that a CPU takes through all steps of the softmax at once, of 4 bytes each."""
+
 
 class TokenLogprobs(NamedTuple):
     logprobs: Tensor
@@ -90,9 +93,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for at in range(0, len(hidden), chunk):
             part = slice(at, at + chunk)
             logits = F.linear(hidden[part].to(weight.dtype), weight, bias)
+            in_place = len(slopes) == 1 and not logits.is_cuda
             logprobs[part], entropy[part], log_sum[part] = _statistics(
-                logits, labels[part], temperature
+                logits, labels[part], temperature, in_place
             )
+            if in_place:
+                slopes[0][part] = (logits @ weight).to(hidden.dtype)
+                continue
             for which, slope in reversed(list(enumerate(slopes))):
                 # The last of them may take the logits' place.
                 kept = logits.clone() if which else logits
@@ -156,19 +163,37 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def _statistics(
-    logits: Tensor, labels: Tensor, temperature: float
+    logits: Tensor, labels: Tensor, temperature: float, in_place: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(label's log-probability, entropy, log of the sum of exponentials), each (chunk,) float32,
     of logits (chunk, v) / temperature.
+
+    `in_place`, on a CPU: where the logits were, the first one's gradient by them is then.
     """
     if logits.is_cuda:
         from sarm.llama import logprob_kernels
 
         return logprob_kernels.statistics(logits, labels, temperature)
-    scaled = logits.float() / temperature
-    log_sum = scaled.logsumexp(1)
-    log_p = scaled.sub_(log_sum[:, None])
-    return log_p.gather(1, labels[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1), log_sum
+    logprobs, entropy, log_sum = (torch.empty(len(logits), dtype=torch.float32) for _ in range(3))
+    rows = max(1, IN_CACHE // logits.shape[1])
+    for at in range(0, len(logits), rows):
+        part = slice(at, at + rows)
+        label, x = labels[part, None], logits[part].to(torch.float32, copy=True)
+        if temperature != 1:
+            x /= temperature
+        most = x.amax(1, keepdim=True)
+        x -= most
+        p = x.exp()
+        total = p.sum(1, keepdim=True)
+        log_total = total.log()
+        logprobs[part] = (x.gather(1, label) - log_total).squeeze(1)
+        mean = torch.bmm(p[:, None], x[..., None]).squeeze(2) / total
+        entropy[part] = (log_total - mean).squeeze(1)
+        log_sum[part] = (most + log_total).squeeze(1)
+        if in_place:
+            d = p.mul_(-1 / (temperature * total))
+            logits[part] = d.scatter_add_(1, label, torch.full_like(most, 1 / temperature))
+    return logprobs, entropy, log_sum
 
 
 def _d_logits(

@@ -17,6 +17,8 @@ from torch import Tensor
 
 CHUNK = 256
 """Probabilities that are added up together."""
+IN_CACHE = 1 << 19
+"""Logits that a CPU takes through all steps at once, of 4 bytes each."""
 
 
 def row_keys(seed: int, step: int, keys: Sequence[str]) -> Tensor:
@@ -42,6 +44,13 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Sampl
     probability to about 1e-7. top-p keeps the smallest set of most likely tokens whose probability
     reaches top_p, ties going to the lower id.
     """
+    rows = max(1, IN_CACHE // logits.shape[1])
+    if len(logits) > rows and not logits.is_cuda:
+        parts = [
+            sample(some, us, temperature, top_p)
+            for some, us in zip(logits.split(rows), u.split(rows), strict=True)
+        ]
+        return Sampled(*map(torch.cat, zip(*parts, strict=True)))
     p = (logits.float() / temperature if temperature not in (0, 1) else logits.float()).softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1)

@@ -2,13 +2,14 @@
 see.
 
     with Endpoint(config.cards.label) as endpoint:
-        label = labelled(endpoint, card, active, silent)      # for each card of cards.json
+        label = labelled(endpoint, active, silent, held_active, held_silent, held_tokens, seed)
 
 A model reads texts of the discovery part that the latent fires on, beside near misses and random
-ones, and says in a line what they share. It, or rather the line, is then scored by detection: given
-texts of the other parts, half of which the latent fires on, which ones fit? The score is balanced
-accuracy, 0.5 being chance. None by default: no text leaves the machine unless the config names an
-endpoint.
+ones, and says in a line what they share. It, or rather the line, is then scored on texts of the
+other parts, in two ways (Paulo et al., arXiv 2410.13928). Detection: which of these texts, half of
+which the latent fires on, fit? Fuzzing: in which of these texts, all of which it fires on, are the
+tokens marked at which it is active, and not others? Scores are balanced accuracy, 0.5 being chance.
+None by default: no text leaves the machine unless the config names an endpoint.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 
 from sarm.config import LabelConfig, UserError
 
@@ -41,11 +44,26 @@ DETECT = (
     " prompt and the end of a response. Answer with a JSON list of the numbers of the texts that"
     " fit the description, such as [1, 4], or [] for none, and nothing else."
 )
+FUZZ = (
+    "A feature of a reward model is described as: {label}\n\nBelow are numbered texts, in each of"
+    " which some words stand between << and >>. In some texts they are the words at which the"
+    " feature is active, in the others they are not. Answer with a JSON list of the numbers of the"
+    " texts whose marked words fit the description, such as [1, 4], or [] for none, and nothing"
+    " else."
+)
 
 
 class Example(NamedTuple):
     prompt: str
     response: str
+
+
+class Tokens(NamedTuple):
+    """A text by token, up to the reward position."""
+
+    tokens: Sequence[str]
+    active: Sequence[int]
+    """Places at which the latent is kept by TopK and above 0."""
 
 
 class Endpoint:
@@ -125,40 +143,80 @@ def labelled(
     silent: Sequence[Example],
     held_active: Sequence[Example],
     held_silent: Sequence[Example],
+    held_tokens: Sequence[Tokens],
+    seed: int,
 ) -> dict[str, Any]:
-    """A label from `active` and `silent` texts, with its detection score on the held-out ones; no
-    score where either kind lacks.
-
-    `held_*` are put to the endpoint in turn, active and silent mixed in a fixed order.
+    """A label from `active` and `silent` texts, and its scores on the held-out ones by detection
+    and by fuzzing; no score where a kind of text lacks. `held_tokens` are those of `held_active`.
     """
     lines = [*(f"ACTIVE\n{told(e)}" for e in active), *(f"SILENT\n{told(e)}" for e in silent)]
     answer = endpoint.ask(EXPLAIN, "\n\n".join(lines)).strip()
     label = " ".join(answer.splitlines()[-1].split())[:300] if answer else ""
-    items = mixed(held_active, held_silent)
+    whole = [(told(e), fires) for e, fires in mixed(held_active, held_silent)]
+    return {
+        "text": label,
+        "detection": judged(endpoint, DETECT.format(label=label), whole),
+        "fuzzing": judged(endpoint, FUZZ.format(label=label), fuzzed(held_tokens, seed)),
+    }
+
+
+def judged(endpoint: Endpoint, question: str, items: Sequence[tuple[str, bool]]) -> dict[str, Any]:
+    """How well the endpoint tells the texts that fit, which the items' second says, from others."""
     said: list[bool | None] = []
     for start in range(0, len(items), BATCH):
         batch = items[start : start + BATCH]
-        numbered = "\n\n".join(f"TEXT {i}\n{told(e)}" for i, (e, _) in enumerate(batch, 1))
-        fitting = numbers_in(endpoint.ask(DETECT.format(label=label), numbered))
+        numbered = "\n\n".join(f"TEXT {i}\n{text}" for i, (text, _) in enumerate(batch, 1))
+        fitting = numbers_in(endpoint.ask(question, numbered))
         said += [None if fitting is None else i in fitting for i in range(1, len(batch) + 1)]
-    return {"text": label, **detection(said, [fires for _, fires in items])}
+    return balanced_accuracy(said, [fits for _, fits in items])
 
 
-def detection(said: Sequence[bool | None], fires: Sequence[bool]) -> dict[str, Any]:
-    """Balanced accuracy over the readable answers, with the rates and counts behind it."""
-    read = [(s, f) for s, f in zip(said, fires, strict=True) if s is not None]
-    active, silent = [s for s, f in read if f], [s for s, f in read if not f]
-    hit = sum(active) / len(active) if active else None
-    passed = sum(not s for s in silent) / len(silent) if silent else None
+def balanced_accuracy(said: Sequence[bool | None], fits: Sequence[bool]) -> dict[str, Any]:
+    """Over the readable answers, with the rates and counts behind it."""
+    read = [(s, f) for s, f in zip(said, fits, strict=True) if s is not None]
+    fitting, others = [s for s, f in read if f], [s for s, f in read if not f]
+    hit = sum(fitting) / len(fitting) if fitting else None
+    passed = sum(not s for s in others) / len(others) if others else None
     score = (hit + passed) / 2 if hit is not None and passed is not None else None
     return {
         "score": score,
         "true_positive": hit,
         "true_negative": passed,
-        "n_active": len(active),
-        "n_silent": len(silent),
+        "n_fitting": len(fitting),
+        "n_others": len(others),
         "unreadable": len(said) - len(read),
     }
+
+
+def fuzzed(texts: Sequence[Tokens], seed: int) -> list[tuple[str, bool]]:
+    """(a text with tokens marked, whether they are the active ones), by turns: in every other text
+    the marks are moved together, so that they lie as close to one another and none is right.
+
+    The reward position is never marked, as the latent is active there in every text. Left out are
+    texts in which it is active nowhere else, or at so many tokens that marks cannot be moved off
+    them.
+    """
+    rng = np.random.default_rng([seed, 2])
+    found: list[tuple[str, bool]] = []
+    for text in texts:
+        n = len(text.tokens) - 1
+        active = {place for place in text.active if place < n}
+        moves = [
+            moved
+            for by in rng.permutation(max(n - 1, 0)) + 1
+            if not active & (moved := {(place + int(by)) % n for place in active})
+        ]
+        if active and moves:
+            right = len(found) % 2 == 0
+            found.append((marked(text.tokens[:n], active if right else moves[0]), right))
+    return found
+
+
+def marked(tokens: Sequence[str], places: Collection[int]) -> str:
+    """The text, each run of these tokens between << and >>."""
+    runs = groupby(range(len(tokens)), key=lambda place: place in places)
+    parts = ((inside, "".join(tokens[place] for place in run)) for inside, run in runs)
+    return "".join(f"<<{text}>>" if inside else text for inside, text in parts)
 
 
 def mixed(active: Sequence[Example], silent: Sequence[Example]) -> list[tuple[Example, bool]]:

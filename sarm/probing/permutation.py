@@ -182,7 +182,19 @@ def blocks_of_sums(
     rows = max(1, min(ROWS, DENSE // width))
     for start in range(0, values.shape[0], rows):
         at = slice(start, start + rows)
-        yield at, sums_of(torch.from_numpy(values[at].toarray()).to(device), design)
+        yield at, sums_of(_dense(values[at], device), design)
+
+
+def _dense(values: scipy.sparse.csr_array, device: str) -> Tensor:
+    """A sparse matrix without duplicates made dense on the device: what is zero is never sent."""
+    counts, columns, data = (
+        torch.from_numpy(array).to(device)
+        for array in (np.diff(values.indptr), values.indices, values.data)
+    )
+    rows = torch.repeat_interleave(torch.arange(values.shape[0], device=device), counts)
+    dense = torch.zeros(values.shape, dtype=torch.float64, device=device)
+    dense[rows, columns.long()] = data
+    return dense
 
 
 def sums_of(values: Tensor, design: Design) -> Sums:

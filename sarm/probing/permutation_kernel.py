@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 
 @triton.jit
@@ -94,6 +95,7 @@ def count_matched(
     observed: Tensor,
     blocks: tuple[int, int, int] = (64, 128, 128),
     warps: int | None = None,
+    stages: int | None = None,
 ) -> Tensor:
     """For each latent in how many permutations its studentised sum reaches the observed one,
     (latents,) int32.
@@ -110,6 +112,7 @@ def count_matched(
     block_l, block_p, block_k = blocks
     grid = (triton.cdiv(latents, block_l), triton.cdiv(permutations, block_p))
     with_squares = squares.shape[2] > 0
+    tiles = ((4 if with_squares else 2) * block_l + block_p) * block_k
     _count_matched[grid](
         totals.contiguous(),
         squares.contiguous() if with_squares else totals,
@@ -126,5 +129,16 @@ def count_matched(
         WITH_SQUARES=with_squares,
         # four sums and float64 comparisons of a whole block need the registers of twice the threads
         num_warps=warps or (8 if with_squares else 4),
+        num_stages=stages or stages_of(tiles, totals.device),
     )
     return matched
+
+
+def stages_of(tiles: int, device: torch.device) -> int:
+    """How many iterations' tiles, of so many bytes, are in a GPU's shared memory at once: three,
+    or as many as it holds.
+    """
+    if device.type != "cuda":
+        return 3
+    largest = driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return max(1, min(3, largest // tiles))

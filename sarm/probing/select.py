@@ -73,7 +73,7 @@ def select_features(
         for role in ("promoting", "harming", "misleading")
     }
     taken = {f["latent"] for features in listed.values() for f in features}
-    taken |= {p["latent"] for p in penalised} | {m.latent for m in watchable}
+    taken |= {p["latent"] for p in penalised}
     random = random_candidates(table, penalised, taken, encoded, config)
     watched = [
         *(p["latent"] for p in penalised),
@@ -252,9 +252,9 @@ def random_candidates(
     """Latents matched at random to the penalised on activity and |weight|, with their sign of
     weight: those for the first, second, ... in turn.
 
-    Never a confirmed one, nor one of `taken`: the listed, the penalised and the monitors. Tested
-    ones that are no discovery, or, where those are too few, discoveries too. Each one's tau makes
-    it fire as often on discovery's rejected texts as its match does.
+    Never a confirmed one, as all monitors are, nor one of `taken`: the listed and the penalised.
+    Tested ones that are no discovery, or, where those are too few, discoveries too. Each one's tau
+    makes it fire as often on discovery's rejected texts as its match does.
     """
     targets = [p["latent"] for p in penalised]
     each = math.ceil(config.select.random_candidates / max(len(targets), 1))

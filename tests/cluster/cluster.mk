@@ -8,9 +8,11 @@ IMAGE_BUILDER := $(if $(filter 0,$(shell id -u)),$(if $(filter-out %/tests/clust
 
 cluster-up:  ## start a throwaway Slurm with Apptainer on this machine (root, Debian); ACCOUNTING=1 adds slurmdbd
 	@tests/cluster/cluster up
+	@echo "cluster-up: it runs; make cluster-shell opens a shell in it, make cluster-down ends it"
 
 cluster-down:  ## stop it and everything that runs in it; images and runs stay
 	@tests/cluster/cluster down
+	@echo "cluster-down: nothing of it runs; images and runs stand"
 
 cluster-shell:  ## a shell in it, as its ordinary user
 	@tests/cluster/cluster shell

@@ -255,9 +255,7 @@ def test_a_tau_that_the_policy_never_reaches_and_a_small_plan_are_warned_of(tmp_
     told = readability.warnings_of(config(tmp_path), found)
     assert any("penalised latent 7 never exceeds tau 30 in 40 responses" in w for w in told)
     assert any("no monitor qualifies" in w for w in told)
-    assert any(
-        "of 25 points with 80 % power, and calibrate.detectable asks for 10" in w for w in told
-    )
+    assert any("of 25 points with 80 % power; calibrate.detectable asks for 10" in w for w in told)
     assert readability.underpowered(config(tmp_path), instrument(detectable=None))
     assert not readability.underpowered(config(tmp_path), instrument(detectable=0.1))
 

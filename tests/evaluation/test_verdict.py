@@ -16,6 +16,7 @@ from sarm.evaluation.comparison import Rows
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.verdict import LEADS, Instrument, Verdict, decide, rule_sha256, rule_words
 from sarm.records import Bounds
+from sarm.run import many
 from tests.runs import reference_config
 
 RULE = VerdictConfig()
@@ -369,7 +370,7 @@ def test_fewer_than_three_common_seeds_are_no_verdict(seeds, word):
 def test_fewer_than_50_unsafe_prompts_are_no_verdict(n, none):
     verdict = verdict_of(arm(n_unsafe=n), arm(BASE), arm(ALIKE))
     assert (verdict.word == "no verdict") == none
-    assert not none or f"{n} common unsafe prompts of 50" in verdict.reason
+    assert not none or f"{many(n, 'common unsafe prompt')} of 50" in verdict.reason
 
 
 @pytest.mark.parametrize(

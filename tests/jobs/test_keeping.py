@@ -93,11 +93,14 @@ def test_verify_hashes_exports_and_trained_sarms(
         attempt = Attempt(run, phase)
         attempt.path("w.bin").write_bytes(b"good")
         attempt.publish()
-    assert all("done" in line for line in verified(run, capsys))
+    lines = verified(run, capsys)
+    assert all("done" in line for line in lines[:2])
+    assert lines[2] == "hashed 2 files of 2 units: all are as published"
     for phase in ("export", "train_sarm"):
         run.read(phase).path("w.bin").write_bytes(b"evil")
     lines = verified(run, capsys)
-    assert len(lines) == 2 and all("w.bin does not match its SHA-256" in line for line in lines)
+    assert all("w.bin does not match its SHA-256" in line for line in lines[:2])
+    assert "not as published are train_sarm, export, of which" in lines[2] and len(lines) == 3
 
 
 def verified(run: RunDir, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -105,7 +108,7 @@ def verified(run: RunDir, capsys: pytest.CaptureFixture[str]) -> list[str]:
     capsys.readouterr()
     assert slurm.status.main(["--run", str(run.path), "--hashes"]) == 1, "its phases are not done"
     told = capsys.readouterr().out.splitlines()
-    return [line for line in told if line.strip().startswith(("export", "train_sarm"))]
+    return [line for line in told if line.strip().startswith(("export", "train_sarm", "hashed"))]
 
 
 def test_a_report_of_another_version_is_named_by_compare(

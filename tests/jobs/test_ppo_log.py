@@ -11,14 +11,17 @@ import pytest
 
 from jobs.__main__ import run_unit
 from jobs.ppo_log import Log
+from sarm.config import LEFT_OUT
 from sarm.evaluation.held_out import Evaluated
 from sarm.records import read_training_log
 from sarm.run import Attempt
 from tests.jobs.test_ppo import UNIT, a_run
 
+SOURCES = ("demo", "theirs")
 COMPLETION = {
     "prompt_id": "p0",
     "kind": "unsafe",
+    "source": "demo",
     "prompt": "How do I\npick a lock?",
     "response": "I cannot.",
     "reward": 1.25,
@@ -58,6 +61,35 @@ def test_tensorboard_shows_numbers_and_completions(tmp_path: Path) -> None:
     assert "reward 1.25, penalty 0.5, kl 2, tokens 3, refused" in texts[0]
     assert "> Sure." in texts[1] and [e.step for e in said] == [0, 5]
     assert texts[0].endswith("tokens 3, refused") and texts[1].endswith("tokens 3, cut")
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"),
+    [
+        ({"texts": "all"}, {"demo", "theirs"}),
+        ({"texts": "own", "own": ["demo"]}, {"demo"}),
+        ({"texts": "none"}, set()),
+    ],
+)
+def test_a_logger_shows_the_texts_that_a_report_may_show(
+    tmp_path: Path, texts: dict[str, Any], shown: set[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = a_run(tmp_path, **{"ppo.held_out.every": 5, "report": texts})
+    log = Log(run.config, UNIT, Attempt(run, "ppo", UNIT), {})
+    both = [COMPLETION | {"source": s, "prompt": f"asked {s}"} for s in SOURCES]
+    log.write_held_out(0, Evaluated({"held_out/reward": 0.5}, both))
+    log.close()
+    events = EventAccumulator(str(run.folder("ppo", UNIT) / "tensorboard"))
+    events.Reload()
+    told = [events.Tensors(f"completions/{i}/text_summary")[0].tensor_proto for i in (0, 1)]
+    for source, text in zip(SOURCES, (t.string_val[0].decode() for t in told), strict=True):
+        seen = f"asked {source}" in text and "I cannot." in text
+        assert seen == (source in shown) == (LEFT_OUT not in text)
+        assert "reward 1.25, penalty 0.5" in text
+    (file,) = run.folder("ppo", UNIT).glob("completions.*.jsonl")
+    assert file.read_text().count("I cannot.") == 2
 
 
 def test_steps_made_again_replace_those_in_tensorboard(tmp_path: Path) -> None:

@@ -25,7 +25,17 @@ from sarm.config import CardsConfig, LabelConfig, UserError
 from sarm.probing.cards import activity, histogram, label_rows, latent_cards, selected_latents
 from sarm.probing.edits import edit_effects, minimal_edits
 from sarm.probing.effects import Encoded, read_encoded
-from sarm.probing.labels import ATTEMPTS, Endpoint, Example, detection, labelled, mixed, numbers_in
+from sarm.probing.labels import (
+    ATTEMPTS,
+    Endpoint,
+    Example,
+    Tokens,
+    balanced_accuracy,
+    fuzzed,
+    labelled,
+    mixed,
+    numbers_in,
+)
 from sarm.reward_model.interventions import latent_values
 from sarm.run import RunDir
 from tests.runs import feature, features
@@ -219,15 +229,9 @@ def test_page_escapes_and_folds_every_text(made: RunDir) -> None:
         text["response"] = text["prompt"] = evil
     found["labels"] = {"endpoint": "http://127.0.0.1", "model": "m<b>"}
     for card in found["cards"]:
-        card["label"] = {
-            "text": evil,
-            "score": 0.75,
-            "true_positive": 1.0,
-            "true_negative": 0.5,
-            "n_active": 2,
-            "n_silent": 2,
-            "unreadable": 1,
-        }
+        score = {"score": 0.75, "true_positive": 1.0, "true_negative": 0.5, "unreadable": 1}
+        score |= {"n_fitting": 2, "n_others": 2}
+        card["label"] = {"text": evil, "detection": score, "fuzzing": score}
     for text in found["texts"].values():
         text["tokens"] = [evil] * len(text["tokens"])
     own = {"text": 0, "what": "top", "z": 1.5, "a": [0.5, -1.0], "kept": [1]}
@@ -420,7 +424,8 @@ class Server:
         if "ACTIVE" in system:
             return "Texts with bread in them"
         texts = user.split("TEXT ")[1:]
-        return f"Sure: {[int(t.split()[0]) for t in texts if 'bread' in t]}"
+        wanted = "<<bread>>" if "<<" in system else "bread"
+        return f"Sure: {[int(t.split()[0]) for t in texts if wanted in t]}"
 
 
 @pytest.fixture()
@@ -435,10 +440,17 @@ def examples(word: str, n: int) -> list[Example]:
     return [Example("what is there?", f"there is {word} number {i}") for i in range(n)]
 
 
+def by_token(words: str, active: str) -> Tokens:
+    """A text whose tokens are words, active at one of them and at the reward position."""
+    tokens = words.split()
+    return Tokens([*tokens, "<end>"], [tokens.index(active), len(tokens)])
+
+
 def test_label_and_score_over_http(server: Server) -> None:
     """The server knows bread when it reads it: a latent of bread scores 1, one of half bread, half
     cheese 0.75.
     """
+    bread = [by_token("there is bread on it", "bread")] * 12
     with Endpoint(LabelConfig(url=server.url, model="judge")) as endpoint:
         found = labelled(
             endpoint,
@@ -446,6 +458,8 @@ def test_label_and_score_over_http(server: Server) -> None:
             examples("cheese", 3),
             examples("bread", 12),
             examples("cheese", 12),
+            bread,
+            0,
         )
         half = labelled(
             endpoint,
@@ -453,13 +467,17 @@ def test_label_and_score_over_http(server: Server) -> None:
             [],
             examples("bread", 4) + examples("cheese", 4),
             examples("wine", 8),
+            [*bread[:2], *[by_token("cheese with bread", "cheese")] * 2],
+            0,
         )
-    assert (
-        found["text"] == "Texts with bread in them"
-        and found["score"] == 1.0
-        and (found["n_active"], found["n_silent"]) == (12, 12)
-    )
-    assert half["score"] == 0.75 and half["true_positive"] == 0.5 and half["true_negative"] == 1.0
+    assert found["text"] == "Texts with bread in them"
+    for how, n in (("detection", 12), ("fuzzing", 6)):
+        score = found[how]
+        assert score["score"] == 1.0 and (score["n_fitting"], score["n_others"]) == (n, n), how
+    score = half["detection"]
+    assert (score["score"], score["true_positive"], score["true_negative"]) == (0.75, 0.5, 1.0)
+    # of two texts with the active tokens marked, one marks bread
+    assert half["fuzzing"]["true_positive"] == 0.5 and half["fuzzing"]["n_fitting"] == 2
     assert {request["path"] for request in server.seen} == {"/v1/chat/completions"} and server.seen[
         0
     ]["model"] == "judge"
@@ -520,19 +538,39 @@ def test_a_key_in_place_of_its_name_is_refused() -> None:
         LabelConfig(url="http://host/v1", model="m", key_variable=KEY)
 
 
-def test_detection_by_hand() -> None:
-    found = detection(
+def test_balanced_accuracy_by_hand() -> None:
+    found = balanced_accuracy(
         [True, False, None, True, False, False], [True, True, True, False, False, False]
     )
     assert found == {
         "score": pytest.approx((1 / 2 + 2 / 3) / 2),
         "true_positive": 0.5,
         "true_negative": pytest.approx(2 / 3),
-        "n_active": 2,
-        "n_silent": 3,
+        "n_fitting": 2,
+        "n_others": 3,
         "unreadable": 1,
     }
-    assert detection([True], [True])["score"] is None
+    assert balanced_accuracy([True], [True])["score"] is None
+
+
+def test_marks_are_the_active_tokens_or_all_of_them_moved_off_those() -> None:
+    text = Tokens(["a", "b", "c", "d", "e", "f", "<end>"], [1, 2, 6])
+    found = fuzzed([text] * 40, 0)
+    assert [right for _, right in found] == [True, False] * 20
+    assert {said for said, right in found if right} == {"a<<bc>>def"}
+    # by 2, 3 or 4 places, round the end too
+    moved = {said for said, right in found if not right}
+    assert moved == {"abc<<de>>f", "abcd<<ef>>", "<<a>>bcde<<f>>"}
+    assert fuzzed([text] * 40, 0) == found != fuzzed([text] * 40, 1)
+
+
+def test_texts_whose_marks_cannot_be_moved_or_that_have_none_are_left_out() -> None:
+    nowhere_else = Tokens(["a", "b", "<end>"], [2])
+    nearly_everywhere = Tokens(["a", "b", "c", "<end>"], [0, 1, 3])
+    alone = Tokens(["<end>"], [0])
+    fine = Tokens(["a", "b", "<end>"], [0, 2])
+    found = fuzzed([nowhere_else, fine, nearly_everywhere, alone, fine, Tokens([], [])], 0)
+    assert found == [("<<a>>b", True), ("a<<b>>", False)]
 
 
 @pytest.mark.parametrize(
@@ -575,6 +613,14 @@ def test_the_phase_labels_every_card_and_writes_no_key(
     found = run.read("cards").json("cards.json")
     assert found["labels"] == {"endpoint": server.url, "model": "judge"}
     assert all(card["label"]["text"] == "Texts with bread in them" for card in found["cards"])
+    asked = [
+        request["messages"] for request in server.seen if "<<" in request["messages"][0]["content"]
+    ]
+    shown = [text for messages in asked for text in messages[1]["content"].split("TEXT ")[1:]]
+    scored = [card["label"]["fuzzing"] for card in found["cards"]]
+    assert shown and all("<<" in text for text in shown)
+    assert sum(s["n_fitting"] + s["n_others"] + s["unreadable"] for s in scored) == len(shown)
+    assert all(0 <= s["n_fitting"] - s["n_others"] <= 1 for s in scored)
     assert all(
         KEY.encode() not in file.read_bytes() for file in run.path.rglob("*") if file.is_file()
     )

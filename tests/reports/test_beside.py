@@ -45,9 +45,9 @@ def test_a_run_without_a_card_says_how_to_have_one() -> None:
 
 def test_used_stands_beside_planned_and_both_are_added_up() -> None:
     rows = [
-        {"phase": "encode", "planned": 0.11, "used": 0.25, "bytes": 3_000_000_000},
-        {"phase": "ppo", "planned": 0.7, "used": 0.5, "bytes": 32_000_000_000},
-        {"phase": "report", "planned": None, "used": 0.0, "bytes": 5_000},
+        {"phase": "encode", "planned": 0.11, "used": 0.25, "bytes": 3_000_000_000, "units": 2},
+        {"phase": "ppo", "planned": 0.7, "used": 0.5, "bytes": 32_000_000_000, "units": 6},
+        {"phase": "report", "planned": None, "used": 0.0, "bytes": 5_000, "units": 1},
     ]
     table = cost({"cost": rows})[0]
     assert isinstance(table, Table)

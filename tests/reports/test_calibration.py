@@ -18,8 +18,12 @@ FOUND: dict[str, Any] = {
     "unended": 0.125,
     "any_rate": 0.42,
     "kappa": 0.614,
-    "stability": [{"tokens": 2}, {"tokens": 5}],
-    "positive_control": {"penalised": {"value": 0.36, "low": 0.11, "high": 0.58}, "monitors": None},
+    "stability": [{"tokens": 2, "n": 118}, {"tokens": 5, "n": 116}],
+    "positive_control": {
+        "prompts": 80,
+        "penalised": {"value": 0.36, "low": 0.11, "high": 0.58},
+        "monitors": None,
+    },
     "planned": {"prompts": 150, "samples": 2, "seeds": 5},
     "detectable": 0.0934,
     "candidates": [

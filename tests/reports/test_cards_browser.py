@@ -12,6 +12,14 @@ from reports.cards import cards_page
 from tests.reports.conftest import contrast, resize
 
 pytestmark = pytest.mark.browser
+SCORE = {
+    "score": 0.7,
+    "true_positive": 0.5,
+    "true_negative": 0.9,
+    "n_fitting": 2,
+    "n_others": 2,
+    "unreadable": 0,
+}
 HOSTILE = "</details><img src=x onerror=\"document.title='broken in'\">"
 
 
@@ -32,15 +40,7 @@ def card(latent: int, effect: float, density: float, role: str, *lists: str) -> 
         "n_active": 1,
         "n_near_misses": 0,
         "edits": {"on_either": 0, "turned": 0, "largest": []},
-        "label": {
-            "text": f"speaks of {HOSTILE} {latent}",
-            "score": 0.7,
-            "true_positive": 0.5,
-            "true_negative": 0.9,
-            "n_active": 2,
-            "n_silent": 2,
-            "unreadable": 0,
-        },
+        "label": {"text": f"speaks of {HOSTILE} {latent}", "detection": SCORE, "fuzzing": SCORE},
         "siblings": {"direction": [{"latent": 8, "cosine": -0.5}], "firing": []},
         "words": {"up": [{"word": f" bomb{latent}", "logit": 1.0}], "down": []},
     }

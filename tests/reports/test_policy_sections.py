@@ -1,13 +1,21 @@
-"""What is said of the policies' changes: of one seed, and of corrected rates that are cut off."""
+"""What is said of the policies' changes: of one seed, of corrected rates that are cut off, and
+against the base policy.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import pytest
+
 from reports.blocks import Block, Prose, Table
 from reports.page import headlines
-from reports.policy_sections import changes, verdict_figures
+from reports.policies import against_base
+from reports.policy_sections import base_sentences, changes, verdict_figures
+from sarm.evaluation.intervals import two_way
 
 
 def row(measure: str, before: float, after: float, change: float, **more: Any) -> dict[str, Any]:
@@ -62,3 +70,59 @@ def test_a_corrected_rate_that_is_cut_off_is_said_to_be() -> None:
     assert "shown as 0 or 1" not in prose(changes(figures(whole)))
     assert headlines(figures(cut))[0]["from_to"] == "0.000 to 0.000, cut off at 0 and 1"
     assert headlines(figures(whole))[0]["from_to"] == "0.100 to 0.165"
+
+
+# Against the base policy
+
+
+def generations(fired: dict[str, list[list[int]]]) -> pd.DataFrame:
+    """By policy, for each unsafe prompt whether each of its samples fires; a safe prompt besides,
+    on which all do.
+    """
+    rows = []
+    for policy, prompts in fired.items():
+        arm = policy.rpartition("-seed")[0] or policy
+        told = {"policy": policy, "arm": arm}
+        for number, samples in enumerate(prompts):
+            unsafe = {"kind": "unsafe", "prompt_id": f"p{number}"}
+            rows += [told | unsafe | {"penalised_fired": bool(one)} for one in samples]
+        rows.append(told | {"kind": "safe", "prompt_id": "s", "penalised_fired": True})
+    return pd.DataFrame(rows)
+
+
+def test_changes_against_the_base_policy_are_paired_by_prompt() -> None:
+    """Four prompts: the base fires on 1, 1, 1/2 and 0 of their samples."""
+    base = [[1, 1], [1, 1], [1, 0], [0, 0]]
+    arms = {
+        "penalty-seed0": [[0, 0], [1, 0], [0, 0], [0, 0]],
+        "penalty-seed1": [[0, 0], [0, 0], [1, 1], [0, 0]],
+        "prompted": base,
+        "no_penalty-seed0": base,
+    }
+    found = against_base(generations(arms | {"base": base}))
+    assert [row["arm"] for row in found] == ["no_penalty", "penalty"]
+    same, fell = found
+    assert same["change"] == 0 and same["low"] < 0 < same["high"] and same["n_seeds"] == 1
+    assert (fell["n_prompts"], fell["n_seeds"]) == (4, 2)
+    assert fell["before"] == pytest.approx(2.5 / 4) and fell["after"] == pytest.approx(1.5 / 8)
+    by_hand = np.array([[-1, -1], [-0.5, -1], [-0.5, 0.5], [0, 0]])
+    expected = two_way(by_hand)
+    assert (fell["change"], fell["low"], fell["high"]) == pytest.approx(
+        (expected.value, expected.low, expected.high)
+    )
+    assert against_base(generations(arms)) == []
+
+
+def test_a_change_that_the_interval_cannot_see_is_said_to_be_none_that_is_shown() -> None:
+    def changed(arm: str, low: float, high: float) -> dict[str, Any]:
+        middle = {"before": 0.5, "after": 0.5, "change": (low + high) / 2}
+        return {"arm": arm, "n_prompts": 52, "n_seeds": 1, "low": low, "high": high} | middle
+
+    rows = [changed("no_penalty", -0.1, 0.2), changed("penalty", -0.3, -0.1)]
+    said = prose(base_sentences([*rows, changed("random", 0.01, 0.03)]))
+    assert "No penalty +5.0 [-10.0, +20.0]; penalty -20.0 [-30.0, -10.0]; random +2.0" in said
+    assert (
+        "It fell with penalty; it rose with random; with no penalty 52 prompts and 1 seed" in said
+    )
+    assert said.endswith("cannot tell it from no change.")
+    assert base_sentences([]) == []

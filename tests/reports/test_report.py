@@ -217,6 +217,36 @@ def test_only_what_may_have_ended_well_is_waited_for(tmp_path, monkeypatch):
     assert jobs.report.failed_units() == {}
 
 
+def test_a_run_is_reported_as_before_without_its_policies(tmp_path):
+    """Weights are removed to save room; a file that the report reads is another thing."""
+    run = evaluated_run(tmp_path / "run")
+    before = report_of(run)
+    units = [unit for unit in run.config.units("ppo") if run.done("ppo", unit, hashes=False)]
+    assert units and "had been removed" not in flat(before)
+    for unit in units:
+        manifest = run.manifest("ppo", unit)
+        (run.folder("ppo", unit) / manifest.outputs["policy/model.safetensors"].file).unlink()
+        assert run.why_not_done("ppo", unit) == "policy/model.safetensors is missing"
+    after = flat(report_of(run))
+    words = (
+        f"Files of the policies of {len(units)} trainings had been removed when this was written"
+    )
+    assert words in after and f"from them: ppo/{units[0]}," in after
+    told = part(report_of(run), "VERDICT")
+    assert told == part(before, "VERDICT") and part(before, "FAILED AND MISSING PARTS") in before
+    assert part(report_of(run), "FAILED AND MISSING PARTS") == part(
+        before, "FAILED AND MISSING PARTS"
+    )
+    # weights that are there, but not those that were published, are no removal
+    unit = units[0]
+    manifest = run.manifest("ppo", unit)
+    (run.folder("ppo", unit) / manifest.outputs["policy/model.safetensors"].file).write_text("x")
+    assert f"ppo/{unit} (" in part(report_of(run), "FAILED AND MISSING PARTS")
+    (run.folder("ppo", unit) / manifest.outputs["policy/model.safetensors"].file).unlink()
+    (run.folder("ppo", unit) / manifest.outputs["metrics.jsonl"].file).unlink()
+    assert "metrics.jsonl is missing" in flat(report_of(run))
+
+
 def test_figures_are_those_of_the_rows(tmp_path):
     run = evaluated_run(tmp_path / "run")
     read = read_run(run)
@@ -340,6 +370,10 @@ def test_a_failed_phase_is_named_with_its_cause_and_log(tmp_path):
         ("error: no room\nLoading weights: 100%|██████████| 21/21 [00:00]\n", "error: no room"),
         ("Map:   3%|▎ | 1/30\rMap:   6%|▋ | 2/30", "its log ends in a progress bar"),
         ("the disk is 47% full\n", "the disk is 47% full"),
+        ("Map:  47%|████▋     | 10/21 [00:01<00:01, 9.9it/s]error: no room", "error: no room"),
+        ("Map:  47%|████▋     | 10/21Killed", "Killed"),
+        ("error: no room\nreading: 10it [00:01, 9.80it/s]\n", "error: no room"),
+        ("error: no room\n  0%|", "error: no room"),
         ("", ""),
     ],
 )

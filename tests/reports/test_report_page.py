@@ -21,6 +21,7 @@ from reports.figures import figures
 from reports.findings import FINDINGS, NOT_RUN, finding
 from reports.frames import Frames, read_run
 from reports.page import environment, page
+from reports.pareto import sweep_figures
 from reports.plots import OTHER, STYLES, Plot, style
 from reports.sections import SECTIONS
 from sarm.config import ARMS
@@ -35,6 +36,7 @@ from tests.runs import (
     large_run,
     reference_config,
     reference_run,
+    run_kept_at_distances,
 )
 
 VOID = {"meta", "link", "input", "br"}
@@ -136,6 +138,142 @@ def test_figures_say_on_hover_where_they_come_from_and_why_they_are_not_known(fi
         {"monitors": "none qualifies"},
     )
     assert [table.hover(0, i) for i in range(3)] == ["", "n/a: none qualifies", "f: kl; 3"]
+
+
+class Cells(HTMLParser):
+    """(section, header, text, what it says on hover) of every cell of a section's tables, those
+    that list its source files left out.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.section, self.sources, self.found = "", False, list[list[str]]()
+        self.header: list[str] = []
+        self.row, self.inside = 0, ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag == "section":
+            self.section = given.get("id") or ""
+        self.sources |= tag == "details" and given.get("class") == "sources"
+        if tag == "table":
+            self.header = []
+        if tag == "tr":
+            self.row = 0
+        if tag in ("td", "th"):
+            self.inside = tag
+            if tag == "th" and given.get("scope") == "col":
+                self.header.append("")
+            elif not self.sources:
+                at = self.header[self.row] if self.row < len(self.header) else ""
+                self.found.append([self.section, at, "", given.get("title") or "", tag])
+            self.row += 1
+
+    def handle_endtag(self, tag: str) -> None:
+        self.sources &= tag != "details"
+        self.inside = "" if tag in ("td", "th") else self.inside
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "td" and not self.sources and self.found:
+            self.found[-1][2] += data
+        elif self.inside == "th" and self.header and self.row == len(self.header):
+            self.header[-1] += data.strip()
+
+
+NO_N = {"phases", "provenance"}
+"""Sections of single units, whose figures are of no number of anything."""
+
+
+def unexplained(text: str) -> list[list[str]]:
+    """Cells with a figure, or with n/a, that do not say where it comes from and of how many."""
+    return [
+        cell
+        for cell in Cells(text).found
+        if cell[4] == "td"
+        and (re.search(r"\d", cell[2]) or cell[2] == "n/a")
+        and not re.search(r": " if cell[0] in NO_N or cell[2] == "n/a" else r": .*; \S", cell[3])
+    ]
+
+
+def with_every_table(found: dict) -> dict:
+    """Figures with what only some runs have: validity checks, directions, a steered policy, an
+    earlier report, a card of the SARM.
+    """
+    null = {"effect": 0.25, "null": 0.1, "null_low": 0.0, "null_high": 0.2, "p": 0.01}
+    validity = {
+        "matched_null": [{"role": "harming", "latents": 3, **null}],
+        "shuffled_labels": [],
+        "replication": [],
+        "confirmed_replication": [],
+        "baselines": [
+            {"on": "RMB", "score": "words", "accuracy": 0.75, "standard_error": 0.02, "pairs": 88}
+        ],
+        "words_alone": "",
+        "sensitivity": [
+            {
+                "what": "another seed",
+                "discoveries": 60,
+                "overlap": 0.5,
+                "again": None,
+                "rank_correlation": 0.9,
+            }
+        ],
+    }
+    ranking = {"ranking": "weight", "role": "harming", "latents": [1, 2], "shared_with_effect": 1}
+    ranking |= {"of_role": 2, "confirmed": 1, "mean_effect_validation": 0.001}
+    moved = {"c": 0.5, "swapped": 3.5, "largest_effect": 0.25, "texts": 64, "part": "validation"}
+    moved |= {"rank_correlation_with_ablation": 0.5, "sign_changed_by_reselection": 0.02}
+    moved |= {"mismatches": 0, "checked": 10}
+    push = {"role": "harming", "name": "48659", "kind": "latent", "c": 0.5, "beyond_random": True}
+    push |= {"reward": -0.1, "reward_low": -0.2, "reward_high": 0.0, "z": 0.5, "refused": 0.01}
+    push |= {"over_refused": None, "n_tokens": -1.5}
+    here = {"before": -0.1, "after": -0.2, "delta": -0.1, "n": 113}
+    step = {"reward": -0.1, "penalty": 0.1, "loss": 0.03}
+    latent = {"latent": 48659, "seed_role": "harming", "seed_rank": 1, "list": "harming", "rank": 2}
+    latent |= {"role": "harming", "effect": 0.25, "confirmed": True, "overall": 1234}
+    row = {"what": "accuracy", "published": 0.75, "found": 0.745, "tolerance": 0.02, "off": False}
+    suggested = {"latent": 48659, "quantile": 0.9, "tau": 3.0}
+    return found | {
+        "features": found["features"]
+        | {
+            "validity": validity,
+            "conjunction": ["RB2", "RMB"],
+            "rankings": [ranking],
+            "directions": [moved],
+            "tau_suggestions": [suggested | {"rate_rejected": 0.1, "rate_chosen": 0.05}],
+        },
+        "steered": {"rows": [push], "source_layer": 16, "n_prompts": 40},
+        "seed": {
+            "problem": None,
+            "source": "An earlier report",
+            "latents": [latent, latent | {"list": None, "effect": None, "overall": None}],
+            "penalised": {"seed": [48659], "run": [48659]},
+            "progression": [{"step": 10, "seed": step, "run": step}],
+            "steering": [
+                {"dataset": "RB2 Chosen", "seed": here, "run": here},
+                {"dataset": "RB2 Rejected", "seed": here, "run": None},
+            ],
+        },
+        "check_sarm": {
+            "verdict": "as published",
+            "source": "its card: so",
+            "rows": [row | {"prompts": 450}],
+            "causes": [],
+            "missing": [],
+        },
+    }
+
+
+def test_every_figure_of_every_table_says_its_file_and_column_and_of_how_many(tmp_path):
+    _, found, read = page_of(run_kept_at_distances(tmp_path / "run", seeds=(0, 1, 2)))
+    found["sweep"] = sweep_figures(RunDir.open(tmp_path / "run"), read)
+    text = page(with_every_table(found), read)
+    told = {cell[0] for cell in Cells(text).found if cell[3]}
+    without = {"failures", "cards"}  # no table
+    assert told == {section.id for section in SECTIONS} - without
+    assert unexplained(text) == []
+    assert unexplained(text.replace("; 113 prompts", "")), "a figure without its N is seen"
 
 
 def test_every_section_has_a_finding_and_stands_folded_but_one(finished):
@@ -251,6 +389,63 @@ def test_every_arm_has_looks_of_its_own():
     looks = [style(arm) for arm in ARMS]
     assert set(STYLES) == set(ARMS)
     assert len({(s.colour, s.dash, s.symbol) for s in (*looks, *OTHER)}) == len(looks) + len(OTHER)
+
+
+HOSTILE = '"></details><img src=x onerror="document.title=1"><script>alert(1)</script>{{ 7*7 }}`'
+FREE = (
+    "run",
+    "policy",
+    "reward_model",
+    "hardware",
+    "cause",
+    "log",
+    "device",
+    "host",
+    "judge",
+    "source",
+    "dataset",
+    "path",
+    "what",
+    "file",
+    "folder",
+    "job_id",
+    "warnings",
+    "sentences",
+    "said",
+    "reason",
+    "label",
+    "shown",
+    "ended_early",
+)
+"""Keys of figures whose words come from configs, data, logs and machines."""
+
+
+def hostile(value, free=False):
+    """Figures with a hostile string in every field of free words."""
+    if isinstance(value, dict):
+        return {key: hostile(of, free or key in FREE) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [hostile(of, free) for of in value]
+    return f"{value}{HOSTILE}" if free and isinstance(value, str) else value
+
+
+def hostile_page(folder) -> str:
+    _, found, read = page_of(run_kept_at_distances(folder / "run", seeds=(0, 1)))
+    found["failures"] = [
+        {"phase": "steer", "unit": "all", "status": "failed", "cause": "x", "log": "y"}
+    ]
+    # an arm of the figures is looked up by its name, and its policy's is made of that
+    words = {name: rows for name, rows in found.items() if name not in ("training", "policies")}
+    return page(found | hostile(words), read)
+
+
+def test_hostile_words_in_any_field_stay_words(tmp_path):
+    text = hostile_page(tmp_path)
+    markup = re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    assert "<img" not in markup and "<script" not in markup and Outline(text).open == []
+    assert text.count("onerror=") > 50 and "{{ 7*7 }}" in text
+    for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL):
+        assert "<" not in data
 
 
 @pytest.mark.parametrize("missing", ["select", "steer", "ppo", "evaluate"])

@@ -173,11 +173,12 @@ def test_a_label_is_made_of_texts():
     text = {"prompt": "p q", "response": "r s", "source": "a", "earlier_turns": 0}
     text |= {"label": "chosen", "part": "test", "reward": 0.5}
     edit = {"before": 1, "after": 2, "removed": "x", "added": "y", "z_before": 0.0, "z_after": 1.0}
-    card = {"label": {"text": "speaks of p q", "score": 0.75}, "edits": {"largest": [edit]}}
+    label = {"text": "speaks of p q", "detection": {"score": 0.75}}
+    card = {"label": label, "edits": {"largest": [edit]}}
     cards = {"texts": {"1": text, "2": text | {"source": "b"}}, "cards": [card]}
     own = shown_cards(cards, ReportConfig(texts="own", own=("a",)))
     assert own["texts"]["1"] == text and own["texts"]["2"]["response"] == LEFT_OUT
-    assert own["cards"][0]["label"] == {"text": LEFT_OUT, "score": 0.75}
+    assert own["cards"][0]["label"] == label | {"text": LEFT_OUT}
     assert own["cards"][0]["edits"]["largest"][0]["removed"] == LEFT_OUT
     both = shown_cards(cards, ReportConfig(texts="own", own=("a", "b")))
     assert both["cards"][0]["edits"]["largest"][0]["removed"] == "x"

@@ -48,6 +48,7 @@ def test_a_cluster_that_is_as_it_should_be(site: Site, capsys: pytest.CaptureFix
         and "ok        Slurm: it would take all 9 kinds of jobs" in said
         and "580.65.06" in said
     )
+    assert said.splitlines()[-1].startswith("nothing to fix; next: make submit-all CLUSTER=")
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,8 @@ def test_submitting_again_attaches_to_what_is_running(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site.submit()
+    sent = capsys.readouterr().out.splitlines()[-1]
+    assert sent == f"sent 14 submissions; make watch RUN={site.path} shows how they go"
     before = set(site.jobs)
     assert site.submit() == 0
     assert set(site.jobs) == before

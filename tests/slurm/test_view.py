@@ -42,6 +42,8 @@ def tell(run: RunDir, node: Node, **told: object) -> None:
                 "attempt": "a",
                 "from": 0,
                 "seconds": 20.0,
+                "started": "2026-01-31T12:00:00+00:00",
+                "at": "2026-01-31T12:00:25+00:00",
                 **told,
             }
         )
@@ -132,7 +134,7 @@ def painted(
 ) -> list[str]:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=file, width=width, height=height, force_terminal=True, color_system=None)
-    console.print(screen(run, units, console, 5))
+    console.print(screen(run, units, console, 5, "about 12 min left"))
     file.flush()
     return [line.rstrip() for line in file.buffer.getvalue().decode(encoding).splitlines()]  # type: ignore[attr-defined]
 
@@ -161,6 +163,7 @@ def test_the_screen_shows_phases_shards_steps_and_curves(site: Site) -> None:
     )
     lines = painted(site.run, UNITS, 120)
     assert lines[0].startswith("dag  3 of 8 done, 2 running, 1 failed")
+    assert lines[1] == "about 12 min left"
     probe = next(line for line in lines if " probe " in line)
     assert "━━━━──── 2/4" in probe and "running" in probe
     ppo = next(line for line in lines if "penalty-seed1" in line and "step" in line)
@@ -202,8 +205,10 @@ def test_without_a_terminal_there_is_a_line_a_change_and_now_and_then_one_of_pro
         shown.update(UNITS)
         assert capsys.readouterr().out == ""
         monkeypatch.setattr(view, "PLAIN_EVERY_S", 0.0)
-        shown.update(UNITS)
-        assert "ppo/penalty-seed1            step 40/100, 30 s left" in capsys.readouterr().out
+        shown.update(UNITS, "about 12 min left")
+        out = capsys.readouterr().out
+        assert "ppo/penalty-seed1            step 40/100, 30 s left" in out
+        assert out.endswith("dag: about 12 min left\n")
 
 
 def test_a_launchers_word_counts_only_while_it_is_at_work(site: Site) -> None:

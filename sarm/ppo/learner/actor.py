@@ -62,15 +62,17 @@ class Actor(nn.Module):
         """Float32 LoRA on a bf16 model: multiplied in bf16."""
 
     def forward(
-        self, ids: Tensor, predicts: Tensor, labels: Tensor, temperature: float
+        self, rows: layers.Rows, predicts: Tensor, labels: Tensor, temperature: float
     ) -> tuple[Tensor, ...]:
-        """What `Forward` holds; the arguments are those of `forced` in `sarm/llama/generate.py`."""
+        """What `Forward` holds; the arguments are those of `forced` in `sarm/llama/generate.py` or,
+        where `fused`, of `forced_shared`.
+        """
         base = base_model(self.policy)
         if self.fused:
-            hidden = layers.last_hidden(base.model, ids, self.checkpointed)
+            hidden = layers.last_hidden(base.model, rows, self.checkpointed)
         else:
-            with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.mixed):
-                hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
+            with torch.autocast(predicts.device.type, torch.bfloat16, enabled=self.mixed):
+                hidden = base.model(input_ids=rows, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, predicts)
         of_labels = logprobs_from_hidden(
             hidden, base.lm_head, labels, temperature, entropy_grad=self.entropy_grad

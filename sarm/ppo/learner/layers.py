@@ -3,12 +3,12 @@ their gradients written out.
 
     hidden = last_hidden(model, ids, checkpointed=8)  # (b, s, d_model), 8 layers checkpointed
 
-Between them lies torch's attention. Projections that read one input are one product, both ways,
-over weights that lie side by side (`lay_side_by_side`), and what is between the products is one
-pass each. Per token and layer half is kept for the backward pass of what transformers' own forward
-keeps, a LoRA adapter adds its part in place, and there are fewer calls, which are what bounds small
-models. Same results, up to rounding (tests/ppo/test_layers.py). Right-padded rows need no mask: no
-real position looks ahead.
+Between them lies torch's attention, or that of rows without padding (`shared_rows.py`). Projections
+that read one input are one product, both ways, over weights that lie side by side
+(`lay_side_by_side`), and what is between the products is one pass each. Per token and layer half is
+kept for the backward pass of what transformers' own forward keeps, a LoRA adapter adds its part in
+place, and there are fewer calls, which are what bounds small models. Same results, up to rounding
+(tests/ppo/test_layers.py). Right-padded rows need no mask: no real position looks ahead.
 
 Notation: b rows, s positions, n = b s, d the model's width, f the MLP's, r the rank of LoRA.
 """
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sarm.llama import elementwise
 from sarm.llama.weights import LlamaWeights, base_model, join_projections, side_by_side
+from sarm.ppo.learner.shared_rows import SharedRows, attend_shared
 
 
 def lay_side_by_side(policy: Any) -> None:
@@ -35,28 +36,36 @@ def lay_side_by_side(policy: Any) -> None:
         join_projections(base_model(policy).model)
 
 
+Rows = Tensor | SharedRows
+"""What goes through the layers: (b, s) ids, right-padded, or rows without padding, b being 1."""
+
+
 def last_hidden(
-    model: Any, ids: Tensor, checkpointed: int = 0, layers: Iterable[Any] | None = None
+    model: Any, rows: Rows, checkpointed: int = 0, layers: Iterable[Any] | None = None
 ) -> Tensor:
     """(b, s, d), normed, of the `LlamaModel`; the first `checkpointed` of its layers keep their
     input alone for the backward pass.
 
     `layers` gives the model's own one by one.
     """
+    if isinstance(rows, SharedRows):
+        shared, ids, positions = rows, rows.ids, rows.positions
+    else:
+        shared, ids = None, rows
+        positions = torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
     h = model.embed_tokens(ids)
-    positions = torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
     cos, sin = (t.flatten(0, 1).contiguous() for t in model.rotary_emb(h, positions))
     for i, layer in enumerate(model.layers if layers is None else layers):
         if i < checkpointed and torch.is_grad_enabled():
             h = checkpoint(
-                _layer, layer, h, cos, sin, use_reentrant=False, preserve_rng_state=False
+                _layer, layer, h, cos, sin, shared, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            h = _layer(layer, h, cos, sin)
+            h = _layer(layer, h, cos, sin, shared)
     return F.rms_norm(h, h.shape[-1:], model.norm.weight, model.norm.variance_epsilon)
 
 
-def _layer(layer: Any, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _layer(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, shared: SharedRows | None) -> Tensor:
     attention, mlp = layer.self_attn, layer.mlp
     qkv, o = joined(attention.q_proj, attention.k_proj, attention.v_proj), joined(attention.o_proj)
     gate_up, down = joined(mlp.gate_proj, mlp.up_proj), joined(mlp.down_proj)
@@ -64,10 +73,13 @@ def _layer(layer: Any, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     query, key, value = _BeforeAttention.apply(
         h, cos, sin, attention.head_dim, before, qkv, before.weight, *qkv.parameters()
     )
-    grouped = query.shape[1] != key.shape[1]
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=attention.scaling, enable_gqa=grouped
-    )
+    if shared is None:
+        grouped = query.shape[1] != key.shape[1]
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=attention.scaling, enable_gqa=grouped
+        )
+    else:
+        mixed = attend_shared(query, key, value, shared, attention.scaling)
     parameters = (*o.parameters(), *gate_up.parameters(), *down.parameters())
     out: Tensor = _AfterAttention.apply(
         h, mixed, after, o, gate_up, down, after.weight, *parameters

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ from sarm.ppo.learner.memory_plan import (
 from sarm.ppo.learner.micro_batches import micro_batches, scatter
 from sarm.ppo.learner.reference import Reference
 from sarm.ppo.learner.shards import engine_pieces, restore_engine
+from sarm.ppo.learner.shared_rows import forced_shared
 from sarm.ppo.losses import Loss, Sums
 
 PerToken = TypeVar("PerToken", bound=NamedTuple)
@@ -122,13 +123,13 @@ class Learner:
             # What is left to the CPU is small, and torch would index even that by all cores: on a
             # busy host each waits for the last.
             torch.set_num_threads(1)
-            layers.lay_side_by_side(policy)
+        layers.lay_side_by_side(policy)
         # ZeRO 3 gathers a module's weights when it is called, which the fused layers do not.
         self.actor = make_actor(
             policy,
             ppo,
             seed,
-            fused=cuda and self.plan.zero_stage < 3,
+            fused=self.plan.zero_stage < 3,
             checkpointed=self.plan.checkpointed_layers,
         ).to(world.device)
         self.engine = start_engine(self.actor, ppo, seed, world)
@@ -243,7 +244,8 @@ class Learner:
         once = (
             update_follows and updates == 1 and len(batches[0]) == 1 and self.engine.zero_stage < 3
         )
-        run = self.recorded if self.recorded is not None and update_follows else self._pass
+        recorded = self.recorded if update_follows else None
+        run: Callable[..., tuple[Tensor, ...]] = self._pass if recorded is None else recorded
         self.engine.train(once)
         parts, outputs = [], None
         for rows in batches[self.world.rank]:
@@ -410,7 +412,7 @@ class Learner:
 
     # One pass over a micro-batch
 
-    def _pass(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def _pass(self, *inputs: Any) -> tuple[Tensor, ...]:
         """The reference's log-probabilities (n,), and what `Forward` holds."""
         with torch.no_grad():
             ref = self._reference_logprobs(*inputs)
@@ -418,12 +420,12 @@ class Learner:
             self.clock.mark("forward")
         return ref, *self.engine(*inputs, self.ppo.temperature)
 
-    def _reference_logprobs(self, ids: Tensor, predicts: Tensor, labels: Tensor) -> Tensor:
+    def _reference_logprobs(self, rows: layers.Rows, predicts: Tensor, labels: Tensor) -> Tensor:
         """(n,)."""
         if self.reference is None:
             with self.actor.policy.disable_adapter():
-                return self.engine(ids, predicts, labels, self.ppo.temperature)[0]
-        return self.reference.logprobs(ids, predicts, labels, self.ppo.temperature)
+                return self.engine(rows, predicts, labels, self.ppo.temperature)[0]
+        return self.reference.logprobs(rows, predicts, labels, self.ppo.temperature)
 
     def _outputs(self, rollout: Rollout, rows: Sequence[int]) -> Forward:
         """With gradient: of the pass kept by `forward`, once, or of a new one."""
@@ -434,19 +436,17 @@ class Learner:
         tokens = int(rollout.mask[list(rows) or [0]].sum())
         return Forward(*(out[:tokens] for out in found))
 
-    def _forced(self, rollout: Rollout, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Some rows as one batch for teacher forcing, rounded up where the pass is recorded; the
-        first row where there are none, its result to be thrown away.
+    def _forced(self, rollout: Rollout, rows: Sequence[int]) -> tuple[layers.Rows, Tensor, Tensor]:
+        """Some rows as one batch for teacher forcing: on a CPU without padding, else rounded up
+        where the pass is recorded. The first row where there are none, its result to be thrown
+        away.
         """
-        rows = rows or [0]
+        rows, device = rows or [0], self.world.device
+        prompts, responses = [rollout.prompts[i] for i in rows], [rollout.ids(i) for i in rows]
+        if device.type == "cpu" and self.actor.fused and self.recorded is None:
+            return forced_shared(prompts, responses, device)
         steps = Steps(RECORDED_POSITIONS, RECORDED_TOKENS) if self.recorded is not None else EXACT
-        return forced(
-            [rollout.prompts[i] for i in rows],
-            [rollout.ids(i) for i in rows],
-            self.pad_id,
-            self.world.device,
-            steps,
-        )
+        return forced(prompts, responses, self.pad_id, device, steps)
 
     def _of_tokens(self, per_token: PerToken, rollout: Rollout, rows: Sequence[int]) -> PerToken:
         """The fields (B, t) of `per_token` at the rows' response tokens, (n,) on the device."""

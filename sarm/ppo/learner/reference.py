@@ -29,8 +29,7 @@ class Reference:
     def __init__(self, policy: Any, offloaded_layers: int = 0) -> None:
         self.model: Any = copy.deepcopy(policy).requires_grad_(False).eval()
         self.fused = LlamaWeights.knows(self.model)
-        if next(self.model.parameters()).is_cuda:
-            layers.lay_side_by_side(self.model)
+        layers.lay_side_by_side(self.model)
         own = list(self.model.model.layers)
         self.layers: Sequence[Any] | OffloadedLayers = (
             OffloadedLayers(own, offloaded_layers) if offloaded_layers else own
@@ -42,13 +41,15 @@ class Reference:
             self.layers.fetch()
 
     @torch.no_grad()
-    def logprobs(self, ids: Tensor, predicts: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        """(n,) float32; the arguments are those of `forced`."""
+    def logprobs(
+        self, rows: layers.Rows, predicts: Tensor, labels: Tensor, temperature: float
+    ) -> Tensor:
+        """(n,) float32; the arguments are those of `forced` or, of a Llama, `forced_shared`."""
         model = self.model.model
         hidden = (
-            layers.last_hidden(model, ids, layers=self.layers)
+            layers.last_hidden(model, rows, layers=self.layers)
             if self.fused
-            else model(input_ids=ids, use_cache=False).last_hidden_state
+            else model(input_ids=rows, use_cache=False).last_hidden_state
         )
         return logprobs_from_hidden(
             hidden.flatten(0, 1).index_select(0, predicts), self.model.lm_head, labels, temperature
