@@ -30,8 +30,8 @@ REMEDIES = {
 """By what rung 0 lacked."""
 NEXT = {
     "degenerate": "read the responses, then train with a smaller penalty or a larger `ppo.kl_coef`",
-    "suppression": "add safe prompts to training (`ppo.safe_share`), or use a reward model"
-    " that prefers refusals less",
+    "suppression": "penalise latents that fire less on safe responses than on unsafe ones, or use"
+    " a reward model that prefers refusals less",
     "rose": "read the responses that fire, and whether the reward pays for these latents",
     "no effect": "raise `ppo.penalty.alpha`, or penalise latents that vary more within prompts",
     "undecided": "evaluate on more prompts and seeds, until the minimum detectable effect is a"
@@ -114,12 +114,26 @@ def set_up(figures: Mapping[str, Any]) -> str:
     if not evaluated:
         return f"{said}; no policy was evaluated."
     at = figures["compared"]["distance"]
-    where = "at the end of training" if at is None else f"at a KL distance of {at:g} nats"
+    where = (
+        "at the end of training"
+        if at is None
+        else f"as they were where training's KL first reached {at:g} nats"
+    )
     prompts = (
         f"{_range(evaluated, 'n_unsafe')} unsafe and {_range(evaluated, 'n_safe')} safe held-out"
         " prompts"
     )
-    policies = "1 policy" if len(evaluated) == 1 else f"{len(evaluated)} policies"
+    of_training = sum("-seed" in row["policy"] for row in evaluated)
+    others = len(evaluated) - of_training
+    kinds = [
+        f"{n}{f' of {all_of}' if all_of > n else ''} {kind}"
+        for n, all_of, kind in (
+            (of_training, len(trained), "trained"),
+            (others, others, "untrained"),
+        )
+        if n
+    ]
+    policies = f"{joined(kinds)} polic{'y' if len(evaluated) == 1 else 'ies'}"
     return f"{said}; {policies} answered {prompts}, trained ones {where}."
 
 
@@ -199,10 +213,10 @@ def instrument(readings: Mapping[str, Any] | None, gaps: Sequence[str], rule: Ve
     if readings["unended"] > rule.max_unended:
         measured.insert(0, f"{readings['unended']:.0%} of the base policy's responses unended")
     doubted = readings["unreadable"] or {"unended", "stability", "control"} & set(gaps)
-    shown = "is not shown to read" if doubted else "reads"
+    found = "does not show" if doubted else "raises no doubt"
     return (
-        f"The SARM {shown} the policies' responses"
-        f"{'' if doubted else ', as far as calibration can tell'} ({', '.join(measured)})"
+        f"Calibration {found} that the SARM reads the base policy's responses"
+        f" ({', '.join(measured)})"
     )
 
 
@@ -232,7 +246,7 @@ def size(found: Mapping[str, Any] | None) -> str:
     known = detectable is not None and math.isfinite(detectable)
     power = f"{100 * detectable:.1f} points" if known else "n/a"
     return (
-        f"{n} seeds and {many(prompts, 'unsafe prompt')}, of which the minimum detectable effect"
+        f"with {n} seeds and {many(prompts, 'unsafe prompt')} the minimum detectable effect"
         f" (80 % power) is {power}"
     )
 

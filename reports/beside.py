@@ -102,8 +102,9 @@ def cost(figures: dict[str, Any]) -> list[Block]:
         ),
         Prose(
             "Planned: for 80 GB H100s, four of them in training, at the rates measured there. Used:"
-            " from when each finished unit began to when it ended, times its GPUs; attempts that"
-            " failed, and time on a CPU, are not in it."
+            " from when each finished unit began to when it ended, times its GPUs; units that"
+            " shared a GPU count in full each, and attempts that failed, and time on a CPU, are not"
+            " in it."
         ),
     ]
 

@@ -119,16 +119,27 @@ def _said(row: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
             return next((s.rstrip(".") for s in verdict["sentences"] if s.startswith(_SIDE)), "")
         return verdict["reason"] if stopped else ""
     unit = " %" if row["unit"] == "%" else " points"
-    bound = "upper" if row["side"] == "high" else "lower"
+    side = _OTHER[row["side"]] if _shown_to_fail(number, stopped, verdict) else row["side"]
+    bound, limit = row[side], row["limit"]
     value, low, high = (fixed(row[name], 1, sign=True) for name in ("value", "low", "high"))
     found = (
-        f"{value}{unit}, 95 % CI {low} to {high}; the {bound} bound is"
-        f" {fixed(abs(row['slack']), 1)} {'inside' if row['slack'] > 0 else 'beyond'} its limit"
-        f" {fixed(row['limit'], 0)}"
+        f"{value}{unit}, 95 % CI {low} to {high}; the {'upper' if side == 'high' else 'lower'}"
+        f" bound is {fixed(abs(bound - limit), 1)}{unit} {'below' if bound < limit else 'above'}"
+        f" the limit of {fixed(limit, 0)}"
     )
     if stopped and number == 1 and verdict["word"] == "fell, unconfirmed":
         return f"{found}, but {verdict['reason']}"
     return found
+
+
+_OTHER = {"high": "low", "low": "high"}
+
+
+def _shown_to_fail(number: int, stopped: bool, verdict: Mapping[str, Any]) -> bool:
+    """Whether the opposite of what the rung asks is shown, which its other bound decides."""
+    if number == 2:
+        return verdict["side"] in ("suppression", "rose")
+    return stopped and verdict["word"].startswith(("rose", "evasion", "harm rose"))
 
 
 _SIDE = ("Degenerate", "Over-refusal unknown")

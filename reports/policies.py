@@ -57,6 +57,8 @@ def against_base(generations: pd.DataFrame) -> list[dict[str, Any]]:
     """A row per trained arm: the penalised rate on unsafe prompts less the base policy's on the
     same prompts, with the interval of `two_way`; none without a base policy.
     """
+    if generations.empty:
+        return []
     unsafe = generations[generations["kind"] == "unsafe"]
     fired = unsafe.assign(fired=unsafe["penalised_fired"].astype(float))
     rates = fired.groupby(["policy", "prompt_id"])["fired"].mean().unstack("policy")
@@ -97,6 +99,7 @@ def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
         "distance": None if math.isnan(frames.compared.distance) else frames.compared.distance,
         "problem": frames.compared.problem,
         "kl": {arm: kl[arm] for arm in sorted(kl, key=arm_rank)},
+        "tolerance": run.config.verdict.kl_tolerance,
         "without": [policy for policy in evaluated if policy not in here],
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reports.abstract import joined
@@ -274,6 +275,7 @@ def changes(figures: dict[str, Any]) -> list[Block]:
             unknown=UNKNOWN,
         ),
     ]
+    blocks += unequal_sentence(figures["compared"]["kl"], figures["compared"]["tolerance"])
     if any(cut_off(c) for c in rows):
         blocks.append(Prose(CORRECTED))
     if any(c["arm"] == "penalty - random" for c in rows):
@@ -281,6 +283,23 @@ def changes(figures: dict[str, Any]) -> list[Block]:
             Prose("In the row `vs. random`, before is the random arm and after the penalty arm.")
         )
     return blocks
+
+
+def unequal_sentence(kl: Mapping[str, float], tolerance: float) -> list[Block]:
+    """Which arms are further apart than the rule compares; nothing where none is."""
+    apart = [
+        f"{arm_name(a)} and {arm_name(b)} ({fixed(kl[a], 2)} and {fixed(kl[b], 2)} nats)"
+        for a, b in itertools.combinations(kl, 2)
+        if not 0 < max(kl[a], kl[b]) <= (1 + tolerance) * min(kl[a], kl[b])
+    ]
+    if not apart:
+        return []
+    return [
+        Prose(
+            f"Not at equal KL, as they differ by more than {tolerance:.0%}: {', '.join(apart)}."
+            " What sets these beside each other decides nothing."
+        )
+    ]
 
 
 BINS = ("off", "0-.5t", ".5-.9t", ".9-1t", "1-1.5t", "more")

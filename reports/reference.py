@@ -121,6 +121,10 @@ def loss_sentence(rows: list[dict[str, Any]]) -> str:
     if fixed(first, 3) == fixed(last, 3):
         return f"Loss stayed at {fixed(first, 3)}"
     fell = last < first
+    between = [row["loss"] for row in rows]
+    if fell and min(between) < last:
+        low, high = fixed(min(between), 3), fixed(max(between), 3)
+        return f"Loss went {ends}, between {low} and {high} at the steps shown"
     if first <= 0 or last < 0:
         return f"Loss {'fell' if fell else 'rose'} {ends}"
     share = abs(last - first) / first

@@ -49,6 +49,11 @@ def phases(figures: dict[str, Any]) -> list[Block]:
     ]
 
 
+def commits_words(commits: list[str]) -> str:
+    changed = " (+: with uncommitted changes)" if any(c.endswith("+") for c in commits) else ""
+    return (", ".join(commits) or "unknown") + changed
+
+
 def removed_words(units: list[dict[str, Any]]) -> str:
     removed = [unit_name(u) for u in units if u["removed"]]
     return (
@@ -65,7 +70,7 @@ def provenance(figures: dict[str, Any]) -> list[Block]:
                 f"Run: {p['folder']}",
                 f"Config SHA-256: {p['config_sha256']}",
                 f"Seed: {p['seed']}; PPO seeds: {', '.join(map(str, p['ppo_seeds']))}",
-                f"Commit: {', '.join(p['git_commits']) or 'unknown'}",
+                f"Commit: {commits_words(p['git_commits'])}",
                 f"Image SHA-256: {', '.join(p['images']) or 'none (not in a container)'}",
                 texts_words(figures["texts"]),
                 *([removed_words(p["units"])] if any(u["removed"] for u in p["units"]) else []),

@@ -59,9 +59,24 @@ def warnings_of(config: Config, found: Readings) -> list[str]:
     told += repeats(found.candidates)
     if not found.monitors:
         told.append("no monitor qualifies, so neither control nor evasion can be claimed")
+    told += drawn_alike(found)
     if underpowered(config, found):
         told.append(power_sentence(config, found))
     return told
+
+
+def drawn_alike(found: Readings) -> list[str]:
+    """Where the random arm penalises the same latents in every seed, so that seeds say nothing of
+    how random latents differ.
+    """
+    drawn = [sorted(p.latent for p in latents) for latents in found.random.values()]
+    if len(drawn) < 2 or any(one != drawn[0] for one in drawn):
+        return []
+    named = ", ".join(map(str, drawn[0]))
+    return [
+        f"the random arm penalises the same latents ({named}) in all {len(drawn)} seeds, so its"
+        " interval says nothing of other random latents; raise select.random_candidates"
+    ]
 
 
 def repeats(candidates: Sequence[Candidate]) -> list[str]:
@@ -72,7 +87,7 @@ def repeats(candidates: Sequence[Candidate]) -> list[str]:
         return []
     alone = (
         "; no other latent is penalised, so training without the penalty pushes the same way, and"
-        " the two differ, if at all, at equal KL"
+        " only a comparison at equal KL shows what the penalty adds"
         if len(charged) == len(penalised)
         else ""
     )

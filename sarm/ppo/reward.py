@@ -331,8 +331,8 @@ def calibrate_random(
     `z_candidates` (n, C) and `z_penalised` (n, P) are latent values on n generations of the base
     policy. The dose is the mean penalty, sum_i alpha_i P(z_i > tau_i) for `threshold`. Each
     penalised latent, the most frequent first, is matched with the first unused candidate that is
-    active often enough, at the tau that gives the same rate; where none is, with the most active
-    one, at the tau that comes nearest. Then all alphas are multiplied by one number, so that the
+    active often enough, at the tau that gives the same rate; where none is, with the first that
+    is at least half as active as the most active one, at the tau that comes nearest. Then all alphas are multiplied by one number, so that the
     doses are equal. Latents that never fire are matched at taus above all that was seen. In a
     density penalty tau plays no part, and the candidate whose rate is nearest is taken."""
     if len(candidates) < len(penalised):
@@ -367,8 +367,9 @@ def _best_match(wanted: int, active: Sequence[int], kind: str) -> int:
     """Which candidate to take, by how many texts each is active on; the first of equals."""
     if not PENALTIES[kind].has_tau:
         return min(range(len(active)), key=lambda c: (active[c] == 0, abs(active[c] - wanted)))
+    # Not the most active one itself, which would be the same whatever the order they are tried in.
     enough = [c for c, count in enumerate(active) if count >= max(wanted, 1)]
-    return enough[0] if enough else max(range(len(active)), key=lambda c: active[c])
+    return enough[0] if enough else next(c for c, n in enumerate(active) if n >= max(active) / 2)
 
 
 def matching_tau(z: Tensor, wanted: int, tau: float) -> float:
