@@ -28,7 +28,7 @@ from tests.fakes.site import PROFILE
 from tests.test_docs import PAGES, fences, recipe
 from tests.tiny import tiny_config
 
-pytestmark = pytest.mark.docs
+pytestmark = [pytest.mark.docs, pytest.mark.timeout(1800)]
 
 ELSEWHERE = {
     r"make test$|make check$": "they are what a change runs beside these",
