@@ -111,6 +111,7 @@ def test_changes_against_the_base_policy_are_paired_by_prompt() -> None:
         (expected.value, expected.low, expected.high)
     )
     assert against_base(generations(arms)) == []
+    assert against_base(pd.DataFrame({"policy": [], "arm": []})) == [], "nothing was evaluated"
 
 
 def test_a_change_that_the_interval_cannot_see_is_said_to_be_none_that_is_shown() -> None:
