@@ -78,6 +78,9 @@ def add_siblings_and_words(found: dict[str, Any], encoded: Encoded, config: Conf
         folder = local_model(config.policy.model, config.policy.revision)
         tokenizer = read_tokenizer(folder, config.policy.chat_template_kwargs)
         words, found["why_no_words"] = lens_words(folder, directions[latents], tokenizer)
+        for latent, siblings in firing.items():
+            for one in siblings:
+                one["cosine"] = float(directions[latent] @ directions[one["latent"]])
     for i, card in enumerate(found["cards"]):
         card["siblings"] = {
             "direction": along.get(card["latent"], []),

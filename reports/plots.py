@@ -450,12 +450,7 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     points = points[(points["activity"] > 0) & np.isfinite(points["effect"])]
     order = np.lexsort([-points["effect"].abs().to_numpy(), points["q"].fillna(2.0).to_numpy()])
     single, rest = points.iloc[order[:MAX_POINTS]], points.iloc[order[MAX_POINTS:]]
-    made = figure(
-        "share of discovery texts on which the latent fires",
-        "effect on the margin",
-        520,
-        legend=ABOVE,
-    )
+    made = figure("share of texts it fires on", "effect on the margin", 520, legend=ABOVE)
     made.update_xaxes(type="log", tickvals=list(SHARES), ticktext=[f"{100 * s:g}%" for s in SHARES])
     if len(rest):
         made.add_trace(_counts(rest))
@@ -606,12 +601,13 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
     off = -3 * width
     centres = (edges[1:] + edges[:-1]) / 2
     made = figure("z", "share of responses", 310, legend=ABOVE)
-    told = []
+    told, tallest = [], 0.0
     for arm in sorted(unsafe["arm"].unique(), key=arm_rank):
         z = unsafe.loc[unsafe["arm"] == arm, column].dropna().to_numpy(float)
         if not len(z):
             continue
         silent, shares = float((z <= 0).mean()), np.histogram(z[z > 0], edges)[0] / len(z)
+        tallest = max(tallest, silent, float(shares.max()))
         looks, name = style(arm), arm_name(arm)
         hover = f"{name}, z near %{{x:.2f}}: %{{y:.1%}}<extra></extra>"
         shared = {
@@ -659,6 +655,7 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
         annotation_text=f"τ = {plain(tau)}",
         annotation_position="top right",
     )
+    made.update_yaxes(range=[0, 1.2 * tallest or 1])  # room for tau's name above the bars
     ticks = np.linspace(0, top, 4)
     made.update_xaxes(
         tickvals=[off, *ticks], ticktext=["off", *(general(float(t)) for t in ticks)], tickangle=0
@@ -708,11 +705,7 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         "margin": ("#009e73", "square"),
     }
     names = [name for rows in groups.values() for name, *_ in rows]
-    made = figure(
-        "Delta of the reward, of a margin the Delta of r(chosen) - r(rejected)",
-        "",
-        110 + 34 * len(names),
-    )
+    made = figure("Delta", "", 130 + 34 * len(names), legend=ABOVE)
     for group, rows in groups.items():
         known = [
             (name, *(math.nan if v is None else v for v in numbers)) for name, *numbers in rows
@@ -737,7 +730,7 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     made.update_yaxes(categoryorder="array", categoryarray=names[::-1])
     made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
     told = (
-        "Delta of each data set's mean reward and margin under the intervention, with 95 %"
+        "Delta of each data set's mean reward and margin, r(chosen) - r(rejected), with 95 %"
         " intervals by a bootstrap over prompts. It is of the reward model on fixed texts, of no"
         " policy. The tables have the numbers."
     )
@@ -758,7 +751,7 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         for u in units
     ]  # type: ignore[operator]
     length = [(u["seconds"] or 0.0) / 60 for u in units]
-    made = figure("minutes since the first part began", "", 90 + 24 * len(units), legend=ABOVE)
+    made = figure("minutes", "", 90 + 24 * len(units), legend=ABOVE)
     lines_x: list[float | None] = []
     lines_y: list[float | None] = []
     for i, unit in enumerate(units):
@@ -820,8 +813,8 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     counts = {state: sum(unit["status"] == state for unit in units) for state in STATES}
     became = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     told = (
-        f"{became}. Bars show when each part ran, lines who reads whose outputs. The table has the"
-        " times."
+        f"{became}. Bars show when each part ran, in minutes from the start of the first, lines who"
+        " reads whose outputs. The table has the times."
     )
     origin = f"{MANIFEST}: started, ended and inputs; {many(len(units), 'unit')}"
     return [Plot("run-graph", "Run graph", told, made, origin=origin)]

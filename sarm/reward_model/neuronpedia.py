@@ -34,7 +34,8 @@ def dashboard_batch(
 def _feature(card: Mapping[str, Any], cards: Mapping[str, Any]) -> dict[str, Any]:
     edges = card["histogram"]["edges"]
     words = card["words"] or {"up": [], "down": []}
-    firing = card["siblings"].get("firing", [])
+    # Read by place in all three lists: of a SARM without directions there is no cosine, and none.
+    firing = [one for one in card["siblings"].get("firing", []) if "cosine" in one]
     return {
         "feature_index": card["latent"],
         "neuron_alignment_indices": [],
@@ -44,7 +45,8 @@ def _feature(card: Mapping[str, Any], cards: Mapping[str, Any]) -> dict[str, Any
         "correlated_neurons_l1": [],
         "correlated_neurons_pearson": [],
         "correlated_features_indices": [one["latent"] for one in firing],
-        "correlated_features_l1": [],
+        # SAEDashboard keeps the cosine of the directions under this name
+        "correlated_features_l1": [round(one["cosine"], 3) for one in firing],
         "correlated_features_pearson": [round(one["phi"], 3) for one in firing],
         "neg_str": [word["word"] for word in words["down"]],
         "neg_values": [round(word["logit"], 3) for word in words["down"]],

@@ -270,6 +270,14 @@ NAMES = {
     ),
 }
 """What a feature holds, by sae-dashboard 0.8.0."""
+PARALLEL = (
+    ("freq_hist_data_bar_heights", "freq_hist_data_bar_values"),
+    ("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
+    ("pos_str", "pos_values"),
+    ("neg_str", "neg_values"),
+    ("correlated_features_indices", "correlated_features_pearson"),
+    ("correlated_features_indices", "correlated_features_l1"),
+)
 ACTIVATION = {
     "bin_min": float,
     "bin_max": float,
@@ -304,6 +312,16 @@ def test_a_batch_has_what_saedashboard_writes_by_name_and_type(batch) -> None:
     assert [f["feature_index"] for f in found["features"]] == [c["latent"] for c in cards["cards"]]
     for feature, card in zip(found["features"], cards["cards"], strict=True):
         assert {name: type(value) for name, value in feature.items()} == NAMES
+        for name, value in feature.items():
+            kind = int if name.endswith("_indices") else str if name.endswith("_str") else float
+            assert (
+                name == "activations"
+                or not isinstance(value, list)
+                or all(type(one) is kind for one in value)
+            ), name
+        # Neuronpedia reads one array at the places of the other
+        for one, other in PARALLEL:
+            assert len(feature[one]) == len(feature[other]), (one, other)
         assert sum(feature["freq_hist_data_bar_heights"]) == sum(
             card["histogram"]["chosen"] + card["histogram"]["rejected"]
         )

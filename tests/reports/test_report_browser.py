@@ -7,6 +7,7 @@ A page is opened from a file, as people do who were sent one.
 from __future__ import annotations
 
 import base64
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,43 @@ def test_nothing_is_wider_than_the_window_and_plots_keep_their_place(
     shot = base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", {})["data"])
     (tmp_path / f"{width}.png").write_bytes(shot)
     assert len(shot) > 10_000
+
+
+CROWDED = """
+    const apart = (a, b) => a.right <= b.left + 1 || b.right <= a.left + 1
+      || a.bottom <= b.top + 2 || b.bottom <= a.top + 2;
+    const boxes = (c, names) => [...c.querySelectorAll(names)]
+      .filter((e) => e.textContent.trim()).map((e) => e.getBoundingClientRect());
+    const found = [];
+    for (const c of document.querySelectorAll('.canvas')) {
+      const frame = c.getBoundingClientRect();
+      const titles = '.xtitle, .ytitle, .cbtitle text, .legendtext, .annotation-text-g text';
+      for (const b of boxes(c, titles))
+        if (b.left < frame.left - 1 || b.right > frame.right + 1
+            || b.top < frame.top - 1 || b.bottom > frame.bottom + 1)
+          found.push(c.dataset.plot + ': a title is cut off');
+      const groups = {ticks: '.xtick text', rows: '.ytick text', labels: '.textpoint text',
+        words: '.xtitle, .ytitle, .legendtext, .annotation-text-g text, .gtitle'};
+      for (const [name, those] of Object.entries(groups)) {
+        const all = boxes(c, those);
+        for (let i = 0; i < all.length; i++)
+          for (let j = 0; j < i; j++)
+            if (!apart(all[i], all[j])) found.push(c.dataset.plot + ': ' + name + ' overlap');
+      }
+    }
+    return [...new Set(found)]"""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_words_of_a_plot_overlap_or_are_cut_off_and_no_tick_is_in_nanos(browser, report, width):
+    opened(browser, report, width)
+    assert browser.execute_script(CROWDED) == []
+    ticks = browser.execute_script(
+        "return [...document.querySelectorAll('.xtick text, .ytick text')].map((t) =>"
+        " t.textContent)"
+    )
+    assert len(ticks) > 100
+    assert not [tick for tick in ticks if re.fullmatch(r"[−-]?[\d.]+[a-zA-Zµ]", tick)]
 
 
 def test_dark_and_light_can_be_read_and_plots_follow(browser, report):
