@@ -25,6 +25,8 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from sarm.config import ROOT, Config, load_config, set_key
 from sarm.cost import counts, planned
 from sarm.ppo.learner.memory_plan import KNOWN, OUTSIDE_GIB, Gpus, Sarm, Shape, make_plan
@@ -48,7 +50,9 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a look on a CPU")
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
@@ -167,6 +171,8 @@ def write_config(folder: Path, *, tiny: bool) -> None:
         "probe.shards": 1,
         "ppo.arms": ["penalty"],
         "ppo.steps": 3,
+        "ppo.penalty.tau": None,  # where random latents lie, nobody knows
+        "ppo.penalty.tau_quantile": 0.5,
     }
     if tiny:
         cut |= {

@@ -26,7 +26,7 @@ from sarm.config import (
 )
 from sarm.data.datasets import load_data
 from sarm.data.sources import source_files
-from sarm.hub import hub_commit, local_model
+from sarm.hub import hub_commit, local_model, refuse_without_room
 from sarm.pinned import Commit, at_commits, commits_in, fetched
 from sarm.records import Models
 from sarm.run import Attempt, RunDir, file_sha256
@@ -45,6 +45,9 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     now = at_commits(config, standing_at(config, earlier(run)))
     wanted: dict[str, ModelConfig] = {"policy": now.policy, "sarm": now.sarm, **now.classifiers}
     said = {"policy": config.policy, "sarm": config.sarm, **config.classifiers}
+    refuse_without_room(
+        *((m.model, m.revision) for m in wanted.values() if m.folder() is None and m.revision)
+    )
     attempt.progress(0, len(wanted) + 1, "data")
     found: dict[str, Any] = {"data": fetch_data(config, now)}
     for i, (name, model) in enumerate(wanted.items(), 1):

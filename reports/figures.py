@@ -374,7 +374,7 @@ def _provenance(run: RunDir, frames: Frames) -> dict[str, Any]:
         "seed": run.config.seed,
         "ppo_seeds": list(run.config.ppo.seeds),
         "git_commits": sorted({c for c in done["git_commit"] if isinstance(c, str)}),
-        "images": sorted({i for i in done["image_sha256"] if i}),
+        "images": sorted({i for i in done["image_sha256"] if isinstance(i, str)}),
         "commits": commits_of(frames.models or {}),
         "units": done.astype(object).where(done.notna(), None).to_dict("records"),
     }

@@ -57,7 +57,7 @@ def against_base(generations: pd.DataFrame) -> list[dict[str, Any]]:
     """A row per trained arm: the penalised rate on unsafe prompts less the base policy's on the
     same prompts, with the interval of `two_way`; none without a base policy.
     """
-    if generations.empty:  # nothing was evaluated, and there are no columns
+    if generations.empty:
         return []
     unsafe = generations[generations["kind"] == "unsafe"]
     fired = unsafe.assign(fired=unsafe["penalised_fired"].astype(float))

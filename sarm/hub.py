@@ -79,7 +79,7 @@ def hub_snapshot(model: str, revision: str | None, *, download: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     if download:
-        refuse_without_room(model, revision)
+        refuse_without_room((model, revision))
     with hub_refusals(model, revision, download=download):
         return Path(
             snapshot_download(
@@ -114,8 +114,9 @@ def hub_refusals(repo: str, revision: str | None, *, download: bool) -> Iterator
                 " HF_TOKEN, and run make fetch again"
             ) from None
         raise UserError(
-            f"{repo} is gated and the account of this token may not read it: accept its licence on"
-            " the hub, wait until access is granted, and run make fetch again"
+            f"{repo} is gated and this token may not read it: accept its licence on the hub"
+            " with the token's account and wait until access is granted, or let the token read"
+            " gated repositories; then run make fetch again"
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise UserError(
@@ -164,30 +165,41 @@ def _broken(repo: str, revision: str | None, error: Exception) -> str:
     )
 
 
-def refuse_without_room(model: str, revision: str | None) -> None:
-    """Raises UserError where what is not yet in the cache of a hub model takes more than its file
-    system has free. A hub that does not tell sizes, or does not answer, is left to the download.
+def refuse_without_room(*models: tuple[str, str | None]) -> None:
+    """Raises UserError where what is not yet in the cache of these hub models takes more than its
+    file system has free.
     """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import constants
+
+    missing = {
+        model: size for model, revision in models if (size := missing_bytes(model, revision))
+    }
+    place = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    total, free = sum(missing.values()), shutil.disk_usage(there).free
+    if total > free:
+        raise UserError(
+            f"{there} has no room for {' and '.join(missing)}: {total / 1e9:.1f} GB are to be"
+            f" fetched and {free / 1e9:.1f} GB are free; free some, or give another HF_HOME"
+        )
+
+
+def missing_bytes(model: str, revision: str | None) -> int:
+    """What of a hub model is to be fetched. 0 of a hub that tells no sizes, or does not answer:
+    that is left to the download.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
         told = HfApi().model_info(model, revision=revision, files_metadata=True)
     except Exception:
-        return
-    missing = sum(
+        return 0
+    return sum(
         file.size or 0
         for file in told.siblings or ()
         if any(fnmatch(file.rfilename, pattern) for pattern in HUB_FILES)
         and not isinstance(try_to_load_from_cache(model, file.rfilename, revision=told.sha), str)
     )
-    place = Path(constants.HF_HUB_CACHE)
-    there = next(folder for folder in (place, *place.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    if missing > free:
-        raise UserError(
-            f"{there} has no room for {model}: {missing / 1e9:.1f} GB are to be fetched and"
-            f" {free / 1e9:.1f} GB are free; free some, or give another HF_HOME"
-        )
 
 
 def embedded_model(embedded: Embedded, *, download: bool) -> Path:

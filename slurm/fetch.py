@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from sarm.cli import ended
 from sarm.config import ROOT, Config, UserError
@@ -23,7 +24,7 @@ from sarm.run import RunDir, config_of
 from slurm import submit
 from slurm.checks import own_run, umask
 from slurm.environment import isolated
-from slurm.images import binds, caches, image_of, image_target, make_caches
+from slurm.images import binds, caches, image_of, image_target, make_caches, read_image
 from slurm.profile import Profile
 from slurm.profile_file import load_profile
 from slurm.script import python_command
@@ -57,6 +58,7 @@ def fetch(args: argparse.Namespace) -> int:
     env = {
         **isolated(os.environ),
         **{name: str(path) for name, path in caches("fetch").items()},
+        **identity(profile),
         **({"HF_HUB_OFFLINE": "1"} if by_hand else {}),
     }
     # downloads may be a group's to read, but nobody's to change
@@ -69,14 +71,33 @@ def fetch(args: argparse.Namespace) -> int:
     return code
 
 
+def image_here(profile: Profile) -> Path | None:
+    """The image that fetch runs in on this machine; None where there is none, or nothing to run it
+    with.
+    """
+    box, image = profile.container, image_of(profile, "fetch")
+    if box is None or image is None or not image.exists() or shutil.which(box.command) is None:
+        return None
+    return image
+
+
+def identity(profile: Profile) -> dict[str, str]:
+    """The variables by which the manifest records that image."""
+    path = image_here(profile)
+    if path is None:
+        return {}
+    image = read_image(path)
+    return {"SARM_IMAGE_SHA256": image.sha256, "SARM_IMAGE_COMMIT": image.commit or "unknown"}
+
+
 def python_here(profile: Profile, run: RunDir) -> list[str]:
     """The words that start Python on this machine: in the image where there is one, else this
     Python where it has what fetch needs.
     """
     box, image = profile.container, image_of(profile, "fetch")
-    if box is not None and image is not None and image.exists() and shutil.which(box.command):
+    if (here := image_here(profile)) is not None:
         return shlex.split(
-            python_command(profile, "fetch", image, binds(run, "fetch"), sys.executable)
+            python_command(profile, "fetch", here, binds(run, "fetch"), sys.executable)
         )
     if find_spec("huggingface_hub") and find_spec("pyarrow"):
         return [sys.executable]

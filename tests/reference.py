@@ -417,6 +417,7 @@ def write_config(hub: Hub, path: Path, **more: Any) -> Path:
         "ppo.max_prompt_tokens": 192,
         "ppo.max_new_tokens": 8,
         "ppo.checkpoint_every": 2,
+        "ppo.penalty.tau": 1.5,  # states are narrower than the real ones, and latents weaker
         "evaluate.prompts": 8,
         "evaluate.max_new_tokens": 8,
         "steer.bootstrap": 100,

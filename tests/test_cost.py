@@ -10,6 +10,7 @@ import pytest
 from sarm.config import ROOT, Config, UserError, load_config
 from sarm.cost import (
     REFERENCE_GPUS,
+    START_S,
     Counts,
     counts,
     evaluated,
@@ -98,6 +99,14 @@ def test_counts_are_fetchs_by_part() -> None:
     prompts = {"a/policy_eval": 3, "b/policy_eval": 4, "a/ppo": 9}
     assert counts(pairs, prompts) == (46, 14, 7, True)
     assert not counts(None, None).known
+
+
+def test_policies_that_are_asked_nothing_take_their_start_alone() -> None:
+    config = reference()
+    policy, sarm = shapes(config)
+    assert policy is not None and sarm is not None
+    costs = planned(config, policy, sarm, counts({}, {}), REFERENCE_GPUS)
+    assert {c.seconds for c in costs if c.phase == "evaluate"} == {START_S}
 
 
 def test_a_plan_beyond_the_limit_is_refused_with_what_takes_most() -> None:

@@ -341,6 +341,8 @@ def test_a_model_that_finds_no_room_is_refused_before_anything_is_fetched(
         )
         if refused:
             with pytest.raises(UserError, match=r"no room for o/m: 3\.0 GB are to be fetched"):
-                hub.refuse_without_room("o/m", "main")
+                hub.refuse_without_room(("o/m", "main"))
         else:
-            hub.refuse_without_room("o/m", "main")  # what is cached, and pickles, take nothing more
+            hub.refuse_without_room(("o/m", "main"))  # what is cached, and pickles, take no more
+            with pytest.raises(UserError, match=r"no room for o/m and o/n: 6\.0 GB are to"):
+                hub.refuse_without_room(("o/m", "main"), ("o/n", "main"))

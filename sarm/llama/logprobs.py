@@ -174,7 +174,7 @@ def _statistics(
         from sarm.llama import logprob_kernels
 
         return logprob_kernels.statistics(logits, labels, temperature)
-    logprobs, entropy, log_sum = (torch.empty(len(logits)) for _ in range(3))
+    logprobs, entropy, log_sum = (torch.empty(len(logits), dtype=torch.float32) for _ in range(3))
     rows = max(1, IN_CACHE // logits.shape[1])
     for at in range(0, len(logits), rows):
         part = slice(at, at + rows)

@@ -20,8 +20,12 @@ cluster-shell:  ## a shell in it, as its ordinary user
 images:  ## build the Apptainer images that are not there yet: KIND="gpu cpu light" BASE=name@sha256:... SARM_IMAGES=...
 	@for kind in $(call listed,KIND); do $(IMAGE_BUILDER) $$kind; done
 
-test-cluster: setup  ## a whole run on a real Slurm in real images, and four faults; skipped where there is no root or Debian
-	@tests/cluster/with-cluster $(PY) -m pytest -m cluster --durations=0 tests/cluster/test_run.py $(PYTEST_ARGS)
+# Sent first and looked at last: the faults are done to another run meanwhile.
+REHEARSAL := tests/cluster/test_rehearsal.py
+
+test-cluster: setup  ## a whole run on a real Slurm in real images, four faults, and the reference run in small; skipped where there is no root or Debian
+	@tests/cluster/with-cluster $(PY) -m pytest -m cluster --durations=0 $(REHEARSAL)::test_three_commands_send_the_run_and_refuse_what_would_stop_it_later \
+	  tests/cluster/test_run.py $(REHEARSAL)::test_its_report_says_what_was_opened_and_stands_beside_the_seeds $(PYTEST_ARGS)
 
 test-faults: setup  ## every fault that a run is to outlive, on a real Slurm with accounting
 	@ACCOUNTING=1 tests/cluster/with-cluster $(PY) -m pytest -m cluster --durations=0 tests/cluster $(PYTEST_ARGS)

@@ -20,14 +20,19 @@ def tiny_models() -> None:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tiny_models: None) -> ClusterRun:
-    """The tiny configuration through `make submit-all`, every phase in its image, PPO on four
-    ranks.
-    """
+def no_runs() -> None:
+    """An empty folder of runs on a cluster that is up."""
     if not (STATE / "pid").exists():
         pytest.skip("no cluster is up; make test-cluster")
     inside("rm", "-rf", str(RUNS))
     inside("mkdir", "-p", str(RUNS))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_models: None, no_runs: None) -> ClusterRun:
+    """The tiny configuration through `make submit-all`, every phase in its image, PPO on four
+    ranks.
+    """
     run = ClusterRun("undisturbed")
     run.submit()
     return run.wait()

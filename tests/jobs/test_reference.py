@@ -175,7 +175,7 @@ def reference_tree(tmp_path: Path) -> dict[str, object]:
     ("token", "says"),
     [
         (None, "is gated and there is no token: accept its licence on the hub, set HF_TOKEN"),
-        ("hf_of_an_account_without", "is gated and the account of this token may not read it"),
+        ("hf_of_an_account_without", "is gated and this token may not read it"),
         ("hf_mistyped", "the hub does not know this token"),
     ],
 )

@@ -22,7 +22,7 @@ from reports.frames import penalised_latents, read_run
 from reports.policies import distinct, policy_table
 from reports.text import RULE, final_report
 from sarm.evaluation.verdict import LEADS, Verdict, decide
-from sarm.records import plain
+from sarm.records import Models, plain
 from sarm.run import RunDir
 from slurm.view import last_lines
 from tests import runs
@@ -322,6 +322,23 @@ def test_distinct_by_hand():
 
 
 # Whatever became of the run
+
+
+def test_provenance_names_images_and_the_commits_that_branches_stood_at(tmp_path, monkeypatch):
+    """Fetch ran on a login node without an image, the rest in one."""
+    monkeypatch.setenv("SARM_IMAGE_SHA256", "ab" * 32)
+    run = reference_run(tmp_path / "run")
+    monkeypatch.delenv("SARM_IMAGE_SHA256")
+    model = {"model": "o/p", "revision": "main", "commit": "c" * 40, "path": "/p", "sha256": {}}
+    file = {"path": "/f", "repo": "o/d", "revision": "d" * 40, "commit": "d" * 40, "sha256": ""}
+    here = {"path": "/g", "commit": None, "sha256": ""}
+    data = {"files": {"a": [file, file], "b": [here]}, "prompts": {}, "pairs": {}, "skipped": {}}
+    local = model | {"model": "models/sarm", "revision": None, "commit": None}
+    publish(run, "fetch", files={"models.json": Models(policy=model, sarm=local, data=data)})
+    told = flat(part(report_of(run), "PROVENANCE"))
+    assert f"Image SHA-256: {'ab' * 32} -" in told
+    assert f"- o/p: commit {'c' * 40}, where main stood - o/d: commit {'d' * 40} " in told
+    assert "models/sarm" not in told and told.count("o/d") == 1
 
 
 def test_an_empty_run_has_a_report(tmp_path):

@@ -517,6 +517,8 @@ def sampling_time(
     """Seconds of sampling in waves. Each token of a wave reads the weights, and the keys and values
     of its rows so far.
     """
+    if not responses:
+        return 0.0
     so_far = at_once * (prompt_tokens + new_tokens / 2) * policy.kv_bytes
     tokens = math.ceil(responses / at_once) * new_tokens
     return tokens * (2 * policy.parameters + so_far) / RATES.copy
