@@ -1,4 +1,4 @@
-"""What cluster tests share: one undisturbed run of configs/tiny.yaml, and one of the reference config."""
+"""What cluster tests share: an undisturbed run of configs/tiny.yaml, and one of the reference."""
 
 from __future__ import annotations
 
