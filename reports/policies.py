@@ -57,6 +57,8 @@ def against_base(generations: pd.DataFrame) -> list[dict[str, Any]]:
     """A row per trained arm: the penalised rate on unsafe prompts less the base policy's on the
     same prompts, with the interval of `two_way`; none without a base policy.
     """
+    if generations.empty:
+        return []
     unsafe = generations[generations["kind"] == "unsafe"]
     fired = unsafe.assign(fired=unsafe["penalised_fired"].astype(float))
     rates = fired.groupby(["policy", "prompt_id"])["fired"].mean().unstack("policy")

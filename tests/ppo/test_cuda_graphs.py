@@ -123,14 +123,19 @@ def step(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_recorded_pass_is_the_eager_one(tiny_policy: Path, lora: bool) -> None:
+@pytest.mark.parametrize("checkpointed", [0, 1])
+def test_a_recorded_pass_is_the_eager_one(tiny_policy: Path, lora: bool, checkpointed: int) -> None:
     actors = []
     for _ in range(2):
         model = AutoModelForCausalLM.from_pretrained(tiny_policy).cuda()
         layers.lay_side_by_side(model)
         actors.append(
             make_actor(
-                model, tiny_ppo(lora={"rank": 2, "alpha": 4} if lora else None), 0, fused=True
+                model,
+                tiny_ppo(lora={"rank": 2, "alpha": 4} if lora else None),
+                0,
+                fused=True,
+                checkpointed=checkpointed,
             )
             .cuda()
             .train()
