@@ -39,6 +39,8 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     """Download what the config names and record it: first whether every gate opens, then data, then
     models.
     """
+    for model in config.models:
+        model.folder()  # neither a folder nor a hub id
     for name, source in config.data.sources.items():
         if source.path is not None:
             source_files(name, source)  # what is laid by hand, before an hour of downloads

@@ -86,7 +86,7 @@ TRAINING = {
     "loss/total": ("Total loss", "loss"),
     "loss/policy_avg": ("Policy loss", "loss"),
     "loss/value_avg": ("Value loss", "loss"),
-    "objective/entropy": ("Entropy", "nats per token"),
+    "objective/entropy": ("Entropy", "nats per response"),
     "response/length": ("Response length", "tokens"),
     "response/cut": ("Responses cut at the token limit", "share"),
 }

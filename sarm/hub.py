@@ -135,8 +135,8 @@ def hub_refusals(repo: str, revision: str | None, *, download: bool) -> Iterator
             f"{repo} at revision {revision} is not in this machine's cache; run make fetch where"
             " there is a network"
         ) from None
-    # httpx2's, of a connection that broke; HfHubHTTPError, time-outs, a full disk
-    except (OSError, errors.HTTPError) as error:
+    # httpx2's, of a connection that broke; HfHubHTTPError, time-outs, a full disk; a malformed name
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         raise UserError(_broken(repo, revision, error)) from error
 
 

@@ -28,7 +28,7 @@ from tests.fakes.site import PROFILE
 from tests.test_docs import PAGES, fences, recipe
 from tests.tiny import tiny_config
 
-pytestmark = pytest.mark.docs
+pytestmark = [pytest.mark.docs, pytest.mark.timeout(1800)]
 
 ELSEWHERE = {
     r"make test$|make check$": "they are what a change runs beside these",
@@ -45,6 +45,8 @@ INSTEAD = (
     (r"^make demo$", "make run CONFIG=configs/smollm2.yaml RUN=outputs/smollm2"),
     (r"^make watch$", "make watch RUN=outputs/smollm2"),
     (r"^make sbatch .*", "python -m slurm.sbatch --cluster generic --out $PLACE/sbatch"),
+    # a tiny SARM has no card: what one would hold is measured
+    (r"^make check-sarm .*", "make check-sarm CONFIG=$PLACE/measured.yaml RUN=outputs/measured"),
     (r"configs/train-smollm2\.yaml", "$PLACE/train.yaml"),
     (r"(?<!-)configs/[\w-]+\.yaml", "$PLACE/tiny.yaml"),
     (r"\blonger\.yaml", "$PLACE/longer.yaml"),
@@ -162,6 +164,8 @@ def tiny(finished: Tiny, tmp_path: Path) -> Tiny:
     split |= {"data.sources.demo.limit": 60, "train_sarm.head_l2": [0.01]}
     split |= {"train_sarm.output": str(tmp_path / "trained")}
     tiny.write("train.yaml", tiny_config(finished.place, **split))
+    measured = {"check_sarm.measure": True, "data.sources.demo.split": {"discovery": 1.0}}
+    tiny.write("measured.yaml", tiny_config(finished.place, **measured))
     return tiny
 
 

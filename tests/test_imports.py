@@ -26,6 +26,7 @@ LIGHT = (
     "slurm.images",
     "slurm.joblogs",
     "slurm.journal",
+    "slurm.left",
     "slurm.local",
     "slurm.lock",
     "slurm.plan",

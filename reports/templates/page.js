@@ -21,7 +21,22 @@
 
   function draw(canvas) {
     const { data, layout } = JSON.parse(document.getElementById("plot-" + canvas.dataset.plot).textContent);
-    return Plotly.newPlot(canvas, data, themed({ ...layout, autosize: true }), SETTINGS);
+    return Plotly.newPlot(canvas, data, themed({ ...layout, autosize: true }), SETTINGS).then(() => {
+      declutter(canvas);
+      canvas.on("plotly_afterplot", () => declutter(canvas));
+    });
+  }
+
+  // Where a plot is narrower than its labels were placed for, those that overlap another stay on hover alone.
+  function declutter(canvas) {
+    const shown = [];
+    for (const label of canvas.querySelectorAll(".textpoint text")) {
+      const box = label.getBoundingClientRect();
+      const over = (b) => box.left < b.right && b.left < box.right && box.top < b.bottom && b.top < box.bottom;
+      const clear = box.width > 0 && !shown.some(over);
+      label.style.visibility = clear ? "visible" : "hidden";
+      if (clear) shown.push(box);
+    }
   }
 
   // What is folded is drawn when it is opened: a plot in there has no width yet.

@@ -1,9 +1,11 @@
-"""One undisturbed run of configs/tiny.yaml for a whole session of cluster tests."""
+"""What cluster tests share: an undisturbed run of configs/tiny.yaml, and one of the reference."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -36,3 +38,15 @@ def undisturbed(tiny_models: None, no_runs: None) -> ClusterRun:
     run = ClusterRun("undisturbed")
     run.submit()
     return run.wait()
+
+
+@pytest.fixture(scope="session")
+def reference_run(no_runs: None) -> Iterator[Any]:
+    """The reference run in small, not begun, and its hub, which stays up until the last test."""
+    from tests import reference
+    from tests.cluster.reference_run import ReferenceRun
+    from tests.fakes.hub import Hub
+
+    with Hub() as hub:
+        reference.publish(hub)
+        yield ReferenceRun(hub, "reference")

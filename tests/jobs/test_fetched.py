@@ -54,6 +54,33 @@ def test_labels_that_cannot_be_read_are_found_by_fetch_and_not_after_training(
         run_unit(run, "fetch", "all")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("policy.model", "no/such/folder", "'no/such/folder' is no folder here"),
+        ("policy.model", "owner/name", "a pinned revision in the config"),
+        (
+            "data.sources.demo",
+            {
+                "format": "jsonl",
+                "label": "Demo",
+                "repo": "a/b/c",
+                "revision": "main",
+                "files": ["d.jsonl"],
+                "split": {"test": 1.0},
+            },
+            "a/b/c at revision main could not be fetched: Repo id must be",
+        ),
+    ],
+)
+def test_a_place_that_is_none_is_a_sentence(
+    tmp_path: Path, key: str, value: object, says: str
+) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config(tmp_path, **{key: value}))
+    with pytest.raises(UserError, match=says):
+        run_unit(run, "fetch", "all")
+
+
 def test_data_laid_in_another_folder_are_missed_before_a_model_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from sarm.models import check_policy, read_tokenizer
 from sarm.pinned import pinned
 from sarm.reward_model.model import load_sarm
 from sarm.run import Attempt, RunDir
+from slurm.fetch import to_bring
 from tests import reference
 from tests.fakes.hub import Hub
 
@@ -266,6 +267,20 @@ def test_where_no_network_is_the_address_and_the_place_are_named(
         UserError, match=rf"could not be fetched .* by hand as {tmp_path}/data/7777"
     ):
         source_files("rmb", source, download=True)
+
+
+def test_what_is_to_be_brought_by_hand_names_each_file_of_a_repository_and_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SARM_CACHE", str(tmp_path))
+    config = load_config(ROOT / "configs" / "llama31-8b.yaml")
+    told = to_bring(config).splitlines()
+    rmb = config.data.sources["rmb"]
+    (line,) = (line for line in told if line.strip().startswith("https") and "/S3.json" in line)
+    path = "RMB_dataset/Pairwise_set/Harmlessness/S3.json"
+    assert f"RMB-Reward-Model-Benchmark/{rmb.revision}/{path}  as " in line
+    assert f" as {tmp_path}/data/{rmb.revision}/FILE" in line
+    assert f"  HF_HUB_CACHE=hub hf download {reference.POLICY} --revision main" in told
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,16 @@ def test_products_of_large_labels_are_rounded_and_still_fit() -> None:
         assert np.corrcoef(mine, other)[0, 1] > 0.99
 
 
+def test_sums_of_squares_fit_in_31_bits_whatever_the_deal() -> None:
+    first = np.arange(600) % 15 < 2
+    prompts = np.repeat(np.arange(40), 15)
+    contrast = Contrast(np.arange(600), prompts, first / 2, (1.0 - first) / 13, 40)
+    design = design_of(deal_of(contrast))
+    sums = sums_of(torch.from_numpy(random_values(contrast, 5).toarray()), design)
+    most = 40 * (15 * 14 // 2) * 85  # prompts, pairs of each, their largest label
+    assert 0.9 * 2**31 < sums.squares.abs().max() * most < 2**31
+
+
 def test_blocks_change_no_p(monkeypatch: pytest.MonkeyPatch) -> None:
     contrast = odd_contrast()
     values = random_values(contrast, 30) - random_values(contrast, 30, 1)

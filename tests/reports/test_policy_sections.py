@@ -5,6 +5,7 @@ against the base policy.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import pandas as pd
 import pytest
 
 from reports.blocks import Block, Prose, Table
+from reports.frames import read_run
 from reports.page import headlines
 from reports.policies import against_base
 from reports.policy_sections import base_sentences, changes, verdict_figures
 from sarm.evaluation.intervals import two_way
+from tests.runs import reference_run
 
 
 def row(measure: str, before: float, after: float, change: float, **more: Any) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def generations(fired: dict[str, list[list[int]]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_changes_against_the_base_policy_are_paired_by_prompt() -> None:
+def test_changes_against_the_base_policy_are_paired_by_prompt(tmp_path: Path) -> None:
     """Four prompts: the base fires on 1, 1, 1/2 and 0 of their samples."""
     base = [[1, 1], [1, 1], [1, 0], [0, 0]]
     arms = {
@@ -111,6 +114,7 @@ def test_changes_against_the_base_policy_are_paired_by_prompt() -> None:
         (expected.value, expected.low, expected.high)
     )
     assert against_base(generations(arms)) == []
+    assert against_base(read_run(reference_run(tmp_path / "run")).generations) == []
 
 
 def test_a_change_that_the_interval_cannot_see_is_said_to_be_none_that_is_shown() -> None:

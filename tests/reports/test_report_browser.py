@@ -207,7 +207,8 @@ CROWDED = """
     const apart = (a, b) => a.right <= b.left + 1 || b.right <= a.left + 1
       || a.bottom <= b.top + 2 || b.bottom <= a.top + 2;
     const boxes = (c, names) => [...c.querySelectorAll(names)]
-      .filter((e) => e.textContent.trim()).map((e) => e.getBoundingClientRect());
+      .filter((e) => e.textContent.trim() && getComputedStyle(e).visibility !== 'hidden')
+      .map((e) => e.getBoundingClientRect());
     const found = [];
     for (const c of document.querySelectorAll('.canvas')) {
       const frame = c.getBoundingClientRect();
@@ -232,6 +233,10 @@ CROWDED = """
 def test_no_words_of_a_plot_overlap_or_are_cut_off_and_no_tick_is_in_nanos(browser, report, width):
     opened(browser, report, width)
     assert browser.execute_script(CROWDED) == []
+    assert browser.execute_script(
+        "return [...document.querySelectorAll('.textpoint text')].some((e) => e.textContent"
+        " && e.style.visibility === 'visible')"
+    )
     ticks = browser.execute_script(
         "return [...document.querySelectorAll('.xtick text, .ytick text')].map((t) =>"
         " t.textContent)"

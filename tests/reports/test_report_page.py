@@ -273,7 +273,9 @@ def test_every_figure_of_every_table_says_its_file_and_column_and_of_how_many(tm
     without = {"failures", "cards"}  # no table
     assert told == {section.id for section in SECTIONS} - without
     assert unexplained(text) == []
-    assert unexplained(text.replace("; 113 prompts", "")), "a figure without its N is seen"
+    assert unexplained(text.replace("; 225 discovery and 112 validation prompts", "")), (
+        "a figure without its N is seen"
+    )
 
 
 def test_every_section_has_a_finding_and_stands_folded_but_one(finished):
