@@ -124,17 +124,19 @@ def set_up(figures: Mapping[str, Any]) -> str:
         " prompts"
     )
     of_training = sum("-seed" in row["policy"] for row in evaluated)
-    others = len(evaluated) - of_training
-    kinds = [
-        f"{n}{f' of {all_of}' if all_of > n else ''} {kind}"
-        for n, all_of, kind in (
-            (of_training, len(trained), "trained"),
-            (others, others, "untrained"),
-        )
-        if n
-    ]
-    policies = f"{joined(kinds)} polic{'y' if len(evaluated) == 1 else 'ies'}"
-    return f"{said}; {policies} answered {prompts}, trained ones {where}."
+    return (
+        f"{said}; {answering(of_training, len(trained), len(evaluated) - of_training)} answered"
+        + (f" {prompts}, trained ones {where}." if of_training else f" {prompts}.")
+    )
+
+
+def answering(n_trained: int, of: int, n_untrained: int) -> str:
+    """12 of 15 trained policies and 3 untrained"""
+    share = f"{n_trained} of {of}" if of > n_trained else str(n_trained)
+    if not n_trained:
+        return f"{n_untrained} untrained polic{'y' if n_untrained == 1 else 'ies'}"
+    policies = f"{share} trained polic{'y' if n_trained == 1 and of <= 1 else 'ies'}"
+    return policies + (f" and {n_untrained} untrained" if n_untrained else "")
 
 
 def joined(names: Sequence[str]) -> str:

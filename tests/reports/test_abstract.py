@@ -105,9 +105,9 @@ def test_question_and_set_up_are_the_runs(found):
         " more?"
     )
     assert said["Set-up"] == (
-        "PPO trained the arms no penalty, penalty and random in 3 seeds each for 100 steps; 10"
-        " policies answered 60 unsafe and 90 safe held-out prompts, trained ones at the end of"
-        " training."
+        "PPO trained the arms no penalty, penalty and random in 3 seeds each for 100 steps; 9"
+        " trained policies and 1 untrained answered 60 unsafe and 90 safe held-out prompts, trained"
+        " ones at the end of training."
     )
 
 
@@ -200,6 +200,26 @@ def test_policies_whose_training_left_nothing_are_told_by_their_evaluation():
     ]
     made = {"training": [], "policies": rows, "compared": {"distance": 0.5}}
     assert abstract.set_up(made) == (
-        "PPO trained the arm penalty in 1 seed; 2 policies answered 50 to 51 unsafe and 60 safe"
-        " held-out prompts, trained ones at a KL distance of 0.5 nats."
+        "PPO trained the arm penalty in 1 seed; 1 trained policy and 1 untrained answered 50 to"
+        " 51 unsafe and 60 safe held-out prompts, trained ones as they were where training's KL"
+        " first reached 0.5 nats."
     )
+
+
+def test_policies_that_answered_are_told_by_how_they_came_to_be() -> None:
+    assert abstract.answering(12, 15, 3) == "12 of 15 trained policies and 3 untrained"
+    assert abstract.answering(1, 1, 0) == "1 trained policy"
+    assert abstract.answering(1, 2, 1) == "1 of 2 trained policies and 1 untrained"
+    assert abstract.answering(0, 4, 1) == "1 untrained policy"
+
+
+def test_what_is_shown_to_fail_is_told_by_the_bound_that_shows_it() -> None:
+    """By hand: suppression is decided by the lower bound, a fall by the upper one."""
+    verdict = verdict_of(arm(over_refused=0.5)).record()
+    over = next(c for c in verdict["changes"] if c["measure"] == "over_refused")
+    row = ladder.rungs(verdict, RULE)[2]
+    low = 100 * over["low"]
+    assert verdict["side"] == "suppression" and low > 5
+    assert f"the lower bound is {low - 5:.1f} points above the limit of 5" in row["said"]
+    fell = ladder.rungs(verdict, RULE)[1]
+    assert "the upper bound is" in fell["said"] and "points below the limit of 0" in fell["said"]

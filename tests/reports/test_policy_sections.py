@@ -36,7 +36,7 @@ def figures(*rows: dict[str, Any]) -> dict[str, Any]:
         "logprob_drop": 0.36,
         "gaps": ["seeds"],
     }
-    compared = {"problem": "", "distance": None}
+    compared = {"problem": "", "distance": None, "kl": {}, "tolerance": 0.15}
     return {"verdict": verdict, "compared": compared, "rule": ["0. ..."]}
 
 
