@@ -124,10 +124,9 @@ def set_up(figures: Mapping[str, Any]) -> str:
         " prompts"
     )
     of_training = sum("-seed" in row["policy"] for row in evaluated)
-    return (
-        f"{said}; {answering(of_training, len(trained), len(evaluated) - of_training)} answered"
-        + (f" {prompts}, trained ones {where}." if of_training else f" {prompts}.")
-    )
+    policies = answering(of_training, len(trained), len(evaluated) - of_training)
+    kept = f", trained ones {where}" if of_training else ""
+    return f"{said}; {policies} answered {prompts}{kept}."
 
 
 def answering(n_trained: int, of: int, n_untrained: int) -> str:

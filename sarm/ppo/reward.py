@@ -331,10 +331,12 @@ def calibrate_random(
     `z_candidates` (n, C) and `z_penalised` (n, P) are latent values on n generations of the base
     policy. The dose is the mean penalty, sum_i alpha_i P(z_i > tau_i) for `threshold`. Each
     penalised latent, the most frequent first, is matched with the first unused candidate that is
-    active often enough, at the tau that gives the same rate; where none is, with the first that
-    is at least half as active as the most active one, at the tau that comes nearest. Then all alphas are multiplied by one number, so that the
-    doses are equal. Latents that never fire are matched at taus above all that was seen. In a
-    density penalty tau plays no part, and the candidate whose rate is nearest is taken."""
+    active often enough, at the tau that gives the same rate; where none is, with the first that is
+    at least half as active as the most active one, at the tau that comes nearest. Then all alphas
+    are multiplied by one number, so that the doses are equal. Latents that never fire are matched
+    at taus above all that was seen. In a density penalty tau plays no part, and the candidate whose
+    rate is nearest is taken.
+    """
     if len(candidates) < len(penalised):
         raise UserError(
             f"{len(candidates)} random candidates cannot match {len(penalised)} penalised latents;"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -370,3 +371,13 @@ def test_where_no_response_ends_that_is_said_and_what_can_be_read_is(
     blocks = calibration({"readings": found.tree()})
     told = [line for block in blocks for line in getattr(block, "items", [])]
     assert any(said in line for line in told), "in the report too"
+
+
+def test_random_latents_that_are_the_same_in_every_seed_are_told() -> None:
+    def drawn(**seeds: list[int]) -> Any:
+        by_seed = {s: [SimpleNamespace(latent=n) for n in latents] for s, latents in seeds.items()}
+        return readability.drawn_alike(SimpleNamespace(random=by_seed))  # type: ignore[arg-type]
+
+    (told,) = drawn(a=[49, 42], b=[42, 49])
+    assert "same latents (42, 49) in all 2 seeds" in told
+    assert drawn(a=[49, 42], b=[42, 7]) == [] and drawn(a=[49]) == [] and drawn() == []

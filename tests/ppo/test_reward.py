@@ -14,7 +14,14 @@ from torch import Tensor
 from sarm.config import PenaltyConfig, SarmConfig, UserError
 from sarm.data.conversations import tokenize_conversation
 from sarm.ppo.penalties import PENALTIES, Penalised, batch_rates, density_terms
-from sarm.ppo.reward import CompoundReward, calibrate_random, conversation, fires, matching_tau
+from sarm.ppo.reward import (
+    CompoundReward,
+    _best_match,
+    calibrate_random,
+    conversation,
+    fires,
+    matching_tau,
+)
 from sarm.reward_model.model import SarmModel
 from tests.runs import features
 
@@ -413,3 +420,11 @@ def test_matching_tau_respects_ties_and_neighbouring_floats() -> None:
     near = torch.stack([odd, torch.nextafter(odd, T(2.0)), T(0.0)])
     assert fires(near[:, None], [Penalised(0, matching_tau(near, 1, 0.0), 1.0)]).sum() == 1
     assert matching_tau(T([3.0, -1.0]), 2, 0.0) == 1.5
+
+
+def test_seeds_try_other_latents_though_none_fires_often_enough() -> None:
+    """By hand: none fires on 200 texts; 40 and 30 are less than half of 100, 60 is not."""
+    assert _best_match(200, [40, 100, 30, 60], "threshold") == 1
+    assert _best_match(200, [60, 40, 100], "threshold") == 0
+    assert _best_match(50, [40, 100, 60], "threshold") == 1  # the first that fires often enough
+    assert _best_match(3, [0, 0], "threshold") == 0
