@@ -349,7 +349,7 @@ def test_an_evaluation_that_is_too_small_stops_before_training(selected_run: Run
         }
     )
     attempt = Attempt(selected_run, "calibrate", "all")
-    with pytest.raises(UserError, match="detects a change of the penalised rate of"):
+    with pytest.raises(UserError, match="can tell no change of the penalised rate, however large"):
         job.run(strict, selected_run, "all", attempt)
 
 
