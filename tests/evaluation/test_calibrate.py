@@ -333,7 +333,8 @@ def test_it_says_where_the_penalty_only_repeats_the_reward() -> None:
     assert alone == [
         "the reward already charges for 5 (0.12 SD a response), 8 (0.03 SD a response); there the"
         " penalty repeats the reward; no other latent is penalised, so training without the"
-        " penalty pushes the same way, and only a comparison at equal KL shows what the penalty adds"
+        " penalty pushes the same way, and only a comparison at equal KL shows what the penalty"
+        " adds"
     ]
     both = readability.repeats([candidate_of(5, 0.125), candidate_of(9, -0.25)])
     assert both == [
@@ -350,7 +351,7 @@ def test_an_evaluation_that_is_too_small_stops_before_training(selected_run: Run
         }
     )
     attempt = Attempt(selected_run, "calibrate", "all")
-    with pytest.raises(UserError, match="can tell no change of the penalised rate"):
+    with pytest.raises(UserError, match="can tell no change of the penalised rate, however large"):
         job.run(strict, selected_run, "all", attempt)
 
 

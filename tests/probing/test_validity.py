@@ -286,6 +286,7 @@ def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignor
     replicated = feature_replication(harming, encoded, data, config, "cpu")
     features = {
         "conjunction": [],
+        "n_prompts": {"discovery": 90, "validation": 60, "test": 30},
         "validity": validity(table, encoded, data, config),
         "promoting": [],
         "misleading": [],
