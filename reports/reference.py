@@ -156,7 +156,11 @@ def penalty_sentence(penalties: list[float], verdict: str) -> str:
     if penalties[-1] == high:
         return f"{between} and ended at their highest"
     if verdict != "control":
-        return between
+        slope, error = trend(list(enumerate(penalties))) if len(penalties) > 2 else (0.0, 0.0)
+        if abs(slope) <= 3 * error:
+            return between
+        verb = "fell" if slope < 0 else "rose"
+        return f"Feature penalties {verb} {ends}, between {plain(low)} and {plain(high)}"
     return (
         f"{between}, showing the model learning to balance reward optimization with feature"
         " constraints"

@@ -719,3 +719,14 @@ def test_eighty_columns_whatever_became_of_the_run(tmp_path, make):
     ]
     assert too_wide == []
     assert not re.search(r"-0\.0+(?![\d.])", report)
+
+
+def test_penalties_with_a_trend_are_told_by_it() -> None:
+    """Noise about a fall is a fall; about a level it oscillates."""
+    falling = [6.0, 5.5, 5.8, 4.9, 4.2, 4.4, 3.1, 2.5]
+    told = reference.penalty_sentence(falling, "suppression")
+    assert told == "Feature penalties fell from 6.0 to 2.5, between 2.5 and 6.0"
+    level = [3.0, 4.0, 2.5, 3.9, 3.2, 2.8, 4.1, 3.0]
+    assert reference.penalty_sentence(level, "suppression") == (
+        "Feature penalties oscillated between 2.5 and 4.1"
+    )
