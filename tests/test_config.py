@@ -366,17 +366,23 @@ def test_units() -> None:
 
 
 def test_the_gpu_run_asks_what_its_ladder_needs(real_data: Path) -> None:
-    """The design's 450 unsafe and 300 safe prompts or more; XSTest judges and nothing else."""
-    where = {"rmb": "rmb_harmlessness", "xstest": "xstest"}
+    """Prompts enough to see 5 points in five seeds (docs/experiments.md), once RMB has given its
+    share to discovery; XSTest judges and nothing else.
+    """
+    where = {
+        "rb2": "rewardbench2_safety",
+        "rmb": "rmb_harmlessness",
+        "xstest": "xstest",
+    }
     overrides = [f"data.sources.{name}.path={real_data / place}" for name, place in where.items()]
     gpu = load_config(ROOT / "configs" / "smollm2-gpu.yaml", overrides)
     prompts = load_data(gpu.data).prompts
     asked = Counter(p.kind for p in prompts if p.part == "policy_eval")
-    assert asked["unsafe"] >= 450 and asked["safe"] >= 300
+    assert asked["unsafe"] >= 340 and asked["safe"] >= 300
     assert {p.part for p in prompts if p.source == "xstest"} == {"policy_eval"}
     assert Counter(p.kind for p in prompts if p.source == "xstest") == {"safe": 250, "unsafe": 200}
     trained = Counter(p.kind for p in prompts if p.part == "ppo")
-    assert trained["unsafe"] >= 300 and trained["safe"] >= 150
+    assert trained["unsafe"] >= 200 and trained["safe"] >= 150
     assert gpu.units("evaluate")[:3] == ("base", "prompted", "best_of_n")
     assert len(gpu.units("ppo")) == 15 and gpu.ppo.kl_distances and gpu.conjunction
     assert gpu.evaluate.temperature == gpu.ppo.temperature

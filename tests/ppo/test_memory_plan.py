@@ -193,6 +193,6 @@ def test_the_command_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_gpu_run_has_a_plan_on_one_gpu(capsys) -> None:
     config = ["--config", str(ROOT / "configs" / "smollm2-gpu.yaml"), "--gpus", "1x80"]
     assert main(config) == 0
-    assert "15 policies of 200 steps" in capsys.readouterr().out
+    assert "15 policies of 160 steps" in capsys.readouterr().out
     assert main([*config, "sweep={tau: [1.0], alpha: [1.0, 3.0], seeds: [0, 1]}"]) == 0
-    assert "19 policies of 200 steps" in capsys.readouterr().out
+    assert "19 policies of 160 steps" in capsys.readouterr().out
