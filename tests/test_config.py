@@ -369,11 +369,7 @@ def test_the_gpu_run_asks_what_its_ladder_needs(real_data: Path) -> None:
     """Prompts enough to see 5 points in five seeds (docs/experiments.md), once RMB has given its
     share to discovery; XSTest judges and nothing else.
     """
-    where = {
-        "rb2": "rewardbench2_safety",
-        "rmb": "rmb_harmlessness",
-        "xstest": "xstest",
-    }
+    where = {"rb2": "rewardbench2_safety", "rmb": "rmb_harmlessness", "xstest": "xstest"}
     overrides = [f"data.sources.{name}.path={real_data / place}" for name, place in where.items()]
     gpu = load_config(ROOT / "configs" / "smollm2-gpu.yaml", overrides)
     prompts = load_data(gpu.data).prompts
