@@ -202,7 +202,7 @@ mutants: setup  ## which one-line faults the tests let through: PATHS="sarm/ppo/
 	@test -e $(VENV)/mutmut/.installed || { rm -rf $(VENV)/mutmut; $(PY) -m pip install -q --disable-pip-version-check --no-deps --require-hashes --target $(VENV)/mutmut -r requirements/mutants.lock; touch $(VENV)/mutmut/.installed; }
 	@$(PY) tests/mutants.py --mutmut $(VENV)/mutmut $(call listed,PATHS)
 
-lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
+lock:  ## update the pinned versions within pyproject.toml's ranges; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
 	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve --extra dev -c requirements/constraints.txt --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-package torch -o requirements/cpu.lock
 	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve -c requirements/constraints.txt -c requirements/cpu.lock --python-version 3.11 \
@@ -212,7 +212,7 @@ lock:  ## pin pyproject.toml's ranges anew; needs uv, and UV_FIND_LINKS at a fol
 	uv pip compile -q pyproject.toml --extra light --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/light.lock
 	uv pip compile -q pyproject.toml --extra light --extra report --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/report.lock
 	uv pip compile -q pyproject.toml --extra mutants -c requirements/cpu.lock --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements/mutants.lock
-	@echo "lock: requirements/*.lock are pinned anew; git diff shows what moved, make setup installs it"
+	@echo "lock: requirements/*.lock are updated; git diff shows what changed, make setup installs it"
 
 clean:  ## remove the environment and caches, never outputs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
