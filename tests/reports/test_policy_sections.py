@@ -16,7 +16,8 @@ from reports.blocks import Block, Prose, Table
 from reports.frames import read_run
 from reports.page import headlines
 from reports.policies import against_base
-from reports.policy_sections import base_sentences, changes, verdict_figures
+from reports.policy_sections import base_sentences, changes, unequal_sentence, verdict_figures
+from reports.run_sections import commits_words
 from sarm.evaluation.intervals import two_way
 from tests.runs import reference_run
 
@@ -130,3 +131,20 @@ def test_a_change_that_the_interval_cannot_see_is_said_to_be_none_that_is_shown(
     )
     assert said.endswith("cannot tell it from no change.")
     assert base_sentences([]) == []
+
+
+def test_arms_further_apart_than_the_rule_compares_are_named() -> None:
+    """By hand: 3.88 / 3.38 = 1.148, 3.38 / 2.83 = 1.194, 3.88 / 2.83 = 1.371."""
+    kl = {"no_penalty": 3.38, "penalty": 3.88, "random": 2.83}
+    (said,) = unequal_sentence(kl, 0.15)
+    assert isinstance(said, Prose)
+    assert "no penalty and random (3.38 and 2.83 nats)" in said.text
+    assert "penalty and random (3.88 and 2.83 nats)" in said.text
+    assert "no penalty and penalty" not in said.text and "more than 15%" in said.text
+    assert unequal_sentence(kl, 0.38) == [] and unequal_sentence({"penalty": 2.0}, 0.15) == []
+    assert unequal_sentence({"penalty": 0.0, "random": 0.0}, 0.15) != [], "no distance at all"
+
+
+def test_a_commit_with_changes_beside_it_is_told() -> None:
+    assert commits_words(["abc", "def+"]) == "abc, def+ (+: with uncommitted changes)"
+    assert commits_words(["abc"]) == "abc" and commits_words([]) == "unknown"
