@@ -201,7 +201,7 @@ class RunDir:
 
         Sizes are always checked; file hashes only with `hashes`. A unit whose recorded inputs are
         no longer what their producers publish is not done either. Without `folders`, files of
-        published folders, such as a policy's weights, may have been removed since: for who reads
+        published folders, such as a policy's weights, may be gone: for callers that read
         none of them.
         """
         try:
