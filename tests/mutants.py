@@ -46,6 +46,7 @@ COVERED = (
     "slurm/submit.py",
     "reports/numbers.py",
     "reports/figures.py",
+    "reports/provenance.py",
     "reports/frames.py",
 )
 LEFT_OUT = ("permutation_kernel.py", "probe_kernels.py", "__init__.py")
