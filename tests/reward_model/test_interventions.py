@@ -5,6 +5,7 @@ latent.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,7 +187,11 @@ def test_sets_ablated_before_topk(world: World, size: int) -> None:
 
 def test_a_set_beyond_the_ranks_kept_is_refused_and_small_saes_have_all(world: World) -> None:
     everything = tuple(int(i) for i in world.ranks.indices[0])
-    with pytest.raises(UserError, match=r"encode\.extra_ranks"):
+    says = (
+        r"^removing 14 latents before TopK leaves \d+ texts with fewer than k = 8 known ranks, as"
+        r" encode kept 6 beyond k; raise encode\.extra_ranks to the size of the set$"
+    )
+    with pytest.raises(UserError, match=says):
         without(world.ranks, everything)
     # A set larger than the spare ranks is fine where few of it are among them.
     assert without(world.ranks, (0, 1)).indices.shape == (len(TEXTS), K)
@@ -293,6 +298,10 @@ def test_direction_does_not_care_for_the_decoder_s_length(world: World) -> None:
         )
         world.model.sae.decoder.weight.div_(7)
     torch.testing.assert_close(after, before)
+    # at a k that is not the model's, a step of 0 changes nothing either
+    still = Direction(5, 0.0)
+    fewer = direction_changes(world.model.sae, world.model.head_weight, world.states, K - 3, still)
+    assert not fewer.any() and len(fewer) == len(TEXTS)
 
 
 def test_latent_values_are_zero_outside_topk() -> None:
@@ -304,12 +313,26 @@ def test_latent_values_are_zero_outside_topk() -> None:
         [1.0, 0.0, 0.0, 0.0],
     ]
     assert latent_values(ranks, []).shape == (2, 0)
-    with pytest.raises(UserError, match="latent 5 does not exist"):
+    with pytest.raises(UserError, match=r"^latent 5 does not exist: this SARM has latents 0 to 4$"):
         reward_changes([Scale(5, 0.0)], ranks, np.ones(5))
-    with pytest.raises(ValueError, match="runner-up"):
+    says = r"^re-selected effects need the runner-up: keep at least k [+] 1 ranks$"
+    with pytest.raises(ValueError, match=says):
         contributions(
             Ranks(ranks.indices[:, :2], ranks.values[:, :2], 2, 5), np.ones(5), reselected=True
         )
+
+
+def test_the_first_and_the_last_latent_can_be_steered_and_none_beside_them() -> None:
+    ranks = Ranks(np.array([[4, 1, 2]]), np.array([[5.0, -0.5, -1.0]]), 2, 5)
+    assert reward_changes([Scale(4, 0.0), Add(0, 3.0)], ranks, np.arange(1.0, 6.0)) == [-25 + 3]
+    with pytest.raises(UserError, match="latent -1 does not exist"):
+        reward_changes([Scale(-1, 0.0)], ranks, np.ones(5))
+
+
+def test_steps_are_told_by_what_they_do() -> None:
+    steps = (Scale(3, 0.25), Add(3, -1.5), Clamp(3, -0.5, 2.25))
+    words = ["times 0.25", "plus -1.5", "clamped to [-0.5, 2.25]"]
+    assert [step.words for step in steps] == words
 
 
 def test_after_topk_steps_work_on_torch_and_numpy_alike() -> None:
@@ -330,26 +353,35 @@ def test_steering_file_as_upstream_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steering", "message"),
     [
-        ([1], "not a mapping"),
-        ({"a": ["*", 0.0]}, "'a' is not the number"),
-        ({"-1": ["*", 0.0]}, "'-1' is not the number"),
-        ({"5": ["-", 0.0]}, "latent 5 has"),
-        ({"5": ["*"]}, "latent 5 has"),
-        ({"5": 0.0}, "latent 5 has"),
-        ({"5": ["*", "0"]}, "no finite number"),
-        ({"5": ["*", True]}, "no finite number"),
-        ({"5": ["+", float("nan")]}, "no finite number"),
-        ({"5": ["+", 1.0], "05": ["*", 1.0]}, "named twice"),
+        ([1], " is not a mapping of latents; FORM"),
+        ({"a": ["*", 0.0]}, ": 'a' is not the number of a latent; FORM"),
+        ({"-1": ["*", 0.0]}, ": '-1' is not the number of a latent; FORM"),
+        ({"5": ["-", 0.0]}, ": latent 5 has the symbol '-'; known are *, +; FORM"),
+        ({"5": [["*"], 0.0]}, ": latent 5 has the symbol ['*']; known are *, +; FORM"),
+        ({"5": ["*"]}, ": latent 5 has ['*']; FORM"),
+        ({"5": 0.0}, ": latent 5 has 0.0; FORM"),
+        ({"5": ["*", "0"]}, ": latent 5 has the value '0', which is no finite number; FORM"),
+        ({"5": ["*", True]}, ": latent 5 has the value True, which is no finite number; FORM"),
+        ({"5": ["+", math.nan]}, ": latent 5 has the value nan, which is no finite number; FORM"),
+        ({"5": ["+", 1.0], "05": ["*", 1.0]}, ": latent 5 is named twice; keep one entry"),
     ],
 )
-def test_a_steering_file_that_is_none_is_refused(steering: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_a_steering_file_that_is_none_is_refused(
+    tmp_path: Path, steering: Any, message: str
+) -> None:
+    message = message.replace("FORM", 'it must look like {"48659": ["*", 0.0], "891": ["+", 1.0]}')
+    with pytest.raises(UserError) as refused:
         parse_steering(steering)
+    assert str(refused.value) == f"steering{message}"
+    (tmp_path / "s.json").write_text(json.dumps(steering))
+    with pytest.raises(UserError) as refused:
+        parse_steering(tmp_path / "s.json")
+    assert str(refused.value) == f"steering file {tmp_path}/s.json{message}"
 
 
 def test_a_steering_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing\.json cannot be read"):
+    with pytest.raises(UserError, match=r"^steering file .*/nothing\.json cannot be read: No such"):
         parse_steering(tmp_path / "nothing.json")
     (tmp_path / "cut.json").write_text('{"5": ["*"')
-    with pytest.raises(UserError, match=r"cut\.json is not JSON"):
+    with pytest.raises(UserError, match=r"^steering file .*/cut\.json is not JSON: Expecting"):
         parse_steering(tmp_path / "cut.json")
