@@ -27,6 +27,7 @@ from sarm.reward_model.interventions import (
     parse_steering,
     reward_changes,
     rewards_of,
+    state_rewards,
     steering_file,
     without,
 )
@@ -298,10 +299,32 @@ def test_direction_does_not_care_for_the_decoder_s_length(world: World) -> None:
         )
         world.model.sae.decoder.weight.div_(7)
     torch.testing.assert_close(after, before)
-    # at a k that is not the model's, a step of 0 changes nothing either
-    still = Direction(5, 0.0)
-    fewer = direction_changes(world.model.sae, world.model.head_weight, world.states, K - 3, still)
-    assert not fewer.any() and len(fewer) == len(TEXTS)
+
+
+def test_rewards_of_states_at_a_k_that_is_not_the_model_s(world: World) -> None:
+    sae, weight, few = world.model.sae, world.model.head_weight, K - 3
+    want = rewards_of(world.ranks._replace(k=few), world.weight)
+    got = state_rewards(sae, weight, world.states, few)
+    assert world.close(got.detach().numpy(), want) and not world.close(want, world.rewards())
+    still, step = Direction(5, 0.0), Direction(5, 2.0)
+    assert not direction_changes(sae, weight, world.states, few, still).any()
+    d = sae.decoder.weight[:, 5] / sae.decoder.weight[:, 5].norm()
+    moved = world.states + 2 * world.states.std(-1, keepdim=True) * d
+    want = state_rewards(sae, weight, moved, few).detach().numpy() - want
+    assert world.close(direction_changes(sae, weight, world.states, few, step).numpy(), want)
+
+
+def test_removal_keeps_the_order_of_many_ranks() -> None:
+    rng = np.random.default_rng(0)
+    indices = np.stack([rng.permutation(500)[:300] for _ in range(3)])
+    values = np.sort(rng.normal(size=(3, 300)))[:, ::-1].astype(np.float32)
+    removed = [int(i) for i in indices[1, ::7]]
+    found = without(Ranks(indices.astype(np.int32), values, 240, 500), removed)
+    for row in range(3):
+        pairs = zip(indices[row].tolist(), values[row].tolist(), strict=True)
+        want = [(i, value) for i, value in pairs if i not in removed][:240]
+        assert found.indices[row].tolist() == [i for i, _ in want]
+        assert found.values[row].tolist() == [value for _, value in want]
 
 
 def test_latent_values_are_zero_outside_topk() -> None:
