@@ -325,6 +325,16 @@ def test_removal_keeps_the_order_of_many_ranks() -> None:
         want = [(i, value) for i, value in pairs if i not in removed][:240]
         assert found.indices[row].tolist() == [i for i, _ in want]
         assert found.values[row].tolist() == [value for _, value in want]
+    assert (found.k, found.d_sae) == (240, 500)
+
+
+def test_rewards_are_summed_in_float64() -> None:
+    ranks = Ranks(np.array([[2, 0, 1]], np.int32), np.array([[3e7, 2, 1]], np.float32), 2, 3)
+    weight = np.array([0.5, 7.0, 1.0], np.float32)
+    assert rewards_of(ranks, weight).tolist() == [3e7 + 1]
+    weight[2] = 1 / 3
+    exact = 3e7 * float(weight[2]) - 7.0  # latent 1 comes up
+    assert contributions(ranks, weight, reselected=True)[0, 0] == exact
 
 
 def test_latent_values_are_zero_outside_topk() -> None:
