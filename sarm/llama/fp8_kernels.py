@@ -60,8 +60,8 @@ def _product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`steps` blocks of the sum over k, one of `count` parts of it, of one tile (BLOCK_N, BLOCK_B) of
-    the transposed output.
+    """Of one tile (BLOCK_N, BLOCK_B) of the transposed output, one of `count` parts of the sum over
+    k: `steps` blocks of it.
     """
     row_block, channel_block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = row_block * BLOCK_B + tl.arange(0, BLOCK_B)
