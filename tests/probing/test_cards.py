@@ -203,6 +203,7 @@ def test_edit_effects_by_hand() -> None:
     )
     found = edit_effects(edits, np.array([0.0, 2.0, 1.0, 1.5, 0.0, 0.0, 1.0, 1.0]))
     assert found == (4, 3, 1, [0, 1])
+    assert edit_effects(edits, np.array([0.5, 0.0, 0.0, 0.25, 0.0, 0.0, -1.0, -1.0])).on_either == 2
 
 
 def test_minimal_edits_in_real_data_are_counted(real_data: Path) -> None:

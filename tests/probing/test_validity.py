@@ -29,6 +29,7 @@ from sarm.probing.replication import (
     unread,
 )
 from sarm.probing.select import judged
+from sarm.probing.stats import holm
 from sarm.probing.validity import sensitivity, validity
 from sarm.reward_model.interventions import Ranks
 from sarm.training.heads import fit_head
@@ -163,6 +164,8 @@ def test_listed_latents_are_tried_on_sources_that_selection_never_read(world) ->
     states = {latent: rows[0]["replicates"] for latent, rows in found.items()}
     assert states == dict.fromkeys(BOTH, True) | dict.fromkeys((*ONLY_A, TURNED), False)
     assert {row["source"] for rows in found.values() for row in rows} == {"B"}
+    p = {latent: rows[0]["p"] for latent, rows in found.items()}
+    assert [found[i][0]["p_holm"] for i in p] == pytest.approx(holm(np.array(list(p.values()))))
     row = found[3][0]
     assert row["effect_low"] < row["effect"] < row["effect_high"]
 
@@ -359,8 +362,18 @@ def test_discovery_here_is_the_probe_s(world) -> None:  # type: ignore[no-untype
     assert permutation_p(values, contrast, 1000, 1280, 0)[0] == found.p[3]
 
 
+def test_the_effect_on_two_contrasts_is_that_of_all_their_prompts(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, _ = world
+    whole = contrasts_of(data, encoded, ())["discovery"]
+    few = np.arange(whole.n_prompts) < 7
+    parts = [of_prompts(whole, few), of_prompts(whole, ~few)]
+    both = discover(encoded, parts, config, 0, "cpu").effect
+    assert both == pytest.approx(discover(encoded, [whole], config, 0, "cpu").effect)
+
+
 def test_pairs_weigh_prompts_alike(world) -> None:  # type: ignore[no-untyped-def]
     encoded, data, _, _ = world
     rows = pair_rows(data.pairs[:3], {id_: row for row, id_ in enumerate(encoded.texts["text_id"])})
     assert rows.chosen.tolist() == [0, 0, 3] and rows.rejected.tolist() == [1, 2, 4]
     assert rows.weight.tolist() == [0.25, 0.25, 0.5]
+    assert pair_rows([], {}).chosen.dtype == np.int64

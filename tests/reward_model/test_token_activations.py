@@ -84,6 +84,9 @@ def test_siblings_by_direction_are_the_largest_cosines_whatever_their_sign():
     found = by_direction([0, 3], directions, most=2)
     assert found[0] == [{"latent": 2, "cosine": -1.0}, {"latent": 1, "cosine": pytest.approx(0.6)}]
     assert found[3][0]["latent"] == 1 and len(found[3]) == 1  # the others have a cosine of 0
+    # of equal cosines the lower numbers first
+    many = np.tile(np.array([[1.0, 0.0]], np.float32), (40, 1))
+    assert [one["latent"] for one in by_direction([2], many)[2]] == [0, 1, 3, 4, 5]
 
 
 def test_siblings_by_firing_are_correlations_of_who_fires():
@@ -105,6 +108,10 @@ def test_siblings_by_firing_are_correlations_of_who_fires():
             [phi for phi in others[:3] if phi > 0]
         )
     assert found[5] == []
+    # nothing fires on the last of more latents, and equal phi are in the order of their numbers
+    many = Ranks(np.tile(np.arange(30), (4, 1)), np.full((4, 30), -1.0), 30, 50)
+    many.values[:2] = 1.0
+    assert [one["latent"] for one in by_firing([2], many)[2]] == [0, 1, 3, 4, 5]
 
 
 def test_examples_are_one_a_prompt_of_each_kind_and_distance():
