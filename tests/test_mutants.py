@@ -110,6 +110,8 @@ def test_a_file_that_cannot_be_tried_stops_no_other_and_is_told(
 
     monkeypatch.setattr(mutants, "generated", generated)
     monkeypatch.setattr(mutants, "tried", tried)
+    costs = {"slurm/plan.py": 9, "sarm/ppo/losses.py": 5, "sarm/ppo/drift.py": 1}
+    monkeypatch.setattr(mutants, "cost", lambda path, faults: costs[path] * faults)
     paths = ["sarm/ppo/kl.py", "sarm/ppo/drift.py", "sarm/ppo/losses.py", "slurm/plan.py"]
     monkeypatch.setattr(sys, "argv", ["mutants", "--mutmut", str(tmp_path), "--jobs", "1", *paths])
     assert mutants.main() == 1

@@ -121,8 +121,15 @@ def test_agreement_with_the_same_responses_cut_earlier() -> None:
     fires = [t.count("e") > 1.5 or t.count("a") > 1.5 for t in kept]
     assert first.tolist() == second.tolist() == fires and row.n == 6
     assert row.kappa == 1.0
-    row, first, second = c.agreement(responses(), base, penalised, 9, True, read)
+    asked: list[list[str]] = []
+
+    def reading(prompts: Any, texts: Any) -> c.Read:
+        asked.append(list(texts))
+        return read(prompts, texts)
+
+    row, first, second = c.agreement(responses(), base, penalised, 9, True, reading)
     earlier = [trim_to_last_sentence(text[:-9]) for text in TEXTS]
+    assert asked == [earlier]
     assert second.tolist() == [t.count("e") > 1.5 or t.count("a") > 1.5 for t in earlier]
     assert row.kappa == cohens_kappa(first, second) and row.kappa < 1
     assert row.by_latent["3"] == cohens_kappa(
@@ -171,7 +178,7 @@ def test_positive_control_replaces_rejected_answers_by_chosen_ones(
         "read_tokenizer",
         lambda *_: (
             lambda text, add_special_tokens: {
-                "input_ids": [ord("!")] * add_special_tokens + [ord(x) for x in text]
+                "input_ids": [ord("e")] * add_special_tokens + [ord(x) for x in text]
             }
         ),
     )

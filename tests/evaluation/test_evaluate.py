@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.__main__ import run_unit
-from sarm.config import Config, EvaluateConfig, RefusalDetectorConfig, UserError
+from sarm.config import Config, EvaluateConfig, RefusalDetectorConfig, UserError, parse_config
 from sarm.data.conversations import prompt_ids
 from sarm.data.datasets import Prompt, load_data, prompts_in
 from sarm.data.endings import ends, trim_to_last_sentence
@@ -323,6 +323,20 @@ def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters
     )
     assert found["spelled"].tolist() == [0, 1, 2, 1]
     assert found["reward"].nunique() == 4, "an end of turn that is spelled ends nothing"
+    tree = config.model_dump(mode="json")
+    tree["ppo"]["penalty"]["clamp"] = 0.0
+    held = parse_config(tree, "test")
+    reads, _ = evaluate.score_responses(
+        held, features_of(config), prompts[:1] * 4, texts, load_sarm(config.sarm)
+    )
+    assert reads["reward"].tolist() == found["reward"].tolist(), (
+        "what training clamps is read whole"
+    )
+
+
+def test_without_a_judge_harm_is_not_known():
+    found = evaluate.judged(None, ["q"] * 2, ["a"] * 2, "cpu")
+    assert found.dtype == np.float64 and np.isnan(found).all() and found.shape == (2,)
 
 
 def test_labels_that_are_not_mapped_stop_it_before_anything_is_generated(

@@ -30,7 +30,6 @@ from sarm.data.endings import Ending
 from sarm.llama.decoders import decoder_for
 from sarm.llama.generate import Rollout
 from sarm.ppo.batching import Mix, fitting_prompts, mini_batches, mix_of, rows_of_step
-from sarm.ppo.drift import Drift
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.cuda_graphs import Recorded
 from sarm.ppo.learner.distributed import place
@@ -39,7 +38,6 @@ from sarm.ppo.learner.learner import Logprobs
 from sarm.ppo.learner.micro_batches import micro_batches, scatter
 from sarm.ppo.loop import train
 from sarm.ppo.metrics import ending_metrics, refuse_mismatch, score_metrics
-from sarm.ppo.penalties import Penalised
 from sarm.ppo.trainer import Experience
 from tests.ranks import (
     PlantedReward,
@@ -177,7 +175,9 @@ def test_rates_of_monitors_are_logged_under_their_own_names() -> None:
             [[2.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 3.0, 1.0], [2.0, 0.0, 0.0]]
         )
     )
-    tracked = [Penalised(5, 0.5, 0.1), Penalised(7, 1.5, 0.1), Penalised(11, 0.5, 0.1)]
+    tracked: Any = [
+        SimpleNamespace(latent=latent, tau=tau) for latent, tau in ((5, 0.5), (7, 1.5), (11, 0.5))
+    ]
     assert score_metrics(reward, scores, tracked) == {"a": 1.0, "rate/5": 0.75, "rate/7": 0.5}
     assert score_metrics(reward, scores, tracked[2:]) == {"a": 1.0}
 
@@ -187,7 +187,8 @@ class Steps:
 
     def __init__(self, error: Exception | None = None, **ppo: Any) -> None:
         self.ppo, self.error = tiny_ppo(**ppo), error
-        self.progress = SimpleNamespace(step=0, drift=Drift())
+        drift = SimpleNamespace(mean=None, passed=lambda before, distances: [])
+        self.progress = SimpleNamespace(step=0, drift=drift)
         self.learner = SimpleNamespace(out_of_memory=lambda n: f"no room for {n} tokens")
         self.reward = SimpleNamespace(tokens_per_batch=77)
 

@@ -95,9 +95,9 @@ def test_the_null_is_the_same_under_the_same_seed() -> None:
     assert one == again and one["null_low"] < one["null_high"]
 
 
-def test_shuffled_labels_are_dealt_to_both_sides_and_nothing_is_confirmed_without_validation() -> (
-    None
-):
+def test_shuffled_labels_are_dealt_to_both_sides_and_nothing_is_confirmed_without_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     encoded, contrasts = planted_world(2, prompts=100)
     labels = -contrasts["discovery"].labels
     assert (nulls._relabelled(contrasts["discovery"], labels).labels == labels).all()
@@ -106,6 +106,18 @@ def test_shuffled_labels_are_dealt_to_both_sides_and_nothing_is_confirmed_withou
     rows = nulls.shuffled_labels(encoded, contrasts | {"validation": none}, config, "cpu")
     assert max(row["discoveries"] for row in rows) > 0 and len(rows) == 3
     assert [row["confirmed"] for row in rows] == [0] * 3
+    given: list[Any] = []
+
+    def confirm(*arguments: Any) -> Any:
+        given.append(arguments[2:])
+        return np.arange(64) < 5
+
+    monkeypatch.setattr(nulls, "confirm", confirm)
+    rows = nulls.shuffled_labels(encoded, contrasts, config, "cpu")
+    assert [row["confirmed"] for row in rows] == [5] * 3
+    assert [one[1:] for one in given] == [(config, "cpu")] * 3
+    for (contrast, *_), before in zip(given, [contrasts["validation"]] * 3, strict=True):
+        assert (contrast.rows == before.rows).all() and (contrast.labels != before.labels).any()
 
 
 def test_too_little_to_compare_with_gives_no_row() -> None:

@@ -15,12 +15,14 @@ from reports.blocks import lines
 from reports.validity_sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
+from sarm.probing import rediscovery
+from sarm.probing import validity as validity_module
 from sarm.probing.baselines import baselines, bradley_terry, pair_rows, words_alone
 from sarm.probing.contrast import Contrast
 from sarm.probing.effects import Encoded, contrasts_of, latent_contributions, latent_table
 from sarm.probing.nulls import shuffled_labels
-from sarm.probing.permutation import permutation_p
-from sarm.probing.rediscovery import discover, joined, of_prompts, rank_correlation
+from sarm.probing.permutation import permutation_p, permutations_needed
+from sarm.probing.rediscovery import Found, discover, joined, of_prompts, rank_correlation
 from sarm.probing.replication import (
     confirmed_replication,
     feature_replication,
@@ -193,6 +195,45 @@ def test_repeating_the_selection(world) -> None:  # type: ignore[no-untyped-def]
     assert np.mean([r["again"] for r in by_what["75% of the prompts"]]) >= np.mean(
         [r["again"] for r in by_what["25% of the prompts"]]
     )
+
+
+def test_a_split_is_confirmed_on_the_prompts_that_it_did_not_discover_on(
+    world,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded, data, config, table = world
+    nothing = np.zeros(D_SAE, bool)
+    mine: list[set[int]] = []
+    rest: list[set[int]] = []
+
+    def found(encoded: Any, contrasts: Any, *_: Any) -> Found:
+        mine.append({int(row) for contrast in contrasts for row in contrast.rows})
+        return Found(nothing, np.zeros(D_SAE), np.ones(D_SAE), nothing)
+
+    def confirmed(encoded: Any, found: Any, contrast: Contrast, *_: Any) -> Any:
+        rest.append(mine[-1] | {-1} if mine[-1] & set(contrast.rows) else set(contrast.rows))
+        return nothing
+
+    monkeypatch.setattr(validity_module, "discover", found)
+    monkeypatch.setattr(validity_module, "confirm", confirmed)
+    sensitivity(table, encoded, data, config, "cpu")
+    read = encoded.texts["part"].isin(["discovery", "validation"]).to_numpy()
+    splits = mine[2:4]
+    assert len(rest) == 2 and splits[0] != splits[1]
+    for one, other in zip(splits, rest, strict=True):
+        assert (len(one), len(other)) == (180, 90)
+        assert sorted(one | other) == np.flatnonzero(read).tolist()
+
+
+def test_tested_again_are_twenty_times_the_permutations_that_are_needed(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, _ = world
+    ((_, contrast),) = unread(encoded, data, config)
+    latents = np.array([*BOTH, 5])
+    effect, p = rediscovery.tested_again(encoded, latents, contrast, config, "cpu")
+    drawn = 20 * permutations_needed(3, 0.05)
+    assert drawn > 1000 and p[:2].tolist() == [2 / (drawn + 1)] * 2, "no deal matched these"
+    values = latent_contributions(encoded, contrast, config)
+    assert effect == pytest.approx((values[latents] @ contrast.labels) / contrast.n_prompts)
 
 
 def test_dense_probes_see_what_is_planted_in_the_states(world) -> None:  # type: ignore[no-untyped-def]

@@ -111,6 +111,10 @@ def test_siblings_by_firing_are_correlations_of_who_fires():
             [phi for phi in others[:3] if phi > 0]
         )
     assert found[5] == []
+    # on the last of more latents nothing fires, nor is anything kept
+    indices = np.array([range(30), range(30), range(10, 40), range(10, 40)])
+    some = Ranks(indices, np.full((4, 30), 1.0), 30, 50)
+    assert by_firing([2], some)[2][0] == {"latent": 0, "phi": 1.0, "both": 2}
     # nothing fires on the last of more latents, and equal phi are in the order of their numbers
     many = Ranks(np.tile(np.arange(30), (4, 1)), np.full((4, 30), -1.0), 30, 50)
     many.values[:2] = 1.0
@@ -140,9 +144,9 @@ def test_examples_are_one_a_prompt_of_each_kind_and_distance():
         for kind, most in MOST.items():
             prompts = [whose["prompt_id"][row] for row, what in mine if what == kind]
             assert 0 < len(prompts) == len(set(prompts)) <= most
-    tied = pd.DataFrame({"z_4": np.ones(n), "below_4": np.zeros(n)})
+    tied = pd.DataFrame({"z_4": np.tile([1.0, 2.0], n // 2), "below_4": np.zeros(n)})
     each = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(n)], "distance": 0.5})
-    assert [row for row, _, _ in chosen_rows(each, tied, [4], seed=3)] == [0, 1, 2]
+    assert [row for row, _, _ in chosen_rows(each, tied, [4], seed=3)] == [1, 3, 5]
 
 
 def test_own_examples_hold_what_the_latent_does_at_every_token(
