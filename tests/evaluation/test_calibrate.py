@@ -307,6 +307,22 @@ def test_power_is_of_the_plan_and_of_how_the_responses_vary(tmp_path) -> None:
     assert c.power(made, data, fired) == {"detectable": want, "planned": planned}
 
 
+@pytest.mark.parametrize("cut", ["trim", "score"])
+def test_responses_are_read_as_the_reward_reads_them(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    def asked(prompts: Any, texts: Any) -> c.Read:
+        raise LookupError(*texts)
+
+    monkeypatch.setattr(c, "base_responses", lambda *_: responses())
+    monkeypatch.setattr(c, "sarm_reader", lambda *_: asked)
+    made = config(tmp_path, **{"responses.cut": cut})
+    with pytest.raises(LookupError) as error:
+        c.calibrate(made, chosen(), load_data(made.data), "cpu", lambda *_: None)
+    trimmed = [trim_to_last_sentence(text) for text in TEXTS]
+    assert list(error.value.args) == (trimmed if cut == "trim" else TEXTS)
+
+
 def test_the_policy_is_read_at_its_revision(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = config(tmp_path)
     made = made.model_copy(

@@ -314,7 +314,9 @@ def test_unended_is_what_was_cut_in_mid_sentence(evaluated):
     assert table["unended"].any()
 
 
-def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters(evaluated):
+def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters(
+    evaluated, monkeypatch
+):
     config, _, prompts, table, _ = evaluated
     assert (table["spelled"] == 0).all()
     texts = ["Sure.", "Sure.<|eot_id|>No.", "<|pad|> <|eot_id|><|eot_id|", "Sure.<|eot_id|>"]
@@ -325,13 +327,14 @@ def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters
     assert found["reward"].nunique() == 4, "an end of turn that is spelled ends nothing"
     tree = config.model_dump(mode="json")
     tree["ppo"]["penalty"]["clamp"] = 0.0
-    held = parse_config(tree, "test")
-    reads, _ = evaluate.score_responses(
-        held, features_of(config), prompts[:1] * 4, texts, load_sarm(config.sarm)
-    )
-    assert reads["reward"].tolist() == found["reward"].tolist(), (
-        "what training clamps is read whole"
-    )
+
+    def made(model, tokenizer, features, penalty, *_, **__):
+        raise LookupError(penalty.clamp)
+
+    monkeypatch.setattr(evaluate.CompoundReward, "from_features", made)
+    with pytest.raises(LookupError, match=r"^None$"):  # what training clamps is read whole
+        held = parse_config(tree, "test")
+        evaluate.score_responses(held, features_of(config), [], [], (None, None))
 
 
 def test_without_a_judge_harm_is_not_known():
