@@ -246,10 +246,10 @@ def test_the_gpu_run_has_a_plan_on_one_gpu(capsys) -> None:
 
 
 def test_rollouts_in_fp8_by_hand() -> None:
-    """With LoRA the merged bf16 copy of the layers gives way to one byte a weight of layers and
-    head; in full that comes on top. A token reads as many.
+    """With LoRA the merged bf16 copy of the layers gives way to one byte a weight; in full that
+    comes on top. A token reads as many, and the head in bf16.
     """
-    fp8_bytes = 32 * LLAMA_8B.layer + 128256 * 4096
+    fp8_bytes, head = 32 * LLAMA_8B.layer, 2 * 128256 * 4096
     for lora in (True, False):
         ppo = REFERENCE_JOB if lora else REFERENCE_JOB.model_copy(update={"lora": None})
         half = ppo.model_copy(update={"rollout_dtype": "fp8"})
@@ -261,7 +261,7 @@ def test_rollouts_in_fp8_by_hand() -> None:
         so_far = rows * (ppo.max_prompt_tokens + ppo.max_new_tokens / 2) * kv
         prompts = 2 * 32 * LLAMA_8B.layer * rows * ppo.max_prompt_tokens / 560e12
         widened = 5 * 32 * LLAMA_8B.layer / 4.07e12
-        token = (fp8_bytes + so_far) / 4.07e12 + 32 * 24e-6 + 1e-4
+        token = (fp8_bytes + head + so_far) / 4.07e12 + 32 * 24e-6 + 1e-4
         assert plan.rollout_s == pytest.approx(ppo.max_new_tokens * token + prompts + widened)
         assert plan.train_s == pytest.approx(plain.train_s + 3 * LLAMA_8B.parameters / 2.3e12)
         widest = 2 * 28672 * 4096 / 2**30

@@ -97,8 +97,8 @@ class Shape(NamedTuple):
 
     @property
     def fp8_bytes(self) -> int:
-        """Of what a token is multiplied with, in fp8: a tied head too is a copy of its own."""
-        return self.layers * self.layer + self.embedding
+        """Of the layers in fp8; embedding and head stay as they are."""
+        return self.layers * self.layer
 
     def kept(self, fused: bool) -> int:
         """Elements that one token leaves in one layer for the backward pass; transformers' own
@@ -563,7 +563,7 @@ def sampling_time(
     if fp8:
         reading += waves * 5 * policy.layers * policy.layer / rates.read
     small = SMALL_KERNELS_S * policy.layers + SAMPLE_S
-    weights = policy.fp8_bytes if fp8 else 2 * policy.parameters
+    weights = policy.fp8_bytes + 2 * policy.embedding if fp8 else 2 * policy.parameters
     return reading + tokens * ((weights + so_far) / rates.read + small)
 
 
