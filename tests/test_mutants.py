@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections import Counter
@@ -49,6 +50,30 @@ def test_a_survivor_is_read_off_mutmuts_diff() -> None:
     assert mutants.survivor("sarm.a.xǁCǁg__mutmut_1", shown).function == "sarm.a.C.g"
 
 
+def test_survivors_that_change_nothing_are_counted_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(old: str, new: str) -> str:
+        return f"# a: survived\n--- a.py\n+++ a.py\n@@ -1 +1 @@\n-    {old}\n+    {new}\n"
+
+    entry = next(iter(mutants.listed()))
+    module, function = entry.function.rsplit(".", 1)
+    told = {
+        f"{module}.x_{function}__mutmut_1": ("survived", shown(entry.line, entry.becomes)),
+        f"{module}.x_{function}__mutmut_2": ("survived", shown(entry.line, "a = 2")),
+        f"{module}.x_{function}__mutmut_3": (
+            "survived",
+            shown('open(a, encoding="utf-8")', 'open(a, encoding="UTF-8")'),
+        ),
+        f"{module}.x_{function}__mutmut_4": ("no tests", shown("a = 1", "a = 3")),
+        f"{module}.x_{function}__mutmut_5": ("killed", ""),
+    }
+    monkeypatch.setattr(mutants, "python", lambda *_: "noise\n" + json.dumps(told))
+    found = mutants.told(tmp_path, "a.py", list(told), tmp_path)
+    assert found.counts == {"listed": 2, "survived": 1, "no tests": 1, "killed": 1}
+    assert [s.becomes for s in found.survivors] == ["a = 2", "a = 3"]
+
+
 def test_a_sample_holds_of_every_file_its_share_and_at_least_one() -> None:
     names = {"a": [f"a{i}" for i in range(90)], "b": [f"b{i}" for i in range(9)], "c": ["c0"]}
     drawn = mutants.sampled(names, 20, seed=3)
@@ -60,9 +85,9 @@ def test_a_sample_holds_of_every_file_its_share_and_at_least_one() -> None:
 def test_the_kill_rate_has_wilsons_interval() -> None:
     told = mutants.row("a.py", Counter(killed=183, survived=5, **{"no tests": 2}))
     assert "96.3% (92.6% to 98.2%) of 190: 183 killed" in told  # by statsmodels
-    counts = Counter(killed=183, survived=5, **{"no tests": 2, "not checked": 40})
+    counts = Counter(killed=183, survived=5, listed=9, **{"no tests": 2, "not checked": 40})
     assert "96.3% (92.6% to 98.2%) of 190: 183 killed" in mutants.row("a.py", counts)
-    assert mutants.row("a.py", Counter({"not checked": 3})).split() == ["a.py", "not", "tried"]
+    assert mutants.row("a.py", Counter({"not checked": 3})).split() == ["a.py", "none", "tried"]
 
 
 def test_a_file_that_cannot_be_tried_stops_no_other_and_is_told(
