@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sarm.llama import fp8
-from sarm.llama.decoders import CacheDecoder, Decoder, LlamaDecoder, decoder_for
+from sarm.llama.decoders import Decoder, LlamaDecoder, decoder_for
 from sarm.llama.generate import generate, response_logprobs
 from tests.tiny import llama_config
 
@@ -106,8 +106,9 @@ def test_nothing_is_lost_of_what_e4m3_holds() -> None:
 SIZES = [
     (1, 40, 64),
     (3, 130, 300),  # neither whole tiles nor whole steps
-    (32, 256, 1100),  # several programs a tile
+    (32, 256, 1100),
     (70, 130, 1024),  # two blocks of rows
+    (33, 70, 4200),  # several programs a tile
     (256, 128, 512),
 ]
 
@@ -140,12 +141,13 @@ def test_the_parts_of_a_sum_are_added_in_their_order() -> None:
 
     weight = fp8.quantised(random(256, 2048, seed=3).to(DEVICE, torch.bfloat16))
     x = random(8, 2048, seed=4).to(DEVICE, torch.float16)
-    tiling = fp8_kernels.TILING._replace(least_steps=1)
+    tiling = fp8_kernels.WIDE._replace(least_steps=1)
     first = fp8_kernels.product(x, weight, tiling)
     for _ in range(50 if CUDA else 2):
         assert torch.equal(fp8_kernels.product(x, weight, tiling), first)
-    alone = fp8_kernels.product(x, weight, tiling._replace(programs=1))
-    torch.testing.assert_close(first.float(), alone.float(), rtol=2**-10, atol=1e-2)
+    for other in (tiling._replace(programs=1), fp8_kernels.WIDE, fp8_kernels.NARROW):
+        alone = fp8_kernels.product(x, weight, other)
+        torch.testing.assert_close(first.float(), alone.float(), rtol=2**-10, atol=1e-2)
 
 
 # Decoders
@@ -193,7 +195,7 @@ def decoders_of(model, **how):  # type: ignore[no-untyped-def]
 def test_a_quantised_policy_samples_as_the_rounded_one(tied: bool) -> None:
     torch.manual_seed(1)
     model = LlamaForCausalLM(llama_config(tie_word_embeddings=tied)).eval().to(DEVICE)
-    plain, exact = run(CacheDecoder(rounded(model))), run(CacheDecoder(model))
+    plain, exact = run(LlamaDecoder(rounded(model))), run(LlamaDecoder(model))
     for decoder in decoders_of(model):
         got = run(decoder)
         assert got.responses.tolist() == plain.responses.tolist()
@@ -259,7 +261,7 @@ def test_lora_is_merged_and_quantised_at_every_refresh(tiny_policy: Path) -> Non
                 if "lora_B" in name:
                     parameter.copy_(random(*parameter.shape, seed=len(name) + round_) * 0.3)
         merged = copy.deepcopy(tuned).merge_and_unload()
-        plain = run(CacheDecoder(rounded(merged)))
+        plain = run(LlamaDecoder(rounded(merged)))
         for i, decoder in enumerate(decoders):
             before = decoder.weights.addresses()
             decoder.refresh()
