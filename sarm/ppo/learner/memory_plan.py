@@ -67,6 +67,10 @@ class Rates(NamedTuple):
 
 
 H100, H200 = Rates("H100", 2.94e12), Rates("H200", 4.07e12)
+FP8_READ = 2.2e12
+"""Bytes/s at most where decoding reads weights in fp8: their product is bound by widening them."""
+FP8_WIDENED = 2.9e11
+"""Weights a second that become bf16 before prompts are read."""
 
 
 class Shape(NamedTuple):
@@ -561,10 +565,13 @@ def sampling_time(
     tokens = waves * new_tokens
     reading = 2 * policy.layers * policy.layer * responses * prompt_tokens / rates.train
     if fp8:
-        reading += waves * 5 * policy.layers * policy.layer / rates.read
+        reading += waves * policy.fp8_bytes / FP8_WIDENED
     small = SMALL_KERNELS_S * policy.layers + SAMPLE_S
-    weights = policy.fp8_bytes + 2 * policy.embedding if fp8 else 2 * policy.parameters
-    return reading + tokens * ((weights + so_far) / rates.read + small)
+    of_weights = 2 * policy.parameters / rates.read
+    if fp8:
+        of_layers = policy.fp8_bytes / min(FP8_READ, rates.read)
+        of_weights = of_layers + 2 * policy.embedding / rates.read
+    return reading + tokens * (of_weights + so_far / rates.read + small)
 
 
 def score_time(ppo: PpoConfig, sarm: Sarm, gpus: Gpus) -> float:
