@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,6 +169,7 @@ def tests_of(path: str) -> list[str]:
     return [file.relative_to(ROOT).as_posix() for file in chosen]
 
 
+@cache
 def imported(file: Path) -> set[str]:
     """The modules that a file names in its imports, names taken from them as well."""
     found = set()
