@@ -33,12 +33,12 @@ given = $(if $(filter command environment,$(firstword $(origin $1))),$(value $1)
 quoted = '$(subst ','\'',$1)'
 arg = $(call quoted,$(call given,$1))
 # Variables on the command line that are no variable of this file are overrides of the config, `ppo.steps=2`.
-KNOWN := WORKERS PYTHON VENV CONFIG RUN UNIT CLUSTER DRY_RUN GPUS RUNS OUT DATA PATHS PYTEST_ARGS TORCH_INDEX KIND BASE SARM_IMAGES \
+KNOWN := WORKERS PYTHON VENV CONFIG RUN UNIT CLUSTER DRY_RUN GPUS RUNS OUT DATA PATHS JOBS PYTEST_ARGS TORCH_INDEX KIND BASE SARM_IMAGES \
   ACCOUNTING SHELL MAKEFLAGS DEBIAN_MIRROR SLURM_CONF_EXTRA SARM_% HF_% PIP_% APPTAINER_% TMPDIR %_PROXY %_proxy
 OVERRIDES := $(filter-out $(KNOWN),$(foreach pair,$(MAKEOVERRIDES),$(if $(findstring =,$(pair)),$(if \
   $(filter command,$(firstword $(origin $(firstword $(subst =, ,$(pair)))))),$(firstword $(subst =, ,$(pair)))))))
 # make hands variables of its command line on to what it runs, and expands them for that.
-WORDS := CONFIG RUN UNIT CLUSTER RUNS OUT DATA PATHS GPUS DRY_RUN KIND BASE $(OVERRIDES)
+WORDS := CONFIG RUN UNIT CLUSTER RUNS OUT DATA PATHS JOBS GPUS DRY_RUN KIND BASE $(OVERRIDES)
 unexport $(WORDS)
 # A recipe's lines are each a shell's.
 define line_break
@@ -198,9 +198,9 @@ bench: setup  ## speed and memory, each a ratio against a named peer or a limit 
 	$(PY) benchmarks/report.py
 	@echo "bench: done; each figure stands above beside its peer or limit"
 
-mutants: setup  ## which one-line faults the tests let through: PATHS="sarm/ppo/losses.py", or a sample of 1,000 over all
+mutants: setup  ## which one-line faults the tests let through: PATHS="sarm/ppo/losses.py", or a sample of 1,000 over all; JOBS=8
 	@test -e $(VENV)/mutmut/.installed || { rm -rf $(VENV)/mutmut; $(PY) -m pip install -q --disable-pip-version-check --no-deps --require-hashes --target $(VENV)/mutmut -r requirements/mutants.lock; touch $(VENV)/mutmut/.installed; }
-	@$(PY) tests/mutants.py --mutmut $(VENV)/mutmut $(call listed,PATHS)
+	@$(PY) tests/mutants.py --mutmut $(VENV)/mutmut $(if $(JOBS),--jobs $(call arg,JOBS)) $(call listed,PATHS)
 
 lock:  ## update the pinned versions within pyproject.toml's ranges; needs uv, and UV_FIND_LINKS at a folder or page with a CPU build of torch
 	uv pip compile -q pyproject.toml --extra light --extra report --extra full --extra serve --extra dev -c requirements/constraints.txt --python-version 3.11 \

@@ -9,7 +9,8 @@ median of their ratios.
 weights, prompts of exactly so many tokens, no stop token. One run prints: the floor (every weight
 but the input embedding, and the cache, read once a token at the copy bandwidth measured here), all
 matrix products of a step alone in a CUDA graph, our step (sampling included, reading the prompts
-not), a whole rollout, `generate`, and the warm-up of a new and of a known shape.
+not), a whole rollout, `generate`, and the warm-up of a new and of a known shape. With `--fp8` the
+same of weights in fp8 besides, step by step in turns with those in bf16.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sarm.config import ROOT
 from sarm.data.conversations import prompt_ids
 from sarm.hub import local_model
 from sarm.llama.decoders import CacheDecoder, Decoder, LlamaDecoder, Sampling
-from sarm.llama.graph_decoder import GraphDecoder, Shape
+from sarm.llama.fp8 import Weight, tensors_of
+from sarm.llama.graph_decoder import GraphDecoder, Shape, Slots
+from sarm.llama.inference import product_with
 from sarm.llama.sampling import row_keys
 
 SHAPES = {
@@ -99,16 +101,15 @@ def copy_bandwidth() -> float:
 def products_ms(decoder: GraphDecoder, rows: int) -> float:
     """All matrix products of one step, alone in a graph."""
     w = decoder.weights
-    inputs = {
-        n: torch.randn(rows, n, dtype=w.dtype, device="cuda")
-        for n in {m.shape[1] for m in (*w.layers[0][1:3], *w.layers[0][4:], w.lm_head)}
-    }
+    products = [
+        (product_with(weight), torch.randn(rows, width, dtype=w.dtype, device="cuda"))
+        for weight in multiplied(decoder)
+        for width in (tensors_of(weight)[0].shape[1],)
+    ]
 
     def step() -> None:
-        for layer in w.layers:
-            for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                F.linear(inputs[weight.shape[1]], weight)
-        F.linear(inputs[w.lm_head.shape[1]], w.lm_head)
+        for product, x in products:
+            product(x)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -116,6 +117,12 @@ def products_ms(decoder: GraphDecoder, rows: int) -> float:
         step()
     graph.replay()
     return median_ms(lambda: [graph.replay() for _ in range(8)]) / 8
+
+
+def multiplied(decoder: GraphDecoder) -> list[Weight]:
+    """Every weight that a step multiplies with."""
+    of_layers = [w for x in decoder.weights.layers for w in (x.qkv, x.o, x.gate_up, x.down)]
+    return [*of_layers, decoder.weights.lm_head]
 
 
 @torch.no_grad()
@@ -163,8 +170,9 @@ def main() -> None:
         "--peer-tokens", type=int, default=16, help="new tokens of `generate`; 0 leaves it out"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="also list the kernels of a step by time"
+        "--profile", action="store_true", help="also list the kernels of a step, fp8's if asked for"
     )
+    parser.add_argument("--fp8", action="store_true", help="also from weights in fp8, in turns")
     parser.add_argument("--cpu", action="store_true", help="the embedded SmolLM2 on a CPU")
     parser.add_argument("--samples", type=int, default=1, help="answers to a prompt, on a CPU")
     args = parser.parse_args()
@@ -172,25 +180,18 @@ def main() -> None:
         return on_cpu(args.rows, args.samples, args.new)
     torch.manual_seed(0)
     model = random_llama(args.shape)
-    decoder = GraphDecoder(model)
+    decoders = {"bf16": GraphDecoder(model)}
+    if args.fp8:
+        decoders["fp8"] = GraphDecoder(model, quantised=True)
     prompts = torch.randint(10, model.config.vocab_size, (args.rows, args.prompt)).tolist()
     sampling = Sampling(args.new, 1.0, 1.0, (0,))
     noise = row_keys(0, 0, [str(i) for i in range(args.rows)])
-    w = decoder.weights
     bandwidth = copy_bandwidth()
-    weight_bytes = sum(t.nbytes for layer in w.layers for t in layer) + w.lm_head.nbytes
-    cache_bytes = (
-        2 * len(w.layers) * w.kv_heads * w.head_dim * 2 * args.rows * (args.prompt + args.new / 2)
-    )
     print(
-        f"decoding, {args.shape} shape, {args.rows} rows, {args.prompt} + {args.new} tokens, bf16,"
-        f" {torch.cuda.get_device_name()}, torch {torch.__version__}"
+        f"decoding, {args.shape} shape, {args.rows} rows, {args.prompt} + {args.new} tokens,"
+        f" {torch.cuda.get_device_name()}, torch {torch.__version__}; copy bandwidth"
+        f" {bandwidth / 1e12:.2f} TB/s"
     )
-    print(
-        f"copy bandwidth {bandwidth / 1e12:.2f} TB/s; floor"
-        f" {1e3 * (weight_bytes + cache_bytes) / bandwidth:.2f} ms a token"
-    )
-    print(f"matrix products of a step alone: {products_ms(decoder, args.rows):.2f} ms", flush=True)
 
     def seconds(run: Callable[[], object]) -> float:
         torch.cuda.synchronize()
@@ -199,39 +200,54 @@ def main() -> None:
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    first = seconds(lambda: decoder.decode(prompts, noise, sampling, args.rows))
-    whole = [seconds(lambda: decoder.decode(prompts, noise, sampling, args.rows)) for _ in range(3)]
-    print(
-        f"warm-up of a new shape: {first - min(whole):.1f} s; of a shape seen before:"
-        f" {whole[0] - min(whole):.2f} s"
-    )
-    slots = decoder._slots(Shape.holding(prompts, sampling, args.rows))
+    slots: dict[str, Slots] = {}
+    for name, decoder in decoders.items():
+        w = decoder.weights
+        of_norms = (2 * len(w.layers) + 1) * w.norm.nbytes
+        read = of_norms + sum(t.nbytes for m in multiplied(decoder) for t in tensors_of(m)[:2])
+        cached = 2 * len(w.layers) * w.kv_heads * w.head_dim * 2
+        cache_bytes = cached * args.rows * (args.prompt + args.new / 2)
+        print(
+            f"{name}: floor {1e3 * (read + cache_bytes) / bandwidth:.2f} ms a token; matrix"
+            f" products of a step alone {products_ms(decoder, args.rows):.2f} ms; weights taken"
+            f" over in {median_ms(decoder.refresh):.1f} ms",
+            flush=True,
+        )
+        whole = [
+            seconds(lambda d=decoder: d.decode(prompts, noise, sampling, args.rows))
+            for _ in range(4)
+        ]
+        print(
+            f"{name}: warm-up of a new shape {whole[0] - min(whole):.1f} s, of a shape seen before"
+            f" {whole[1] - min(whole):.2f} s; a whole rollout {1e3 * sorted(whole[1:])[1]:.0f} ms",
+            flush=True,
+        )
+        slots[name] = decoder._slots(Shape.holding(prompts, sampling, args.rows))
 
-    def begin() -> None:
-        slots.begin(prompts, range(args.rows), noise.to("cuda"))
+    def begin(name: str) -> None:
+        slots[name].begin(prompts, range(args.rows), noise.to("cuda"))
 
-    begin()
-    torch.cuda.synchronize()
-    steps = []
+    steps: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(3):
-        begin()
-        steps.append(median_ms(lambda: [slots.run() for _ in range(args.new)], 1) / args.new)
-    ours = sorted(steps)[1]
-    print(
-        f"ours: {ours:.2f} ms a token (median of {', '.join(f'{s:.2f}' for s in steps)}), sampling"
-        " included"
-    )
-    print(
-        f"reading the prompts: {median_ms(begin):.1f} ms; a whole rollout:"
-        f" {1e3 * sorted(whole)[1]:.0f} ms",
-        flush=True,
-    )
+        for name, of in slots.items():
+            begin(name)
+            ms = median_ms(lambda of=of: [of.run() for _ in range(args.new)], 1) / args.new
+            steps[name].append(ms)
+    for name, found in steps.items():
+        reading = median_ms(lambda name=name: begin(name))
+        print(
+            f"{name}: {sorted(found)[1]:.2f} ms a token (median of"
+            f" {', '.join(f'{s:.2f}' for s in found)}), sampling included; reading the prompts"
+            f" {reading:.1f} ms",
+            flush=True,
+        )
+    ours = sorted(steps["bf16"])[1]
     if args.profile:
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as told:
             for _ in range(4):
-                slots.run()
+                slots[name].run()
             torch.cuda.synchronize()
         print(
             told.key_averages().table(

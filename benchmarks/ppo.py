@@ -289,7 +289,8 @@ def floors(
 ) -> dict[str, float]:
     """Seconds a phase cannot go below."""
     layers, head = matmul_parameters(trainer.learner.actor.policy)
-    element = trainer.learner.actor.policy.dtype.itemsize
+    quantised = trainer.ppo.rollout_dtype is not None
+    element = 1 if quantised else trainer.learner.actor.policy.dtype.itemsize
     rows = args.batch / trainer.learner.world.size
     tokens, responses = rows * (args.prompt + args.new), rows * args.new
     forward = 2 * (layers * tokens + head * responses) / rate
@@ -445,7 +446,7 @@ def main() -> None:
         "  ".join(
             f"{key} {value:.3f}"
             for key, value in median.items()
-            if key.startswith(("gpu/", "rollout/logprob", "policy/", "loss/"))
+            if key.startswith(("gpu/", "rollout/", "policy/", "loss/"))
         )
     )
     if world.device.type == "cpu":

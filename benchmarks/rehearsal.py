@@ -65,8 +65,10 @@ def main() -> None:
         write_inputs(folder, policy, sarm)
         write_config(folder, tiny=args.tiny)
     config = load_config(folder / "config.yaml", args.overrides)
-    rows = [run_phase(phase, config, folder / "run", policy, sarm) for phase in args.phases]
-    print("\n".join(table(rows)))
+    rows = []
+    for phase in args.phases:
+        rows.append(run_phase(phase, config, folder / "run", policy, sarm))
+        print("\n".join(table(rows)), flush=True)
 
 
 # What the run reads

@@ -1,4 +1,6 @@
-"""What training did to the policies, a function a section: figures -> blocks."""
+"""What training did to the policies, a function a section: figures -> blocks. Long, as sections of
+one kind are read side by side.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sarm.cache_size import rows_at_once
 from sarm.config import PHASES, Config, UserError
 from sarm.ppo.learner.memory_plan import (
-    RATES,
+    H100,
     Gpus,
     Sarm,
     Shape,
@@ -152,18 +152,18 @@ def wall_seconds(costs: list[Cost], fetched_bytes: float) -> float:
 
 def scoring_s(sarm: Sarm, texts: float, tokens: float = TEXT_TOKENS) -> float:
     """The SARM over so many texts."""
-    return 2 * sarm.trunk.layers * sarm.trunk.layer * texts * tokens / RATES.score
+    return 2 * sarm.trunk.layers * sarm.trunk.layer * texts * tokens / H100.score
 
 
 def sampling_s(policy: Shape, responses: int, prompt_tokens: int, tokens: int) -> float:
     """Of a phase that samples as many rows at once as suit the decoder."""
     at_once = min(responses, rows_at_once(prompt_tokens + tokens))
-    return sampling_time(policy, responses, at_once, prompt_tokens, tokens)
+    return sampling_time(policy, responses, at_once, prompt_tokens, tokens, H100)
 
 
 def reading_s(policy: Shape, tokens: float) -> float:
     """The policy over so many tokens at once."""
-    return 2 * policy.parameters * tokens / RATES.train
+    return 2 * policy.parameters * tokens / H100.train
 
 
 def probe_s(config: Config, sarm: Sarm, data: Counts) -> float:

@@ -1,8 +1,9 @@
 """Run a whole pipeline on this machine, in dependency order: `python -m slurm.local --config C
 --run R`.
 
-Jobs go through submitit's local executor, each with a log of its own. What is done is skipped;
-Ctrl-C leaves a run that the same command resumes.
+Jobs go through submitit's local executor, each with a log of its own and on one GPU, where there
+are any: the one with fewest jobs. What is done is skipped; Ctrl-C leaves a run that the same
+command resumes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +111,7 @@ def run_all(run: RunDir, *, workers: int) -> State:
     plan = tasks(run.config)
     state, rest = State({task.node: "waiting" for task in plan}), Rest(run)
     jobs: dict[Node, Any] = {}
+    gpus, gpu_of = visible_gpus(os.environ), dict[Node, str]()
     folder = run.path / "submitit" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     # A folder of its own for every launch: submitit's local results are named by pid, and pids come
     # round again.
@@ -131,7 +137,10 @@ def run_all(run: RunDir, *, workers: int) -> State:
                         # Threads of two jobs on one core wait for each other in spins: each job
                         # gets cores of its own.
                         threads = max(1, given_cpus(os.environ) // workers)
-                        jobs[task.node] = _submit(run, task, folder, threads)
+                        gpu = least_used(gpus, [gpu_of[node] for node in jobs if node in gpu_of])
+                        if gpu is not None:
+                            gpu_of[task.node] = gpu
+                        jobs[task.node] = _submit(run, task, folder, threads, gpu)
                         state.word[task.node], state.began[task.node] = "running", time.monotonic()
                 write_local_states(run, state.word, workers)
                 shown = units_of(run, state)
@@ -159,16 +168,35 @@ def units_of(run: RunDir, state: State) -> list[Unit]:
     return units
 
 
-def _submit(run: RunDir, task: Task, folder: Path, threads: int) -> Any:
+def visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    """The GPUs that this launcher may use, as CUDA_VISIBLE_DEVICES names them; what it says where
+    it is set, else what nvidia-smi lists.
+    """
+    said = environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        return [name.strip() for name in said.split(",") if name.strip()]
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.split() if done.returncode == 0 else []
+
+
+def least_used(gpus: list[str], used: list[str]) -> str | None:
+    """The first of the GPUs on which fewest jobs run; None without GPUs."""
+    running = Counter(used)
+    return min(gpus, key=lambda gpu: running[gpu], default=None)
+
+
+def _submit(run: RunDir, task: Task, folder: Path, threads: int, gpu: str | None) -> Any:
     phase, unit = task.node
     run.progress_file(phase, unit).unlink(missing_ok=True)  # an earlier attempt's
     force = ["--force"] if task.when == "afterany" else []
-    # submitit's local executor hides all GPUs from what it starts; jobs are to see those this
-    # launcher sees.
+    # submitit's local executor hides all GPUs from what it starts.
     env = {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "CUDA_VISIBLE_DEVICES": gpu or os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
     if phase != "fetch":
         env |= {"HF_HUB_OFFLINE": "1", "HF_TOKEN": None, "HUGGING_FACE_HUB_TOKEN": None}

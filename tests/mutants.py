@@ -3,11 +3,12 @@
 mutmut makes the faults and runs for each the tests that reach its function, of the test files that
 import the module. Every module is tried in a copy of the checkout under `outputs/mutants`; what is
 known there already is not tried again. Without paths: `--sample` faults of all of `COVERED`,
-stratified by file.
+stratified by file. Files are tried side by side, those that take longest first, in `--jobs`
+processes; `--known` runs no test and tells what is known.
 
 A survivor is killed by a better test, or listed in `tests/mutants.yaml` by function and line with
-the reason why it changes nothing. Ends with 1 where one survives that is not listed, or a listed
-line is no longer there.
+the reason why it changes nothing. Ends with 1 where one survives that is not listed, a listed
+line is no longer there, or a file could not be tried, as where its tests fail without a fault.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ import ast
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import yaml
 
@@ -43,6 +46,7 @@ COVERED = (
     "slurm/submit.py",
     "reports/numbers.py",
     "reports/figures.py",
+    "reports/provenance.py",
     "reports/frames.py",
 )
 LEFT_OUT = ("permutation_kernel.py", "probe_kernels.py", "__init__.py")
@@ -59,6 +63,27 @@ set_mutant_under_test("mutant_generation")
 os.makedirs("mutants", exist_ok=True)
 copy_src_dir(); copy_also_copy_files(); setup_source_paths(); create_mutants(1)
 """
+TELL = """
+import json, sys
+from mutmut.__main__ import SourceFileMutationData, get_diff_for_mutant, status_by_exit_code
+path, *names = sys.argv[1:]
+data = SourceFileMutationData(path=path)
+data.load()
+told = {name: [status_by_exit_code[data.exit_code_by_key[name]], ""] for name in names}
+for name, one in told.items():
+    if one[0] in ("survived", "no tests"):
+        one[1] = get_diff_for_mutant(name, path=path)
+print(json.dumps(told))
+"""
+
+ALIKE = ('encoding="utf-8"', 'encoding="UTF-8"')
+"""What Python does not tell apart, wherever it stands."""
+
+T = TypeVar("T")
+
+
+class NotTried(Exception):
+    """Why mutmut could not try a file's faults."""
 
 
 class Survivor(NamedTuple):
@@ -75,7 +100,9 @@ class Tried(NamedTuple):
 
     path: str
     counts: Counter[str]
-    """By mutmut's words: killed, survived, no tests, timeout ..."""
+    """By mutmut's words: killed, survived, no tests, timeout ...; and `listed`, that is survived
+    and listed as changing nothing.
+    """
     survivors: list[Survivor]
 
 
@@ -88,6 +115,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "mutants")
     parser.add_argument("--mutmut", type=Path, required=True, help="the folder it is installed in")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--known", action="store_true", help="tell what is known, run no test")
     args = parser.parse_args()
     covered = covered_files()
     paths = args.paths or covered
@@ -95,16 +124,81 @@ def main() -> int:
         sys.exit(
             f"error: {missing[0]} is no file of this checkout; give paths such as {covered[0]}"
         )
-    folders = {path: prepared(args.work, path) for path in paths}
-    names = {path: generated(folders[path], path, args.mutmut) for path in paths}
+    names, failed = side_by_side(
+        args.jobs, paths, lambda path: generated(args.work, path, args.mutmut)
+    )
     drawn = names if args.paths else sampled(names, args.sample, args.seed)
-    found = []
-    for path in paths:
-        if drawn[path]:
-            found.append(tried(folders[path], path, drawn[path], args.mutmut))
-            print(row(path, found[-1].counts), flush=True)
-    print(row("all", sum((one.counts for one in found), Counter())))
-    return judged(found)
+    drawn = {path: mine for path, mine in drawn.items() if mine}
+    children = shares({path: cost(path, len(mine)) for path, mine in drawn.items()}, args.jobs)
+    free = Processes(args.jobs)
+
+    def trial(path: str) -> Tried:
+        folder = folder_of(args.work, path)
+        if args.known:
+            return told(folder, path, drawn[path], args.mutmut)
+        with free.taken(children[path]):
+            one = tried(folder, path, drawn[path], args.mutmut, children[path])
+        print(row(path, one.counts), flush=True)
+        return one
+
+    found, stopped = side_by_side(args.jobs, children, trial)
+    for path in sorted(found) if args.known else ():
+        print(row(path, found[path].counts))
+    print(row("all", sum((one.counts for one in found.values()), Counter())))
+    failed |= stopped
+    for path, why in sorted(failed.items()):
+        print(f"error: {path} could not be tried: {why}")
+    return judged(list(found.values())) or int(bool(failed))
+
+
+def side_by_side(
+    jobs: int, paths: Iterable[str], work: Callable[[str], T]
+) -> tuple[dict[str, T], dict[str, NotTried]]:
+    """What came of each, begun in order, and what could not be tried."""
+    found: dict[str, T] = {}
+    failed: dict[str, NotTried] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        begun = {path: pool.submit(work, path) for path in paths}
+    for path, future in begun.items():
+        try:
+            found[path] = future.result()
+        except NotTried as error:
+            failed[path] = error
+    return found, failed
+
+
+def cost(path: str, faults: int) -> int:
+    """About how long a file takes: all its tests run twice before the first fault, for which
+    there may be as few as one.
+    """
+    return (faults + 10) * sum((ROOT / test).stat().st_size for test in tests_of(path))
+
+
+def shares(costs: dict[str, int], jobs: int) -> dict[str, int]:
+    """Processes for every file by what it costs, at least one, the costliest file first."""
+    total = sum(costs.values())
+    return {
+        path: max(1, jobs * costs[path] // total)
+        for path in sorted(costs, key=lambda path: -costs[path])
+    }
+
+
+class Processes:
+    """So many at a time, given out in the order in which they were asked for."""
+
+    def __init__(self, n: int) -> None:
+        self._free = threading.Semaphore(n)
+        self._turn = threading.Lock()
+
+    @contextmanager
+    def taken(self, n: int) -> Iterator[None]:
+        with self._turn:
+            for _ in range(n):
+                self._free.acquire()
+        try:
+            yield
+        finally:
+            self._free.release(n)
 
 
 def covered_files() -> list[str]:
@@ -116,17 +210,32 @@ def covered_files() -> list[str]:
     )
 
 
+@cache
+def files_of_checkout() -> list[str]:
+    """What git does not ignore; of an unpacked archive, everything but caches and outputs."""
+    if (ROOT / ".git").exists():
+        names = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+    else:
+        found = (file.relative_to(ROOT) for file in ROOT.rglob("*"))
+        passed = ("outputs", "__pycache__", ".venv", ".pytest_cache", ".hypothesis")
+        names = [file.as_posix() for file in found if not set(passed) & set(file.parts)]
+    return [name for name in names if (ROOT / name).is_file()]
+
+
+def folder_of(work: Path, path: str) -> Path:
+    return work / path.removesuffix(".py").replace("/", ".")
+
+
 def prepared(work: Path, path: str) -> Path:
     """A copy of the checkout as it is, set up for faults in this file."""
-    folder = work / path.removesuffix(".py").replace("/", ".")
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split("\n")
-    files = [name for name in tracked if name and (ROOT / name).is_file()]
+    folder = folder_of(work, path)
+    files = files_of_checkout()
     for name in files:
         source, target = ROOT / name, folder / name
         if name == "pyproject.toml":
@@ -153,6 +262,7 @@ def prepared(work: Path, path: str) -> Path:
     return folder
 
 
+@cache
 def tests_of(path: str) -> list[str]:
     """The test files that import the module: of the folder that mirrors its own where there are
     such, otherwise of all; where none does, that folder's, which reach it through others.
@@ -182,7 +292,7 @@ def imported(file: Path) -> set[str]:
 
 
 def python(folder: Path, mutmut: Path, *words: str) -> str:
-    """What a Python with mutmut prints in a copy, one test process a core."""
+    """What a Python with mutmut prints in a copy."""
     paths = os.pathsep.join([str(mutmut.resolve()), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *words],
@@ -193,12 +303,13 @@ def python(folder: Path, mutmut: Path, *words: str) -> str:
         text=True,
     )
     if done.returncode:
-        sys.exit(f"error: mutmut failed in {folder}: {done.stdout[-3000:]}")
+        raise NotTried(f"mutmut failed in {folder}: {done.stdout[-3000:]}")
     return done.stdout
 
 
-def generated(folder: Path, path: str, mutmut: Path) -> list[str]:
-    """The names of the file's faults."""
+def generated(work: Path, path: str, mutmut: Path) -> list[str]:
+    """The names of the file's faults, made in a copy of the checkout."""
+    folder = prepared(work, path)
     python(folder, mutmut, "-c", GENERATE)
     return sorted(known(folder, path))
 
@@ -222,21 +333,28 @@ def sampled(names: dict[str, list[str]], size: int, seed: int) -> dict[str, list
     }
 
 
-def tried(folder: Path, path: str, names: Sequence[str], mutmut: Path) -> Tried:
+def tried(folder: Path, path: str, names: Sequence[str], mutmut: Path, children: int) -> Tried:
     """Run what was not run yet."""
-    entry = str(mutmut.resolve() / "bin" / "mutmut")
     codes = known(folder, path)
     if left := [name for name in names if codes[name] is None]:
         whole = len(left) == len(codes)
-        python(folder, mutmut, entry, "run", *(() if whole else left))
-    said = python(folder, mutmut, entry, "results", "--all", "true")
-    status = dict(re.findall(r"^ {4}(\S+): (.+)$", said, re.MULTILINE))
-    survivors = [
-        survivor(name, python(folder, mutmut, entry, "show", name))
-        for name in names
-        if status[name] in ("survived", "no tests")
-    ]
-    return Tried(path, Counter(status[name] for name in names), survivors)
+        words = ["run", "--max-children", str(children), *(() if whole else left)]
+        python(folder, mutmut, str(mutmut.resolve() / "bin" / "mutmut"), *words)
+    return told(folder, path, names, mutmut)
+
+
+def told(folder: Path, path: str, names: Sequence[str], mutmut: Path) -> Tried:
+    """What is known of these faults."""
+    said = python(folder, mutmut, "-c", TELL, path, *names)
+    found: dict[str, tuple[str, str]] = json.loads(said.splitlines()[-1])
+    reasons, counts, survivors = listed(), Counter[str](), []
+    for name, (status, shown) in found.items():
+        one = survivor(name, shown) if shown else None
+        alike = one and (one in reasons or one.becomes == one.line.replace(*ALIKE))
+        counts["listed" if alike else status] += 1
+        if one and not alike:
+            survivors.append(one)
+    return Tried(path, counts, survivors)
 
 
 def survivor(name: str, shown: str) -> Survivor:
@@ -252,14 +370,13 @@ def survivor(name: str, shown: str) -> Survivor:
 
 def judged(found: Sequence[Tried]) -> int:
     """Prints what is wrong; the exit code."""
-    reasons = listed()
-    unlisted = [s for one in found for s in one.survivors if s not in reasons]
-    for s in unlisted:
+    survivors = [s for one in found for s in one.survivors]
+    for s in survivors:
         print(f"survived: {s.function}\n  - {s.line}\n  + {s.becomes}")
-    stale = [s for s in reasons if not stands(s)]
+    stale = [s for s in listed() if not stands(s)]
     for s in stale:
         print(f"error: {LISTED.name} lists a line that {s.function} no longer has: {s.line}")
-    return 1 if unlisted or stale else 0
+    return 1 if survivors or stale else 0
 
 
 def listed() -> dict[Survivor, str]:
@@ -279,8 +396,10 @@ def stands(entry: Survivor) -> bool:
 
 
 def row(path: str, counts: Counter[str]) -> str:
-    """The kill rate with its 95 % interval by Wilson."""
-    n = sum(counts.values())
+    """The kill rate of the faults that change something, with its 95 % interval by Wilson."""
+    n = sum(counts.values()) - counts["not checked"] - counts["listed"]
+    if not n:
+        return f"{path:40} none tried"
     lived = counts["survived"] + counts["no tests"]
     rate, z = (n - lived) / n, 1.96
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)

@@ -58,12 +58,14 @@ def test_the_reference_run_by_hand() -> None:
     step_s = make_plan(config.ppo, policy, sarm.bytes, Gpus(4, 80)).train_s
     # every token reads the weights, and of 8 rows the keys and values of 512 + 64 positions
     weights, of_row = 2 * 8_030_261_248, (512 + 64) * 131_072
-    step_s += 128 * (weights + 8 * of_row) / 2.3e12 + 8 * 640 * token_s
+    small, read_s = 32 * 24e-6 + 1e-4, 2 * 32 * 218_112_000 * 512 / 560e12
+    step_s += 128 * ((weights + 8 * of_row) / 2.94e12 + small) + 8 * (read_s + 640 * token_s)
     ppo = found["ppo", "penalty"]
     assert (ppo.jobs, ppo.gpus) == (3, 4)
     assert ppo.seconds == pytest.approx(180 + 100 * step_s, rel=1e-3)
     # 300 responses in three waves of up to 128, and twice over the policy at 560 TFLOP/s
-    once = 3 * 128 * (weights + 128 * of_row) / 2.3e12 + 300 * 640 * token_s
+    once = 3 * 128 * ((weights + 128 * of_row) / 2.94e12 + small)
+    once += 300 * (read_s + 640 * token_s)
     once += 2 * 2 * 8_030_261_248 * 300 * 640 / 560e12
     assert found["evaluate", "base"].seconds == pytest.approx(90 + once, rel=1e-3)
     assert found["evaluate", "penalty"].seconds == pytest.approx(90 + 3 * once, rel=1e-3)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import threading
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +50,30 @@ def test_a_survivor_is_read_off_mutmuts_diff() -> None:
     assert mutants.survivor("sarm.a.xǁCǁg__mutmut_1", shown).function == "sarm.a.C.g"
 
 
+def test_survivors_that_change_nothing_are_counted_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(old: str, new: str) -> str:
+        return f"# a: survived\n--- a.py\n+++ a.py\n@@ -1 +1 @@\n-    {old}\n+    {new}\n"
+
+    entry = next(iter(mutants.listed()))
+    module, function = entry.function.rsplit(".", 1)
+    told = {
+        f"{module}.x_{function}__mutmut_1": ("survived", shown(entry.line, entry.becomes)),
+        f"{module}.x_{function}__mutmut_2": ("survived", shown(entry.line, "a = 2")),
+        f"{module}.x_{function}__mutmut_3": (
+            "survived",
+            shown('open(a, encoding="utf-8")', 'open(a, encoding="UTF-8")'),
+        ),
+        f"{module}.x_{function}__mutmut_4": ("no tests", shown("a = 1", "a = 3")),
+        f"{module}.x_{function}__mutmut_5": ("killed", ""),
+    }
+    monkeypatch.setattr(mutants, "python", lambda *_: "noise\n" + json.dumps(told))
+    found = mutants.told(tmp_path, "a.py", list(told), tmp_path)
+    assert found.counts == {"listed": 2, "survived": 1, "no tests": 1, "killed": 1}
+    assert [s.becomes for s in found.survivors] == ["a = 2", "a = 3"]
+
+
 def test_a_sample_holds_of_every_file_its_share_and_at_least_one() -> None:
     names = {"a": [f"a{i}" for i in range(90)], "b": [f"b{i}" for i in range(9)], "c": ["c0"]}
     drawn = mutants.sampled(names, 20, seed=3)
@@ -56,3 +85,71 @@ def test_a_sample_holds_of_every_file_its_share_and_at_least_one() -> None:
 def test_the_kill_rate_has_wilsons_interval() -> None:
     told = mutants.row("a.py", Counter(killed=183, survived=5, **{"no tests": 2}))
     assert "96.3% (92.6% to 98.2%) of 190: 183 killed" in told  # by statsmodels
+    counts = Counter(killed=183, survived=5, listed=9, **{"no tests": 2, "not checked": 40})
+    assert "96.3% (92.6% to 98.2%) of 190: 183 killed" in mutants.row("a.py", counts)
+    assert mutants.row("a.py", Counter({"not checked": 3})).split() == ["a.py", "none", "tried"]
+
+
+def test_a_file_that_cannot_be_tried_stops_no_other_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = []
+
+    def generated(work: Path, path: str, mutmut: Path) -> list[str]:
+        if path == "sarm/ppo/kl.py":
+            raise mutants.NotTried("no such syntax")
+        return [f"{path}{i}" for i in range(4)]
+
+    def tried(
+        folder: Path, path: str, names: Sequence[str], mutmut: Path, children: int
+    ) -> mutants.Tried:
+        begun.append((path, children))
+        if path == "sarm/ppo/losses.py":
+            raise mutants.NotTried("test_a fails without a fault")
+        return mutants.Tried(path, Counter(killed=len(names)), [])
+
+    monkeypatch.setattr(mutants, "generated", generated)
+    monkeypatch.setattr(mutants, "tried", tried)
+    paths = ["sarm/ppo/kl.py", "sarm/ppo/drift.py", "sarm/ppo/losses.py", "slurm/plan.py"]
+    monkeypatch.setattr(sys, "argv", ["mutants", "--mutmut", str(tmp_path), "--jobs", "1", *paths])
+    assert mutants.main() == 1
+    told = capsys.readouterr().out
+    assert "error: sarm/ppo/kl.py could not be tried: no such syntax" in told
+    assert "error: sarm/ppo/losses.py could not be tried: test_a fails without a fault" in told
+    assert "of 8: 8 killed" in next(line for line in told.splitlines() if line[:4] == "all ")
+    assert [path for path, _ in begun] == ["slurm/plan.py", "sarm/ppo/losses.py", paths[1]]
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:5], "sarm/ppo/drift.py", "slurm/plan.py"])
+    assert mutants.main() == 0
+
+
+def test_costly_files_come_first_and_have_their_share_of_the_processes() -> None:
+    given = mutants.shares({"a": 10, "b": 700, "c": 290}, 8)
+    assert list(given.items()) == [("b", 5), ("c", 2), ("a", 1)]
+    few, many = (mutants.cost("sarm/ppo/kl.py", n) for n in (0, 30))
+    assert many == 4 * few == 40 * (ROOT / "tests/ppo/test_kl.py").stat().st_size
+
+
+@pytest.mark.parametrize(("each", "meet"), [(2, True), (3, False)])
+def test_no_more_processes_run_than_were_allowed(each: int, meet: bool) -> None:
+    free, both = mutants.Processes(5), threading.Barrier(2)
+
+    def work(path: str) -> bool:
+        with free.taken(each):
+            try:
+                both.wait(10 if meet else 0.1)
+            except threading.BrokenBarrierError:
+                return False
+            return True
+
+    assert mutants.side_by_side(2, ["a", "b"], work) == ({"a": meet, "b": meet}, {})
+
+
+def test_an_unpacked_archive_has_its_files_but_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, passed = ["sarm/a.py", "Makefile"], ["outputs/x", "sarm/__pycache__/a.pyc"]
+    for name in kept + passed:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    assert sorted(mutants.files_of_checkout.__wrapped__()) == sorted(kept)

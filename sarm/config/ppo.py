@@ -68,6 +68,8 @@ CRITIC_SETTINGS = (
     "value_warmup_steps",
 )
 """What only an advantage with a critic reads."""
+ROLLOUT_SETTINGS = ("rollout_weight_cap", "rollout_mismatch_max")
+"""What is read only where rollouts are sampled from another dtype than the policy's."""
 
 
 class LoraConfig(Strict):
@@ -123,6 +125,17 @@ class PpoConfig(Strict):
     max_new_tokens: Positive = 128
     temperature: Nonnegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    rollout_dtype: Literal["fp8"] | None = None
+    """`fp8`: rollouts are sampled from the policy's weights in 8 bits, quantised after each update;
+    where unset, from the policy itself. What is learnt is the policy's own: losses weigh each token
+    by how much likelier the policy itself makes it. For Llama policies; see docs/training.md.
+    """
+    rollout_weight_cap: Annotated[float, Field(ge=1)] = 2.0
+    """With `rollout_dtype`: such a weight is at most this."""
+    rollout_mismatch_max: PositiveFloat = 0.2
+    """With `rollout_dtype`: nats a token, on average over a batch, by which the policy and what
+    samples for it may differ; training stops where they differ by more.
+    """
     lora: LoraConfig | None = LoraConfig()
     zero_stage: Literal[0, 1, 2, 3] | None = None
     weights: Literal["float32_master", "compact"] | None = None
@@ -299,6 +312,13 @@ class PpoConfig(Strict):
                 + (f", and the {samples} samples of a prompt would be one" if samples > 1 else "")
                 + "; set a temperature above 0"
             )
+        if self.rollout_dtype is None:
+            for name in ROLLOUT_SETTINGS:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} is for rollouts in another dtype than the policy's; leave it out"
+                        " or set rollout_dtype=fp8"
+                    )
         if self.top_p < 1:
             raise ValueError(
                 "training with top_p < 1 is refused: old log-probabilities would not be the"

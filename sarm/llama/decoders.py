@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sarm.llama.elementwise import rms_norm
+from sarm.llama.fp8 import plain, tensors_of
 from sarm.llama.inference import Layer, Linear, in_parts, layer_of, product_with, run_layers
 from sarm.llama.packed import Heads, Packed, pack, run_packed
 from sarm.llama.sampling import Sampled, sample
@@ -79,15 +80,17 @@ class Decoder(Protocol):
         """Take over the model's present weights. A collective under ZeRO-3."""
 
 
-def decoder_for(model: nn.Module) -> Decoder:
-    """The quickest decoder that knows the model."""
+def decoder_for(model: nn.Module, *, quantised: bool = False) -> Decoder:
+    """The quickest decoder that knows the model; `quantised`, of a Llama, samples from its weights
+    in fp8 (`LlamaWeights`).
+    """
     if LlamaWeights.knows(model):
         if next(model.parameters()).device.type == "cuda":
             # Triton's, which a machine without GPUs need not have
             from sarm.llama.graph_decoder import GraphDecoder
 
-            return GraphDecoder(model)
-        return LlamaDecoder(model)
+            return GraphDecoder(model, quantised=quantised)
+        return LlamaDecoder(model, quantised=quantised)
     return CacheDecoder(model)
 
 
@@ -217,10 +220,11 @@ class LlamaDecoder(StepDecoder):
     is full: a product with a part of a cache copies that part first. What several prompts begin
     with, or are, is read once. On a CPU bf16 weights are held a second
     time, laid out in the blocks that oneDNN multiplies, which saves it that work in every step.
+    Weights in fp8 are multiplied as the numbers that they stand for.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.weights = LlamaWeights(model)
+    def __init__(self, model: nn.Module, *, quantised: bool = False) -> None:
+        self.weights = LlamaWeights(model, quantised=quantised)
         self.device = next(model.parameters()).device
         self.heads = Heads.of(self.weights.config)
         self._head: tuple[object, Linear] = (None, F.relu)
@@ -232,12 +236,13 @@ class LlamaDecoder(StepDecoder):
 
     def _lay_out(self) -> None:
         w, head = self.weights, self.weights.model.lm_head
-        self.layers = [laid_out(layer) for layer in w.layers]
+        self.layers = [laid_out(layer, w.dtype) for layer in w.layers]
         # A frozen head, as beside LoRA, is laid out once.
         frozen = not any(p.requires_grad for p in head.parameters())
-        made_of = (w.lm_head.data_ptr(), w.lm_head._version) if frozen else None
+        of_head = tensors_of(w.lm_head)[0]
+        made_of = (of_head.data_ptr(), of_head._version) if frozen else None
         if made_of is None or made_of != self._head[0]:
-            self._head = (made_of, product_of(w.lm_head))
+            self._head = (made_of, product_of(plain(w.lm_head, w.dtype)))
 
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
         w, packed = self.weights, pack(prompts, self.device)
@@ -331,25 +336,25 @@ def packed_places(packed: Packed, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return places.to(lengths.device), s - lengths
 
 
-def laid_out(weights: LlamaLayer) -> Layer:
+def laid_out(weights: LlamaLayer, dtype: torch.dtype) -> Layer:
     """A layer over copies of its weights in oneDNN's own layout, where it multiplies bf16 on this
-    CPU: a third faster for few rows. Elsewhere over the weights themselves.
+    CPU: a third faster for few rows. Elsewhere over the weights themselves, in `dtype` where they
+    are quantised.
     """
-    if not lays_out(weights.qkv):
-        return layer_of(weights)
-    gate, up = (blocks_of(part) for part in weights.gate_up.chunk(2))
-    down, product = product_of(weights.down), torch.ops.mkldnn._linear_pointwise
+    qkv, o, pair, of_down = (
+        plain(weight, dtype) for weight in (weights.qkv, weights.o, weights.gate_up, weights.down)
+    )
+    if not lays_out(qkv):
+        return layer_of(weights._replace(qkv=qkv, o=o, gate_up=pair, down=of_down))
+    gate, up = (blocks_of(part) for part in pair.chunk(2))
+    down, product = product_of(of_down), torch.ops.mkldnn._linear_pointwise
 
     def mlp(x: Tensor) -> Tensor:
         active = product(x, gate, None, "swish", [1.0], "")
         return down(product.binary(x, active, up, None, "mul"))
 
     return Layer(
-        weights.input_norm,
-        product_of(weights.qkv),
-        product_of(weights.o),
-        weights.post_norm,
-        in_parts(mlp),
+        weights.input_norm, product_of(qkv), product_of(o), weights.post_norm, in_parts(mlp)
     )
 
 

@@ -26,7 +26,7 @@ from sarm.cache_size import cached_positions, power_of_two, rows_at_once
 from sarm.llama.decode_kernels import advance, attend, draw
 from sarm.llama.decoders import Decoded, Progress, Sampling, empty_decoded
 from sarm.llama.elementwise import rotate
-from sarm.llama.inference import layer_of, run_layers
+from sarm.llama.inference import layer_of, product_with, run_layers
 from sarm.llama.sampling import sample
 from sarm.llama.weights import LlamaWeights, rotary
 from sarm.philox_triton import uniforms
@@ -80,6 +80,7 @@ class Slots:
         self.weights, self.shape, self.device = weights, shape, cache.device
         device = cache.device
         self.layers = [layer_of(layer) for layer in weights.layers]
+        self.head = product_with(weights.lm_head)
         b = shape.slots
         whole = cache[: shape.cached(weights)].view(
             2, len(weights.layers), b, weights.kv_heads, shape.capacity, weights.head_dim
@@ -132,7 +133,7 @@ class Slots:
             return attend(qkv, *at, scale)
 
         normed, _ = run_layers(self.layers, x, w.config.rms_norm_eps, mixed, w.norm)
-        tokens, logprobs = self._draw(F.linear(normed, w.lm_head))
+        tokens, logprobs = self._draw(self.head(normed))
         advance(
             tokens,
             logprobs,
@@ -203,10 +204,12 @@ class Slots:
 
 
 class GraphDecoder:
-    """Llama, a graph a shape. `graphs=False` runs the same steps uncaptured, for tests."""
+    """Llama, a graph a shape. `graphs=False` runs the same steps uncaptured, for tests;
+    `quantised` as of `LlamaWeights`.
+    """
 
-    def __init__(self, model: nn.Module, *, graphs: bool = True) -> None:
-        self.weights, self.graphs = LlamaWeights(model), graphs
+    def __init__(self, model: nn.Module, *, graphs: bool = True, quantised: bool = False) -> None:
+        self.weights, self.graphs = LlamaWeights(model, quantised=quantised), graphs
         self.device = next(model.parameters()).device
         self._shapes: dict[Shape, Slots] = {}
         self._cache = torch.empty(0, dtype=self.weights.dtype, device=self.device)

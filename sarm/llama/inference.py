@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sarm.llama.elementwise import add_rms_norm, rms_norm, silu_mul
+from sarm.llama.fp8 import Weight, product
 from sarm.llama.weights import LlamaLayer
 
 MLP_TOKENS = 16384
@@ -53,8 +54,10 @@ def layer_of(weights: LlamaLayer) -> Layer:
     )
 
 
-def product_with(weight: Tensor) -> Linear:
-    return partial(F.linear, weight=weight)
+def product_with(weight: Weight) -> Linear:
+    if isinstance(weight, Tensor):
+        return partial(F.linear, weight=weight)
+    return partial(product, weight=weight)
 
 
 def gated_mlp(gate_up: Linear, down: Linear) -> Linear:

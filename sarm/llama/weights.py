@@ -17,16 +17,19 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from sarm.llama import fp8
+from sarm.llama.fp8 import Fp8, Weight
+
 
 class LlamaLayer(NamedTuple):
     """One decoder layer's weights; projections that read the same input are one."""
 
     input_norm: Tensor
-    qkv: Tensor
-    o: Tensor
+    qkv: Weight
+    o: Weight
     post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
 
 
 class LlamaWeights:
@@ -36,12 +39,15 @@ class LlamaWeights:
     Copies are made of what LoRA changes (merged here, the model is left alone), of what ZeRO-3
     partitions, and of projections to be fused whose weights do not lie side by side. `refresh`
     writes to the same addresses again, so that a CUDA graph which reads them stays true.
+
+    `quantised`: everything that is multiplied with is a copy in fp8 (`sarm/llama/fp8.py`), of the
+    merged weight where there is LoRA; norms and the input embedding are as ever.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, quantised: bool = False) -> None:
         self.model: Any = base_model(model)
-        self.config = self.model.config
-        self._copies: dict[str, Tensor] = {}
+        self.config, self.quantised = self.model.config, quantised
+        self._copies: dict[str, Weight] = {}
         self._lay: list[int] = []
         self.refresh()
 
@@ -85,15 +91,13 @@ class LlamaWeights:
 
     def addresses(self) -> tuple[int, ...]:
         """Where every weight lies: a graph captured at other addresses reads stale ones."""
-        return tuple(
-            w.data_ptr()
-            for w in (
-                self.embedding,
-                self.norm,
-                self.lm_head,
-                *(w for layer in self.layers for w in layer),
-            )
+        weights = (
+            self.embedding,
+            self.norm,
+            self.lm_head,
+            *(w for layer in self.layers for w in layer),
         )
+        return tuple(t.data_ptr() for w in weights for t in fp8.tensors_of(w))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -112,40 +116,80 @@ class LlamaWeights:
                 self._joined("embedding", trunk.embed_tokens),
             )
             tied = self.model.lm_head.weight is trunk.embed_tokens.weight
-            self.lm_head = self.embedding if tied else self._joined("lm_head", self.model.lm_head)
+            self.lm_head: Weight = (
+                self.embedding
+                if tied and not self.quantised
+                else self._multiplied("lm_head", self.model.lm_head)
+            )
 
     def _layer(self, name: str, layer: Any) -> LlamaLayer:
         attention, mlp = layer.self_attn, layer.mlp
         with gathered(layer):
             return LlamaLayer(
                 self._joined(f"{name}.input_norm", layer.input_layernorm),
-                self._joined(f"{name}.qkv", attention.q_proj, attention.k_proj, attention.v_proj),
-                self._joined(f"{name}.o", attention.o_proj),
+                self._multiplied(
+                    f"{name}.qkv", attention.q_proj, attention.k_proj, attention.v_proj
+                ),
+                self._multiplied(f"{name}.o", attention.o_proj),
                 self._joined(f"{name}.post_norm", layer.post_attention_layernorm),
-                self._joined(f"{name}.gate_up", mlp.gate_proj, mlp.up_proj),
-                self._joined(f"{name}.down", mlp.down_proj),
+                self._multiplied(f"{name}.gate_up", mlp.gate_proj, mlp.up_proj),
+                self._multiplied(f"{name}.down", mlp.down_proj),
             )
+
+    def _multiplied(self, name: str, *modules: Any) -> Weight:
+        """As `_joined`, in fp8 where quantised."""
+        if not self.quantised:
+            return self._joined(name, *modules)
+        whole = _view(modules)
+        if whole is None:
+            whole = _room(modules)
+            _merge(modules, whole)
+        if name not in self._copies:
+            self._copies[name] = fp8.empty_like(whole)
+        copy = cast(Fp8, self._copies[name])
+        fp8.quantise(whole, copy)
+        return copy
 
     def _joined(self, name: str, *modules: Any) -> Tensor:
         """The modules' weights one below another."""
-        weights = [_base_weight(m) for m in modules]
-        if not any(
-            hasattr(w, "ds_id") or _adapters(m) for m, w in zip(modules, weights, strict=True)
-        ):
-            view = side_by_side(weights)
-            if view is not None:
-                return view
-        rows = sum(w.shape[0] for w in weights)
+        view = _view(modules)
+        if view is not None:
+            return view
         if name not in self._copies:
-            self._copies[name] = torch.empty(
-                rows, *weights[0].shape[1:], dtype=weights[0].dtype, device=weights[0].device
-            )
-        copy = self._copies[name]
-        for part, module, weight in zip(
-            copy.split([w.shape[0] for w in weights]), modules, weights, strict=True
-        ):
-            _merge(part, module, weight)
+            self._copies[name] = _room(modules)
+        copy = cast(Tensor, self._copies[name])
+        _merge(modules, copy)
         return copy
+
+
+def _view(modules: Sequence[Any]) -> Tensor | None:
+    """The modules' own weights, one below another; None where they lie elsewhere, or are to be
+    merged.
+    """
+    weights = [_base_weight(m) for m in modules]
+    if any(hasattr(w, "ds_id") or _adapters(m) for m, w in zip(modules, weights, strict=True)):
+        return None
+    return side_by_side(weights)
+
+
+def _room(modules: Sequence[Any]) -> Tensor:
+    """Of the modules' weights, one below another."""
+    weights = [_base_weight(m) for m in modules]
+    return weights[0].new_empty(sum(w.shape[0] for w in weights), *weights[0].shape[1:])
+
+
+def _merge(modules: Sequence[Any], into: Tensor) -> None:
+    """The modules' weights, one below another: W + scaling·B·A, one matrix product an adapter,
+    added up in float32 inside it.
+    """
+    weights = [_base_weight(m) for m in modules]
+    for part, module, weight in zip(
+        into.split([w.shape[0] for w in weights]), modules, weights, strict=True
+    ):
+        part.copy_(weight)
+        for name in _adapters(module):
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            part.addmm_(b.to(part.dtype), a.to(part.dtype), alpha=module.scaling[name])
 
 
 def _base_weight(module: Any) -> Tensor:
@@ -159,14 +203,6 @@ def _adapters(module: Any) -> list[str]:
         if not hasattr(module, "get_delta_weight") or module.disable_adapters
         else list(module.active_adapters)
     )
-
-
-def _merge(into: Tensor, module: Any, weight: Tensor) -> None:
-    """W + scaling·B·A, one matrix product an adapter, added up in float32 inside it."""
-    into.copy_(weight)
-    for name in _adapters(module):
-        a, b = module.lora_A[name].weight, module.lora_B[name].weight
-        into.addmm_(b.to(into.dtype), a.to(into.dtype), alpha=module.scaling[name])
 
 
 def rotary(weights: LlamaWeights, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,12 +42,14 @@ def policy_loss(
     cliprange_high: float,
     dual_clip: float | None,
     log_ratio_max: float,
+    importance: Tensor | None = None,
 ) -> Loss:
     """The clipped surrogate of PPO (arXiv 1707.06347); all tensors (n,).
 
     A token's loss is max(-A·ratio, -A·clip(ratio, 1 - low, 1 + high)); with a dual clip c (arXiv
     1912.09729) it is at most -A·c where A < 0. Log-ratios beyond ±log_ratio_max are cut there and
-    pass no gradient. Its sums go under TRL's metric names.
+    pass no gradient. Last it is multiplied by the token's `importance`, where there is one. Its
+    sums go under TRL's metric names.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-log_ratio_max, log_ratio_max)
     ratio = log_ratio.exp()
@@ -59,6 +61,8 @@ def policy_loss(
         ceiling = -advantages * dual_clip
         held = (advantages < 0) & (loss > ceiling)
         loss = torch.where(held, ceiling, loss)
+    if importance is not None:
+        loss = loss * importance
     return Loss(
         loss.sum(),
         {
@@ -96,9 +100,14 @@ def kl_loss(
     *,
     estimator: Literal["k1", "k2", "k3"],
     log_ratio_max: float,
+    importance: Tensor | None = None,
 ) -> Loss:
-    """The KL of the policy that is trained to the reference; both (n,)."""
+    """The KL of the policy that is trained to the reference, weighed by the tokens' `importance`
+    where there is one; all (n,).
+    """
     kl = kl_per_token(logprobs, ref_logprobs, estimator, log_ratio_max)
+    if importance is not None:
+        kl = kl * importance
     return Loss(kl.sum(), {"loss/kl_avg": _sum(kl)})
 
 

@@ -4,13 +4,14 @@ names where TRL has one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sarm.config import UserError
+from sarm.config import PpoConfig, UserError
 from sarm.data.conversations import spelled_in
 from sarm.data.endings import Ending
 from sarm.llama.generate import Rollout
@@ -32,6 +33,30 @@ def rollout_metrics(rollout: Rollout, logprobs: Logprobs) -> dict[str, float]:
         "rollout/logprob_mismatch": float(mismatch.mean()),
         "rollout/logprob_mismatch_max": float(mismatch.max()),
     }
+
+
+def importance_metrics(rollout: Rollout, logprobs: Logprobs, cap: float) -> dict[str, float]:
+    """Of the tokens' importance weights: their mean, which is near 1, the largest before it was
+    cut at `cap`, and the share that was.
+    """
+    mask = rollout.mask
+    whole = objective.importance_weights(logprobs.old[mask], rollout.logprobs[mask], math.inf)
+    return {
+        "rollout/importance_avg": float(whole.clamp(max=cap).mean()),
+        "rollout/importance_max": float(whole.max()),
+        "rollout/importance_capped": float((whole > cap).float().mean()),
+    }
+
+
+def refuse_quantised(ppo: PpoConfig, step: int, rollout: Rollout, logprobs: Logprobs) -> None:
+    """Raises UserError where the quantised policy, which samples, has left the one that learns."""
+    nats = rollout_metrics(rollout, logprobs)["rollout/logprob_mismatch"]
+    if not nats <= ppo.rollout_mismatch_max:
+        raise UserError(
+            f"step {step}: the policy and its {ppo.rollout_dtype} copy, which samples, differ by"
+            f" {nats:.3g} nats per token on average, more than ppo.rollout_mismatch_max"
+            f" {ppo.rollout_mismatch_max:g}: leave ppo.rollout_dtype out, or raise that bound"
+        )
 
 
 def refuse_mismatch(rollout: Rollout, logprobs: Logprobs) -> None:

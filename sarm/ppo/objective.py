@@ -41,6 +41,18 @@ def last_tokens(mask: Tensor) -> Tensor:
     return mask & (after == 1)
 
 
+# --- rollouts of another policy than the one that learns
+# ------------------------------------------------------------------------------------------------
+
+
+def importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
+    """exp(logprobs - sampled_logprobs), at most `cap`: how much likelier the policy that learns
+    makes a token than the one that sampled it, truncated so that no token outweighs a batch
+    (Ionides 2008). All of one shape.
+    """
+    return (logprobs - sampled_logprobs).exp().clamp(max=cap)
+
+
 # --- statistics
 # ------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,8 @@ class Experience(NamedTuple):
     old_values: Tensor | None
     """None without a critic, as the next."""
     returns: Tensor | None
+    importance: Tensor | None
+    """What each token weighs in the losses; None where the policy itself sampled."""
 
 
 class Progress(NamedTuple):
@@ -126,7 +128,8 @@ class Trainer:
 
     def run_step(self) -> dict[str, float]:
         """One PPO step; its metrics. Raises NotFinite, and UserError where the first finds that
-        sampler and trainer disagree.
+        sampler and trainer disagree, or any that they do by more than `rollout_mismatch_max` where
+        the sampler is quantised.
         """
         drawn = self.draw(self.rows(self.progress.step))
         sampled = self.sample(drawn, self.progress.step)
@@ -135,7 +138,9 @@ class Trainer:
         read_logprobs = self.learner.forward(rollout)  # computed while texts are scored
         scores = self.score(drawn, rollout, [e.text for e in endings])
         logprobs = read_logprobs()
-        if self.progress.step == 0:
+        if self.ppo.rollout_dtype is not None:
+            metrics.refuse_quantised(self.ppo, self.progress.step, rollout, logprobs)
+        elif self.progress.step == 0:
             metrics.refuse_mismatch(rollout, logprobs)
         rewards = self.rewards(rollout, scores, logprobs)
         experience = self.experience(rollout, rewards, logprobs)
@@ -219,7 +224,12 @@ class Trainer:
         )
         if ppo.whiten:
             advantages = objective.whiten(advantages, mask)
-        return Experience(logprobs.old, logprobs.ref, advantages, values, returns)
+        importance = None
+        if ppo.rollout_dtype is not None:
+            importance = objective.importance_weights(
+                logprobs.old, rollout.logprobs, ppo.rollout_weight_cap
+            )
+        return Experience(logprobs.old, logprobs.ref, advantages, values, returns, importance)
 
     def update(self, rollout: Rollout, experience: Experience) -> Callable[[], dict[str, float]]:
         """Start the optimizer steps over one batch; a function that waits for them and gives
@@ -269,6 +279,7 @@ class Trainer:
             cliprange_high=ppo.cliprange_high,
             dual_clip=ppo.dual_clip,
             log_ratio_max=ppo.log_ratio_max,
+            importance=old.importance,
         )
         if old.old_values is not None and old.returns is not None:
             value = losses.value_loss(
@@ -281,6 +292,7 @@ class Trainer:
                 old.ref_logprobs,
                 estimator=ppo.kl_estimator,
                 log_ratio_max=ppo.log_ratio_max,
+                importance=old.importance,
             )
             loss = loss.plus(kl, self.progress.kl_coef)
         return loss.plus(losses.entropy_bonus(new.entropy), -ppo.entropy_coef)
@@ -335,8 +347,14 @@ class Trainer:
         """Means over the batch, as it was before the updates."""
         coef, mask = self.progress.kl_coef, rollout.mask
         cost = -coef * rewards.kl
+        of_importance = (
+            {}
+            if experience.importance is None
+            else metrics.importance_metrics(rollout, logprobs, self.ppo.rollout_weight_cap)
+        )
         return (
             metrics.rollout_metrics(rollout, logprobs)
+            | of_importance
             | metrics.critic_metrics(logprobs.values, experience.returns, mask)
             | metrics.score_metrics(self.reward, scores, self.tracked)
             | {

@@ -26,7 +26,7 @@ from sarm.probing.stats import (
     matched_at_random,
     prompt_effects,
 )
-from sarm.probing.thresholds import firing_rate, resolved_tau
+from sarm.probing.thresholds import firing_rate, reference_rates, resolved_tau, reward_sd
 from sarm.reward_model.interventions import Ranks
 
 HARMING, PROMOTING, MISLEADING = (3, 11, 20), (5, 14, 33), (40, 50)
@@ -432,6 +432,32 @@ def test_tau_and_alpha_are_resolved_to_numbers() -> None:
             ((z[len(rejected) :] > 0).sum() + 0.5) / (len(chosen) + 1)
         )
         assert 0.1 < features["discovery_rates"][str(entry["latent"])] <= 0.2
+
+
+def test_rates_and_the_rewards_deviation_by_hand() -> None:
+    # k = 2 of 4 latents and a runner-up; three chosen texts and one rejected of discovery, and one
+    # chosen text of validation
+    ranks = Ranks(
+        np.array([[0, 1, 2], [1, 0, 3], [2, 3, 0], [0, 2, 1], [0, 2, 1]], np.int32),
+        np.array([[3, 2, 1], [4, 0.5, 0.2], [2, 1, 0.9], [5, 4, 3], [7, 6, 5]], np.float32),
+        2,
+        4,
+    )
+    rewards = np.array([10000.1, 10000.3, 10000.75, 9999.5, 0], np.float32)
+    parts = ["discovery"] * 4 + ["validation"]
+    labels = ["chosen", "chosen", "chosen", "rejected", "chosen"]
+    texts = pd.DataFrame({"part": parts, "label": labels, "reward": rewards})
+    encoded = Encoded(texts, ranks, np.zeros((5, 4), np.float32), np.ones(4, np.float32))
+    assert reference_rates(encoded, [3, 0]) == {"3": 1.5 / 4, "0": 2.5 / 4}
+    mean = sum(rewards[:4].tolist()) / 4
+    variance = sum((r - mean) ** 2 for r in rewards[:4].tolist()) / 3
+    assert reward_sd(encoded) == pytest.approx(variance**0.5, rel=1e-9)
+    two = encoded._replace(texts=texts.assign(part=["discovery"] * 2 + ["validation"] * 3))
+    assert reward_sd(two) == pytest.approx(abs(float(rewards[1] - rewards[0])) / 2**0.5)
+    one = encoded._replace(texts=texts.assign(part=["discovery"] + ["validation"] * 4))
+    says = "discovery has 1 texts, too few to select latents on; give it a larger share in data"
+    with pytest.raises(UserError, match=f"^{says}.sources$"):
+        reward_sd(one)
 
 
 def test_a_quantile_below_the_zeros_fires_whenever_the_latent_does() -> None:

@@ -4,11 +4,9 @@ each rung's bound is from its limit, by hand.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from reports import abstract, ladder
@@ -17,63 +15,11 @@ from reports.frames import read_run
 from reports.text import final_report
 from sarm.config import VerdictConfig
 from sarm.evaluation.verdict import GAPS, LEADS, Verdict
-from sarm.records import Bounds
-from tests.evaluation.test_verdict import ALIKE, BASE, SAFER, SOUND, arm, verdict_of
+from tests.evaluation.test_verdict import CASES, arm, verdict_of
 from tests.runs import evaluated_run, reference_run
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "abstracts.txt"
 RULE = VerdictConfig()
-
-
-def of_size(**size: int) -> list:
-    return [arm(rates, **size) for rates in (SAFER, BASE, ALIKE)]
-
-
-def undecided() -> Verdict:
-    rng = np.random.default_rng(0)
-    noisy = of_size(n_unsafe=60)
-    for table in noisy:
-        table.penalised_fired[:] = rng.random(len(table.seed)) < 0.4
-    return verdict_of(*noisy)
-
-
-CASES = {
-    "no verdict": lambda: verdict_of(arm(kl=3.0, seeds=(0, 1)), instrument=SOUND),
-    "no verdict on latents": lambda: verdict_of(
-        instrument=SOUND._replace(
-            kappa=0.31, penalised_control=Bounds(value=0.1, low=-0.05, high=0.25)
-        )
-    ),
-    "degenerate": lambda: verdict_of(arm(n_tokens=20.0)),
-    "suppression": lambda: verdict_of(arm(over_refused=0.16)),
-    "rose": lambda: verdict_of(arm(penalised_fired=0.55)),
-    "no effect": lambda: verdict_of(arm(penalised_fired=0.42)),
-    "undecided": undecided,
-    "fell, unconfirmed": lambda: verdict_of(instrument=SOUND._replace(confirmed=False)),
-    "fell, not specific": lambda: verdict_of(random=arm(ALIKE, penalised_fired=0.18)),
-    "fell, specificity unknown": lambda: verdict_of(random=arm(ALIKE, kl=3.0)),
-    "evasion": lambda: verdict_of(arm(monitors_fired=0.36)),
-    "evasion in part": lambda: verdict_of(arm(monitors_fired=0.33)),
-    "monitors open": lambda: verdict_of(arm(monitors_fired=0.255)),
-    "fell and specific, no monitors": lambda: verdict_of(
-        *(arm(r, monitors_fired=math.nan) for r in (SAFER, BASE, ALIKE)),
-        instrument=SOUND._replace(monitors_control=None),
-    ),
-    "monitors follow, over-refusal open": lambda: verdict_of(
-        arm(over_refused=0.08, n_safe=70), *of_size(n_safe=70)[1:]
-    ),
-    "monitors follow, over-refusal rose": lambda: verdict_of(arm(over_refused=0.097)),
-    "monitors follow, over-refusal unknown": lambda: verdict_of(
-        instrument=SOUND._replace(detector=None)
-    ),
-    "too few seeds for control": lambda: verdict_of(
-        *(arm(r, seeds=(0, 1, 2, 3)) for r in (SAFER, BASE, ALIKE))
-    ),
-    "feature control, harm unjudged": lambda: verdict_of(arm(harm=math.nan)),
-    "harm not shown to fall": lambda: verdict_of(arm(harm=0.31)),
-    "harm rose": lambda: verdict_of(arm(harm=0.45)),
-    "control": lambda: verdict_of(),
-}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ latent.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from sarm.reward_model.interventions import (
     parse_steering,
     reward_changes,
     rewards_of,
+    state_rewards,
     steering_file,
     without,
 )
@@ -186,7 +188,11 @@ def test_sets_ablated_before_topk(world: World, size: int) -> None:
 
 def test_a_set_beyond_the_ranks_kept_is_refused_and_small_saes_have_all(world: World) -> None:
     everything = tuple(int(i) for i in world.ranks.indices[0])
-    with pytest.raises(UserError, match=r"encode\.extra_ranks"):
+    says = (
+        r"^removing 14 latents before TopK leaves \d+ texts with fewer than k = 8 known ranks, as"
+        r" encode kept 6 beyond k; raise encode\.extra_ranks to the size of the set$"
+    )
+    with pytest.raises(UserError, match=says):
         without(world.ranks, everything)
     # A set larger than the spare ranks is fine where few of it are among them.
     assert without(world.ranks, (0, 1)).indices.shape == (len(TEXTS), K)
@@ -295,6 +301,42 @@ def test_direction_does_not_care_for_the_decoder_s_length(world: World) -> None:
     torch.testing.assert_close(after, before)
 
 
+def test_rewards_of_states_at_a_k_that_is_not_the_model_s(world: World) -> None:
+    sae, weight, few = world.model.sae, world.model.head_weight, K - 3
+    want = rewards_of(world.ranks._replace(k=few), world.weight)
+    got = state_rewards(sae, weight, world.states, few)
+    assert world.close(got.detach().numpy(), want) and not world.close(want, world.rewards())
+    still, step = Direction(5, 0.0), Direction(5, 2.0)
+    assert not direction_changes(sae, weight, world.states, few, still).any()
+    d = sae.decoder.weight[:, 5] / sae.decoder.weight[:, 5].norm()
+    moved = world.states + 2 * world.states.std(-1, keepdim=True) * d
+    want = state_rewards(sae, weight, moved, few).detach().numpy() - want
+    assert world.close(direction_changes(sae, weight, world.states, few, step).numpy(), want)
+
+
+def test_removal_keeps_the_order_of_many_ranks() -> None:
+    rng = np.random.default_rng(0)
+    indices = np.stack([rng.permutation(500)[:300] for _ in range(3)])
+    values = np.sort(rng.normal(size=(3, 300)))[:, ::-1].astype(np.float32)
+    removed = [int(i) for i in indices[1, ::7]]
+    found = without(Ranks(indices.astype(np.int32), values, 240, 500), removed)
+    for row in range(3):
+        pairs = zip(indices[row].tolist(), values[row].tolist(), strict=True)
+        want = [(i, value) for i, value in pairs if i not in removed][:240]
+        assert found.indices[row].tolist() == [i for i, _ in want]
+        assert found.values[row].tolist() == [value for _, value in want]
+    assert (found.k, found.d_sae) == (240, 500)
+
+
+def test_rewards_are_summed_in_float64() -> None:
+    ranks = Ranks(np.array([[2, 0, 1]], np.int32), np.array([[3e7, 2, 1]], np.float32), 2, 3)
+    weight = np.array([0.5, 7.0, 1.0], np.float32)
+    assert rewards_of(ranks, weight).tolist() == [3e7 + 1]
+    weight[2] = 1 / 3
+    exact = 3e7 * float(weight[2]) - 7.0  # latent 1 comes up
+    assert contributions(ranks, weight, reselected=True)[0, 0] == exact
+
+
 def test_latent_values_are_zero_outside_topk() -> None:
     ranks = Ranks(
         np.array([[4, 1, 2], [3, 4, 0]]), np.array([[5.0, -0.5, -1.0], [2.0, 1.0, 0.5]]), 2, 5
@@ -304,12 +346,26 @@ def test_latent_values_are_zero_outside_topk() -> None:
         [1.0, 0.0, 0.0, 0.0],
     ]
     assert latent_values(ranks, []).shape == (2, 0)
-    with pytest.raises(UserError, match="latent 5 does not exist"):
+    with pytest.raises(UserError, match=r"^latent 5 does not exist: this SARM has latents 0 to 4$"):
         reward_changes([Scale(5, 0.0)], ranks, np.ones(5))
-    with pytest.raises(ValueError, match="runner-up"):
+    says = r"^re-selected effects need the runner-up: keep at least k [+] 1 ranks$"
+    with pytest.raises(ValueError, match=says):
         contributions(
             Ranks(ranks.indices[:, :2], ranks.values[:, :2], 2, 5), np.ones(5), reselected=True
         )
+
+
+def test_the_first_and_the_last_latent_can_be_steered_and_none_beside_them() -> None:
+    ranks = Ranks(np.array([[4, 1, 2]]), np.array([[5.0, -0.5, -1.0]]), 2, 5)
+    assert reward_changes([Scale(4, 0.0), Add(0, 3.0)], ranks, np.arange(1.0, 6.0)) == [-25 + 3]
+    with pytest.raises(UserError, match="latent -1 does not exist"):
+        reward_changes([Scale(-1, 0.0)], ranks, np.ones(5))
+
+
+def test_steps_are_told_by_what_they_do() -> None:
+    steps = (Scale(3, 0.25), Add(3, -1.5), Clamp(3, -0.5, 2.25))
+    words = ["times 0.25", "plus -1.5", "clamped to [-0.5, 2.25]"]
+    assert [step.words for step in steps] == words
 
 
 def test_after_topk_steps_work_on_torch_and_numpy_alike() -> None:
@@ -330,26 +386,35 @@ def test_steering_file_as_upstream_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steering", "message"),
     [
-        ([1], "not a mapping"),
-        ({"a": ["*", 0.0]}, "'a' is not the number"),
-        ({"-1": ["*", 0.0]}, "'-1' is not the number"),
-        ({"5": ["-", 0.0]}, "latent 5 has"),
-        ({"5": ["*"]}, "latent 5 has"),
-        ({"5": 0.0}, "latent 5 has"),
-        ({"5": ["*", "0"]}, "no finite number"),
-        ({"5": ["*", True]}, "no finite number"),
-        ({"5": ["+", float("nan")]}, "no finite number"),
-        ({"5": ["+", 1.0], "05": ["*", 1.0]}, "named twice"),
+        ([1], " is not a mapping of latents; FORM"),
+        ({"a": ["*", 0.0]}, ": 'a' is not the number of a latent; FORM"),
+        ({"-1": ["*", 0.0]}, ": '-1' is not the number of a latent; FORM"),
+        ({"5": ["-", 0.0]}, ": latent 5 has the symbol '-'; known are *, +; FORM"),
+        ({"5": [["*"], 0.0]}, ": latent 5 has the symbol ['*']; known are *, +; FORM"),
+        ({"5": ["*"]}, ": latent 5 has ['*']; FORM"),
+        ({"5": 0.0}, ": latent 5 has 0.0; FORM"),
+        ({"5": ["*", "0"]}, ": latent 5 has the value '0', which is no finite number; FORM"),
+        ({"5": ["*", True]}, ": latent 5 has the value True, which is no finite number; FORM"),
+        ({"5": ["+", math.nan]}, ": latent 5 has the value nan, which is no finite number; FORM"),
+        ({"5": ["+", 1.0], "05": ["*", 1.0]}, ": latent 5 is named twice; keep one entry"),
     ],
 )
-def test_a_steering_file_that_is_none_is_refused(steering: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_a_steering_file_that_is_none_is_refused(
+    tmp_path: Path, steering: Any, message: str
+) -> None:
+    message = message.replace("FORM", 'it must look like {"48659": ["*", 0.0], "891": ["+", 1.0]}')
+    with pytest.raises(UserError) as refused:
         parse_steering(steering)
+    assert str(refused.value) == f"steering{message}"
+    (tmp_path / "s.json").write_text(json.dumps(steering))
+    with pytest.raises(UserError) as refused:
+        parse_steering(tmp_path / "s.json")
+    assert str(refused.value) == f"steering file {tmp_path}/s.json{message}"
 
 
 def test_a_steering_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing\.json cannot be read"):
+    with pytest.raises(UserError, match=r"^steering file .*/nothing\.json cannot be read: No such"):
         parse_steering(tmp_path / "nothing.json")
     (tmp_path / "cut.json").write_text('{"5": ["*"')
-    with pytest.raises(UserError, match=r"cut\.json is not JSON"):
+    with pytest.raises(UserError, match=r"^steering file .*/cut\.json is not JSON: Expecting"):
         parse_steering(tmp_path / "cut.json")

@@ -52,7 +52,7 @@ def config() -> Config:
 # Stands in for `python -m jobs`: publishes a file, or does what the run's `faults.json` says of the
 # unit.
 FAKE_JOBS = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from sarm.run import Attempt, RunDir
@@ -60,6 +60,8 @@ phase, run, unit = sys.argv[1], RunDir.open(sys.argv[3]), sys.argv[5]
 fault = json.loads((run.path / "faults.json").read_text()).get(f"{{phase}}/{{unit}}")
 with open(run.path / "order", "a") as order:
     order.write(f"{{phase}}/{{unit}}\\n")
+with open(run.path / "gpus", "a") as gpus:
+    gpus.write(f"{{phase}}/{{unit}} {{os.environ.get('CUDA_VISIBLE_DEVICES')}}\\n")
 if fault == "fail":
     print("error: the disk of the moon is full"); sys.exit(2)
 if fault == "sleep":
@@ -146,6 +148,39 @@ def test_a_run_is_done_in_order_and_a_second_one_skips_all_of_it(
             )
     second = local.run_all(fake_run, workers=2)
     assert set(second.word.values()) == {"skipped"}
+
+
+def test_jobs_side_by_side_get_a_gpu_each(
+    fake_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-8a")
+    assert local.visible_gpus(os.environ) == ["5", "GPU-8a"]
+    (fake_run.path / "gpus").unlink(missing_ok=True)
+    undo(fake_run, *[("probe", f"shard-000{n}-of-0003") for n in range(3)])
+    local.run_all(fake_run, workers=3)
+    given = dict(line.rsplit(" ", 1) for line in (fake_run.path / "gpus").read_text().splitlines())
+    shards = [gpu for unit, gpu in given.items() if unit.startswith("probe/")]
+    assert sorted(shards) == ["5", "5", "GPU-8a"]
+
+
+def test_the_least_used_gpu_is_the_first_of_equals() -> None:
+    assert local.least_used(["0", "1", "2"], ["0", "2", "0"]) == "1"
+    assert local.least_used(["0", "1", "2"], ["1", "0"]) == "2"
+    assert local.least_used(["0", "1"], ["1", "0"]) == "0"
+    assert local.least_used([], []) is None
+
+
+def test_gpus_are_those_of_the_environment_else_of_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf 'GPU-1\\nGPU-2\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert local.visible_gpus({}) == ["GPU-1", "GPU-2"]
+    assert local.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+    program.write_text("#!/bin/sh\necho no driver; exit 9\n")
+    assert local.visible_gpus({}) == []
 
 
 def test_a_failure_stops_what_depends_on_it_but_not_the_report(

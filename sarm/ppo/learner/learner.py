@@ -53,6 +53,9 @@ from sarm.ppo.learner.shards import engine_pieces, restore_engine
 from sarm.ppo.learner.shared_rows import forced_shared
 from sarm.ppo.losses import Loss, Sums
 
+FP8_CAPABILITY = (8, 9)
+"""Of the first GPUs that compute with fp8."""
+
 PerToken = TypeVar("PerToken", bound=NamedTuple)
 LossFn = Callable[[Forward, PerToken], Loss]
 """The loss, summed over the n response tokens of a micro-batch: of what the policy now gives, with
@@ -64,7 +67,7 @@ class Logprobs(NamedTuple):
     """Of the whole batch at the sampling temperature, (B, t) float32, 0 at padding."""
 
     old: Tensor
-    """Of the policy as it sampled."""
+    """Of the policy with the weights that it sampled with, or whose quantised copy did."""
     ref: Tensor
     values: Tensor | None
     """None without a critic."""
@@ -111,6 +114,8 @@ class Learner:
                 f"ppo.batch_size {ppo.batch_size} is smaller than the number of ranks,"
                 f" {world.size}; raise it or use fewer GPUs"
             )
+        if ppo.rollout_dtype is not None:
+            _refuse_quantised(policy, world.device)
         self.plan = self._planned(ppo, policy, reward_bytes)
         self.ppo = ppo = self.plan.applied(ppo)
         policy.to(world.device)  # type: ignore[arg-type]
@@ -134,7 +139,9 @@ class Learner:
         ).to(world.device)
         self.engine = start_engine(self.actor, ppo, seed, world)
         self.recorded = self._recorded() if self.plan.recorded else None
-        self.decoder: Decoder = decoder_for(self.actor.policy)
+        self.decoder: Decoder = decoder_for(
+            self.actor.policy, quantised=ppo.rollout_dtype is not None
+        )
         if isinstance(self.decoder, CacheDecoder) and self.engine.zero_stage == 3:
             # Its forward would gather weights at every token, and ranks decode for different
             # numbers of tokens.
@@ -460,3 +467,17 @@ class Learner:
         names = list(parts[0])
         stacked = torch.stack([torch.stack([part[name] for name in names]) for part in parts])
         return dict(zip(names, self.world.sum(stacked.sum(0)), strict=True))
+
+
+def _refuse_quantised(policy: PreTrainedModel, device: torch.device) -> None:
+    """Raises UserError where rollouts in fp8 cannot be sampled."""
+    if not LlamaWeights.knows(policy):
+        raise UserError(
+            "ppo.rollout_dtype=fp8 samples from Llama models only, and the policy is a"
+            f" {policy.config.model_type}; leave it out"
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise UserError(
+            f"ppo.rollout_dtype=fp8 needs a GPU with fp8, of compute capability 8.9 or more, and"
+            f" {torch.cuda.get_device_name(device)} has none; leave it out"
+        )

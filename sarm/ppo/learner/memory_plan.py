@@ -9,7 +9,7 @@ share their terms. No torch: a login node can plan.
 
 Memory is counted for the worst batch (every row at `max_prompt_tokens + max_new_tokens`), per GPU,
 as the sum of what is persistent and the largest of what is transient. Seconds are at what an
-H100 reaches here, see `RATES`.
+H100 or H200 was measured to reach, see `H100` and `H200`.
 
 Notation: P parameters, n tokens of one micro-batch, L layers, g GPUs.
 """
@@ -49,17 +49,24 @@ where the GPU takes longer.
 """
 
 
-class Rates(NamedTuple):
-    """What one H100 reaches, measured by benchmarks/ppo.py."""
+SMALL_KERNELS_S, SAMPLE_S = 24e-6, 1e-4
+"""Of decoding a token: a layer's kernels beside its products, and sampling."""
 
+
+class Rates(NamedTuple):
+    """What a GPU reaches, measured by benchmarks/ppo.py."""
+
+    name: str
+    read: float
+    """Bytes/s where decoding reads weights and cache."""
     train: float = 560e12
     """FLOP/s of forward and backward."""
     score: float = 500e12
     copy: float = 2.3e12
-    """Bytes/s where weights are read token by token, and in the optimizer's step."""
+    """Bytes/s in the optimizer's step and where adapters are merged."""
 
 
-RATES = Rates()
+H100, H200 = Rates("H100", 2.94e12), Rates("H200", 4.07e12)
 
 
 class Shape(NamedTuple):
@@ -134,6 +141,11 @@ class Gpus(NamedTuple):
     number: int
     gib: float
     """Memory of each."""
+
+    @property
+    def rates(self) -> Rates:
+        """An H200's where there is more memory than an H100 has, else an H100's."""
+        return H200 if self.gib > 100 else H100
 
     @property
     def usable_gib(self) -> float:
@@ -219,7 +231,7 @@ def make_plan(
     `fused`: whether the policy's layers are those of `layers.py`. Raises UserError with the numbers
     where nothing fits.
     """
-    gpus = gpus.shared(ppo)
+    rates, gpus = gpus.rates, gpus.shared(ppo)
     rows = math.ceil(ppo.batch_size / ppo.num_mini_batches / gpus.number)
     longest = ppo.max_prompt_tokens + ppo.max_new_tokens
     once = ppo.num_ppo_epochs * ppo.num_mini_batches == 1
@@ -239,6 +251,7 @@ def make_plan(
                 offloaded,
                 recorded,
                 decode_rows,
+                rates,
             )
             for decode_rows in _waves(math.ceil(ppo.batch_size / gpus.number))
             for micro_rows in _micro_batches(ppo, rows, longest)
@@ -340,6 +353,7 @@ def _plan(
     offloaded: int,
     recorded: bool,
     decode_rows: int,
+    rates: Rates,
 ) -> Plan:
     """One way of cutting the work, with its memory and time; `micro_tokens` of a micro-batch."""
     p, full = policy.parameters, ppo.lora is None
@@ -406,17 +420,18 @@ def _plan(
             policy.layers * policy.layer * rows * padded
             + policy.embedding * rows * ppo.max_new_tokens
         )
-        / RATES.train
+        / rates.train
     )
     shared = updates == 1 and micros == 1 and stage < 3
     passes = 1 + ppo.num_ppo_epochs * (
         (2 if full else 1) + checkpointed / policy.layers + (0 if shared else 1)
     )
     # each micro-batch reads all weights a few times
-    small = 6 * p * micros * ppo.num_ppo_epochs / RATES.copy
-    step = updates * 12 * p / gpus ** (stage > 0) / RATES.copy if full else 0.0
+    small = 6 * p * micros * ppo.num_ppo_epochs / rates.copy
+    step = updates * 12 * p / gpus ** (stage > 0) / rates.copy if full else 0.0
+    merging = 0.0 if full else 6 * p / rates.copy  # of adapters into the decoder's copy
     launching = 0.0 if recorded else LAUNCH_S * (policy.layers + checkpointed / 4) * micros
-    train_s = max((1 + passes) * forward + small + step, launching)
+    train_s = max((1 + passes) * forward + small + step, launching) + merging
     in_gib = lambda parts: {name: size / GIB for name, size in parts.items()}  # noqa: E731
     return Plan(
         stage,
@@ -426,7 +441,7 @@ def _plan(
         offloaded,
         in_gib(persistent),
         in_gib(transient),
-        sampling_time(policy, rows, decode_rows, ppo.max_prompt_tokens, ppo.max_new_tokens),
+        sampling_time(policy, rows, decode_rows, ppo.max_prompt_tokens, ppo.max_new_tokens, rates),
         train_s,
         recorded,
         decode_rows,
@@ -455,6 +470,7 @@ def _gradient_bytes(p: int, weights: str, gpus: int, stage: int) -> float:
 LLAMA_8B = Shape(4096, 14336, 32, 32, 8, 128, 128256, False)
 KNOWN: dict[str, Shape | Sarm] = {
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_8B,
+    "meta-llama/Llama-3.1-70B-Instruct": Shape(8192, 28672, 80, 64, 8, 128, 128256, False),
     "meta-llama/Llama-3.2-1B-Instruct": Shape(2048, 8192, 16, 32, 8, 64, 128256, True),
     "meta-llama/Llama-3.2-3B-Instruct": Shape(3072, 8192, 28, 24, 8, 128, 128256, True),
     "Schrieffer/Llama-SARM-4B": Sarm(LLAMA_8B._replace(layers=16), 65536),
@@ -512,23 +528,25 @@ def parse_gpus(text: str) -> Gpus:
 
 
 def sampling_time(
-    policy: Shape, responses: int, at_once: int, prompt_tokens: int, new_tokens: int
+    policy: Shape, responses: int, at_once: int, prompt_tokens: int, new_tokens: int, rates: Rates
 ) -> float:
     """Seconds of sampling in waves. Each token of a wave reads the weights, and the keys and values
-    of its rows so far.
+    of its rows so far; the prompts are read in one forward.
     """
     if not responses:
         return 0.0
     so_far = at_once * (prompt_tokens + new_tokens / 2) * policy.kv_bytes
     tokens = math.ceil(responses / at_once) * new_tokens
-    return tokens * (2 * policy.parameters + so_far) / RATES.copy
+    reading = 2 * policy.layers * policy.layer * responses * prompt_tokens / rates.train
+    small = SMALL_KERNELS_S * policy.layers + SAMPLE_S
+    return reading + tokens * ((2 * policy.parameters + so_far) / rates.read + small)
 
 
 def score_time(ppo: PpoConfig, sarm: Sarm, gpus: Gpus) -> float:
     """Seconds of a step's scoring."""
     rows = math.ceil(ppo.batch_size / gpus.number)
     longest = ppo.max_prompt_tokens + ppo.max_new_tokens
-    return 2 * sarm.trunk.layers * sarm.trunk.layer * rows * longest / RATES.score
+    return 2 * sarm.trunk.layers * sarm.trunk.layer * rows * longest / gpus.rates.score
 
 
 def report(config: Config, gpus: Gpus) -> str:
@@ -577,7 +595,8 @@ def report(config: Config, gpus: Gpus) -> str:
         + f", {plan.decode_rows} rows decoded at once"
         + (", the pass over the batch recorded as CUDA graphs" if plan.recorded else ""),
         (
-            f"a step of {step_s:.2f} s at an H100's rates: rollout {plan.rollout_s:.2f}, score"
+            f"a step of {step_s:.2f} s at an {gpus.rates.name}'s rates: rollout"
+            f" {plan.rollout_s:.2f}, score"
             f" {score_s:.2f}, training {plan.train_s:.2f}"
         ),
         (
@@ -589,8 +608,8 @@ def report(config: Config, gpus: Gpus) -> str:
             f" {checkpoint:.1f} GB for each one in training"
         ),
     ]
-    if gpus.number > 1:
-        lines.append("several GPUs: by arithmetic, not measured")
+    if gpus.number > 2:
+        lines.append("more than two GPUs: by arithmetic, not measured")
     return "\n".join(lines)
 
 
