@@ -192,9 +192,20 @@ def trust(figures: Mapping[str, Any], rule: VerdictConfig) -> str:
     """The instrument, the seeds and the size; and what is missing."""
     verdict = figures["verdict"]
     parts = [instrument(figures["readings"], verdict["gaps"], rule), size(target(verdict))]
+    parts += unconfirmed(figures["features"])
     if n := len(figures["failures"]):
         parts.append(f"{n} part{'s' * (n > 1)} of the run failed or never ran")
     return "; ".join(parts) + "."
+
+
+def unconfirmed(features: Mapping[str, Any] | None) -> list[str]:
+    """Where a penalty lies on latents that nothing but discovery speaks for."""
+    penalised = features["penalised"] if features else []
+    n = sum(not p["confirmed"] for p in penalised)
+    if not n:
+        return []
+    which = "none" if n == len(penalised) else f"{len(penalised) - n}"
+    return [f"{which} of the {len(penalised)} penalised latents confirmed on held-out prompts"]
 
 
 def instrument(readings: Mapping[str, Any] | None, gaps: Sequence[str], rule: VerdictConfig) -> str:

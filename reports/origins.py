@@ -76,7 +76,6 @@ UNKNOWN = {
     "took": "it left no manifest",
     "ended": "it left no manifest",
     "GPU-hours planned": "the models' sizes are not known here",
-    "rank corr.": "too few latents in both",
 }
 """By column: why a figure is n/a."""
 

@@ -22,7 +22,9 @@ def features(figures: dict[str, Any]) -> list[Block]:
         Prose(
             f"Effect: contribution to the margin on {n.get('validation', 0)} validation prompts."
             f" Selected on {n.get('discovery', 0)} discovery prompts: {found['n_tested']} latents"
-            f" tested, {found['n_discoveries']} discoveries."
+            f" tested, {found['n_discoveries']} discoveries. Roles are those on discovery. Each"
+            " interval is for one latent by itself; those of confirmed latents lie somewhat too far"
+            " from 0, as the same prompts confirmed them."
         )
     ]
     for role in ("promoting", "harming", "misleading"):
@@ -67,18 +69,20 @@ def rankings(figures: dict[str, Any]) -> list[Block]:
     return [
         Prose(
             "The first latents by each ranking, made on discovery: how many the effect ranks first"
-            " too, are of that role, and are confirmed on validation; `effect` is their mean effect"
-            " on the validation margin. Upstream's s is (c - j) / (c + j + C); it looks at no"
-            " weight."
+            " too, were tested, are of that role, and are confirmed on validation; `effect` is"
+            " their mean effect on the validation margin. Only what was tested and discovered by"
+            " its effect can be confirmed, so that this column favours the first ranking."
+            " Upstream's s is (c - j) / (c + j + C); it looks at no weight."
         ),
         Table(
-            ["Ranking", "role", "latents", "shared", "of role", "confirmed", "effect"],
+            ["Ranking", "role", "latents", "shared", "tested", "of role", "confirmed", "effect"],
             [
                 [
                     names[r["ranking"]],
                     r["role"],
                     len(r["latents"]),
                     r["shared_with_effect"],
+                    r["tested"],
                     r["of_role"],
                     r["confirmed"],
                     general(r["mean_effect_validation"]),
@@ -87,7 +91,9 @@ def rankings(figures: dict[str, Any]) -> list[Block]:
             ],
             origins=columns(
                 FEATURES,
-                dict.fromkeys(("latents", "shared", "of role", "confirmed", "effect"), "rankings"),
+                dict.fromkeys(
+                    ("latents", "shared", "tested", "of role", "confirmed", "effect"), "rankings"
+                ),
             ),
             counts=[
                 on_prompts(figures["features"]["n_prompts"], "discovery", "validation")

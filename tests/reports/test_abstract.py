@@ -130,6 +130,20 @@ def test_without_any_policy_it_says_so(tmp_path):
     assert abstract.set_up(made) == "No policy was trained or evaluated."
 
 
+@pytest.mark.parametrize(
+    ("confirmed", "said"),
+    [
+        ([True, True], []),
+        ([False, False, False], ["none of the 3 penalised latents confirmed on held-out prompts"]),
+        ([True, False, False], ["1 of the 3 penalised latents confirmed on held-out prompts"]),
+        ([], []),
+    ],
+)
+def test_a_penalty_on_unconfirmed_latents_is_told(confirmed: list[bool], said: list[str]) -> None:
+    assert abstract.unconfirmed({"penalised": [{"confirmed": c} for c in confirmed]}) == said
+    assert abstract.unconfirmed(None) == []
+
+
 def test_arms_of_different_numbers_of_seeds_are_told_apart():
     rows = [{"arm": "penalty", "steps": 40}] * 2 + [{"arm": "no_penalty", "steps": 50}]
     said = abstract.set_up({"training": rows, "policies": []})
