@@ -19,7 +19,14 @@ import pandas as pd
 from reports.abstract import abstract
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents
 from reports.ladder import rungs
-from reports.policies import against_base, compared_figures, distance_rows, mean, policy_table
+from reports.policies import (
+    against_base,
+    answered_rates,
+    compared_figures,
+    distance_rows,
+    mean,
+    policy_table,
+)
 from reports.provenance import comparable, cost, outputs, provenance, sources
 from reports.seed import seed_figures
 from reports.texts import shown_cause, texts_figures
@@ -65,6 +72,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "distances": distance_rows(run, frames),
         "policies": policy_table(frames.generations).to_dict("records"),
         "against_base": against_base(frames.generations),
+        "answered": answered_rates(frames.generations),
         "latents": (
             latent_table(frames.generations, penalised_latents(run, frames.features)).to_dict(
                 "records"

@@ -83,6 +83,30 @@ def against_base(generations: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
+def answered_rates(generations: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row per arm: how often the penalised latents fire on its unsafe responses that answer and
+    on those that refuse, by the detector; a share of no response is NaN. None without a detector
+    or without penalised latents.
+    """
+    if generations.empty or not {"refused", "penalised_fired"} <= set(generations):
+        return []
+    unsafe = generations[(generations["kind"] == "unsafe") & generations["refused"].notna()]
+    rows = []
+    for arm in sorted(unsafe["arm"].unique(), key=arm_rank):
+        mine = unsafe[unsafe["arm"] == arm]
+        refused = mine["refused"].astype(bool)
+        fired = mine["penalised_fired"]
+        rows.append(
+            {
+                "arm": arm,
+                "n": len(mine),
+                "answered": mean(fired[~refused]),
+                "refused": mean(fired[refused]),
+            }
+        )
+    return rows
+
+
 def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
     """At which distance all sections compare, and how far each arm's policies are there, measured
     again on the evaluation prompts.

@@ -149,6 +149,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
             **told,
         ),
         *base_sentences(figures["against_base"]),
+        *answered_sentences(figures["answered"]),
         Prose(
             f"Judge: {judge}, on unsafe prompts."
             if judge
@@ -189,6 +190,28 @@ def base_sentences(rows: Sequence[dict[str, Any]]) -> list[Block]:
             "Penalised rate on unsafe prompts less the base policy's, in points, with 95 %"
             f" intervals over {over(rows)}. {'; '.join(told).capitalize()}."
             f" {said[:1].upper()}{said[1:]}."
+        )
+    ]
+
+
+def answered_sentences(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """Whether a penalised rate that fell did so on responses that answer; nothing where fewer than
+    two arms answer any.
+    """
+    rows = [row for row in rows if math.isfinite(row["answered"])]
+    if len(rows) < 2:
+        return []
+    told = [
+        f"{arm_name(row['arm'])} {fixed(percentage(row['answered']), 1)}"
+        f" ({fixed(percentage(row['refused']), 1) if math.isfinite(row['refused']) else 'none'})"
+        for row in rows
+    ]
+    return [
+        Prose(
+            "Penalised rate on the unsafe responses that answer, and in brackets on those that"
+            f" refuse, in %: {', '.join(told)}. A fall among those that answer is not one by"
+            " refusing more. Which prompts are answered differs between arms, so these are"
+            " exploratory and have no intervals."
         )
     ]
 

@@ -812,8 +812,11 @@ class Report(File):
     texts: Row = Field(default_factory=lambda: {"whose": "all", "shown": [], "left_out": []})
     """Whose texts page and cards show."""
     distances: list[Row] = Field(default_factory=list)
-    against_base: list[Row] = Field(default_factory=list)
     """Every trained policy at every distance that the config names."""
+    against_base: list[Row] = Field(default_factory=list)
+    """Each trained arm's penalised rate less the base policy's."""
+    answered: list[Row] = Field(default_factory=list)
+    """Penalised rates on unsafe responses that answer and that refuse, an arm a row."""
     latents: list[Row]
     random_latents: list[Row]
     monitors: list[Row]

@@ -333,7 +333,11 @@ def penalised_latents(
             f" unconfirmed candidates: {', '.join(map(str, chosen.index)) or 'none'}"
         )
     elif len(chosen) < wanted:
-        warnings.append(f"{len(chosen)} of {wanted} confirmed {what} latents to penalise found")
+        warnings.append(
+            f"{len(chosen)} {what} latents are penalised, where {wanted} were asked for: no other"
+            " confirmed one costs reward (harming) or fires on unsafe text and is paid for"
+            " (misleading)"
+        )
     alpha = penalty.alpha * (reward_sd(encoded) if penalty.alpha_unit == "reward_sd" else 1.0)
     entries = [
         {

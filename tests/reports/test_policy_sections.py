@@ -15,8 +15,14 @@ import pytest
 from reports.blocks import Block, Prose, Table
 from reports.frames import read_run
 from reports.page import headlines
-from reports.policies import against_base
-from reports.policy_sections import base_sentences, changes, unequal_sentence, verdict_figures
+from reports.policies import against_base, answered_rates
+from reports.policy_sections import (
+    answered_sentences,
+    base_sentences,
+    changes,
+    unequal_sentence,
+    verdict_figures,
+)
 from reports.run_sections import commits_words
 from sarm.evaluation.intervals import two_way
 from tests.runs import reference_run
@@ -116,6 +122,32 @@ def test_changes_against_the_base_policy_are_paired_by_prompt(tmp_path: Path) ->
     )
     assert against_base(generations(arms)) == []
     assert against_base(read_run(reference_run(tmp_path / "run")).generations) == []
+
+
+def test_penalised_rates_of_answers_and_refusals_are_told_apart() -> None:
+    """By hand: the base answers 3 of 4 and fires on 2 of them; of the penalty arm's 8 the detector
+    saw 7, of which 2 answer, and fire, and 5 refuse, 2 of which fire. Safe prompts do not count.
+    """
+    table = generations(
+        {
+            "penalty-seed0": [[1, 0], [1, 1]],
+            "penalty-seed1": [[0, 0], [0, 1]],
+            "base": [[1, 1], [0, 1]],
+        }
+    )
+    refused = [True, True, False, True, None, True, True, None, False, None]
+    table["refused"] = pd.Series([*refused, False, False, False, True, True], dtype=object)
+    rows = answered_rates(table)
+    assert [(row["arm"], row["n"]) for row in rows] == [("base", 4), ("penalty", 7)]
+    assert [row["answered"] for row in rows] == pytest.approx([2 / 3, 1.0])
+    assert [row["refused"] for row in rows] == pytest.approx([1.0, 2 / 5])
+    (told,) = answered_sentences(rows)
+    assert isinstance(told, Prose)
+    assert "base 66.7 (100.0), penalty 100.0 (40.0)" in told.text
+    assert answered_sentences(rows[:1]) == []
+    rows[0]["refused"] = math.nan
+    assert "base 66.7 (none)" in answered_sentences(rows)[0].text  # type: ignore[union-attr]
+    assert answered_rates(table.drop(columns="refused")) == []
 
 
 def test_a_change_that_the_interval_cannot_see_is_said_to_be_none_that_is_shown() -> None:

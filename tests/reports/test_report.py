@@ -227,11 +227,19 @@ def test_a_run_is_reported_as_before_without_its_policies(tmp_path):
         manifest = run.manifest("ppo", unit)
         (run.folder("ppo", unit) / manifest.outputs["policy/model.safetensors"].file).unlink()
         assert run.why_not_done("ppo", unit) == "policy/model.safetensors is missing"
+    manifest = run.manifest("encode", "shard-0000-of-0001")
+    encoded = run.folder("encode", "shard-0000-of-0001") / "encoded.safetensors"
+    row = {"file": encoded.name, "bytes": 9, "sha256": "0" * 64}
+    edited = json.loads((encoded.parent / "manifest.json").read_text())
+    edited["outputs"]["encoded.safetensors"] = row
+    (encoded.parent / "manifest.json").write_text(json.dumps(edited))
+    assert manifest is not None and not encoded.exists()
     after = flat(report_of(run))
     words = (
-        f"Files of the policies of {len(units)} trainings had been removed when this was written"
+        f"Weights or encoded states of {len(units) + 1} units had been removed when this was"
+        " written"
     )
-    assert words in after and f"from them: ppo/{units[0]}," in after
+    assert words in after and "from them: encode/shard-0000-of-0001," in after
     told = part(report_of(run), "VERDICT")
     assert told == part(before, "VERDICT") and part(before, "FAILED AND MISSING PARTS") in before
     assert part(report_of(run), "FAILED AND MISSING PARTS") == part(
