@@ -26,6 +26,7 @@ from reports.policies import (
     distance_rows,
     mean,
     policy_table,
+    refusal_reward,
 )
 from reports.provenance import comparable, cost, outputs, provenance, sources
 from reports.seed import seed_figures
@@ -73,6 +74,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "policies": policy_table(frames.generations).to_dict("records"),
         "against_base": against_base(frames.generations),
         "answered": answered_rates(frames.generations),
+        "refusal_reward": refusal_reward(frames.generations),
         "latents": (
             latent_table(frames.generations, penalised_latents(run, frames.features)).to_dict(
                 "records"

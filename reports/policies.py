@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from reports.frames import Frames, arm_rank
@@ -107,12 +108,51 @@ def answered_rates(generations: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
+def refusal_reward(generations: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row per kind of prompt, unsafe and safe: the mean over prompts of the reward of a policy's
+    refusals less that of its answers to the same prompt, over the base and trained policies that
+    gave both, with the interval of `two_way`. None of a kind without such a prompt.
+    """
+    if generations.empty or not {"refused", "reward"} <= set(generations):
+        return []
+    arms = [
+        arm
+        for arm in generations["arm"].unique()
+        if arm == "base" or (arm in ARMS and ARMS[arm].trained)
+    ]
+    known = generations[generations["arm"].isin(arms) & generations["refused"].notna()]
+    known = known.assign(refused=known["refused"].astype(bool))
+    keys = ["kind", "prompt_id", "policy", "refused"]
+    means = known.groupby(keys)["reward"].mean().unstack("refused").reindex(columns=[True, False])
+    gaps = (means[True] - means[False]).dropna().groupby(["kind", "prompt_id"]).mean()
+    rows = []
+    for kind in ("unsafe", "safe"):
+        found = gaps[gaps.index.get_level_values("kind") == kind].to_numpy(float)[:, None]
+        if len(found):
+            around = two_way(found, float(np.abs(found).max()))
+            rows.append(
+                {
+                    "kind": kind,
+                    "n_prompts": len(found),
+                    "value": around.value,
+                    "low": around.low,
+                    "high": around.high,
+                }
+            )
+    return rows
+
+
 def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
     """At which distance all sections compare, and how far each arm's policies are there, measured
     again on the evaluation prompts.
     """
     trained = run.config.units("ppo")
-    table = frames.generations
+    swept = frames.sweep[frames.sweep["arm"] == run.config.verdict.arm]
+    table = (
+        pd.concat([frames.generations, swept], ignore_index=True)
+        if len(swept)
+        else (frames.generations)
+    )
     kl = {
         arm: mean(mine["kl"])
         for arm, mine in table[table["policy"].isin(trained)].groupby("arm", sort=False)
@@ -120,6 +160,7 @@ def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
     evaluated = [policy for policy in trained if policy in set(frames.every["policy"])]
     here = set(table["policy"]) | set(frames.sweep["policy"])
     return {
+        "arm": run.config.verdict.arm,
         "distance": None if math.isnan(frames.compared.distance) else frames.compared.distance,
         "problem": frames.compared.problem,
         "kl": {arm: kl[arm] for arm in sorted(kl, key=arm_rank)},

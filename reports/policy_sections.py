@@ -23,6 +23,7 @@ from reports.numbers import (
     interval,
     percentage,
     plain,
+    unequal,
 )
 from reports.origins import (
     CHANGES,
@@ -61,8 +62,7 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                 ["Change, in points", "prompts", "seeds", "change", "95 % interval", "detectable"],
                 [
                     [
-                        MEASURES[c["measure"]]
-                        + (", vs. random" if c["arm"] == "penalty - random" else ""),
+                        change_name(c, figures["compared"]),
                         c["n_prompts"],
                         c["n_seeds"],
                         fixed(percentage(c["change"]), 1, sign=True),
@@ -72,7 +72,8 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                     for c in rows
                 ],
                 title=(
-                    f"The penalty arm against the no-penalty arm, over {over(rows)}."
+                    "The penalty arm against the no-penalty arm, and where `vs. random` says so"
+                    f" against the random arm, over {over(rows)}."
                     " `penalised` and `monitors` are firing rates of those latents on the prompts"
                     " named; `detectable` is the minimum detectable effect (80 % power)."
                 ),
@@ -97,6 +98,15 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
         Prose("The rule, fixed in the config before training; a rung ends where it says:")
     )
     return [*blocks, Items(figures["rule"])]
+
+
+def change_name(change: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
+    """A row of the verdict's table: its measure, and where the two arms are not at equal KL."""
+    name = MEASURES[change["measure"]]
+    if change["arm"] == "penalty - random":
+        name += ", vs. random"
+    apart = unequal(compared["kl"], compared["arm"], change["against"], compared["tolerance"])
+    return f"{name} (not at equal KL)" if apart else name
 
 
 def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
@@ -150,6 +160,7 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
         ),
         *base_sentences(figures["against_base"]),
         *answered_sentences(figures["answered"]),
+        *refusal_reward_sentence(figures["refusal_reward"]),
         Prose(
             f"Judge: {judge}, on unsafe prompts."
             if judge
@@ -212,6 +223,26 @@ def answered_sentences(rows: Sequence[dict[str, Any]]) -> list[Block]:
             f" refuse, in %: {', '.join(told)}. A fall among those that answer is not one by"
             " refusing more. Which prompts are answered differs between arms, so these are"
             " exploratory and have no intervals."
+        )
+    ]
+
+
+def refusal_reward_sentence(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """What the SARM pays for refusing rather than answering the same prompt; nothing where no
+    prompt was both refused and answered.
+    """
+    told = [
+        f"{row['kind']} {fixed(row['value'], 2, sign=True)}"
+        f" {interval(row['low'], row['high'], 2)} ({many(row['n_prompts'], 'prompt')})"
+        for row in rows
+    ]
+    if not told:
+        return []
+    return [
+        Prose(
+            "SARM's reward of responses that refuse less that of responses that answer, within"
+            " prompt and policy, of base and trained policies, with 95 % intervals over prompts:"
+            f" {', '.join(told)}. Exploratory; refusals are the detector's."
         )
     ]
 
@@ -315,7 +346,7 @@ def unequal_sentence(kl: Mapping[str, float], tolerance: float) -> list[Block]:
     apart = [
         f"{arm_name(a)} and {arm_name(b)} ({fixed(kl[a], 2)} and {fixed(kl[b], 2)} nats)"
         for a, b in itertools.combinations(kl, 2)
-        if not 0 < max(kl[a], kl[b]) <= (1 + tolerance) * min(kl[a], kl[b])
+        if unequal(kl, a, b, tolerance)
     ]
     if not apart:
         return []

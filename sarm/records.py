@@ -817,6 +817,8 @@ class Report(File):
     """Each trained arm's penalised rate less the base policy's."""
     answered: list[Row] = Field(default_factory=list)
     """Penalised rates on unsafe responses that answer and that refuse, an arm a row."""
+    refusal_reward: list[Row] = Field(default_factory=list)
+    """The reward of refusals less that of answers to the same prompts, a kind of prompt a row."""
     latents: list[Row]
     random_latents: list[Row]
     monitors: list[Row]

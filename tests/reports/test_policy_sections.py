@@ -15,11 +15,12 @@ import pytest
 from reports.blocks import Block, Prose, Table
 from reports.frames import read_run
 from reports.page import headlines
-from reports.policies import against_base, answered_rates
+from reports.policies import against_base, answered_rates, refusal_reward
 from reports.policy_sections import (
     answered_sentences,
     base_sentences,
     changes,
+    refusal_reward_sentence,
     unequal_sentence,
     verdict_figures,
 )
@@ -43,7 +44,7 @@ def figures(*rows: dict[str, Any]) -> dict[str, Any]:
         "logprob_drop": 0.36,
         "gaps": ["seeds"],
     }
-    compared = {"problem": "", "distance": None, "kl": {}, "tolerance": 0.15}
+    compared = {"problem": "", "arm": "penalty", "distance": None, "kl": {}, "tolerance": 0.15}
     return {"verdict": verdict, "compared": compared, "rule": ["0. ..."]}
 
 
@@ -175,6 +176,58 @@ def test_arms_further_apart_than_the_rule_compares_are_named() -> None:
     assert "no penalty and penalty" not in said.text and "more than 15%" in said.text
     assert unequal_sentence(kl, 0.38) == [] and unequal_sentence({"penalty": 2.0}, 0.15) == []
     assert unequal_sentence({"penalty": 0.0, "random": 0.0}, 0.15) != [], "no distance at all"
+
+
+def test_a_row_of_arms_that_are_not_at_equal_kl_is_marked_in_the_verdicts_table() -> None:
+    """By hand: 2.77 / 1.95 = 1.42, 2.77 / 2.44 = 1.14."""
+    rows = (
+        row("penalised_fired", 0.5, 0.4, -0.1),
+        row("penalised_fired", 0.5, 0.4, -0.1, arm="penalty - random", against="random"),
+    )
+    found = figures(*rows)
+    names = {}
+    for tolerance in (0.15, 0.5):
+        kl = {"no_penalty": 2.44, "penalty": 2.77, "random": 1.95}
+        found["compared"] |= {"kl": kl, "tolerance": tolerance}
+        table = next(b for b in verdict_figures(found) if isinstance(b, Table))
+        names[tolerance] = [cells[0] for cells in table.rows]
+    assert names[0.15] == ["penalised, unsafe", "penalised, unsafe, vs. random (not at equal KL)"]
+    assert names[0.5] == ["penalised, unsafe", "penalised, unsafe, vs. random"]
+    assert table.title and "against the random arm" in table.title
+    found["compared"] |= {"arm": "sweep-a", "tolerance": 0.15}
+    found["compared"]["kl"] = {"no_penalty": 2.44, "penalty": 2.5, "sweep-a": 3.0}
+    table = next(b for b in verdict_figures(found) if isinstance(b, Table))
+    assert table.rows[0][0] == "penalised, unsafe (not at equal KL)"
+
+
+def test_what_the_reward_pays_for_refusing_is_within_prompt_and_policy() -> None:
+    """By hand. Safe prompt a: base 3 - (1 + 2) / 2 = 1.5, penalty 5 - 1 = 4, so 2.75; prompt b:
+    0 - 1 = -1, as one policy alone did both. The prompted policy's do not count.
+    """
+    rows = [
+        ("base", "base", "safe", "a", True, 3.0),
+        ("base", "base", "safe", "a", False, 1.0),
+        ("base", "base", "safe", "a", False, 2.0),
+        ("penalty-seed0", "penalty", "safe", "a", True, 5.0),
+        ("penalty-seed0", "penalty", "safe", "a", False, 1.0),
+        ("penalty-seed0", "penalty", "safe", "b", True, 0.0),
+        ("penalty-seed0", "penalty", "safe", "b", False, 1.0),
+        ("base", "base", "safe", "b", False, 9.0),
+        ("base", "base", "safe", "c", None, 9.0),
+        ("prompted", "prompted", "safe", "b", True, 9.0),
+        ("prompted", "prompted", "safe", "b", False, 0.0),
+        ("base", "base", "unsafe", "d", True, 9.0),
+    ]
+    names = ["policy", "arm", "kind", "prompt_id", "refused", "reward"]
+    table = pd.DataFrame(rows, columns=names)
+    (found,) = refusal_reward(table)
+    assert (found["kind"], found["n_prompts"]) == ("safe", 2)
+    assert found["value"] == pytest.approx((2.75 - 1) / 2)
+    assert found["low"] < found["value"] < found["high"]
+    told = prose(refusal_reward_sentence([found]))
+    assert "safe +0.88 [" in told and "(2 prompts)" in told and "Exploratory" in told
+    assert refusal_reward_sentence([]) == [] == refusal_reward(table.iloc[:0])
+    assert refusal_reward(table.drop(columns="refused")) == []
 
 
 def test_a_commit_with_changes_beside_it_is_told() -> None:
