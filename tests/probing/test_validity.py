@@ -309,7 +309,13 @@ def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignor
     }
     features["harming"] = [f | {"replication": replicated[f["latent"]]} for f in harming]
     text = " ".join("\n".join(lines(trust({"features": features}))).split())
-    assert "Found on A, tried on 90 prompts of B" in text and "significantly the other way" in text
+    there, back = features["validity"]["replication"]
+    for row, names in ((there, "A, B"), (back, "B, A")):
+        counts = (row[c] for c in ("discovered", "replicated", "opposite_and_significant"))
+        assert (
+            f"{names} 90 {' '.join(map(str, counts))} {row['rank_correlation_discovered']:+.2f}"
+            in text
+        )
     assert (
         "Of the 2 listed latents, 1 of them confirmed, 1 replicate on B, which neither discovery"
         " nor validation read; these do not: 20." in text
