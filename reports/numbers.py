@@ -7,7 +7,7 @@ Used by `reports.reference`, the sections, `reports.plots` and `reports.compare`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sarm.config import ARMS
@@ -30,14 +30,6 @@ def arm_name(arm: str) -> str:
     if arm == "penalty - random":
         return "vs. random"
     return ARMS[arm].words if arm in ARMS else arm.replace("_", " ")
-
-
-def unequal(kl: Mapping[str, float], one: str, other: str, tolerance: float) -> bool:
-    """Whether two arms' KL differs by more than the rule compares; unknown ones do not."""
-    if one not in kl or other not in kl:
-        return False
-    low, high = sorted((kl[one], kl[other]))
-    return not 0 < high <= (1 + tolerance) * low
 
 
 def fixed(value: float | None, digits: int, *, sign: bool = False) -> str:
