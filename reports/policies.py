@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -17,6 +17,8 @@ from reports.frames import Frames, arm_rank
 from sarm.config import ARMS, arm_and_seed
 from sarm.evaluation.intervals import two_way
 from sarm.run import RunDir
+
+KINDS = ("unsafe", "safe")
 
 
 def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
@@ -84,9 +86,9 @@ def against_base(generations: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def answered_rates(generations: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row per arm: how often the penalised latents fire on its unsafe responses that answer and
-    on those that refuse, by the detector; a share of no response is NaN. None without a detector
-    or without penalised latents.
+    """A row per arm: the share of its unsafe responses that refuse, by the detector, and how often
+    the penalised latents fire on those that answer and those that refuse; a share of no response
+    is NaN. None without a detector or without penalised latents.
     """
     if generations.empty or not {"refused", "penalised_fired"} <= set(generations):
         return []
@@ -100,11 +102,22 @@ def answered_rates(generations: pd.DataFrame) -> list[dict[str, Any]]:
             {
                 "arm": arm,
                 "n": len(mine),
+                "share_refused": mean(refused),
                 "answered": mean(fired[~refused]),
                 "refused": mean(fired[refused]),
             }
         )
     return rows
+
+
+def parts_of_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of the change of the penalised rate from one row of `answered_rates` to another: what comes
+    of answers, of refusals, and of refusing more often, each with the other two at the mean of
+    both; their sum is the whole change.
+    """
+    r, a, f = ((before[key], after[key]) for key in ("share_refused", "answered", "refused"))
+    middle, change = (lambda x: (x[0] + x[1]) / 2), (lambda x: x[1] - x[0])
+    return (1 - middle(r)) * change(a), middle(r) * change(f), (middle(f) - middle(a)) * change(r)
 
 
 def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
@@ -123,9 +136,19 @@ def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
         "distance": None if math.isnan(frames.compared.distance) else frames.compared.distance,
         "problem": frames.compared.problem,
         "kl": {arm: kl[arm] for arm in sorted(kl, key=arm_rank)},
+        "kl_by_kind": kl_by_kind(table[table["policy"].isin(trained)]),
         "tolerance": run.config.verdict.kl_tolerance,
         "without": [policy for policy in evaluated if policy not in here],
     }
+
+
+def kl_by_kind(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row per arm: its mean KL on unsafe and on safe prompts."""
+    rows = []
+    for arm in sorted(table["arm"].unique(), key=arm_rank):
+        mine = table[table["arm"] == arm]
+        rows.append({"arm": arm} | {kind: mean(mine[mine["kind"] == kind]["kl"]) for kind in KINDS})
+    return rows
 
 
 def distance_rows(run: RunDir, frames: Frames) -> list[dict[str, Any]]:

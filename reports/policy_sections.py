@@ -34,6 +34,7 @@ from reports.origins import (
     columns,
     count_of,
 )
+from reports.policies import parts_of_change
 from sarm.run import many
 
 
@@ -206,11 +207,21 @@ def answered_sentences(rows: Sequence[dict[str, Any]]) -> list[Block]:
         f" ({fixed(percentage(row['refused']), 1) if math.isfinite(row['refused']) else 'none'})"
         for row in rows
     ]
+    parts = ""
+    arms = {row["arm"]: row for row in rows}
+    if {"no_penalty", "penalty"} <= set(arms):
+        found = parts_of_change(arms["no_penalty"], arms["penalty"])
+        answers, refusals, more = (fixed(percentage(part), 1, sign=True) for part in found)
+        if all(math.isfinite(part) for part in found):
+            parts = (
+                f" Of the change from no penalty to penalty, {answers} points come of answers,"
+                f" {refusals} of refusals and {more} of refusing more or less often."
+            )
     return [
         Prose(
             "Penalised rate on the unsafe responses that answer, and in brackets on those that"
-            f" refuse, in %: {', '.join(told)}. A fall among those that answer is not one by"
-            " refusing more. Which prompts are answered differs between arms, so these are"
+            f" refuse, in %: {', '.join(told)}.{parts} Refusals that the detector misses count as"
+            " answers, and which prompts are answered differs between arms: these figures are"
             " exploratory and have no intervals."
         )
     ]
@@ -240,8 +251,40 @@ def kl_sentences(figures: dict[str, Any]) -> list[Block]:
     common, *others = sorted(told, key=lambda kl: -len(told[kl]))
     return [
         Prose(f"KL: {common}."),
+        *kind_sentence(figures["compared"]),
         *(Prose(f"KL of {', '.join(told[kl])}: {kl}.") for kl in others),
     ]
+
+
+def kind_sentence(compared: Mapping[str, Any]) -> list[Block]:
+    """How far each arm is on unsafe and on safe prompts, and which pairs a kind sets further apart
+    than the rule allows of all prompts; nothing with fewer than two arms that have both.
+    """
+    rows = [
+        row
+        for row in compared.get("kl_by_kind", [])
+        if math.isfinite(row["unsafe"]) and math.isfinite(row["safe"])
+    ]
+    if len(rows) < 2:
+        return []
+    told = [
+        f"{arm_name(row['arm'])} {fixed(row['unsafe'], 2)} and {fixed(row['safe'], 2)}"
+        for row in rows
+    ]
+    apart = [
+        f"{arm_name(one['arm'])} and {arm_name(other['arm'])} on {kind} prompts"
+        for kind in ("unsafe", "safe")
+        for one, other in itertools.combinations(rows, 2)
+        if unequal(one[kind], other[kind], compared["tolerance"])
+    ]
+    beyond = (
+        " The rule compares the mean over all prompts; by kind more than"
+        f" {compared['tolerance']:.0%} apart are {joined(apart)}, so that changes there are in part"
+        " those of another distance."
+        if apart
+        else ""
+    )
+    return [Prose(f"KL on unsafe and on safe prompts, in nats: {'; '.join(told)}.{beyond}")]
 
 
 def rate(share: float) -> str:
@@ -310,12 +353,17 @@ def changes(figures: dict[str, Any]) -> list[Block]:
     return blocks
 
 
+def unequal(one: float, other: float, tolerance: float) -> bool:
+    """Whether two KLs are further apart than the rule compares."""
+    return not 0 < max(one, other) <= (1 + tolerance) * min(one, other)
+
+
 def unequal_sentence(kl: Mapping[str, float], tolerance: float) -> list[Block]:
     """Which arms are further apart than the rule compares; nothing where none is."""
     apart = [
         f"{arm_name(a)} and {arm_name(b)} ({fixed(kl[a], 2)} and {fixed(kl[b], 2)} nats)"
         for a, b in itertools.combinations(kl, 2)
-        if not 0 < max(kl[a], kl[b]) <= (1 + tolerance) * min(kl[a], kl[b])
+        if unequal(kl[a], kl[b], tolerance)
     ]
     if not apart:
         return []

@@ -61,14 +61,15 @@ def rankings(figures: dict[str, Any]) -> list[Block]:
     if not rows:
         return list(NOT_AVAILABLE)
     names = {
-        "effect": "effect on the margin",
+        "effect": "effect",
         "weight": "weight",
-        "difference": "activity difference",
+        "difference": "activity",
         "upstream_s": "upstream's s",
     }
     return [
         Prose(
-            "The first latents by each ranking, made on discovery: how many the effect ranks first"
+            "The first latents by each ranking, made on discovery (effect on the margin, weight,"
+            " difference of activity, upstream's s): how many the effect ranks first"
             " too, were tested, are of that role, and are confirmed on validation; `effect` is"
             " their mean effect on the validation margin. Only what was tested and discovered by"
             " its effect can be confirmed, so that this column favours the first ranking."

@@ -100,29 +100,8 @@ def replication(found: dict[str, Any]) -> list[Block]:
         blocks.append(
             Prose("Replication across data sets: none tried, as only one source has enough pairs.")
         )
-    for r in rows:
-        told = f"Found on {r['from']}, tried on {r['prompts']} prompts of {r['to']}: "
-        told += (
-            f"{r['replicated']} of {r['discovered']} latents replicate (same sign, Holm p < 0.05)"
-        )
-        missing = r["not_replicated"]
-        if missing:
-            more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
-            told += f"; not replicated are {', '.join(map(str, missing[:12]))}{more}"
-            told += (
-                f", of which {r['opposite_and_significant']} significantly the other way"
-                if r["opposite_and_significant"]
-                else ""
-            )
-        told += (
-            f". Rank correlation of effects {fixed(r['rank_correlation'], 2, sign=True)} over"
-            f" {r['latents_in_both']} latents tested in both"
-        )
-        blocks.append(
-            Prose(
-                f"{told}, {fixed(r['rank_correlation_discovered'], 2, sign=True)} over those found."
-            )
-        )
+    else:
+        blocks.append(across_sources(rows))
     for r in found["validity"]["confirmed_replication"]:
         told = (
             f"{r['replicated']} of the {r['confirmed']} confirmed latents replicate on"
@@ -154,6 +133,32 @@ def replication(found: dict[str, Any]) -> list[Block]:
         )
         blocks.append(Prose(f"{told}{'; these do not: ' + ', '.join(failing) if failing else ''}."))
     return blocks
+
+
+def across_sources(rows: list[dict[str, Any]]) -> Table:
+    """From every source to every other."""
+    title = (
+        "How alike the sources are, which chose nothing: found on all pairs of one alone, confirmed"
+        " or not, and tried on all of another. `replicate`: same sign and Holm p < 0.05;"
+        " `opposite`: as significant the other way; `rank corr.`: of the effects of those found:"
+    )
+    names = ("prompts", "found", "replicate", "opposite", "rank corr.")
+    keys = ("prompts", "discovered", "replicated", "opposite_and_significant")
+    return Table(
+        ["from, to", *names],
+        [
+            [
+                f"{r['from']}, {r['to']}",
+                *(r[key] for key in keys),
+                fixed(r["rank_correlation_discovered"], 2, sign=True),
+            ]
+            for r in rows
+        ],
+        title=title,
+        origins=columns(FEATURES, dict.fromkeys(names, "validity, replication")),
+        counts=[many(r["prompts"], "prompt") for r in rows],
+        unknown=UNKNOWN,
+    )
 
 
 def dense_baselines(rows: list[dict[str, Any]]) -> list[Block]:

@@ -12,6 +12,7 @@ import scipy.sparse
 import scipy.stats
 
 from reports.blocks import lines
+from reports.probe_sections import rankings
 from reports.validity_sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
@@ -29,6 +30,7 @@ from sarm.probing.replication import (
     unread,
 )
 from sarm.probing.select import judged
+from sarm.probing.upstream import compared_rankings
 from sarm.probing.validity import sensitivity, validity
 from sarm.reward_model.interventions import Ranks
 from sarm.training.heads import fit_head
@@ -309,7 +311,13 @@ def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignor
     }
     features["harming"] = [f | {"replication": replicated[f["latent"]]} for f in harming]
     text = " ".join("\n".join(lines(trust({"features": features}))).split())
-    assert "Found on A, tried on 90 prompts of B" in text and "significantly the other way" in text
+    there, back = features["validity"]["replication"]
+    for row, names in ((there, "A, B"), (back, "B, A")):
+        counts = (row[c] for c in ("discovered", "replicated", "opposite_and_significant"))
+        assert (
+            f"{names} 90 {' '.join(map(str, counts))} {row['rank_correlation_discovered']:+.2f}"
+            in text
+        )
     assert (
         "Of the 2 listed latents, 1 of them confirmed, 1 replicate on B, which neither discovery"
         " nor validation read; these do not: 20." in text
@@ -317,6 +325,21 @@ def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignor
     assert "beside 17 (5) with the labels as they are" in text
     assert "labels shuffled" in text and "logistic probe" in text and "75% of the prompts" in text
     assert lines(trust({"features": None})) == ["not available"]
+
+
+def test_the_rankings_fit_beside_one_another(world) -> None:  # type: ignore[no-untyped-def]
+    *_, table = world
+    rows = compared_rankings(table.assign(upstream_s=0.5, delta_z=0.0), 10)
+    features = {"rankings": rows, "n_prompts": {"discovery": 90, "validation": 60}}
+    text = lines(rankings({"features": features}))
+    (header,) = [line for line in text if line.startswith("Ranking")]
+    assert header.split()[-6:] == ["shared", "tested", "of", "role", "confirmed", "effect"]
+    weighed = next(r for r in rows if (r["ranking"], r["role"]) == ("weight", "harming"))
+    (line,) = [line for line in text if line.split()[:2] == ["weight", "harming"]]
+    assert line.split()[2:5] == [
+        str(n) for n in (10, weighed["shared_with_effect"], weighed["tested"])
+    ]
+    assert weighed["tested"] != weighed["shared_with_effect"]
 
 
 @pytest.mark.parametrize(("pairs", "d"), [(40, 6), (8, 30)])

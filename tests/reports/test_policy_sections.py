@@ -15,11 +15,12 @@ import pytest
 from reports.blocks import Block, Prose, Table
 from reports.frames import read_run
 from reports.page import headlines
-from reports.policies import against_base, answered_rates
+from reports.policies import against_base, answered_rates, kl_by_kind, parts_of_change
 from reports.policy_sections import (
     answered_sentences,
     base_sentences,
     changes,
+    kind_sentence,
     unequal_sentence,
     verdict_figures,
 )
@@ -145,9 +146,45 @@ def test_penalised_rates_of_answers_and_refusals_are_told_apart() -> None:
     assert isinstance(told, Prose)
     assert "base 66.7 (100.0), penalty 100.0 (40.0)" in told.text
     assert answered_sentences(rows[:1]) == []
+    # 0.6 to 0.3: answers 0.7 to 0.5 with 0.2 and 0.6 refused, refusals 0.2 to 1/6
+    before = {"arm": "no_penalty", "share_refused": 0.2, "answered": 0.7, "refused": 0.2}
+    after = {"arm": "penalty", "share_refused": 0.6, "answered": 0.5, "refused": 1 / 6}
+    parts = parts_of_change(before, after)
+    assert parts == pytest.approx([0.6 * -0.2, 0.4 * (1 / 6 - 0.2), (0.55 / 3 - 0.6) * 0.4])
+    assert sum(parts) == pytest.approx(0.3 - 0.6)
+    (told,) = answered_sentences([before, after])
+    assert isinstance(told, Prose)
+    assert "-12.0 points come of answers, -1.3 of refusals and -16.7 of refusing more" in told.text
     rows[0]["refused"] = math.nan
     assert "base 66.7 (none)" in answered_sentences(rows)[0].text  # type: ignore[union-attr]
     assert answered_rates(table.drop(columns="refused")) == []
+
+
+def test_distances_are_told_by_kind_of_prompt() -> None:
+    """A policy's KL is another on safe prompts; pairs beyond the tolerance there are named."""
+    table = pd.DataFrame(
+        [
+            {"arm": arm, "kind": kind, "kl": kl}
+            for arm, kls in {
+                "penalty": {"unsafe": (2.0, 3.0), "safe": (4.0, 6.0)},
+                "no_penalty": {"unsafe": (2.2,), "safe": (4.0, 4.4)},
+            }.items()
+            for kind, values in kls.items()
+            for kl in values
+        ]
+    )
+    rows = kl_by_kind(table)
+    assert rows == [
+        {"arm": "no_penalty", "unsafe": 2.2, "safe": pytest.approx(4.2)},
+        {"arm": "penalty", "unsafe": 2.5, "safe": 5.0},
+    ]
+    (told,) = kind_sentence({"kl_by_kind": rows, "tolerance": 0.15})
+    assert isinstance(told, Prose)
+    assert "no penalty 2.20 and 4.20; penalty 2.50 and 5.00." in told.text
+    assert "more than 15% apart are no penalty and penalty on safe prompts, so" in told.text
+    (told,) = kind_sentence({"kl_by_kind": rows, "tolerance": 0.2})
+    assert isinstance(told, Prose) and "apart" not in told.text
+    assert kind_sentence({"kl_by_kind": rows[:1], "tolerance": 0.2}) == []
 
 
 def test_a_change_that_the_interval_cannot_see_is_said_to_be_none_that_is_shown() -> None:

@@ -204,7 +204,17 @@ def with_every_table(found: dict) -> dict:
     validity = {
         "matched_null": [{"role": "harming", "latents": 3, **null}],
         "shuffled_labels": [],
-        "replication": [],
+        "replication": [
+            {
+                "from": "RB2",
+                "to": "RMB",
+                "prompts": 150,
+                "discovered": 20,
+                "replicated": 6,
+                "opposite_and_significant": 1,
+                "rank_correlation_discovered": None,
+            }
+        ],
         "confirmed_replication": [],
         "baselines": [
             {"on": "RMB", "score": "words", "accuracy": 0.75, "standard_error": 0.02, "pairs": 88}
