@@ -349,7 +349,7 @@ def test_a_graph_of_fp8_weights_is_the_uncaptured_step_and_follows_updates() -> 
                 ),
             )
         )
-        assert near < 0.02 and near < far / 2
+        assert near < far / 4  # bf16 rounds on the way in other places; a sixth to a tenth on a CPU
         said.append(got.responses.tolist())
         with torch.no_grad():
             for parameter in model.parameters():
