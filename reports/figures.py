@@ -19,6 +19,7 @@ import pandas as pd
 from reports.abstract import abstract
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents
 from reports.ladder import rungs
+from reports.monitors import monitor_choice
 from reports.policies import (
     against_base,
     answered_rates,
@@ -86,6 +87,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "monitors": (
             latent_table(frames.generations, monitor_latents(frames.features)).to_dict("records")
         ),
+        "monitor_choice": monitor_choice(run, frames),
         "evaluations": frames.evaluations,
         "verdict": verdict,
         "rule": list(rule_words(config.verdict)),

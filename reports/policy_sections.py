@@ -56,6 +56,9 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
         and c["arm"] in ("penalty", "penalty - random")
         and c["measure"] != "n_tokens"
     ]
+    counted = figures["monitor_choice"]["counted"]
+    named = f": {joined([str(m) for m in counted])}" if counted else ""
+    monitors = f"{many(len(counted), 'latent')}{named}"
     if rows:
         blocks.append(
             Table(
@@ -74,8 +77,9 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                 title=(
                     "The penalty arm against the no-penalty arm, and where `vs. random` says so"
                     f" against the random arm, over {over(rows)}."
-                    " `penalised` and `monitors` are firing rates of those latents on the prompts"
-                    " named; `detectable` is the minimum detectable effect (80 % power)."
+                    f" `penalised` and `monitors` ({monitors}) are firing rates of those latents"
+                    " on the prompts named; `detectable` is the minimum detectable effect (80 %"
+                    " power)."
                 ),
                 origins=CHANGES,
                 counts=[count_of(c) for c in rows],

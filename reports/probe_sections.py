@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Prose, Table
+from reports.monitors import monitors_sentence
 from reports.numbers import fixed, general, interval
 from reports.origins import FEATURES, SELECTED, STEER, UNKNOWN, columns, on_prompts
 from reports.reference import direction, moves
@@ -50,7 +51,9 @@ def features(figures: dict[str, Any]) -> list[Block]:
                 unknown=UNKNOWN,
             )
         )
-    return blocks + [Prose(f"Warning: {warning}") for warning in found.get("warnings", [])]
+    blocks += [Prose(f"Warning: {warning}") for warning in found.get("warnings", [])]
+    monitors = monitors_sentence(figures["monitor_choice"])
+    return [*blocks, Prose(monitors)] if monitors else blocks
 
 
 def rankings(figures: dict[str, Any]) -> list[Block]:

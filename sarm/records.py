@@ -822,6 +822,8 @@ class Report(File):
     latents: list[Row]
     random_latents: list[Row]
     monitors: list[Row]
+    monitor_choice: Row = Field(default_factory=lambda: {"counted": [], "dropped": []})
+    """Which monitors count, and why the other candidates do not."""
     evaluations: dict[str, Row]
     verdict: Row
     abstract: list[Row] = Field(default_factory=list)

@@ -52,7 +52,9 @@ def figures(*rows: dict[str, Any]) -> dict[str, Any]:
         "gaps": ["seeds"],
     }
     compared = {"problem": "", "arm": "penalty", "distance": None, "kl": {}, "tolerance": 0.15}
-    return {"verdict": verdict, "compared": compared, "rule": ["0. ..."]}
+    monitors = {"counted": [3367, 12], "dropped": []}
+    rule = ["0. ..."]
+    return {"verdict": verdict, "compared": compared, "rule": rule, "monitor_choice": monitors}
 
 
 def prose(blocks: list[Block]) -> str:
@@ -68,6 +70,7 @@ def test_of_one_seed_the_verdicts_table_leaves_out_trainings_and_detects_nothing
     several = row("refused", 0.2, 0.3, 0.1, n_seeds=5, detectable=0.073)
     table = next(b for b in verdict_figures(figures(several)) if isinstance(b, Table))
     assert table.title and "over prompts and seeds" in table.title
+    assert "`monitors` (2 latents: 3367 and 12)" in table.title
     assert table.rows[0][-1] == "7.3"
 
 
