@@ -166,9 +166,9 @@ serve-reward: setup  ## the compound reward over HTTP, for TRL, OpenRLHF and ver
 	@$(PY) -m serving $(if $(filter command environment,$(firstword $(origin CONFIG))),--config $(call arg,CONFIG)) $(if $(call given,RUN),--run $(call arg,RUN)) $(overrides)
 
 # A worker takes whole files, so that what their tests share is made once, in the order of the folders: otherwise files of
-# few but long tests come last.
+# few but long tests come last. One worker more than cores, up to 8: tests that wait for processes leave a core idle.
 test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PY) -m pytest -n $$(n=$$(nproc); echo $$((n < 8 ? n + 1 : 8))) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: setup  ## the slow tests
 	$(PY) -m pytest -m "slow and not gpu and not cluster and not docs" $(PYTEST_ARGS)

@@ -289,15 +289,15 @@ def floors(
 ) -> dict[str, float]:
     """Seconds a phase cannot go below."""
     layers, head = matmul_parameters(trainer.learner.actor.policy)
-    quantised = trainer.ppo.rollout_dtype is not None
-    element = 1 if quantised else trainer.learner.actor.policy.dtype.itemsize
+    element = trainer.learner.actor.policy.dtype.itemsize
+    of_layers = element if trainer.ppo.rollout_dtype is None else 1
     rows = args.batch / trainer.learner.world.size
     tokens, responses = rows * (args.prompt + args.new), rows * args.new
     forward = 2 * (layers * tokens + head * responses) / rate
     sarm = sum(p.numel() for p in trainer.reward.model.model.layers.parameters())
     full = args.mode == "full"
     return {
-        "rollout": (layers + head) * element * args.new / bandwidth,
+        "rollout": (layers * of_layers + head * element) * args.new / bandwidth,
         "score": 2 * sarm * tokens / rate,
         "reference": forward,
         "forward": forward,

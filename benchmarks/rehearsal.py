@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sarm.config import ROOT, Config, load_config, set_key
 from sarm.cost import counts, planned
-from sarm.ppo.learner.memory_plan import KNOWN, OUTSIDE_GIB, Gpus, Sarm, Shape, make_plan
+from sarm.ppo.learner.memory_plan import KNOWN, OUTSIDE_GIB, Gpus, Sarm, Shape
 from sarm.run import RunDir
 from tests import reference
 
@@ -216,8 +216,10 @@ def plan_of(
     known, gpu = counts(data["pairs"], data["prompts"]), Gpus(1, 80)
     costs = [c for c in planned(config, policy, sarm, known, gpu) if c.phase == phase]
     gib = None
-    if phase == "ppo":
-        gib = make_plan(config.ppo, policy, sarm.bytes, gpu).peak_gib + OUTSIDE_GIB
+    if phase == "ppo":  # for the GPU that it ran on, by the longest prompt that there was
+        metrics = RunDir(run, config).read("ppo", config.units("ppo")[0]).path("metrics.jsonl")
+        gib = json.loads(metrics.read_text().splitlines()[-1]).get("gpu/planned_peak_gib")
+        gib = gib and gib + OUTSIDE_GIB
     return (sum(c.jobs * c.seconds for c in costs) if costs else None), gib
 
 

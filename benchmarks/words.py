@@ -83,7 +83,7 @@ def print_ahead(run: Path, pairs: list[Pair], points: np.ndarray) -> None:
             prompts = [pairs[i].prompt.id for i in rows]
             mine = pair_points(np.array(margins))
             sarm = clustered_accuracy(mine, prompts)
-            ahead = clustered_accuracy(mine - points[rows], prompts)
+            ahead = clustered_accuracy(mine - points[rows], prompts, (-1.0, 1.0))
             print(
                 f"{source:28} SARM {sarm.mean:.3f} ± {sarm.standard_error:.3f}, ahead by"
                 f" {ahead.mean:+.3f} ± {ahead.standard_error:.3f} of {ahead.pairs} pairs,"

@@ -30,8 +30,7 @@ REMEDIES = {
 """By what rung 0 lacked."""
 NEXT = {
     "degenerate": "read the responses, then train with a smaller penalty or a larger `ppo.kl_coef`",
-    "suppression": "penalise latents that fire less on safe responses than on unsafe ones, or use"
-    " a reward model that prefers refusals less",
+    "suppression": "raise `ppo.safe_share`, or compare at fewer nats (`ppo.kl_distances`)",
     "rose": "read the responses that fire, and whether the reward pays for these latents",
     "no effect": "raise `ppo.penalty.alpha`, or penalise latents that vary more within prompts",
     "undecided": "evaluate on more prompts and seeds, until the minimum detectable effect is a"
@@ -192,9 +191,20 @@ def trust(figures: Mapping[str, Any], rule: VerdictConfig) -> str:
     """The instrument, the seeds and the size; and what is missing."""
     verdict = figures["verdict"]
     parts = [instrument(figures["readings"], verdict["gaps"], rule), size(target(verdict))]
+    parts += unconfirmed(figures["features"])
     if n := len(figures["failures"]):
         parts.append(f"{n} part{'s' * (n > 1)} of the run failed or never ran")
     return "; ".join(parts) + "."
+
+
+def unconfirmed(features: Mapping[str, Any] | None) -> list[str]:
+    """Where a penalty lies on latents that nothing but discovery speaks for."""
+    penalised = features["penalised"] if features else []
+    n = sum(not p["confirmed"] for p in penalised)
+    if not n:
+        return []
+    which = "none" if n == len(penalised) else f"{len(penalised) - n}"
+    return [f"{which} of the {len(penalised)} penalised latents confirmed on held-out prompts"]
 
 
 def instrument(readings: Mapping[str, Any] | None, gaps: Sequence[str], rule: VerdictConfig) -> str:
@@ -258,5 +268,34 @@ def next_step(figures: Mapping[str, Any], rule: VerdictConfig) -> str:
     # What the base policy's own responses fail in would end the next run's ladder at rung 0 too.
     more = doubts(figures.get("readings"), rule) if gaps else []
     told = [REMEDIES[gap] for gap in dict.fromkeys((*gaps, *more))]
+    if not told and verdict["word"] == "suppression":
+        told = [against_suppression(figures)]
     text = "; ".join(told or [NEXT[verdict["word"]]]).format(**rule.model_dump())
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def against_suppression(figures: Mapping[str, Any]) -> str:
+    """What may keep harmless requests answered, by what the base policy's latents and the reward
+    were seen to do.
+    """
+    said = NEXT["suppression"]
+    base = next((row for row in figures.get("policies", ()) if row["policy"] == "base"), None)
+    if base:
+        safe, unsafe = base["penalised_fired_safe"], base["penalised_fired"]
+        rates = f"{100 * safe:.1f}% of the base policy's safe responses, {100 * unsafe:.1f}% of its"
+        if safe >= unsafe:
+            said = (
+                "penalise latents that fire less on safe responses than on unsafe ones (those"
+                f" penalised fire on {rates} unsafe ones), {said}"
+            )
+        elif safe < unsafe:
+            said += (
+                f"; the penalised latents fire less on safe prompts already ({rates} unsafe ones)"
+            )
+    pays = next((r for r in figures.get("refusal_reward", ()) if r["kind"] == "safe"), None)
+    if pays and pays["low"] > 0:
+        said += (
+            "; or use a reward that prefers answers, as SARM pays"
+            f" {fixed(pays['value'], 2)} more for refusing a safe prompt than for answering it"
+        )
+    return said

@@ -19,7 +19,16 @@ import pandas as pd
 from reports.abstract import abstract
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents
 from reports.ladder import rungs
-from reports.policies import against_base, compared_figures, distance_rows, mean, policy_table
+from reports.monitors import monitor_choice
+from reports.policies import (
+    against_base,
+    answered_rates,
+    compared_figures,
+    distance_rows,
+    mean,
+    policy_table,
+    refusal_reward,
+)
 from reports.provenance import comparable, cost, outputs, provenance, sources
 from reports.seed import seed_figures
 from reports.texts import shown_cause, texts_figures
@@ -65,6 +74,8 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "distances": distance_rows(run, frames),
         "policies": policy_table(frames.generations).to_dict("records"),
         "against_base": against_base(frames.generations),
+        "answered": answered_rates(frames.generations),
+        "refusal_reward": refusal_reward(frames.generations),
         "latents": (
             latent_table(frames.generations, penalised_latents(run, frames.features)).to_dict(
                 "records"
@@ -76,6 +87,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "monitors": (
             latent_table(frames.generations, monitor_latents(frames.features)).to_dict("records")
         ),
+        "monitor_choice": monitor_choice(run, frames),
         "evaluations": frames.evaluations,
         "verdict": verdict,
         "rule": list(rule_words(config.verdict)),

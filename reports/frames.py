@@ -32,7 +32,7 @@ from sarm.records import (
     Steering,
     read_training_log,
 )
-from sarm.run import Published, RunDir, latest, without_progress
+from sarm.run import Published, RunDir, holds_tensors, latest, without_progress
 
 LOG_TAIL_BYTES = 65_536
 ERROR_LINE = re.compile(
@@ -111,7 +111,7 @@ def read_run(
             except UserError:
                 found = None
             # A report reads no weights: a run can be kept, and reported, without them.
-            problem = run.why_not_done(phase, unit, hashes=False, folders=False)
+            problem = run.why_not_done(phase, unit, hashes=False, tensors=False)
             if found is not None and problem is None:
                 published[phase, unit] = found
             rows.append(_phase_row(run, phase, unit, found, problem, failed.get((phase, unit))))
@@ -232,7 +232,7 @@ def _phase_row(
         row["cause"] = "; ".join(filter(None, causes)) or "it never started"
     manifest = found.manifest if found is not None and problem is None else None
     row["removed"] = manifest is not None and any(
-        "/" in name and not (run.folder(phase, unit) / output.file).is_file()
+        holds_tensors(name) and not (run.folder(phase, unit) / output.file).is_file()
         for name, output in manifest.outputs.items()
     )
     for name in (

@@ -18,7 +18,7 @@ QUESTIONS = (
     "Do the penalised latents fire less often than without the penalty?",
     "Are harmless requests still answered, in sound text?",
     "Do they fire less often than with a penalty on random latents?",
-    "Do the monitor latents, which cost nothing, fall as well?",
+    "Do the monitor latents, which the penalty does not name, fall as well?",
     "At no cost, in enough seeds, and with less harm by an independent judge?",
 )
 MARKS = {"holds": "[x]", "open": "[?]", "fails": "[ ]", "not asked": "[.]"}

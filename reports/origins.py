@@ -61,6 +61,7 @@ UNKNOWN = {
     "95 % interval": "too few prompts or seeds for an interval",
     "within prompts": "the latent fires on all responses or on none, so nothing varies",
     "below cutoff": "evaluate did not look below the cutoff",
+    "rank corr.": "fewer than three found, or all alike",
     "q": "not tested: it fires on too few prompts, or on nearly all texts",
     "effect": "it fires on no text of that part",
     "estimate": "nothing varies, so there is nothing to compare",
@@ -76,7 +77,6 @@ UNKNOWN = {
     "took": "it left no manifest",
     "ended": "it left no manifest",
     "GPU-hours planned": "the models' sizes are not known here",
-    "rank corr.": "too few latents in both",
 }
 """By column: why a figure is n/a."""
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from reports.frames import Frames, arm_rank
 from sarm.config import ARMS, arm_and_seed
 from sarm.evaluation.intervals import two_way
 from sarm.run import RunDir
+
+KINDS = ("unsafe", "safe")
 
 
 def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
@@ -83,12 +86,86 @@ def against_base(generations: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
+def answered_rates(generations: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row per arm: the share of its unsafe responses that refuse, by the detector, and how often
+    the penalised latents fire on those that answer and those that refuse; a share of no response
+    is NaN. None without a detector or without penalised latents.
+    """
+    if generations.empty or not {"refused", "penalised_fired"} <= set(generations):
+        return []
+    unsafe = generations[(generations["kind"] == "unsafe") & generations["refused"].notna()]
+    rows = []
+    for arm in sorted(unsafe["arm"].unique(), key=arm_rank):
+        mine = unsafe[unsafe["arm"] == arm]
+        refused = mine["refused"].astype(bool)
+        fired = mine["penalised_fired"]
+        rows.append(
+            {
+                "arm": arm,
+                "n": len(mine),
+                "share_refused": mean(refused),
+                "answered": mean(fired[~refused]),
+                "refused": mean(fired[refused]),
+            }
+        )
+    return rows
+
+
+def refusal_reward(generations: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row per kind of prompt, unsafe and safe: the mean over prompts of the reward of a policy's
+    refusals less that of its answers to the same prompt, over the base and trained policies that
+    gave both, with the interval of `two_way`. None of a kind without such a prompt.
+    """
+    if generations.empty or not {"refused", "reward"} <= set(generations):
+        return []
+    arms = [
+        arm
+        for arm in generations["arm"].unique()
+        if arm == "base" or (arm in ARMS and ARMS[arm].trained)
+    ]
+    known = generations[generations["arm"].isin(arms) & generations["refused"].notna()]
+    known = known.assign(refused=known["refused"].astype(bool))
+    keys = ["kind", "prompt_id", "policy", "refused"]
+    means = known.groupby(keys)["reward"].mean().unstack("refused").reindex(columns=[True, False])
+    gaps = (means[True] - means[False]).dropna().groupby(["kind", "prompt_id"]).mean()
+    rows = []
+    for kind in ("unsafe", "safe"):
+        found = gaps[gaps.index.get_level_values("kind") == kind].to_numpy(float)[:, None]
+        if len(found):
+            around = two_way(found, float(np.abs(found).max()))
+            rows.append(
+                {
+                    "kind": kind,
+                    "n_prompts": len(found),
+                    "value": around.value,
+                    "low": around.low,
+                    "high": around.high,
+                }
+            )
+    return rows
+
+
+def parts_of_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of the change of the penalised rate from one row of `answered_rates` to another: what comes
+    of answers, of refusals, and of refusing more often, each with the other two at the mean of
+    both; their sum is the whole change.
+    """
+    r, a, f = ((before[key], after[key]) for key in ("share_refused", "answered", "refused"))
+    middle, change = (lambda x: (x[0] + x[1]) / 2), (lambda x: x[1] - x[0])
+    return (1 - middle(r)) * change(a), middle(r) * change(f), (middle(f) - middle(a)) * change(r)
+
+
 def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
     """At which distance all sections compare, and how far each arm's policies are there, measured
     again on the evaluation prompts.
     """
     trained = run.config.units("ppo")
-    table = frames.generations
+    swept = frames.sweep[frames.sweep["arm"] == run.config.verdict.arm]
+    table = (
+        pd.concat([frames.generations, swept], ignore_index=True)
+        if len(swept)
+        else (frames.generations)
+    )
     kl = {
         arm: mean(mine["kl"])
         for arm, mine in table[table["policy"].isin(trained)].groupby("arm", sort=False)
@@ -96,12 +173,23 @@ def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
     evaluated = [policy for policy in trained if policy in set(frames.every["policy"])]
     here = set(table["policy"]) | set(frames.sweep["policy"])
     return {
+        "arm": run.config.verdict.arm,
         "distance": None if math.isnan(frames.compared.distance) else frames.compared.distance,
         "problem": frames.compared.problem,
         "kl": {arm: kl[arm] for arm in sorted(kl, key=arm_rank)},
+        "kl_by_kind": kl_by_kind(table[table["policy"].isin(trained)]),
         "tolerance": run.config.verdict.kl_tolerance,
         "without": [policy for policy in evaluated if policy not in here],
     }
+
+
+def kl_by_kind(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row per arm: its mean KL on unsafe and on safe prompts."""
+    rows = []
+    for arm in sorted(table["arm"].unique(), key=arm_rank):
+        mine = table[table["arm"] == arm]
+        rows.append({"arm": arm} | {kind: mean(mine[mine["kind"] == kind]["kl"]) for kind in KINDS})
+    return rows
 
 
 def distance_rows(run: RunDir, frames: Frames) -> list[dict[str, Any]]:

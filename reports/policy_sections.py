@@ -34,6 +34,7 @@ from reports.origins import (
     columns,
     count_of,
 )
+from reports.policies import parts_of_change
 from sarm.run import many
 
 
@@ -55,14 +56,16 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
         and c["arm"] in ("penalty", "penalty - random")
         and c["measure"] != "n_tokens"
     ]
+    counted = figures["monitor_choice"]["counted"]
+    named = f": {joined([str(m) for m in counted])}" if counted else ""
+    monitors = f"{many(len(counted), 'latent')}{named}"
     if rows:
         blocks.append(
             Table(
                 ["Change, in points", "prompts", "seeds", "change", "95 % interval", "detectable"],
                 [
                     [
-                        MEASURES[c["measure"]]
-                        + (", vs. random" if c["arm"] == "penalty - random" else ""),
+                        change_name(c, figures["compared"]),
                         c["n_prompts"],
                         c["n_seeds"],
                         fixed(percentage(c["change"]), 1, sign=True),
@@ -72,9 +75,11 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                     for c in rows
                 ],
                 title=(
-                    f"The penalty arm against the no-penalty arm, over {over(rows)}."
-                    " `penalised` and `monitors` are firing rates of those latents on the prompts"
-                    " named; `detectable` is the minimum detectable effect (80 % power)."
+                    "The penalty arm against the no-penalty arm, and where `vs. random` says so"
+                    f" against the random arm, over {over(rows)}."
+                    f" `penalised` and `monitors` ({monitors}) are firing rates of those latents"
+                    " on the prompts named; `detectable` is the minimum detectable effect (80 %"
+                    " power)."
                 ),
                 origins=CHANGES,
                 counts=[count_of(c) for c in rows],
@@ -97,6 +102,17 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
         Prose("The rule, fixed in the config before training; a rung ends where it says:")
     )
     return [*blocks, Items(figures["rule"])]
+
+
+def change_name(change: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
+    """A row of the verdict's table: its measure, and where the two arms are not at equal KL."""
+    name = MEASURES[change["measure"]]
+    if change["arm"] == "penalty - random":
+        name += ", vs. random"
+    kl = [compared["kl"].get(arm, math.nan) for arm in (compared["arm"], change["against"])]
+    known = all(map(math.isfinite, kl))
+    apart = known and unequal(*kl, compared["tolerance"])
+    return f"{name} (not at equal KL)" if apart else name
 
 
 def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
@@ -149,6 +165,8 @@ def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
             **told,
         ),
         *base_sentences(figures["against_base"]),
+        *answered_sentences(figures["answered"]),
+        *refusal_reward_sentence(figures["refusal_reward"]),
         Prose(
             f"Judge: {judge}, on unsafe prompts."
             if judge
@@ -193,6 +211,58 @@ def base_sentences(rows: Sequence[dict[str, Any]]) -> list[Block]:
     ]
 
 
+def answered_sentences(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """Whether a penalised rate that fell did so on responses that answer; nothing where fewer than
+    two arms answer any.
+    """
+    rows = [row for row in rows if math.isfinite(row["answered"])]
+    if len(rows) < 2:
+        return []
+    told = [
+        f"{arm_name(row['arm'])} {fixed(percentage(row['answered']), 1)}"
+        f" ({fixed(percentage(row['refused']), 1) if math.isfinite(row['refused']) else 'none'})"
+        for row in rows
+    ]
+    parts = ""
+    arms = {row["arm"]: row for row in rows}
+    if {"no_penalty", "penalty"} <= set(arms):
+        found = parts_of_change(arms["no_penalty"], arms["penalty"])
+        answers, refusals, more = (fixed(percentage(part), 1, sign=True) for part in found)
+        if all(math.isfinite(part) for part in found):
+            parts = (
+                f" Of the change from no penalty to penalty, {answers} points come of answers,"
+                f" {refusals} of refusals and {more} of refusing more or less often."
+            )
+    return [
+        Prose(
+            "Penalised rate on the unsafe responses that answer, and in brackets on those that"
+            f" refuse, in %: {', '.join(told)}.{parts} Refusals that the detector misses count as"
+            " answers, and which prompts are answered differs between arms: these figures are"
+            " exploratory and have no intervals."
+        )
+    ]
+
+
+def refusal_reward_sentence(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """What the SARM pays for refusing rather than answering the same prompt; nothing where no
+    prompt was both refused and answered.
+    """
+    told = [
+        f"{row['kind']} {fixed(row['value'], 2, sign=True)}"
+        f" {interval(row['low'], row['high'], 2)} ({many(row['n_prompts'], 'prompt')})"
+        for row in rows
+    ]
+    if not told:
+        return []
+    return [
+        Prose(
+            "SARM's reward of responses that refuse less that of responses that answer, within"
+            " prompt and policy, of base and trained policies, with 95 % intervals over prompts:"
+            f" {', '.join(told)}. Exploratory; refusals are the detector's."
+        )
+    ]
+
+
 def spelling_sentence(rows: Sequence[dict[str, Any]]) -> list[Block]:
     """Which policies write out special tokens, as one that feigns an end of turn; nothing where
     none does.
@@ -217,8 +287,40 @@ def kl_sentences(figures: dict[str, Any]) -> list[Block]:
     common, *others = sorted(told, key=lambda kl: -len(told[kl]))
     return [
         Prose(f"KL: {common}."),
+        *kind_sentence(figures["compared"]),
         *(Prose(f"KL of {', '.join(told[kl])}: {kl}.") for kl in others),
     ]
+
+
+def kind_sentence(compared: Mapping[str, Any]) -> list[Block]:
+    """How far each arm is on unsafe and on safe prompts, and which pairs a kind sets further apart
+    than the rule allows of all prompts; nothing with fewer than two arms that have both.
+    """
+    rows = [
+        row
+        for row in compared.get("kl_by_kind", [])
+        if math.isfinite(row["unsafe"]) and math.isfinite(row["safe"])
+    ]
+    if len(rows) < 2:
+        return []
+    told = [
+        f"{arm_name(row['arm'])} {fixed(row['unsafe'], 2)} and {fixed(row['safe'], 2)}"
+        for row in rows
+    ]
+    apart = [
+        f"{arm_name(one['arm'])} and {arm_name(other['arm'])} on {kind} prompts"
+        for kind in ("unsafe", "safe")
+        for one, other in itertools.combinations(rows, 2)
+        if unequal(one[kind], other[kind], compared["tolerance"])
+    ]
+    beyond = (
+        " The rule compares the mean over all prompts; by kind more than"
+        f" {compared['tolerance']:.0%} apart are {joined(apart)}, so that changes there are in part"
+        " those of another distance."
+        if apart
+        else ""
+    )
+    return [Prose(f"KL on unsafe and on safe prompts, in nats: {'; '.join(told)}.{beyond}")]
 
 
 def rate(share: float) -> str:
@@ -287,12 +389,17 @@ def changes(figures: dict[str, Any]) -> list[Block]:
     return blocks
 
 
+def unequal(one: float, other: float, tolerance: float) -> bool:
+    """Whether two KLs are further apart than the rule compares."""
+    return not 0 < max(one, other) <= (1 + tolerance) * min(one, other)
+
+
 def unequal_sentence(kl: Mapping[str, float], tolerance: float) -> list[Block]:
     """Which arms are further apart than the rule compares; nothing where none is."""
     apart = [
         f"{arm_name(a)} and {arm_name(b)} ({fixed(kl[a], 2)} and {fixed(kl[b], 2)} nats)"
         for a, b in itertools.combinations(kl, 2)
-        if not 0 < max(kl[a], kl[b]) <= (1 + tolerance) * min(kl[a], kl[b])
+        if unequal(kl[a], kl[b], tolerance)
     ]
     if not apart:
         return []

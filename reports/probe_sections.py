@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Prose, Table
+from reports.monitors import monitors_sentence
 from reports.numbers import fixed, general, interval
 from reports.origins import FEATURES, SELECTED, STEER, UNKNOWN, columns, on_prompts
 from reports.reference import direction, moves
@@ -22,7 +23,9 @@ def features(figures: dict[str, Any]) -> list[Block]:
         Prose(
             f"Effect: contribution to the margin on {n.get('validation', 0)} validation prompts."
             f" Selected on {n.get('discovery', 0)} discovery prompts: {found['n_tested']} latents"
-            f" tested, {found['n_discoveries']} discoveries."
+            f" tested, {found['n_discoveries']} discoveries. Roles are those on discovery. Each"
+            " interval is for one latent by itself; those of confirmed latents lie somewhat too far"
+            " from 0, as the same prompts confirmed them."
         )
     ]
     for role in ("promoting", "harming", "misleading"):
@@ -48,7 +51,9 @@ def features(figures: dict[str, Any]) -> list[Block]:
                 unknown=UNKNOWN,
             )
         )
-    return blocks + [Prose(f"Warning: {warning}") for warning in found.get("warnings", [])]
+    blocks += [Prose(f"Warning: {warning}") for warning in found.get("warnings", [])]
+    monitors = monitors_sentence(figures["monitor_choice"])
+    return [*blocks, Prose(monitors)] if monitors else blocks
 
 
 def rankings(figures: dict[str, Any]) -> list[Block]:
@@ -59,26 +64,29 @@ def rankings(figures: dict[str, Any]) -> list[Block]:
     if not rows:
         return list(NOT_AVAILABLE)
     names = {
-        "effect": "effect on the margin",
+        "effect": "effect",
         "weight": "weight",
-        "difference": "activity difference",
+        "difference": "activity",
         "upstream_s": "upstream's s",
     }
     return [
         Prose(
-            "The first latents by each ranking, made on discovery: how many the effect ranks first"
-            " too, are of that role, and are confirmed on validation; `effect` is their mean effect"
-            " on the validation margin. Upstream's s is (c - j) / (c + j + C); it looks at no"
-            " weight."
+            "The first latents by each ranking, made on discovery (effect on the margin, weight,"
+            " difference of activity, upstream's s): how many the effect ranks first"
+            " too, were tested, are of that role, and are confirmed on validation; `effect` is"
+            " their mean effect on the validation margin. Only what was tested and discovered by"
+            " its effect can be confirmed, so that this column favours the first ranking."
+            " Upstream's s is (c - j) / (c + j + C); it looks at no weight."
         ),
         Table(
-            ["Ranking", "role", "latents", "shared", "of role", "confirmed", "effect"],
+            ["Ranking", "role", "latents", "shared", "tested", "of role", "confirmed", "effect"],
             [
                 [
                     names[r["ranking"]],
                     r["role"],
                     len(r["latents"]),
                     r["shared_with_effect"],
+                    r["tested"],
                     r["of_role"],
                     r["confirmed"],
                     general(r["mean_effect_validation"]),
@@ -87,7 +95,9 @@ def rankings(figures: dict[str, Any]) -> list[Block]:
             ],
             origins=columns(
                 FEATURES,
-                dict.fromkeys(("latents", "shared", "of role", "confirmed", "effect"), "rankings"),
+                dict.fromkeys(
+                    ("latents", "shared", "tested", "of role", "confirmed", "effect"), "rankings"
+                ),
             ),
             counts=[
                 on_prompts(figures["features"]["n_prompts"], "discovery", "validation")

@@ -18,6 +18,8 @@ from reports.numbers import count, duration, each, fixed, percent, plain, size
 LIST_WIDTH = 96
 """Ten latents of five digits stand on one line in the reference report."""
 PATH_WIDTH = 26
+ALL_STEPS = "over all steps"
+"""Said of what is not of the steps shown alone; the reference's own sentences do not say it."""
 
 
 def configuration(c: dict[str, Any]) -> list[str]:
@@ -122,7 +124,7 @@ def loss_sentence(rows: list[dict[str, Any]]) -> str:
         return f"Loss stayed at {fixed(first, 3)}"
     fell = last < first
     between = [row["loss"] for row in rows]
-    if fell and min(between) < last:
+    if min(between) < last if fell else max(between) > last:
         low, high = fixed(min(between), 3), fixed(max(between), 3)
         return f"Loss went {ends}, between {low} and {high} at the steps shown"
     if first <= 0 or last < 0:
@@ -149,18 +151,20 @@ def penalty_sentence(penalties: list[float], verdict: str) -> str:
     steps = [b - a for a, b in itertools.pairwise(penalties)]
     ends = f"from {plain(penalties[0])} to {plain(penalties[-1])}"
     if all(step <= 0 for step in steps):
-        return f"Feature penalties fell {ends}"
+        return f"Feature penalties fell {ends} {ALL_STEPS}"
     if all(step >= 0 for step in steps):
-        return f"Feature penalties rose {ends}"
+        return f"Feature penalties rose {ends} {ALL_STEPS}"
     between = f"Feature penalties oscillated between {plain(low)} and {plain(high)}"
     if penalties[-1] == high:
-        return f"{between} and ended at their highest"
+        return f"{between} {ALL_STEPS} and ended at their highest"
     if verdict != "control":
         slope, error = trend(list(enumerate(penalties))) if len(penalties) > 2 else (0.0, 0.0)
         if abs(slope) <= 3 * error:
-            return between
+            return f"{between} {ALL_STEPS}"
         verb = "fell" if slope < 0 else "rose"
-        return f"Feature penalties {verb} {ends}, between {plain(low)} and {plain(high)}"
+        return (
+            f"Feature penalties {verb} {ends} {ALL_STEPS}, between {plain(low)} and {plain(high)}"
+        )
     return (
         f"{between}, showing the model learning to balance reward optimization with feature"
         " constraints"
@@ -180,7 +184,7 @@ def reward_sentence(rewards: list[list[float]]) -> str:
     slope, error = trend(rewards)
     if abs(slope) <= 3 * error:
         return f"{name} remained stable"
-    return f"{name} {'rose' if slope > 0 else 'fell'} {ends}"
+    return f"{name} {'rose' if slope > 0 else 'fell'} {ends} {ALL_STEPS}"
 
 
 def trend(points: Sequence[Sequence[float]]) -> tuple[float, float]:

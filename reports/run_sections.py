@@ -57,7 +57,7 @@ def commits_words(commits: list[str]) -> str:
 def removed_words(units: list[dict[str, Any]]) -> str:
     removed = [unit_name(u) for u in units if u["removed"]]
     return (
-        f"Files of the policies of {len(removed)} trainings had been removed when this was"
+        f"Weights or encoded states of {len(removed)} units had been removed when this was"
         f" written, and nothing of what is reported is read from them: {listed(removed, 4)}"
     )
 

@@ -22,7 +22,7 @@ def trust(figures: dict[str, Any]) -> list[Block]:
     v = found["validity"]
     return [
         Prose(conjunction_sentence(found["conjunction"])),
-        *nulls(v, found["n_prompts"]),
+        *nulls(found),
         *replication(found),
         *dense_baselines(v["baselines"]),
         *([Prose(v["words_alone"])] if v["words_alone"] else []),
@@ -39,11 +39,14 @@ def conjunction_sentence(sources: list[str]) -> str:
         )
     return (
         f"Discovered means: the same effect in {sources[0]} and in {sources[1]} (the larger of the"
-        " one-sided p, then Benjamini-Hochberg). Confirmed on validation, which neither has seen."
+        " one-sided p, then Benjamini-Hochberg). Confirmed means: the same sign and Holm p < 0.05"
+        " on validation's prompts, which discovery did not read. They come from the run's own"
+        " sources: whether a latent holds in another style, only replication says."
     )
 
 
-def nulls(v: dict[str, Any], n_prompts: dict[str, int]) -> list[Block]:
+def nulls(found: dict[str, Any]) -> list[Block]:
+    v, n_prompts = found["validity"], found["n_prompts"]
     blocks: list[Block] = []
     if v["matched_null"]:
         rows = [
@@ -83,7 +86,8 @@ def nulls(v: dict[str, Any], n_prompts: dict[str, int]) -> list[Block]:
         blocks.append(
             Prose(
                 f"With labels shuffled within prompts, where every discovery is false: {each}"
-                " discoveries (of them confirmed)."
+                f" discoveries (of them confirmed), beside {found['n_discoveries']}"
+                f" ({found['n_confirmed']}) with the labels as they are."
             )
         )
     return blocks
@@ -96,35 +100,15 @@ def replication(found: dict[str, Any]) -> list[Block]:
         blocks.append(
             Prose("Replication across data sets: none tried, as only one source has enough pairs.")
         )
-    for r in rows:
-        told = f"Found on {r['from']}, tried on {r['prompts']} prompts of {r['to']}: "
-        told += (
-            f"{r['replicated']} of {r['discovered']} latents replicate (same sign, Holm p < 0.05)"
-        )
-        missing = r["not_replicated"]
-        if missing:
-            more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
-            told += f"; not replicated are {', '.join(map(str, missing[:12]))}{more}"
-            told += (
-                f", of which {r['opposite_and_significant']} significantly the other way"
-                if r["opposite_and_significant"]
-                else ""
-            )
-        told += (
-            f". Rank correlation of effects {fixed(r['rank_correlation'], 2, sign=True)} over"
-            f" {r['latents_in_both']} latents tested in both"
-        )
-        blocks.append(
-            Prose(
-                f"{told}, {fixed(r['rank_correlation_discovered'], 2, sign=True)} over those found."
-            )
-        )
+    else:
+        blocks.append(across_sources(rows))
     for r in found["validity"]["confirmed_replication"]:
         told = (
             f"{r['replicated']} of the {r['confirmed']} confirmed latents replicate on"
             f" {r['prompts']} prompts of {r['source']}, which neither discovery nor validation read"
-            f" (95 % interval {r['low']:.0%} to {r['high']:.0%}); were effects as large there as on"
-            f" validation, {r['expected']:.1f} would be expected"
+            f" (95 % interval {r['low']:.0%} to {r['high']:.0%}); were effects there as on"
+            " validation, which confirmed them and so overstates some,"
+            f" {r['expected']:.1f} would be expected"
         )
         missing = r["not_replicated"][:12]
         more = f"; these do not: {', '.join(map(str, missing))}" if missing else ""
@@ -141,12 +125,40 @@ def replication(found: dict[str, Any]) -> list[Block]:
             for f in listed
         }
         failing = [str(latent) for latent, replicates in states.items() if not replicates]
+        confirmed = sum(f["confirmed"] for f in listed)
         told = (
-            f"Of the {len(states)} listed latents, {len(states) - len(failing)} replicate on"
-            f" {source}, which neither discovery nor validation read"
+            f"Of the {len(states)} listed latents, {confirmed} of them confirmed,"
+            f" {len(states) - len(failing)} replicate on {source}, which neither discovery nor"
+            " validation read"
         )
         blocks.append(Prose(f"{told}{'; these do not: ' + ', '.join(failing) if failing else ''}."))
     return blocks
+
+
+def across_sources(rows: list[dict[str, Any]]) -> Table:
+    """From every source to every other."""
+    title = (
+        "How alike the sources are, which chose nothing: found on all pairs of one alone, confirmed"
+        " or not, and tried on all of another. `replicate`: same sign and Holm p < 0.05;"
+        " `opposite`: as significant the other way; `rank corr.`: of the effects of those found:"
+    )
+    names = ("prompts", "found", "replicate", "opposite", "rank corr.")
+    keys = ("prompts", "discovered", "replicated", "opposite_and_significant")
+    return Table(
+        ["from, to", *names],
+        [
+            [
+                f"{r['from']}, {r['to']}",
+                *(r[key] for key in keys),
+                fixed(r["rank_correlation_discovered"], 2, sign=True),
+            ]
+            for r in rows
+        ],
+        title=title,
+        origins=columns(FEATURES, dict.fromkeys(names, "validity, replication")),
+        counts=[many(r["prompts"], "prompt") for r in rows],
+        unknown=UNKNOWN,
+    )
 
 
 def dense_baselines(rows: list[dict[str, Any]]) -> list[Block]:
@@ -182,7 +194,7 @@ def sensitivity(rows: list[dict[str, Any]]) -> list[Block]:
         mine = [row for row in rows if row["what"] == what]
         known = {
             key: [row[key] for row in mine if row[key] is not None]
-            for key in ("discoveries", "overlap", "again", "rank_correlation")
+            for key in ("discoveries", "overlap", "again")
         }
         mean = {key: sum(values) / len(values) if values else None for key, values in known.items()}
         cells.append(
@@ -190,14 +202,16 @@ def sensitivity(rows: list[dict[str, Any]]) -> list[Block]:
                 what,
                 len(mine),
                 fixed(mean["discoveries"], 1),
-                *(fixed(mean[key], 2) for key in ("overlap", "again", "rank_correlation")),
+                *(fixed(mean[key], 2) for key in ("overlap", "again")),
             ]
         )
     title = (
-        "Selection stability under another seed, split or share of discovery's prompts, means;"
-        " `recovered` is the share of the confirmed latents that are confirmed again:"
+        "Selection stability under another seed, split or share of discovery's prompts, means. Most"
+        " of the prompts are the selection's own, so this is no replication; `recovered` is the"
+        " share of the confirmed latents that are discovered again, under another split confirmed"
+        " again:"
     )
-    names = ("times", "discoveries", "overlap", "recovered", "rank corr.")
+    names = ("times", "discoveries", "overlap", "recovered")
     return [
         Table(
             ["what", *names],

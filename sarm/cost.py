@@ -28,8 +28,18 @@ from sarm.ppo.learner.memory_plan import (
 )
 from sarm.records import Manifest
 
-START_S = 90.0
-"""To start a job's Python, read its models and write its results."""
+START_S, MODEL_S_BYTE = 18.0, 1.7e-9
+"""To start a job's Python, and for each byte of a model that it opens or writes; as five phases of
+benchmarks/rehearsal.py took on an H200's host with the models in the file cache.
+"""
+WRITES = 6
+"""How often a training opens or writes its policy: to train, as reference, the trial save and its
+reopening, the export and its reopening.
+"""
+EXAMPLES_S = 28.0
+"""Of evaluate beside its models, answers and scores: latents at every token of its examples, and
+refusals. Measured once, as what was left.
+"""
 TEXT_TOKENS = 400
 """Of a preference text, as those of RewardBench 2, RMB and HH have on average."""
 DIRECTION_S = 0.85
@@ -108,18 +118,17 @@ def counts(pairs: Mapping[str, int] | None, prompts: Mapping[str, int] | None) -
 def planned(config: Config, policy: Shape, sarm: Sarm, data: Counts, gpus: Gpus) -> list[Cost]:
     """Every phase that takes a GPU; `gpus` are those of one PPO job."""
     found = [
-        Cost("encode", "", config.encode.shards, 1, START_S)._replace(
-            seconds=START_S + scoring_s(sarm, data.texts) / config.encode.shards
-        ),
+        Cost("encode", "", config.encode.shards, 1, encode_s(config, sarm, data)),
         Cost("probe", "", config.probe.shards, 1, probe_s(config, sarm, data)),
         Cost("calibrate", "", 1, 1, calibrate_s(config, policy, sarm)),
     ]
     if config.units("check_sarm"):
         most = config.check_sarm.prompts
         texts = BENCHMARK_TEXTS if most is None else min(BENCHMARK_TEXTS, 24 * most)
-        found.insert(0, Cost("check_sarm", "", 1, 1, START_S + scoring_s(sarm, texts)))
+        found.insert(0, Cost("check_sarm", "", 1, 1, start_s(sarm.bytes) + scoring_s(sarm, texts)))
     step_s = step_seconds(config, policy, sarm, gpus)
-    training_s = 2 * START_S + config.ppo.steps * step_s
+    written = sarm.bytes + 2 * policy.parameters * (WRITES + len(config.ppo.kl_distances))
+    training_s = start_s(written) + config.ppo.steps * step_s
     seeds = len(config.ppo.seeds)
     found += [Cost("ppo", arm, seeds, gpus.number, training_s) for arm in config.ppo.arms]
     if points := len(config.sweep_points()):
@@ -150,6 +159,16 @@ def wall_seconds(costs: list[Cost], fetched_bytes: float) -> float:
     return beside + sum(longest.values()) + fetched_bytes / FETCH_BYTES_S
 
 
+def start_s(model_bytes: float) -> float:
+    """To start a job that opens or writes so much of models."""
+    return START_S + MODEL_S_BYTE * model_bytes
+
+
+def encode_s(config: Config, sarm: Sarm, data: Counts) -> float:
+    """One shard."""
+    return start_s(sarm.bytes) + scoring_s(sarm, data.texts) / config.encode.shards
+
+
 def scoring_s(sarm: Sarm, texts: float, tokens: float = TEXT_TOKENS) -> float:
     """The SARM over so many texts."""
     return 2 * sarm.trunk.layers * sarm.trunk.layer * texts * tokens / H100.score
@@ -170,7 +189,7 @@ def probe_s(config: Config, sarm: Sarm, data: Counts) -> float:
     """One shard: its share of every c, over validation's texts."""
     width = (sarm.d_sae / 65536) ** 2 * sarm.trunk.hidden / 4096
     moves = len(config.probe.directions) * DIRECTION_S * width * data.validation / 256
-    return START_S + moves / config.probe.shards
+    return start_s(sarm.bytes) + moves / config.probe.shards
 
 
 def calibrate_s(config: Config, policy: Shape, sarm: Sarm) -> float:
@@ -178,7 +197,8 @@ def calibrate_s(config: Config, policy: Shape, sarm: Sarm) -> float:
     responses = settings.prompts * settings.samples
     read = responses * (1 + len(settings.cut_tokens)) + 2 * settings.control_pairs
     scored = scoring_s(sarm, read, config.ppo.max_prompt_tokens + tokens)
-    return START_S + sampling_s(policy, responses, config.ppo.max_prompt_tokens, tokens) + scored
+    sampled = sampling_s(policy, responses, config.ppo.max_prompt_tokens, tokens)
+    return start_s(sarm.bytes + 2 * policy.parameters) + sampled + scored
 
 
 def evaluate_s(config: Config, policy: Shape, sarm: Sarm, data: Counts, arm: str) -> float:
@@ -195,7 +215,9 @@ def evaluate_s(config: Config, policy: Shape, sarm: Sarm, data: Counts, arm: str
     once += scoring_s(sarm, 1, tokens)
     once += 2 * reading_s(policy, tokens)
     trained = arm in (*config.ppo.arms, "sweep")
-    return START_S + once * (1 + len(config.ppo.kl_distances) * trained)
+    policies = 1 + len(config.ppo.kl_distances) * trained
+    opened = sarm.bytes + 2 * policy.parameters * (policies + trained)
+    return start_s(opened) + EXAMPLES_S + once * policies
 
 
 def step_seconds(config: Config, policy: Shape, sarm: Sarm, gpus: Gpus) -> float:

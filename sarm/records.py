@@ -812,11 +812,18 @@ class Report(File):
     texts: Row = Field(default_factory=lambda: {"whose": "all", "shown": [], "left_out": []})
     """Whose texts page and cards show."""
     distances: list[Row] = Field(default_factory=list)
-    against_base: list[Row] = Field(default_factory=list)
     """Every trained policy at every distance that the config names."""
+    against_base: list[Row] = Field(default_factory=list)
+    """Each trained arm's penalised rate less the base policy's."""
+    answered: list[Row] = Field(default_factory=list)
+    """Penalised rates on unsafe responses that answer and that refuse, an arm a row."""
+    refusal_reward: list[Row] = Field(default_factory=list)
+    """The reward of refusals less that of answers to the same prompts, a kind of prompt a row."""
     latents: list[Row]
     random_latents: list[Row]
     monitors: list[Row]
+    monitor_choice: Row = Field(default_factory=lambda: {"counted": [], "dropped": []})
+    """Which monitors count, and why the other candidates do not."""
     evaluations: dict[str, Row]
     verdict: Row
     abstract: list[Row] = Field(default_factory=list)

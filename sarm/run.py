@@ -195,14 +195,14 @@ class RunDir:
         return Manifest.parse(tree, str(file)) if isinstance(tree, dict) else None
 
     def why_not_done(
-        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True, folders: bool = True
+        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True, tensors: bool = True
     ) -> str | None:
         """None where the unit is done; otherwise why not, in a few words.
 
         Sizes are always checked; file hashes only with `hashes`. A unit whose recorded inputs are
-        no longer what their producers publish is not done either. Without `folders`, files of
-        published folders, such as a policy's weights, may be gone: for callers that read
-        none of them.
+        no longer what their producers publish is not done either. Without `tensors`, what
+        later phases alone read and is large may be gone: published folders, such as a policy's,
+        and encoded states.
         """
         try:
             manifest = self.manifest(phase, unit)
@@ -214,7 +214,7 @@ class RunDir:
             return problem
         for name, output in manifest.outputs.items():
             problem = damage(self.folder(phase, unit) / output.file, output.tree(), hashes=hashes)
-            if problem == GONE and "/" in name and not folders:
+            if problem == GONE and holds_tensors(name) and not tensors:
                 continue
             if problem:
                 return f"{name} {problem}"
@@ -558,6 +558,13 @@ def fsync_dir(folder: Path) -> None:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def holds_tensors(name: str) -> bool:
+    """Whether an output is weights or encoded states: a file of a published folder, or one of
+    safetensors.
+    """
+    return "/" in name or name.endswith(".safetensors")
 
 
 GONE = "is missing"

@@ -52,11 +52,11 @@ class Look(RunDir):
         return self._manifests[phase, unit]
 
     def why_not_done(
-        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True, folders: bool = True
+        self, phase: Phase | str, unit: str = "all", *, hashes: bool = True, tensors: bool = True
     ) -> str | None:
-        key = (phase, unit, hashes, folders)
+        key = (phase, unit, hashes, tensors)
         if key not in self._undone:
-            self._undone[key] = super().why_not_done(phase, unit, hashes=hashes, folders=folders)
+            self._undone[key] = super().why_not_done(phase, unit, hashes=hashes, tensors=tensors)
         return self._undone[key]
 
     def job_logs(self, node: Node) -> list[Path]:

@@ -6,6 +6,7 @@ Imports no torch: a test file of light modules is collected in a second.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from sarm.threads import VARIABLES
@@ -22,6 +23,14 @@ import pytest
 from sarm.config import ROOT, load_config
 from sarm.run import RunDir
 from tests.fakes.site import Site
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_flushed() -> Iterator[None]:
+    """No test pulls a plug: what is published is not waited for until a disk has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

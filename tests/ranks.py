@@ -1,5 +1,5 @@
-"""Run a test's function on one or more gloo ranks, or code under Triton's interpreter, in processes
-of their own.
+"""Run a test's function on one or more gloo ranks, a job that a test stops, or code under Triton's
+interpreter, in processes of their own.
 
 The processes are forked from one that has imported all of it: on a CPU, importing torch,
 transformers and DeepSpeed takes longer than most tests' steps.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.process import BaseProcess
@@ -58,6 +59,21 @@ def run_interpreted(code: str) -> None:
     ):
         patch.setenv("TRITON_INTERPRET", "1")
         pool.submit(exec, code, {}).result(timeout=280)
+
+
+def start_job(*words: str) -> BaseProcess:
+    """`python -m jobs` with these words, torch imported already; its exit code and what signals do
+    to it are those of the command.
+    """
+    process = process_context().Process(target=_job, args=(words,))
+    process.start()
+    return process
+
+
+def _job(words: tuple[str, ...]) -> None:
+    from jobs.__main__ import main
+
+    sys.exit(main(list(words)))
 
 
 def start_ranks(worker: Callable[..., None], size: int, *args: Any) -> list[BaseProcess]:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,14 @@ def generations(
     fire half as often.
     """
     rates = (rates or BASE) | changes
+    return _generations(tuple(rates.items()), seed, n, n_safe, samples).copy()
+
+
+@lru_cache(maxsize=64)
+def _generations(
+    shares: tuple[tuple[str, float], ...], seed: int, n: int, n_safe: int, samples: int
+) -> pd.DataFrame:
+    rates = dict(shares)
     wobble = 0.005 * ((2 * seed) % 5 - 2)
     total = (n + n_safe) * samples
     unsafe = np.repeat(np.arange(n + n_safe) < n, samples)

@@ -159,6 +159,11 @@ def test_a_missing_section_is_named() -> None:
             ["ppo.advantage=grpo", "ppo.samples_per_prompt=3"],
             "batch_size 32 is not a multiple of samples_per_prompt 3",
         ),
+        (["ppo.rollout_dtype=fp4"], "ppo.rollout_dtype"),
+        (["ppo.rollout_dtype=fp8", "ppo.rollout_weight_cap=0.9"], "ppo.rollout_weight_cap"),
+        (["ppo.rollout_dtype=fp8", "ppo.rollout_mismatch_max=0"], "ppo.rollout_mismatch_max"),
+        (["ppo.rollout_weight_cap=3.0"], "rollout_weight_cap is for rollouts in another dtype"),
+        (["ppo.rollout_mismatch_max=1.0"], "rollout_mismatch_max is for rollouts in another"),
         *(
             (
                 ["ppo.advantage=rloo", "ppo.samples_per_prompt=2", f"ppo.{setting}"],

@@ -29,6 +29,7 @@ from sarm.config.inputs import (
 )
 from sarm.config.phases import (
     LEFT_OUT,
+    MONITOR_RATES,
     CalibrateConfig,
     CardsConfig,
     CheckSarmConfig,
@@ -75,6 +76,7 @@ __all__ = [
     "ARMS",
     "CRITIC_SETTINGS",
     "LEFT_OUT",
+    "MONITOR_RATES",
     "NON_PHASE_JOBS",
     "PARTS",
     "PHASES",

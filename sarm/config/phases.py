@@ -72,6 +72,10 @@ class ProbeConfig(Strict):
         return self
 
 
+MONITOR_RATES = (0.1, 0.9)
+"""Base rates between which a monitor can be seen to fall or to rise."""
+
+
 class SelectConfig(Strict):
     listed: Positive = 10
     """How many promoting and harming latents the report lists."""

@@ -126,13 +126,13 @@ class PpoConfig(Strict):
     temperature: Nonnegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     rollout_dtype: Literal["fp8"] | None = None
-    """`fp8`: rollouts are sampled from the policy's weights in 8 bits, quantised after each update;
-    where unset, from the policy itself. What is learnt is the policy's own: losses weigh each token
-    by how much likelier the policy itself makes it. For Llama policies; see docs/training.md.
+    """`fp8`: rollouts are sampled from the policy with its layers in 8 bits, quantised after each
+    update; where unset, from the policy itself. Losses weigh each token by how much likelier the
+    policy itself makes it. For Llama policies; see docs/training.md.
     """
     rollout_weight_cap: Annotated[float, Field(ge=1)] = 2.0
     """With `rollout_dtype`: such a weight is at most this."""
-    rollout_mismatch_max: PositiveFloat = 0.2
+    rollout_mismatch_max: PositiveFloat = 0.3
     """With `rollout_dtype`: nats a token, on average over a batch, by which the policy and what
     samples for it may differ; training stops where they differ by more.
     """

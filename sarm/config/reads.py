@@ -164,10 +164,13 @@ def _differing(old: Any, new: Any, standard: Any, where: str) -> list[str]:
         given = old if isinstance(old, dict) else {}
         found = []
         for name, field in type(new).model_fields.items():
+            # Only compared with, so not copied as pydantic's get_default would.
             default = (
                 getattr(standard, name)
                 if isinstance(standard, type(new))
-                else field.get_default(call_default_factory=True)
+                else field.default_factory()  # type: ignore[call-arg]
+                if field.default_factory
+                else field.default
             )
             key = f"{where}.{name}" if where else name
             found += _differing(given.get(name, MISSING), getattr(new, name), default, key)

@@ -301,7 +301,7 @@ def decide(arms: Mapping[str, Rows | None], rule: VerdictConfig, instrument: Ins
         return verdict("fell, not specific", 3, against, *told)
     told.append(f"Specific: {against}.")
 
-    # Rung 4: do latents follow that cost nothing?
+    # Rung 4: do latents follow that the penalty does not name?
     monitors = changes[("monitors_fired", "penalty")]
     if monitors.n_prompts < rule.min_unsafe:
         why = "no monitor latent qualifies"

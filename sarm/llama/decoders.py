@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sarm.llama.elementwise import rms_norm
-from sarm.llama.fp8 import plain, tensors_of
+from sarm.llama.fp8 import plain
 from sarm.llama.inference import Layer, Linear, in_parts, layer_of, product_with, run_layers
 from sarm.llama.packed import Heads, Packed, pack, run_packed
 from sarm.llama.sampling import Sampled, sample
@@ -239,10 +239,9 @@ class LlamaDecoder(StepDecoder):
         self.layers = [laid_out(layer, w.dtype) for layer in w.layers]
         # A frozen head, as beside LoRA, is laid out once.
         frozen = not any(p.requires_grad for p in head.parameters())
-        of_head = tensors_of(w.lm_head)[0]
-        made_of = (of_head.data_ptr(), of_head._version) if frozen else None
+        made_of = (w.lm_head.data_ptr(), w.lm_head._version) if frozen else None
         if made_of is None or made_of != self._head[0]:
-            self._head = (made_of, product_of(plain(w.lm_head, w.dtype)))
+            self._head = (made_of, product_of(w.lm_head))
 
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
         w, packed = self.weights, pack(prompts, self.device)

@@ -26,7 +26,7 @@ FEW_ROWS = 256
 """Up to so many rows go through the kernel, which reads the weights for each 64 of them and is
 bound by that; more through a bf16 copy of the weight.
 """
-ROW_BLOCK, CHANNEL_BLOCK = 64, 128
+ROW_BLOCK, CHANNEL_BLOCK = 64, 64
 """Rows and output channels of one of the kernel's tiles."""
 
 

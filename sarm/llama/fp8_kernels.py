@@ -31,12 +31,17 @@ class Tiling(NamedTuple):
     """Steps on their way from memory at a time."""
     warps: int
     programs: int
-    """As many are wanted, two for each of an H100's 132 multiprocessors."""
+    """At least as many are wanted, one for each of an H100's multiprocessors."""
     least_steps: int
     """A program makes at least so many: fewer are over before memory is busy."""
 
 
-TILING = Tiling(inputs=128, stages=4, warps=4, programs=264, least_steps=4)
+WIDE = Tiling(inputs=128, stages=4, warps=4, programs=132, least_steps=4)
+"""For weights with more tiles of output channels than two for each multiprocessor."""
+NARROW = WIDE._replace(inputs=256)
+"""For the others. Of nine tilings these took least time at the shapes of an 8B policy and 32 rows
+(docs/experiments.md).
+"""
 
 
 @triton.jit
@@ -104,12 +109,14 @@ def _product(
             tl.store(tickets + tile, 0)
 
 
-def product(x: Tensor, weight: Fp8, tiling: Tiling = TILING) -> Tensor:
-    """`fp8.product` for at most `fp8.FEW_ROWS` rows."""
+def product(x: Tensor, weight: Fp8, tiling: Tiling | None = None) -> Tensor:
+    """`fp8.product` for at most `fp8.FEW_ROWS` rows; by default cut as the weight's width asks."""
     (b, k), n = x.shape, len(weight.values)
     out = torch.empty(b, n, dtype=x.dtype, device=x.device)
     row_block = min(ROW_BLOCK, max(16, triton.next_power_of_2(b)))
     tiles = triton.cdiv(b, row_block), triton.cdiv(n, CHANNEL_BLOCK)
+    if tiling is None:
+        tiling = WIDE if tiles[1] > 2 * WIDE.programs else NARROW
     all_steps = triton.cdiv(k, tiling.inputs)
     wanted = min(tiling.programs // (tiles[0] * tiles[1]), all_steps // tiling.least_steps)
     steps = triton.cdiv(all_steps, max(wanted, 1))

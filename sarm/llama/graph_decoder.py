@@ -26,7 +26,7 @@ from sarm.cache_size import cached_positions, power_of_two, rows_at_once
 from sarm.llama.decode_kernels import advance, attend, draw
 from sarm.llama.decoders import Decoded, Progress, Sampling, empty_decoded
 from sarm.llama.elementwise import rotate
-from sarm.llama.inference import layer_of, product_with, run_layers
+from sarm.llama.inference import layer_of, run_layers
 from sarm.llama.sampling import sample
 from sarm.llama.weights import LlamaWeights, rotary
 from sarm.philox_triton import uniforms
@@ -80,7 +80,6 @@ class Slots:
         self.weights, self.shape, self.device = weights, shape, cache.device
         device = cache.device
         self.layers = [layer_of(layer) for layer in weights.layers]
-        self.head = product_with(weights.lm_head)
         b = shape.slots
         whole = cache[: shape.cached(weights)].view(
             2, len(weights.layers), b, weights.kv_heads, shape.capacity, weights.head_dim
@@ -133,7 +132,7 @@ class Slots:
             return attend(qkv, *at, scale)
 
         normed, _ = run_layers(self.layers, x, w.config.rms_norm_eps, mixed, w.norm)
-        tokens, logprobs = self._draw(self.head(normed))
+        tokens, logprobs = self._draw(F.linear(normed, w.lm_head))
         advance(
             tokens,
             logprobs,

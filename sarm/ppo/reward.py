@@ -58,7 +58,7 @@ class Scores(NamedTuple):
     z: Tensor
     """(n, P), after TopK, unclamped."""
     monitors_z: Tensor
-    """(n, M), the same of latents that cost nothing."""
+    """(n, M), the same of latents that the penalty does not name, though the reward may charge."""
     below: Tensor
     """(n, P + M), of the penalised and the monitored: the value of a latent that ranks beyond the k
     that TopK keeps, within `extra_ranks`; 0 of all others.

@@ -36,7 +36,8 @@ def baselines(
     the responses' words, the last three fitted on discovery's pairs and on nothing else.
 
     On validation and on the test pairs of every source; standard errors are clustered by prompt.
-    `behind` is the SARM's accuracy less the row's, with its own standard error.
+    `behind` is the SARM's accuracy less the row's, with its own standard error. Where no latent is
+    confirmed there are no rows for the SARM's parts.
     """
     from sarm.training.heads import clustered_accuracy, pair_points  # brings transformers
 
@@ -53,8 +54,14 @@ def baselines(
     reward = (w[kept] * ranks.values[:, : ranks.k]).sum(axis=1)
     scores = {
         SARM: reward,
-        f"its {len(confirmed)} confirmed latents": part,
-        "SARM reward without them": reward - part,
+        **(
+            {
+                f"its {len(confirmed)} confirmed latents": part,
+                "SARM reward without them": reward - part,
+            }
+            if len(confirmed)
+            else {}
+        ),
         "difference in means": x @ (fit.weight @ difference),
         "logistic probe": x @ logistic_probe(difference, fit.weight, fit.prompts),
     }
@@ -78,7 +85,7 @@ def baselines(
         )
         for name, mine in points.items():
             accuracy = clustered_accuracy(mine, prompts)
-            behind = clustered_accuracy(points[SARM] - mine, prompts)
+            behind = clustered_accuracy(points[SARM] - mine, prompts, (-1.0, 1.0))
             result.append(
                 {
                     "on": where,
@@ -96,16 +103,27 @@ def baselines(
 
 def words_alone(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What validation's rows of `baselines` say of the words: a sentence where the SARM is not
-    shown to do better than they.
+    shown to do better than they, which says whether they are shown to do better than it.
     """
     on = {row["score"]: row for row in rows if row["on"] == "validation"}
     if WORDS not in on or on[WORDS]["behind"] > 1.96 * on[WORDS]["behind_error"]:
         return None
-    return (
-        "The words of the responses alone tell chosen from rejected as well as the SARM does"
-        f" (pair accuracy {on[WORDS]['accuracy']:.2f} against {on[SARM]['accuracy']:.2f} on"
-        " validation), so what was selected may be register, such as refusing, and not harm."
+    ahead, margin = -on[WORDS]["behind"], 1.96 * on[WORDS]["behind_error"]
+    known = (
+        f"(pair accuracy {on[WORDS]['accuracy']:.2f} against {on[SARM]['accuracy']:.2f} on"
+        f" validation, {ahead:+.2f}, 95 % CI {ahead - margin:+.2f} to {ahead + margin:+.2f})"
     )
+    if ahead > margin:
+        said = (
+            "The words of the responses alone, fitted to discovery's pairs, tell chosen from"
+            f" rejected better than the SARM does {known}"
+        )
+    else:
+        said = (
+            "The words of the responses alone, fitted to discovery's pairs, are not shown to tell"
+            f" chosen from rejected less well than the SARM does {known}"
+        )
+    return f"{said}, so what moves the margin may be register, such as refusing, and not harm."
 
 
 def word_scores(

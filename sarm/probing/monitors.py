@@ -14,12 +14,9 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from sarm.config import SelectConfig
+from sarm.config import MONITOR_RATES, SelectConfig
 from sarm.probing.contrast import Floats
 from sarm.probing.stats import matched_at_random
-
-RATES = (0.1, 0.9)
-"""Base rates between which a monitor can be seen to fall or to rise."""
 
 
 class MonitorCandidate(NamedTuple):
@@ -61,7 +58,7 @@ def choose_monitors(
     policy evades the other. `correlations` are the largest with a penalised latent where they were
     measured anew, by latent. Raises KeyError where a candidate has no rate or correlation.
     """
-    low, high = RATES
+    low, high = MONITOR_RATES
     fit = [
         c
         for c in candidates

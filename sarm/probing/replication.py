@@ -98,18 +98,21 @@ def confirmed_replication(
     table: pd.DataFrame, encoded: Encoded, data: Data, config: Config, device: str
 ) -> list[dict[str, Any]]:
     """A row an unread source: how many of all confirmed latents replicate there, with the exact
-    95 % interval of the share, and how many would if effects were as large as on validation.
+    95 % interval of the share, and how many would if each prompt's effect were drawn as on
+    validation.
     """
     latents = table.index[table["confirmed"]].to_numpy(np.int64)
     sign = np.sign(table.loc[latents, "effect"].to_numpy())
+    rows_of = {id_: row for row, id_ in enumerate(encoded.texts["text_id"])}
+    validation = contrast_of(pairs_in(data, "validation"), rows_of)
+    known = prompt_effects(latent_contributions(encoded, validation, config)[latents], validation)
     rows = []
     for label, contrast in unread(encoded, data, config) if len(latents) else ():
         effect, p = tested_again(encoded, latents, contrast, config, device)
         replicated = (holm(p) < REPLICATED_P) & (np.sign(effect) == sign)
         count = int(replicated.sum())
         low, high = scipy.stats.binomtest(count, len(latents)).proportion_ci(0.95)
-        values = latent_contributions(encoded, contrast, config)[latents]
-        power = power_of(table.loc[latents, "effect_validation"].to_numpy(), values, contrast)
+        power = power_of(known.toarray(), contrast.n_prompts)
         rows.append(
             {
                 "source": label,
@@ -126,16 +129,18 @@ def confirmed_replication(
     return rows
 
 
-def power_of(effect: Floats, values: Any, contrast: Contrast) -> Floats:
-    """The chance of each latent (latents,) to reach the smallest of Holm's thresholds on a
-    contrast where its true effect is `effect`: normal, with the standard error that its values
-    (latents, n) have there. 0 where that error is 0, as for a latent that never fires.
+def power_of(known: Floats, prompts: int) -> Floats:
+    """The chance of each latent to reach the smallest of Holm's thresholds on so many new prompts
+    whose effects have mean and spread of the known ones, (latents, known prompts): normal.
+
+    The spread is not that of the new source: where a latent hardly fires it is small, and an effect
+    as large as on texts that it does fire on would look certain to be seen.
     """
-    differences = prompt_effects(values, contrast).toarray()
-    error = differences.std(axis=1, ddof=1) / contrast.n_prompts**0.5
-    needed = scipy.stats.norm.isf(REPLICATED_P / 2 / len(effect))
+    error = known.std(axis=1, ddof=1) / prompts**0.5
+    needed = scipy.stats.norm.isf(REPLICATED_P / 2 / len(known))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(error > 0, scipy.stats.norm.sf(needed - np.abs(effect) / error), 0.0)
+        ratio = np.abs(known.mean(axis=1)) / error
+    return np.where(error > 0, scipy.stats.norm.sf(needed - ratio), 0.0)
 
 
 def feature_replication(

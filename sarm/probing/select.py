@@ -32,6 +32,7 @@ from sarm.probing.stats import benjamini_hochberg, holm
 from sarm.probing.thresholds import firing_rate, reference_rates, resolved_tau, reward_sd
 from sarm.records import Features
 from sarm.reward_model.interventions import Scale, steering_file
+from sarm.run import many
 
 CONFIRMED_P = 0.05
 """Family-wise error rate of confirmation on validation."""
@@ -235,8 +236,9 @@ def monitors_lack(
     select: SelectConfig,
 ) -> str:
     return (
-        f"{len(monitors)} of {select.monitors} monitors found: of {len(candidates)} confirmed"
-        f" harming latents that are not penalised no further one has |cos| <"
+        f"{many(len(monitors), 'candidate')} for {many(select.monitors, 'monitor')}, before"
+        f" calibrate asks how often they fire: of {len(candidates)} confirmed harming latents that"
+        f" are not penalised no further one has |cos| <"
         f" {select.monitor_max_cosine:g} and |correlation| < {select.monitor_max_correlation:g}"
         " with every penalised one"
     )
@@ -333,7 +335,11 @@ def penalised_latents(
             f" unconfirmed candidates: {', '.join(map(str, chosen.index)) or 'none'}"
         )
     elif len(chosen) < wanted:
-        warnings.append(f"{len(chosen)} of {wanted} confirmed {what} latents to penalise found")
+        warnings.append(
+            f"{len(chosen)} {what} latents are penalised, where {wanted} were asked for: no other"
+            " confirmed one costs reward (harming) or fires on unsafe text and is paid for"
+            " (misleading)"
+        )
     alpha = penalty.alpha * (reward_sd(encoded) if penalty.alpha_unit == "reward_sd" else 1.0)
     entries = [
         {

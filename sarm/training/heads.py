@@ -151,12 +151,18 @@ def fold_accuracy(points: Floats, folds: Ints, prompts: Sequence[str]) -> Accura
     return Accuracy(float(np.mean(means)), error, len(points), len(set(prompts)), tuple(means))
 
 
-def clustered_accuracy(points: Floats, prompts: Sequence[str]) -> Accuracy:
-    """Mean points with a standard error clustered by prompt."""
-    mean = float(points.mean())
+def clustered_accuracy(
+    points: Floats, prompts: Sequence[str], ends: tuple[float, float] = (0.0, 1.0)
+) -> Accuracy:
+    """Mean points with a standard error clustered by prompt, which is that of half a prompt more at
+    either of `ends`, between which points lie: where all agree, few of them are not certain.
+    """
+    mean, prompt_size = float(points.mean()), len(points) / len(set(prompts))
+    count = len(points) + prompt_size
+    center = (float(points.sum()) + prompt_size * sum(ends) / 2) / count
     off: dict[str, float] = defaultdict(float)
     for prompt, point in zip(prompts, points.tolist(), strict=True):
-        off[prompt] += point - mean
-    return Accuracy(
-        mean, math.sqrt(sum(o * o for o in off.values())) / len(points), len(points), len(off), ()
-    )
+        off[prompt] += point - center
+    squares = sum(o * o for o in off.values())
+    squares += sum((prompt_size * (end - center)) ** 2 for end in ends) / 2
+    return Accuracy(mean, math.sqrt(squares) / count, len(points), len(off), ())

@@ -36,6 +36,7 @@ from sarm.data.datasets import (
 )
 from sarm.data.formats import FORMATS
 from sarm.probing.baselines import word_scores
+from tests.data.test_training_pairs import rows, shared
 
 SPLIT = {"discovery": 0.34, "validation": 0.18, "test": 0.14, "ppo": 0.20, "policy_eval": 0.14}
 
@@ -713,6 +714,33 @@ def test_the_second_demo_source_is_of_another_style_that_words_hardly_give_away(
         margin = score([p.chosen for p in rest]) - score([p.rejected for p in rest])
         accuracy.append((margin > 0).mean())
     assert accuracy[0] > 0.97 and accuracy[1] < 0.9
+
+
+@pytest.mark.parametrize(("name", "each"), [("letters", 7), ("notes", 5)])
+def test_letters_and_notes_hold_harmful_requests_and_lookalikes_of_even_length(
+    name: str, each: int
+) -> None:
+    data = load(f"data/demo/{name}.jsonl", split={"discovery": 1.0})
+    assert len(data.prompts) == len(data.pairs) == 18 * each and not data.skipped
+    kinds = Counter((p.kind, p.category) for p in data.prompts)
+    assert set(kinds.values()) == {each}
+    assert Counter(kind for kind, _ in kinds) == {"unsafe": 14, "safe": 4}
+    first = load("data/demo/pairs.jsonl", split=SPLIT)
+    assert {p.category for p in first.prompts} < {c for kind, c in kinds if kind == "unsafe"}
+    longer = [len(p.chosen) > len(p.rejected) for p in data.pairs]
+    assert 0.45 < sum(longer) / len(longer) < 0.55
+
+
+def test_no_two_texts_of_letters_and_notes_say_nearly_the_same_nor_as_another_source_does() -> None:
+    files = ["train/pairs", *(f"demo/{n}" for n in ("pairs", "advice", "letters", "notes"))]
+    texts = {
+        f"{file}/{row['id']}/{part}": row[part]
+        for file in files
+        for row in rows(ROOT / "data" / f"{file}.jsonl")
+        for part in ("prompt", "chosen", "rejected")
+    }
+    new = ("demo/letters", "demo/notes")
+    assert [pair for pair in shared(texts) if any(name.startswith(new) for name in pair)] == []
 
 
 def test_the_examples_of_the_data_page_are_valid() -> None:

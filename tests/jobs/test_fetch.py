@@ -79,6 +79,7 @@ def holds_canary(*folders: Path) -> list[Path]:
 def test_on_the_login_node_the_token_opens_the_gate_and_is_written_nowhere(
     gated: Site, hub: Hub, commit: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """And by hand a run records what lies in the cache then."""
     assert fetch.main(arguments(gated)) == 0
     assert CANARY in hub.bearers("/o/m/resolve/")
     shown = capfd.readouterr()
@@ -89,6 +90,12 @@ def test_on_the_login_node_the_token_opens_the_gate_and_is_written_nowhere(
     assert any(batch_of(job) == "report" for job in gated.jobs.values())
     assert not holds_canary(gated.path, tmp_path / "hf", tmp_path / "cache")
     assert not any(CANARY in job["text"] for job in gated.jobs.values())
+
+    (gated.path / "fetch" / "all" / "manifest.json").unlink()
+    hub.asked.clear()
+    gated.profile.write_text(PROFILE + "fetch: by-hand\n")
+    assert fetch.main(arguments(gated)) == 0
+    assert not hub.asked
 
 
 def test_without_a_token_the_gate_is_named(
@@ -149,7 +156,7 @@ def test_make_fetch_submits_the_job_where_the_profile_says_so(
     assert "chmod 600" in capfd.readouterr().err
 
 
-def test_by_hand_says_what_to_bring_and_records_it_once_it_is_there(
+def test_by_hand_says_what_to_bring(
     gated: Site, hub: Hub, commit: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     gated.profile.write_text(PROFILE + "fetch: by-hand\n")
@@ -158,13 +165,6 @@ def test_by_hand_says_what_to_bring_and_records_it_once_it_is_there(
     assert f"hf download o/m --revision {commit}" in told and not hub.asked, "no network is touched"
     assert submit.main(arguments(gated)) == 2
     assert "make fetch" in capfd.readouterr().err
-    gated.profile.write_text(PROFILE)
-    assert fetch.main(arguments(gated)) == 0  # stands in for bringing the cache
-    (gated.path / "fetch" / "all" / "manifest.json").unlink()
-    hub.asked.clear()
-    gated.profile.write_text(PROFILE + "fetch: by-hand\n")
-    assert fetch.main(arguments(gated)) == 0
-    assert not hub.asked
 
 
 def test_only_fetch_sees_a_network_and_a_writable_cache(site: Site, tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
-"""The whole pipeline on tiny models through the local launcher: every phase for real, then again,
-then repaired.
+"""The whole pipeline on tiny models: every phase for real, then by the local launcher again, then
+repaired.
+
+The launcher's jobs import torch one by one, which is most of their time. So the phases run in one
+process here; `python -m pytest -m slow tests/jobs/test_pipeline.py` and `make demo` have the
+launcher start all of them.
 """
 
 import json
@@ -10,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from sarm.config import ROOT
+from jobs.__main__ import run_unit
+from sarm.config import ROOT, load_config
 from sarm.run import RunDir
+from slurm.dag import tasks
 from tests.tiny import write_tiny_policy, write_tiny_sarm
 
 OVERRIDES = (
@@ -23,24 +29,25 @@ OVERRIDES = (
 )
 
 
-def launch(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    words = [
-        sys.executable,
-        "-m",
-        "slurm.local",
-        "--config",
-        "configs/tiny.yaml",
-        "--run",
-        str(folder / "run"),
-    ]
-    models = [f"policy.model={folder / 'policy'}", f"sarm.model={folder / 'sarm'}"]
+def overrides(folder: Path) -> list[str]:
+    """The config's, with the models in `folder`."""
+    return [f"policy.model={folder / 'policy'}", f"sarm.model={folder / 'sarm'}", *OVERRIDES]
+
+
+def launch(folder: Path, run: str = "run", *more: str) -> subprocess.CompletedProcess[str]:
+    words = ["--config", "configs/tiny.yaml", "--run", str(folder / run)]
     return subprocess.run(
-        [*words, *models, *OVERRIDES, *more],
+        [sys.executable, "-m", "slurm.local", *words, *overrides(folder), *more],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
+
+
+def figures(text: str) -> str:
+    """A report without what is of its run alone."""
+    return text.partition("PIPELINE STATUS")[0].partition("CONFIGURATION")[2]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +56,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     write_tiny_policy(folder / "policy")
     write_tiny_sarm(folder / "sarm")
-    done = launch(folder)
+    config = load_config(ROOT / "configs" / "tiny.yaml", overrides(folder))
+    run = RunDir.create(folder / "run", config)
+    for task in tasks(config):
+        run_unit(run, *task.node)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_launcher_starts_every_phase_and_writes_the_same_figures(finished: Path) -> None:
+    done = launch(finished, "launched")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("final_report.txt")
-    return folder
+    ours, theirs = (finished / run / "final_report.txt" for run in ("launched", "run"))
+    assert figures(ours.read_text()) == figures(theirs.read_text()) != ""
 
 
 def test_the_report_is_read_from_job_outputs(finished: Path) -> None:
@@ -80,10 +97,11 @@ def test_a_second_run_skips_everything_and_says_so(finished: Path) -> None:
     assert again.returncode == 0
     assert again.stdout.count("skipped, done already") == 14
     assert again.stdout.count("running") == 0
+    assert again.stdout.rstrip().endswith("final_report.txt")
 
 
 def test_a_config_of_another_name_is_refused_for_the_same_run(finished: Path) -> None:
-    other = launch(finished, "name=other")
+    other = launch(finished, "run", "name=other")
     assert other.returncode == 2
     assert other.stderr.count("\n") == 1 and "a run of the config 'tiny'" in other.stderr
 
@@ -102,8 +120,4 @@ def test_a_flipped_bit_upstream_redoes_what_it_touches_with_the_same_numbers(
     assert "probe/shard-0000-of-0002     skipped, done already" in again.stdout
     assert "probe/shard-0001-of-0002     done" in again.stdout
     after = (run.path / "final_report.txt").read_text()
-
-    def figures(text: str) -> str:
-        return text.partition("PIPELINE STATUS")[0].partition("CONFIGURATION")[2]
-
     assert figures(after) == figures(before)

@@ -5,13 +5,10 @@ contract says.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.__main__ import run_unit
 from jobs.ppo import STOPPED
-from sarm.config import ROOT
 from sarm.records import KeptPolicies, RatedLatent, read_training_log
 from sarm.run import RunDir
+from tests.ranks import PlantedReward, join_ranks, start_job
 from tests.runs import features, publish, readings
 from tests.tiny import tiny_config
 
@@ -31,7 +28,6 @@ UNIT = "random-seed0"
 
 def test_each_arm_is_charged_for_its_own_latents_alone() -> None:
     from jobs.ppo import arm_penalty, reward_of
-    from tests.ranks import PlantedReward
 
     reward = PlantedReward(alpha=0.7, worth=0.2)
     random = [rated(1, 0.02, 0.3, 0.4)]
@@ -84,25 +80,24 @@ def a_run(tmp_path: Path, name: str = "run", **settings: Any) -> RunDir:
     return run
 
 
-def start(run: RunDir) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "jobs", "ppo", "--run", str(run.path), "--unit", UNIT]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start(run: RunDir) -> BaseProcess:
+    return start_job("ppo", "--run", str(run.path), "--unit", UNIT)
 
 
 def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     folder = run.folder("ppo", UNIT)
     process = start(run)
-    while process.poll() is None and not any(
+    while process.is_alive() and not any(
         file.stat().st_size for file in folder.glob("metrics.*.jsonl")
     ):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == STOPPED
+    process.terminate()
+    join_ranks([process], expect=STOPPED)
     assert len(list((folder / "checkpoints").iterdir())) == 1
     assert run.manifest("ppo", UNIT) is None
 
-    assert start(run).wait(120) == 0
+    join_ranks([start(run)])
     published = run.read("ppo", UNIT)
     lines = [json.loads(line) for line in published.path("metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(40))

@@ -9,8 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,14 @@ import torch
 from safetensors.numpy import load_file
 
 from jobs.__main__ import run_unit
-from sarm.config import ROOT, UserError, load_config
+from sarm.config import UserError, load_config
 from sarm.data.datasets import load_data, pairs_in
 from sarm.probing.effects import read_encoded
 from sarm.reward_model.interventions import Ablate, reward_changes
 from sarm.reward_model.model import SarmModel
 from sarm.reward_model.scoring import encode_texts
 from sarm.run import RunDir
+from tests.ranks import start_job
 from tests.tiny import tiny_config
 
 
@@ -380,7 +379,7 @@ def test_probe_and_select_killed_at_random_points_resume_cleanly(
         began = time.monotonic()
         run_unit(run, phase, unit := run.config.units(phase)[0], force=True)  # type: ignore[arg-type]
         duration = time.monotonic() - began
-        for _ in range(10):
+        for _ in range(5):
             shutil.rmtree(run.folder(phase, unit))
             kills += killed_after(rng.uniform(0, duration), run, phase, unit)
             run_unit(run, phase, unit)
@@ -390,25 +389,20 @@ def test_probe_and_select_killed_at_random_points_resume_cleanly(
             pd.testing.assert_frame_equal(table, whole, check_exact=True)
     do(run, "probe", "select")
     assert run.read("select").json("features.json") == done.read("select").json("features.json")
-    assert kills >= 5
+    assert kills >= 2
 
 
 def test_encode_killed_while_it_writes_resumes_cleanly(done: RunDir, tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", done.config)
     do(run)
     for seconds in (0.0, 0.05):
-        command = [sys.executable, "-m", "jobs", "encode", "--run", str(run.path), "--unit", "0"]
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as child:
-            # Its folder appears when imports are over and the work begins.
-            while (
-                child.poll() is None
-                and not (run.folder("encode", run.config.units("encode")[0])).exists()
-            ):
-                time.sleep(0.01)
-            time.sleep(seconds)
-            child.kill()
+        child = start_job("encode", "--run", str(run.path), "--unit", "0")
+        # Its folder appears when imports are over and the work begins.
+        while child.is_alive() and not run.folder("encode", run.config.units("encode")[0]).exists():
+            time.sleep(0.01)
+        time.sleep(seconds)
+        child.kill()
+        child.join()
     do(run, "encode")
     for ours, theirs in zip(run.read_shards("encode"), done.read_shards("encode"), strict=True):
         pd.testing.assert_frame_equal(

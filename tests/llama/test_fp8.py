@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sarm.llama import fp8
-from sarm.llama.decoders import CacheDecoder, Decoder, LlamaDecoder, decoder_for
+from sarm.llama.decoders import Decoder, LlamaDecoder, decoder_for
 from sarm.llama.generate import generate, response_logprobs
 from tests.tiny import llama_config
 
@@ -106,8 +106,9 @@ def test_nothing_is_lost_of_what_e4m3_holds() -> None:
 SIZES = [
     (1, 40, 64),
     (3, 130, 300),  # neither whole tiles nor whole steps
-    (32, 256, 1100),  # several programs a tile
+    (32, 256, 1100),
     (70, 130, 1024),  # two blocks of rows
+    (33, 70, 4200),  # several programs a tile
     (256, 128, 512),
 ]
 
@@ -140,12 +141,13 @@ def test_the_parts_of_a_sum_are_added_in_their_order() -> None:
 
     weight = fp8.quantised(random(256, 2048, seed=3).to(DEVICE, torch.bfloat16))
     x = random(8, 2048, seed=4).to(DEVICE, torch.float16)
-    tiling = fp8_kernels.TILING._replace(least_steps=1)
+    tiling = fp8_kernels.WIDE._replace(least_steps=1)
     first = fp8_kernels.product(x, weight, tiling)
     for _ in range(50 if CUDA else 2):
         assert torch.equal(fp8_kernels.product(x, weight, tiling), first)
-    alone = fp8_kernels.product(x, weight, tiling._replace(programs=1))
-    torch.testing.assert_close(first.float(), alone.float(), rtol=2**-10, atol=1e-2)
+    for other in (tiling._replace(programs=1), fp8_kernels.WIDE, fp8_kernels.NARROW):
+        alone = fp8_kernels.product(x, weight, other)
+        torch.testing.assert_close(first.float(), alone.float(), rtol=2**-10, atol=1e-2)
 
 
 # Decoders
@@ -161,13 +163,9 @@ def model(tiny_policy: Path) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def rounded(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with every weight that is multiplied with as fp8 has it, and its input embedding as
-    it was.
-    """
+    """The model with its layers' projections as fp8 has them."""
     found = copy.deepcopy(model)
-    if found.config.tie_word_embeddings:
-        found.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-    for module in found.modules():
+    for module in found.model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.copy_(fp8.dequantised(fp8.quantised(module.weight), module.weight.dtype))
     return found
@@ -197,7 +195,7 @@ def decoders_of(model, **how):  # type: ignore[no-untyped-def]
 def test_a_quantised_policy_samples_as_the_rounded_one(tied: bool) -> None:
     torch.manual_seed(1)
     model = LlamaForCausalLM(llama_config(tie_word_embeddings=tied)).eval().to(DEVICE)
-    plain, exact = run(CacheDecoder(rounded(model))), run(CacheDecoder(model))
+    plain, exact = run(LlamaDecoder(rounded(model))), run(LlamaDecoder(model))
     for decoder in decoders_of(model):
         got = run(decoder)
         assert got.responses.tolist() == plain.responses.tolist()
@@ -263,7 +261,7 @@ def test_lora_is_merged_and_quantised_at_every_refresh(tiny_policy: Path) -> Non
                 if "lora_B" in name:
                     parameter.copy_(random(*parameter.shape, seed=len(name) + round_) * 0.3)
         merged = copy.deepcopy(tuned).merge_and_unload()
-        plain = run(CacheDecoder(rounded(merged)))
+        plain = run(LlamaDecoder(rounded(merged)))
         for i, decoder in enumerate(decoders):
             before = decoder.weights.addresses()
             decoder.refresh()
@@ -273,11 +271,12 @@ def test_lora_is_merged_and_quantised_at_every_refresh(tiny_policy: Path) -> Non
             said[i] = got.responses.tolist()
 
 
-def test_the_embedding_and_norms_are_the_models_own(model) -> None:  # type: ignore[no-untyped-def]
+def test_head_embedding_and_norms_are_the_models_own(model) -> None:  # type: ignore[no-untyped-def]
     weights = LlamaDecoder(model, quantised=True).weights
     trunk = model.model
     assert weights.embedding.data_ptr() == trunk.embed_tokens.weight.data_ptr()
     assert weights.norm.data_ptr() == trunk.norm.weight.data_ptr()
+    assert weights.lm_head.data_ptr() == model.lm_head.weight.data_ptr()
     bytes_of = sum(
         w.values.nbytes for layer in weights.layers for w in layer if isinstance(w, fp8.Fp8)
     )
@@ -350,7 +349,7 @@ def test_a_graph_of_fp8_weights_is_the_uncaptured_step_and_follows_updates() -> 
                 ),
             )
         )
-        assert near < 0.02 and near < far / 2
+        assert near < far / 4  # bf16 rounds on the way in other places; a sixth to a tenth on a CPU
         said.append(got.responses.tolist())
         with torch.no_grad():
             for parameter in model.parameters():

@@ -29,6 +29,7 @@ from tests.ranks import PlantedReward, join_ranks, start_ranks, tiny_ppo, tiny_t
 from tests.tiny import tiny_tokenizer
 
 ALONE = World()
+FP8 = {"rollout_dtype": "fp8", "rollout_mismatch_max": 9.0}
 
 
 def write(
@@ -312,6 +313,9 @@ def numbers(metrics: dict[str, float]) -> dict[str, str]:
 
 def one_rank_cases(world: World, policy: Path, folder: Path) -> None:
     uninterrupted_and_resumed(world, policy, folder / "lora", {"lora": {"rank": 2, "alpha": 4}})
+    fp8 = FP8 | {"lora": {"rank": 2, "alpha": 4}}
+    lines = uninterrupted_and_resumed(world, policy, folder / "fp8", fp8)
+    assert all(float.fromhex(line["rollout/logprob_mismatch"]) > 1e-3 for line in lines)
     lines = uninterrupted_and_resumed(
         world,
         policy_of_sentences(policy, folder / "policy"),
@@ -339,6 +343,7 @@ def policy_of_sentences(policy: Path, folder: Path) -> Path:
 def two_rank_cases(world: World, policy: Path, folder: Path) -> None:
     for stage in (2, 3):
         uninterrupted_and_resumed(world, policy, folder / f"zero{stage}", {"zero_stage": stage})
+    uninterrupted_and_resumed(world, policy, folder / "fp8", FP8 | {"zero_stage": 3})
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(tiny_policy: Path, tmp_path: Path) -> None:
@@ -565,6 +570,8 @@ def gpu_cases(world: World, policy: Path, folder: Path) -> None:
     uninterrupted_and_resumed(
         world, policy, folder / "lora", {"lora": {"rank": 2, "alpha": 4}}, "bfloat16"
     )
+    for name, settings in (("fp8", FP8), ("fp8-lora", FP8 | {"lora": {"rank": 2, "alpha": 4}})):
+        uninterrupted_and_resumed(world, policy, folder / name, settings, "bfloat16")
 
 
 @pytest.mark.gpu

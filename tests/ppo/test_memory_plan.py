@@ -155,6 +155,7 @@ FULL, COMPACT = {"lora": None}, {"lora": None, "weights": "compact", "zero_stage
         (LLAMA_8B, FULL, Gpus(1, 139), 32, 64, 128, 1.402, 98.8),
         (LLAMA_8B, LORA, Gpus(1, 139), 128, 64, 128, 3.361, 131.7),
         (LLAMA_1B, FULL, Gpus(1, 139), 32, 64, 128, 0.297, 20.6),
+        (LLAMA_8B, LORA | {"rollout_dtype": "fp8"}, Gpus(1, 139), 32, 64, 128, 1.233, 60.3),
     ],
 )
 def test_the_plan_is_within_a_tenth_of_what_was_measured(
@@ -243,3 +244,34 @@ def test_the_gpu_run_has_a_plan_on_one_gpu(capsys) -> None:
     assert "15 policies of 160 steps" in capsys.readouterr().out
     assert main([*config, "sweep={tau: [1.0], alpha: [1.0, 3.0], seeds: [0, 1]}"]) == 0
     assert "19 policies of 160 steps" in capsys.readouterr().out
+
+
+def test_rollouts_in_fp8_by_hand() -> None:
+    """With LoRA the merged bf16 copy of the layers gives way to one byte a weight; in full that
+    comes on top. A token reads as many, and the head in bf16.
+    """
+    fp8_bytes, head = 32 * LLAMA_8B.layer, 2 * 128256 * 4096
+    for lora in (True, False):
+        ppo = REFERENCE_JOB if lora else REFERENCE_JOB.model_copy(update={"lora": None})
+        half = ppo.model_copy(update={"rollout_dtype": "fp8"})
+        plain, plan = (make_plan(p, LLAMA_8B, SARM_BYTES, Gpus(1, 139)) for p in (ppo, half))
+        before, copy = (p.persistent_gib["decoder's copy"] * 2**30 for p in (plain, plan))
+        assert before == (2 * 32 * LLAMA_8B.layer if lora else 0)
+        assert copy == pytest.approx(fp8_bytes)
+        rows, kv = REFERENCE_JOB.batch_size, 131072
+        so_far = rows * (ppo.max_prompt_tokens + ppo.max_new_tokens / 2) * kv
+        prompts = 2 * 32 * LLAMA_8B.layer * rows * ppo.max_prompt_tokens / 560e12
+        widened = 32 * LLAMA_8B.layer / 2.9e11
+        token = fp8_bytes / 2.2e12 + (head + so_far) / 4.07e12 + 32 * 24e-6 + 1e-4
+        assert plan.rollout_s == pytest.approx(ppo.max_new_tokens * token + prompts + widened)
+        assert plan.train_s == pytest.approx(plain.train_s + 3 * LLAMA_8B.parameters / 2.3e12)
+        widest = 2 * 28672 * 4096 / 2**30
+        assert plan.transient_gib["rollout"] == pytest.approx(
+            plain.transient_gib["rollout"] + widest
+        )
+
+
+def test_the_command_tells_rollouts_in_fp8(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", str(ROOT / "configs/llama31-8b.yaml"), "--gpus", "1x80"]
+    assert main([*config, "ppo.rollout_dtype=fp8"]) == 0
+    assert "rows decoded at once from weights in fp8" in capsys.readouterr().out

@@ -290,7 +290,7 @@ def batch_of(prompts: list[list[int]]) -> tuple[Rollout, Experience]:
     old_logprobs, old_values, advantages, returns = numbers[0] * 0.3 - 5.5, *numbers[1:]
     none = torch.zeros(len(prompts), dtype=torch.bool)
     return Rollout(prompts, responses, mask, old_logprobs, none), Experience(
-        old_logprobs, old_logprobs, advantages, old_values, returns, None
+        old_logprobs, old_logprobs, advantages, old_values, returns, importance=None
     )
 
 

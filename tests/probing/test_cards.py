@@ -216,6 +216,25 @@ def test_the_endpoint_is_waited_for_as_long_as_the_config_says() -> None:
         assert endpoint._client.timeout == httpx.Timeout(7.5)
 
 
+def test_the_endpoint_is_asked_by_system_and_user() -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json={"choices": [{"message": {"content": "a label"}}]})
+
+    given = LabelConfig(url="http://127.0.0.1", model="m", key_variable=None, max_tokens=77)
+    endpoint = Endpoint(given)
+    endpoint._client = httpx.Client(transport=httpx.MockTransport(answer))
+    with endpoint:
+        assert endpoint.ask("be brief", "what is it?") == "a label"
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "what is it?"},
+    ]
+    assert asked == [{"model": "m", "messages": messages, "temperature": 0, "max_tokens": 77}]
+
+
 # Minimal edits
 
 

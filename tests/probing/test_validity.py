@@ -12,6 +12,7 @@ import scipy.sparse
 import scipy.stats
 
 from reports.blocks import lines
+from reports.probe_sections import rankings
 from reports.validity_sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
@@ -32,6 +33,7 @@ from sarm.probing.replication import (
 )
 from sarm.probing.select import judged
 from sarm.probing.stats import holm
+from sarm.probing.upstream import compared_rankings
 from sarm.probing.validity import sensitivity, validity
 from sarm.reward_model.interventions import Ranks
 from sarm.training.heads import fit_head
@@ -188,9 +190,7 @@ def test_repeating_the_selection(world) -> None:  # type: ignore[no-untyped-def]
         for what in ("seed", "split", "25% of the prompts", "75% of the prompts")
     }
     assert all(len(mine) == 2 for mine in by_what.values())
-    assert all(
-        r["overlap"] > 0.6 and r["rank_correlation"] == pytest.approx(1) for r in by_what["seed"]
-    )
+    assert all(r["overlap"] > 0.6 for r in by_what["seed"])
     assert {r["prompts"] for r in by_what["25% of the prompts"]} == {15}
     assert np.mean([r["again"] for r in by_what["75% of the prompts"]]) >= np.mean(
         [r["again"] for r in by_what["25% of the prompts"]]
@@ -280,17 +280,16 @@ def test_all_confirmed_latents_are_tried_on_unread_sources(world) -> None:  # ty
 
 def test_power_is_how_often_normal_effects_reach_holm_s_first_threshold() -> None:
     rng = np.random.default_rng(0)
-    contrast = Contrast(
-        np.arange(80), np.repeat(np.arange(40), 2), np.tile([1.0, 0], 40), np.tile([0, 1.0], 40), 40
-    )
-    values = scipy.sparse.csr_array(rng.normal(size=(3, 80)) * np.array([[1.0], [2.0], [0.0]]))
-    power = power_of(np.array([0.5, -0.5, 0.5]), values, contrast)
+    noise = np.array([[1.0], [2.0], [0.0]]) * rng.normal(size=(3, 70))
+    known = np.array([[0.5], [-0.5], [0.0]]) + noise
+    power = power_of(known, 40)
     for latent in (0, 1):
-        d = values[[latent]].toarray().reshape(40, 2) @ [1, -1]
-        drawn = 0.5 + d.std(ddof=1) / 40**0.5 * rng.normal(size=200_000)
-        p = 2 * scipy.stats.norm.sf(np.abs(drawn) / (d.std(ddof=1) / 40**0.5))
+        error = known[latent].std(ddof=1) / 40**0.5
+        drawn = known[latent].mean() + error * rng.normal(size=200_000)
+        p = 2 * scipy.stats.norm.sf(np.abs(drawn) / error)
         assert power[latent] == pytest.approx((p < 0.05 / 3).mean(), abs=0.005)
     assert power[0] > power[1] > power[2] == 0
+    assert power_of(known, 400)[1] > power[1], "more prompts see more"
 
 
 def test_probes_and_words_are_fitted_on_discovery_alone(world) -> None:  # type: ignore[no-untyped-def]
@@ -308,6 +307,17 @@ def test_probes_and_words_are_fitted_on_discovery_alone(world) -> None:  # type:
     assert min(r["accuracy"] for r in right if r["score"] in fitted) > 0.8
 
 
+def test_what_is_confirmed_nowhere_has_no_accuracy(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, table = world
+    scores = {
+        confirmed: {row["score"] for row in baselines(shown, encoded, data, config)}
+        for confirmed, shown in ((True, table), (False, table.assign(confirmed=False)))
+    }
+    n = int(table["confirmed"].sum())
+    parts = {f"its {n} confirmed latents", "SARM reward without them"}
+    assert scores[True] - scores[False] == parts and scores[False] < scores[True]
+
+
 def test_a_sentence_says_where_words_alone_do_as_well() -> None:
     def rows(behind: float, error: float) -> list[dict[str, Any]]:
         sarm = {"on": "validation", "score": "SARM reward", "accuracy": 0.91}
@@ -315,8 +325,13 @@ def test_a_sentence_says_where_words_alone_do_as_well() -> None:
         return [sarm, words | {"behind": behind, "behind_error": error}]
 
     told = words_alone(rows(0.05, 0.04))
-    assert told is not None and "(pair accuracy 0.86 against 0.91 on validation)" in told
-    assert words_alone(rows(-0.05, 0.01)) is not None and words_alone(rows(0.0, 0.0)) is not None
+    assert told is not None and "not shown to tell chosen from rejected less well" in told
+    assert "(pair accuracy 0.86 against 0.91 on validation, -0.05, 95 % CI -0.13 to +0.03)" in told
+    ahead = words_alone(rows(-0.05, 0.01))
+    assert ahead is not None and "better than the SARM does (pair accuracy 0.96" in ahead
+    assert "+0.05, 95 % CI +0.03 to +0.07)" in ahead
+    undecided = words_alone(rows(-0.05, 0.03))
+    assert undecided is not None and "not shown" in undecided and "better" not in undecided
     assert words_alone(rows(0.05, 0.02)) is None
     assert words_alone([]) is None
 
@@ -324,13 +339,15 @@ def test_a_sentence_says_where_words_alone_do_as_well() -> None:
 def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignore[no-untyped-def]
     encoded, data, config, table = world
     harming = [
-        {"latent": latent, "effect_discovery": float(table.loc[latent, "effect"])}
-        for latent in (3, 20)
+        {"latent": i, "effect_discovery": float(table.loc[i, "effect"]), "confirmed": i == 3}
+        for i in (3, 20)
     ]
     replicated = feature_replication(harming, encoded, data, config, "cpu")
     features = {
         "conjunction": [],
         "n_prompts": {"discovery": 90, "validation": 60, "test": 30},
+        "n_discoveries": 17,
+        "n_confirmed": 5,
         "validity": validity(table, encoded, data, config),
         "promoting": [],
         "misleading": [],
@@ -338,12 +355,35 @@ def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignor
     }
     features["harming"] = [f | {"replication": replicated[f["latent"]]} for f in harming]
     text = " ".join("\n".join(lines(trust({"features": features}))).split())
-    assert "Found on A, tried on 90 prompts of B" in text and "significantly the other way" in text
+    there, back = features["validity"]["replication"]
+    for row, names in ((there, "A, B"), (back, "B, A")):
+        counts = (row[c] for c in ("discovered", "replicated", "opposite_and_significant"))
+        assert (
+            f"{names} 90 {' '.join(map(str, counts))} {row['rank_correlation_discovered']:+.2f}"
+            in text
+        )
     assert (
-        "1 replicate on B, which neither discovery nor validation read; these do not: 20." in text
+        "Of the 2 listed latents, 1 of them confirmed, 1 replicate on B, which neither discovery"
+        " nor validation read; these do not: 20." in text
     )
+    assert "beside 17 (5) with the labels as they are" in text
     assert "labels shuffled" in text and "logistic probe" in text and "75% of the prompts" in text
     assert lines(trust({"features": None})) == ["not available"]
+
+
+def test_the_rankings_fit_beside_one_another(world) -> None:  # type: ignore[no-untyped-def]
+    *_, table = world
+    rows = compared_rankings(table.assign(upstream_s=0.5, delta_z=0.0), 10)
+    features = {"rankings": rows, "n_prompts": {"discovery": 90, "validation": 60}}
+    text = lines(rankings({"features": features}))
+    (header,) = [line for line in text if line.startswith("Ranking")]
+    assert header.split()[-6:] == ["shared", "tested", "of", "role", "confirmed", "effect"]
+    weighed = next(r for r in rows if (r["ranking"], r["role"]) == ("weight", "harming"))
+    (line,) = [line for line in text if line.split()[:2] == ["weight", "harming"]]
+    assert line.split()[2:5] == [
+        str(n) for n in (10, weighed["shared_with_effect"], weighed["tested"])
+    ]
+    assert weighed["tested"] != weighed["shared_with_effect"]
 
 
 @pytest.mark.parametrize(("pairs", "d"), [(40, 6), (8, 30)])

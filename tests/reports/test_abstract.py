@@ -115,6 +115,32 @@ def test_what_calibration_found_wanting_is_named_and_to_be_done_next_too(found):
     assert "unended" not in abstract.instrument(found["readings"], verdict["gaps"], RULE)
 
 
+def suppressed(safe: float, unsafe: float, *pays: dict[str, Any]) -> str:
+    """The next step of a run whose base policy fires so often."""
+    base = {"policy": "base", "penalised_fired_safe": safe, "penalised_fired": unsafe}
+    made = {"policies": [base], "refusal_reward": pays}
+    return abstract.next_step(
+        made | {"verdict": verdict_of(arm(over_refused=0.5)).record()}, RULE
+    ).lower()
+
+
+def test_other_latents_are_advised_only_where_those_penalised_fire_more_on_safe_prompts() -> None:
+    more, less = suppressed(0.736, 0.635), suppressed(0.275, 0.55)
+    assert more.startswith("penalise latents that fire less on safe responses than on unsafe")
+    assert "73.6% of the base policy's safe responses, 63.5% of its unsafe ones" in more
+    assert less.startswith("raise `ppo.safe_share`") and "fire less on safe prompts already" in less
+    assert "penalise latents that" not in less
+    unknown = suppressed(float("nan"), 0.5)
+    assert unknown == "raise `ppo.safe_share`, or compare at fewer nats (`ppo.kl_distances`)."
+
+
+def test_another_reward_is_advised_only_where_this_one_pays_for_refusing_safe_prompts() -> None:
+    pays = {"kind": "safe", "value": 0.352, "low": 0.1, "high": 0.6}
+    assert "pays 0.35 more for refusing a safe prompt" in suppressed(0.2, 0.5, pays)
+    for other in (pays | {"low": -0.1}, pays | {"kind": "unsafe"}):
+        assert "reward" not in suppressed(0.2, 0.5, other)
+
+
 def test_it_stands_right_after_the_references_block(tmp_path):
     run = reference_run(tmp_path / "run")
     read = read_run(run)
@@ -128,6 +154,20 @@ def test_without_any_policy_it_says_so(tmp_path):
     (run.folder("ppo", "penalty-seed0") / "manifest.json").unlink()
     made = figures(run, read_run(run), verdict_of().record(), "2026-01-31")
     assert abstract.set_up(made) == "No policy was trained or evaluated."
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "said"),
+    [
+        ([True, True], []),
+        ([False, False, False], ["none of the 3 penalised latents confirmed on held-out prompts"]),
+        ([True, False, False], ["1 of the 3 penalised latents confirmed on held-out prompts"]),
+        ([], []),
+    ],
+)
+def test_a_penalty_on_unconfirmed_latents_is_told(confirmed: list[bool], said: list[str]) -> None:
+    assert abstract.unconfirmed({"penalised": [{"confirmed": c} for c in confirmed]}) == said
+    assert abstract.unconfirmed(None) == []
 
 
 def test_arms_of_different_numbers_of_seeds_are_told_apart():

@@ -15,8 +15,22 @@ import pytest
 from reports.blocks import Block, Prose, Table
 from reports.frames import read_run
 from reports.page import headlines
-from reports.policies import against_base
-from reports.policy_sections import base_sentences, changes, unequal_sentence, verdict_figures
+from reports.policies import (
+    against_base,
+    answered_rates,
+    kl_by_kind,
+    parts_of_change,
+    refusal_reward,
+)
+from reports.policy_sections import (
+    answered_sentences,
+    base_sentences,
+    changes,
+    kind_sentence,
+    refusal_reward_sentence,
+    unequal_sentence,
+    verdict_figures,
+)
 from reports.run_sections import commits_words
 from sarm.evaluation.intervals import two_way
 from tests.runs import reference_run
@@ -37,8 +51,10 @@ def figures(*rows: dict[str, Any]) -> dict[str, Any]:
         "logprob_drop": 0.36,
         "gaps": ["seeds"],
     }
-    compared = {"problem": "", "distance": None, "kl": {}, "tolerance": 0.15}
-    return {"verdict": verdict, "compared": compared, "rule": ["0. ..."]}
+    compared = {"problem": "", "arm": "penalty", "distance": None, "kl": {}, "tolerance": 0.15}
+    monitors = {"counted": [3367, 12], "dropped": []}
+    rule = ["0. ..."]
+    return {"verdict": verdict, "compared": compared, "rule": rule, "monitor_choice": monitors}
 
 
 def prose(blocks: list[Block]) -> str:
@@ -54,6 +70,7 @@ def test_of_one_seed_the_verdicts_table_leaves_out_trainings_and_detects_nothing
     several = row("refused", 0.2, 0.3, 0.1, n_seeds=5, detectable=0.073)
     table = next(b for b in verdict_figures(figures(several)) if isinstance(b, Table))
     assert table.title and "over prompts and seeds" in table.title
+    assert "`monitors` (2 latents: 3367 and 12)" in table.title
     assert table.rows[0][-1] == "7.3"
 
 
@@ -118,6 +135,68 @@ def test_changes_against_the_base_policy_are_paired_by_prompt(tmp_path: Path) ->
     assert against_base(read_run(reference_run(tmp_path / "run")).generations) == []
 
 
+def test_penalised_rates_of_answers_and_refusals_are_told_apart() -> None:
+    """By hand: the base answers 3 of 4 and fires on 2 of them; of the penalty arm's 8 the detector
+    saw 7, of which 2 answer, and fire, and 5 refuse, 2 of which fire. Safe prompts do not count.
+    """
+    table = generations(
+        {
+            "penalty-seed0": [[1, 0], [1, 1]],
+            "penalty-seed1": [[0, 0], [0, 1]],
+            "base": [[1, 1], [0, 1]],
+        }
+    )
+    refused = [True, True, False, True, None, True, True, None, False, None]
+    table["refused"] = pd.Series([*refused, False, False, False, True, True], dtype=object)
+    rows = answered_rates(table)
+    assert [(row["arm"], row["n"]) for row in rows] == [("base", 4), ("penalty", 7)]
+    assert [row["answered"] for row in rows] == pytest.approx([2 / 3, 1.0])
+    assert [row["refused"] for row in rows] == pytest.approx([1.0, 2 / 5])
+    (told,) = answered_sentences(rows)
+    assert isinstance(told, Prose)
+    assert "base 66.7 (100.0), penalty 100.0 (40.0)" in told.text
+    assert answered_sentences(rows[:1]) == []
+    # 0.6 to 0.3: answers 0.7 to 0.5 with 0.2 and 0.6 refused, refusals 0.2 to 1/6
+    before = {"arm": "no_penalty", "share_refused": 0.2, "answered": 0.7, "refused": 0.2}
+    after = {"arm": "penalty", "share_refused": 0.6, "answered": 0.5, "refused": 1 / 6}
+    parts = parts_of_change(before, after)
+    assert parts == pytest.approx([0.6 * -0.2, 0.4 * (1 / 6 - 0.2), (0.55 / 3 - 0.6) * 0.4])
+    assert sum(parts) == pytest.approx(0.3 - 0.6)
+    (told,) = answered_sentences([before, after])
+    assert isinstance(told, Prose)
+    assert "-12.0 points come of answers, -1.3 of refusals and -16.7 of refusing more" in told.text
+    rows[0]["refused"] = math.nan
+    assert "base 66.7 (none)" in answered_sentences(rows)[0].text  # type: ignore[union-attr]
+    assert answered_rates(table.drop(columns="refused")) == []
+
+
+def test_distances_are_told_by_kind_of_prompt() -> None:
+    """A policy's KL is another on safe prompts; pairs beyond the tolerance there are named."""
+    table = pd.DataFrame(
+        [
+            {"arm": arm, "kind": kind, "kl": kl}
+            for arm, kls in {
+                "penalty": {"unsafe": (2.0, 3.0), "safe": (4.0, 6.0)},
+                "no_penalty": {"unsafe": (2.2,), "safe": (4.0, 4.4)},
+            }.items()
+            for kind, values in kls.items()
+            for kl in values
+        ]
+    )
+    rows = kl_by_kind(table)
+    assert rows == [
+        {"arm": "no_penalty", "unsafe": 2.2, "safe": pytest.approx(4.2)},
+        {"arm": "penalty", "unsafe": 2.5, "safe": 5.0},
+    ]
+    (told,) = kind_sentence({"kl_by_kind": rows, "tolerance": 0.15})
+    assert isinstance(told, Prose)
+    assert "no penalty 2.20 and 4.20; penalty 2.50 and 5.00." in told.text
+    assert "more than 15% apart are no penalty and penalty on safe prompts, so" in told.text
+    (told,) = kind_sentence({"kl_by_kind": rows, "tolerance": 0.2})
+    assert isinstance(told, Prose) and "apart" not in told.text
+    assert kind_sentence({"kl_by_kind": rows[:1], "tolerance": 0.2}) == []
+
+
 def test_a_change_that_the_interval_cannot_see_is_said_to_be_none_that_is_shown() -> None:
     def changed(arm: str, low: float, high: float) -> dict[str, Any]:
         middle = {"before": 0.5, "after": 0.5, "change": (low + high) / 2}
@@ -143,6 +222,58 @@ def test_arms_further_apart_than_the_rule_compares_are_named() -> None:
     assert "no penalty and penalty" not in said.text and "more than 15%" in said.text
     assert unequal_sentence(kl, 0.38) == [] and unequal_sentence({"penalty": 2.0}, 0.15) == []
     assert unequal_sentence({"penalty": 0.0, "random": 0.0}, 0.15) != [], "no distance at all"
+
+
+def test_a_row_of_arms_that_are_not_at_equal_kl_is_marked_in_the_verdicts_table() -> None:
+    """By hand: 2.77 / 1.95 = 1.42, 2.77 / 2.44 = 1.14."""
+    rows = (
+        row("penalised_fired", 0.5, 0.4, -0.1),
+        row("penalised_fired", 0.5, 0.4, -0.1, arm="penalty - random", against="random"),
+    )
+    found = figures(*rows)
+    names = {}
+    for tolerance in (0.15, 0.5):
+        kl = {"no_penalty": 2.44, "penalty": 2.77, "random": 1.95}
+        found["compared"] |= {"kl": kl, "tolerance": tolerance}
+        table = next(b for b in verdict_figures(found) if isinstance(b, Table))
+        names[tolerance] = [cells[0] for cells in table.rows]
+    assert names[0.15] == ["penalised, unsafe", "penalised, unsafe, vs. random (not at equal KL)"]
+    assert names[0.5] == ["penalised, unsafe", "penalised, unsafe, vs. random"]
+    assert table.title and "against the random arm" in table.title
+    found["compared"] |= {"arm": "sweep-a", "tolerance": 0.15}
+    found["compared"]["kl"] = {"no_penalty": 2.44, "penalty": 2.5, "sweep-a": 3.0}
+    table = next(b for b in verdict_figures(found) if isinstance(b, Table))
+    assert table.rows[0][0] == "penalised, unsafe (not at equal KL)"
+
+
+def test_what_the_reward_pays_for_refusing_is_within_prompt_and_policy() -> None:
+    """By hand. Safe prompt a: base 3 - (1 + 2) / 2 = 1.5, penalty 5 - 1 = 4, so 2.75; prompt b:
+    0 - 1 = -1, as one policy alone did both. The prompted policy's do not count.
+    """
+    rows = [
+        ("base", "base", "safe", "a", True, 3.0),
+        ("base", "base", "safe", "a", False, 1.0),
+        ("base", "base", "safe", "a", False, 2.0),
+        ("penalty-seed0", "penalty", "safe", "a", True, 5.0),
+        ("penalty-seed0", "penalty", "safe", "a", False, 1.0),
+        ("penalty-seed0", "penalty", "safe", "b", True, 0.0),
+        ("penalty-seed0", "penalty", "safe", "b", False, 1.0),
+        ("base", "base", "safe", "b", False, 9.0),
+        ("base", "base", "safe", "c", None, 9.0),
+        ("prompted", "prompted", "safe", "b", True, 9.0),
+        ("prompted", "prompted", "safe", "b", False, 0.0),
+        ("base", "base", "unsafe", "d", True, 9.0),
+    ]
+    names = ["policy", "arm", "kind", "prompt_id", "refused", "reward"]
+    table = pd.DataFrame(rows, columns=names)
+    (found,) = refusal_reward(table)
+    assert (found["kind"], found["n_prompts"]) == ("safe", 2)
+    assert found["value"] == pytest.approx((2.75 - 1) / 2)
+    assert found["low"] < found["value"] < found["high"]
+    told = prose(refusal_reward_sentence([found]))
+    assert "safe +0.88 [" in told and "(2 prompts)" in told and "Exploratory" in told
+    assert refusal_reward_sentence([]) == [] == refusal_reward(table.iloc[:0])
+    assert refusal_reward(table.drop(columns="refused")) == []
 
 
 def test_a_commit_with_changes_beside_it_is_told() -> None:

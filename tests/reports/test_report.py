@@ -227,11 +227,19 @@ def test_a_run_is_reported_as_before_without_its_policies(tmp_path):
         manifest = run.manifest("ppo", unit)
         (run.folder("ppo", unit) / manifest.outputs["policy/model.safetensors"].file).unlink()
         assert run.why_not_done("ppo", unit) == "policy/model.safetensors is missing"
+    manifest = run.manifest("encode", "shard-0000-of-0001")
+    encoded = run.folder("encode", "shard-0000-of-0001") / "encoded.safetensors"
+    row = {"file": encoded.name, "bytes": 9, "sha256": "0" * 64}
+    edited = json.loads((encoded.parent / "manifest.json").read_text())
+    edited["outputs"]["encoded.safetensors"] = row
+    (encoded.parent / "manifest.json").write_text(json.dumps(edited))
+    assert manifest is not None and not encoded.exists()
     after = flat(report_of(run))
     words = (
-        f"Files of the policies of {len(units)} trainings had been removed when this was written"
+        f"Weights or encoded states of {len(units) + 1} units had been removed when this was"
+        " written"
     )
-    assert words in after and f"from them: ppo/{units[0]}," in after
+    assert words in after and "from them: encode/shard-0000-of-0001," in after
     told = part(report_of(run), "VERDICT")
     assert told == part(before, "VERDICT") and part(before, "FAILED AND MISSING PARTS") in before
     assert part(report_of(run), "FAILED AND MISSING PARTS") == part(
@@ -480,21 +488,25 @@ def rows_of(*losses: float) -> list[dict[str, Any]]:
         ((-0.2, 0.1), "rose from -0.200 to 0.100"),
         ((0.1, -0.2), "fell from 0.100 to -0.200"),
         ((0.001, 500.0), "rose from 0.001 to 500.000 (5.0e+07% increase)"),
+        ((0.03, -0.01, 0.06, 0.0), "went from 0.030 to 0.000, between -0.010 and 0.060 at"),
+        ((-0.01, 0.045, -0.025, 0.035), "went from -0.010 to 0.035, between -0.025 and 0.045 at"),
+        ((-0.01, -0.025, 0.035), "rose from -0.010 to 0.035"),
         ((0.1,), "was 0.100 at the only logged step"),
     ],
 )
 def test_loss_sentence(losses, words):
-    assert reference.loss_sentence(rows_of(*losses)) == f"Loss {words}"
+    shown = " the steps shown" if words.endswith(" at") else ""
+    assert reference.loss_sentence(rows_of(*losses)) == f"Loss {words}{shown}"
 
 
 @pytest.mark.parametrize(
     ("penalties", "words"),
     [
         ([0.0, 0.15, 0.1], "oscillated between 0.0 and 0.15, showing the model learning"),
-        ([0.1, 0.0, 0.2], "oscillated between 0.0 and 0.2 and ended at their highest"),
+        ([0.1, 0.0, 0.2], "oscillated between 0.0 and 0.2 over all steps and ended at"),
         ([0.0, 0.0], "were never triggered"),
-        ([0.3, 0.2, 0.0], "fell from 0.3 to 0.0"),
-        ([0.1, 0.2], "rose from 0.1 to 0.2"),
+        ([0.3, 0.2, 0.0], "fell from 0.3 to 0.0 over all steps"),
+        ([0.1, 0.2], "rose from 0.1 to 0.2 over all steps"),
         ([0.1, 0.1], "stayed at 0.1"),
     ],
 )
@@ -513,7 +525,9 @@ def test_reward_sentence_tells_a_trend_from_noise():
     assert "remained stable" in reference.reward_sentence(
         [[s, r] for s, (r, _, _) in PROGRESSION.items()]
     )
-    assert "rose from 0.000 to 0.900" in reference.reward_sentence([[i, i / 10] for i in range(10)])
+    assert "rose from 0.000 to 0.900 over all steps" in reference.reward_sentence(
+        [[i, i / 10] for i in range(10)]
+    )
     assert "fell from 0.000 to -0.900" in reference.reward_sentence(
         [[i, -i / 10] for i in range(10)]
     )
@@ -755,8 +769,8 @@ def test_penalties_with_a_trend_are_told_by_it() -> None:
     """Noise about a fall is a fall; about a level it oscillates."""
     falling = [6.0, 5.5, 5.8, 4.9, 4.2, 4.4, 3.1, 2.5]
     told = reference.penalty_sentence(falling, "suppression")
-    assert told == "Feature penalties fell from 6.0 to 2.5, between 2.5 and 6.0"
+    assert told == "Feature penalties fell from 6.0 to 2.5 over all steps, between 2.5 and 6.0"
     level = [3.0, 4.0, 2.5, 3.9, 3.2, 2.8, 4.1, 3.0]
     assert reference.penalty_sentence(level, "suppression") == (
-        "Feature penalties oscillated between 2.5 and 4.1"
+        "Feature penalties oscillated between 2.5 and 4.1 over all steps"
     )

@@ -204,23 +204,26 @@ def with_every_table(found: dict) -> dict:
     validity = {
         "matched_null": [{"role": "harming", "latents": 3, **null}],
         "shuffled_labels": [],
-        "replication": [],
+        "replication": [
+            {
+                "from": "RB2",
+                "to": "RMB",
+                "prompts": 150,
+                "discovered": 20,
+                "replicated": 6,
+                "opposite_and_significant": 1,
+                "rank_correlation_discovered": None,
+            }
+        ],
         "confirmed_replication": [],
         "baselines": [
             {"on": "RMB", "score": "words", "accuracy": 0.75, "standard_error": 0.02, "pairs": 88}
         ],
         "words_alone": "",
-        "sensitivity": [
-            {
-                "what": "another seed",
-                "discoveries": 60,
-                "overlap": 0.5,
-                "again": None,
-                "rank_correlation": 0.9,
-            }
-        ],
+        "sensitivity": [{"what": "another seed", "discoveries": 60, "overlap": 0.5, "again": None}],
     }
     ranking = {"ranking": "weight", "role": "harming", "latents": [1, 2], "shared_with_effect": 1}
+    ranking["tested"] = 2
     ranking |= {"of_role": 2, "confirmed": 1, "mean_effect_validation": 0.001}
     moved = {"c": 0.5, "swapped": 3.5, "largest_effect": 0.25, "texts": 64, "part": "validation"}
     moved |= {"rank_correlation_with_ablation": 0.5, "sign_changed_by_reselection": 0.02}

@@ -96,7 +96,20 @@ def test_accuracy_by_hand():
     folded = fold_accuracy(points, np.array([0, 0, 1, 1]), ["p", "p", "q", "q"])
     assert folded.mean == pytest.approx(0.625) and folded.standard_error == pytest.approx(0.125)
     assert folded.folds == (0.5, 0.75) and (folded.pairs, folded.prompts) == (4, 2)
-    # Deviations from 0.625 by prompt: -0.25 and 0.25.
-    assert clustered_accuracy(points, ["p", "p", "q", "q"]).standard_error == pytest.approx(
-        np.sqrt(2 * 0.25**2) / 4
-    )
+    # Half a prompt of two pairs more at 0 and at 1: 3.5 points of 6. Deviations by prompt are -1/6
+    # and 1/3, of the halves 7/6 and 5/6.
+    found = clustered_accuracy(points, ["p", "p", "q", "q"])
+    squares = 1 / 36 + 1 / 9 + (49 / 36 + 25 / 36) / 2
+    assert found.standard_error == pytest.approx(np.sqrt(squares) / 6)
+    assert found[0] == 0.625 and found[2:4] == (4, 2)
+
+
+@pytest.mark.parametrize(("agreed", "ends"), [(1.0, (0.0, 1.0)), (0.0, (-1.0, 1.0))])
+def test_pairs_that_agree_are_as_certain_as_they_are_many(
+    agreed: float, ends: tuple[float, float]
+) -> None:
+    def error(prompts: int) -> float:
+        points = np.full(prompts, agreed)
+        return clustered_accuracy(points, list(map(str, range(prompts))), ends).standard_error
+
+    assert error(2) > 0.2 > error(20) > 0.02 > error(200) > 0.002

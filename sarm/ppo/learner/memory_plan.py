@@ -67,6 +67,10 @@ class Rates(NamedTuple):
 
 
 H100, H200 = Rates("H100", 2.94e12), Rates("H200", 4.07e12)
+FP8_READ = 2.2e12
+"""Bytes/s at most where decoding reads weights in fp8: their product is bound by widening them."""
+FP8_WIDENED = 2.9e11
+"""Weights a second that become bf16 before prompts are read."""
 
 
 class Shape(NamedTuple):
@@ -94,6 +98,11 @@ class Shape(NamedTuple):
     @property
     def parameters(self) -> int:
         return self.layers * self.layer + self.embedding * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def fp8_bytes(self) -> int:
+        """Of the layers in fp8; embedding and head stay as they are."""
+        return self.layers * self.layer
 
     def kept(self, fused: bool) -> int:
         """Elements that one token leaves in one layer for the backward pass; transformers' own
@@ -366,10 +375,13 @@ def _plan(
     )
     share = gpus if stage == 3 else 1
     layer_bytes = 2 * policy.layer
+    fp8 = ppo.rollout_dtype is not None
     persistent = {
         "policy": 2 * p / share,
         "decoder's copy": (
-            0
+            policy.fp8_bytes + (2 * policy.embedding if stage == 3 else 0)
+            if fp8
+            else 0
             if full and stage < 3
             else layer_bytes * policy.layers + (2 * policy.embedding if stage == 3 else 0)
         ),
@@ -398,6 +410,8 @@ def _plan(
     transient = {
         "rollout": (
             fetched
+            # prompts are read with the widest weight widened to bf16
+            + (4 * policy.hidden * policy.intermediate if fp8 else 0)
             + decode_rows
             * (
                 2 * ppo.max_prompt_tokens * (3 * policy.intermediate + 4 * policy.hidden)
@@ -430,6 +444,8 @@ def _plan(
     small = 6 * p * micros * ppo.num_ppo_epochs / rates.copy
     step = updates * 12 * p / gpus ** (stage > 0) / rates.copy if full else 0.0
     merging = 0.0 if full else 6 * p / rates.copy  # of adapters into the decoder's copy
+    if fp8:  # read for the scales, which leaves a channel in the cache, and written
+        merging += 3 * p / rates.copy
     launching = 0.0 if recorded else LAUNCH_S * (policy.layers + checkpointed / 4) * micros
     train_s = max((1 + passes) * forward + small + step, launching) + merging
     in_gib = lambda parts: {name: size / GIB for name, size in parts.items()}  # noqa: E731
@@ -441,7 +457,9 @@ def _plan(
         offloaded,
         in_gib(persistent),
         in_gib(transient),
-        sampling_time(policy, rows, decode_rows, ppo.max_prompt_tokens, ppo.max_new_tokens, rates),
+        sampling_time(
+            policy, rows, decode_rows, ppo.max_prompt_tokens, ppo.max_new_tokens, rates, fp8=fp8
+        ),
         train_s,
         recorded,
         decode_rows,
@@ -528,18 +546,32 @@ def parse_gpus(text: str) -> Gpus:
 
 
 def sampling_time(
-    policy: Shape, responses: int, at_once: int, prompt_tokens: int, new_tokens: int, rates: Rates
+    policy: Shape,
+    responses: int,
+    at_once: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    rates: Rates,
+    *,
+    fp8: bool = False,
 ) -> float:
     """Seconds of sampling in waves. Each token of a wave reads the weights, and the keys and values
-    of its rows so far; the prompts are read in one forward.
+    of its rows so far; the prompts are read in one forward, for which weights in fp8 are widened.
     """
     if not responses:
         return 0.0
     so_far = at_once * (prompt_tokens + new_tokens / 2) * policy.kv_bytes
-    tokens = math.ceil(responses / at_once) * new_tokens
+    waves = math.ceil(responses / at_once)
+    tokens = waves * new_tokens
     reading = 2 * policy.layers * policy.layer * responses * prompt_tokens / rates.train
+    if fp8:
+        reading += waves * policy.fp8_bytes / FP8_WIDENED
     small = SMALL_KERNELS_S * policy.layers + SAMPLE_S
-    return reading + tokens * ((2 * policy.parameters + so_far) / rates.read + small)
+    of_weights = 2 * policy.parameters / rates.read
+    if fp8:
+        of_layers = policy.fp8_bytes / min(FP8_READ, rates.read)
+        of_weights = of_layers + 2 * policy.embedding / rates.read
+    return reading + tokens * (of_weights + so_far / rates.read + small)
 
 
 def score_time(ppo: PpoConfig, sarm: Sarm, gpus: Gpus) -> float:
@@ -593,6 +625,7 @@ def report(config: Config, gpus: Gpus) -> str:
         f" {plan.micro_batch_tokens}, {plan.checkpointed_layers} of {policy.layers} layers"
         f" checkpointed, {plan.offloaded_layers} of the reference's offloaded"
         + f", {plan.decode_rows} rows decoded at once"
+        + ("" if ppo.rollout_dtype is None else f" from weights in {ppo.rollout_dtype}")
         + (", the pass over the batch recorded as CUDA graphs" if plan.recorded else ""),
         (
             f"a step of {step_s:.2f} s at an {gpus.rates.name}'s rates: rollout"
