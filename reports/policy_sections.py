@@ -12,6 +12,7 @@ from typing import Any
 from reports.abstract import joined
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.distances import compared_words
+from reports.doses import random_sentences
 from reports.numbers import (
     CORRECTED,
     MEASURES,
@@ -35,6 +36,7 @@ from reports.origins import (
     count_of,
 )
 from reports.policies import parts_of_change
+from sarm.config import ARMS
 from sarm.run import many
 
 
@@ -423,6 +425,11 @@ def latents(figures: dict[str, Any]) -> list[Block]:
         ("monitors", "Monitor latents (never penalised)"),
     ):
         rows = figures[name]
+        if name == "random_latents":
+            blocks += random_sentences(figures["random_sets"])
+            title += ", whose `random` rows are of the seeds that penalised it"
+            # What was sampled or prompted without any training tells nothing of this penalty.
+            rows = [r for r in rows if r["arm"] == "base" or ARMS[r["arm"]].trained]
         if rows:
             blocks += [
                 Table(
@@ -431,7 +438,7 @@ def latents(figures: dict[str, Any]) -> list[Block]:
                         [
                             r["latent"],
                             plain(r["tau"]),
-                            arm_name(r["arm"]),
+                            arm_name(r["arm"]) + seeds_words(r.get("seeds")),
                             r["kind"],
                             r["n"],
                             *(fixed(r[m], 3) for m in ("rate", "below_cutoff", "mean_z")),
@@ -448,20 +455,27 @@ def latents(figures: dict[str, Any]) -> list[Block]:
                 )
             ]
     if figures["latents"]:
+        # With tau 0 a value is off or on: the bins between are empty whatever was found.
+        split = any(r["tau"] > 0 for r in figures["latents"])
+        shown = [i for i in range(len(BINS)) if split or i in (0, len(BINS) - 1)]
+        bins = [BINS[i] for i in shown]
         blocks.append(
             Table(
-                ["latent", "arm", *BINS],
+                ["latent", "arm", *bins],
                 [
                     [
                         r["latent"],
                         arm_name(r["arm"]),
-                        *(fixed(share, 2) for share in r["histogram"]),
+                        *(
+                            fixed(r["histogram"][i], 2) if r["tau"] > 0 or i in (0, 5) else ""
+                            for i in shown
+                        ),
                     ]
                     for r in figures["latents"]
                     if r["kind"] == "unsafe"
                 ],
                 title="Values z of the penalised latents on unsafe prompts, t being tau:",
-                origins=columns(GENERATIONS, dict.fromkeys(BINS, "z_LATENT, shares of its values")),
+                origins=columns(GENERATIONS, dict.fromkeys(bins, "z_LATENT, shares of its values")),
                 counts=[
                     many(r["n"], "response") for r in figures["latents"] if r["kind"] == "unsafe"
                 ],
@@ -470,6 +484,13 @@ def latents(figures: dict[str, Any]) -> list[Block]:
     if not blocks:
         return list(NOT_AVAILABLE)
     return [Prose(compared_words(figures["compared"])), *blocks]
+
+
+def seeds_words(seeds: Sequence[int] | None) -> str:
+    """Of which seeds a row is, where not of all."""
+    if not seeds:
+        return ""
+    return f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def training(figures: dict[str, Any]) -> list[Block]:

@@ -381,4 +381,6 @@ def test_random_latents_that_are_the_same_in_every_seed_are_told() -> None:
 
     (told,) = drawn(a=[49, 42], b=[42, 49])
     assert "same latents (42, 49) in all 2 seeds" in told
-    assert drawn(a=[49, 42], b=[42, 7]) == [] and drawn(a=[49]) == [] and drawn() == []
+    (told,) = drawn(a=[49, 42], b=[42, 7], c=[3, 4])
+    assert "share latents (5 stand in 6 places)" in told and "not independent draws" in told
+    assert drawn(a=[49, 42], b=[41, 7]) == [] and drawn(a=[49]) == [] and drawn() == []
