@@ -53,13 +53,17 @@ def dose(rows: pd.DataFrame, entries: Entries) -> float:
 
 
 def random_entries(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
-    """Each latent that some seed of the random arm penalised, at its tau, with those `seeds`."""
+    """Each latent that some seed of the random arm penalised, at its tau, with those `seeds`;
+    None where all seeds did.
+    """
     found: dict[tuple[int, float], list[int]] = {}
     for seed in run.config.ppo.seeds:
         for entry in frames.calibrations.get(f"random-seed{seed}", {}).get("penalised", []):
             found.setdefault((entry["latent"], entry["tau"]), []).append(seed)
+    every = sorted(set().union(*found.values()))
     return [
-        {"latent": latent, "tau": tau, "seeds": seeds} for (latent, tau), seeds in found.items()
+        {"latent": latent, "tau": tau, "seeds": None if sorted(seeds) == every else seeds}
+        for (latent, tau), seeds in found.items()
     ]
 
 
