@@ -93,6 +93,7 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                 [
                     "Smallest change of the penalised rate that counts:"
                     f" {fixed(percentage(v['delta']), 1)} points",
+                    *counted_words(rows),
                     "Mean response length of the penalty arm over that of no penalty:"
                     f" {fixed(v['length_ratio'], 2)}",
                     "Log-probability per token of its responses under the base policy, minus that"
@@ -104,6 +105,18 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
         Prose("The rule, fixed in the config before training; a rung ends where it says:")
     )
     return [*blocks, Items(figures["rule"])]
+
+
+def counted_words(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the detector counts, of the changes in a table that are corrected for its errors."""
+    told = [
+        f"{MEASURES[c['measure']]} {fixed(percentage(c['counted']), 1, sign=True)}"
+        for c in rows
+        if c.get("counted") is not None
+    ]
+    if not told:
+        return []
+    return [f"Corrected for the detector's errors; as counted, in points: {'; '.join(told)}"]
 
 
 def change_name(change: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
@@ -341,8 +354,12 @@ def detector_sentence(figures: dict[str, Any]) -> str:
     return (
         f"Refusal detector: {found['name']}, sensitivity {fixed(found['sensitivity'], 3)} on"
         f" {found['refusals']} refusals, false positives {fixed(found['false_positives'], 3)} on"
-        f" {found['answers']} answers of {found['data']}. Changes of refusal rates are corrected"
-        " for these errors (Rogan-Gladen) where verdict.correct_refusals is set."
+        f" {found['answers']} answers of {found['data']}. Changes of refusal rates are"
+        + (
+            " corrected for these errors (Rogan-Gladen)."
+            if figures["comparable"]["verdict rules"]["correct_refusals"]
+            else " as counted, not corrected for these errors (verdict.correct_refusals is off)."
+        )
     )
 
 

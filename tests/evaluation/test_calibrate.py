@@ -369,7 +369,7 @@ def test_where_no_response_ends_that_is_said_and_what_can_be_read_is(
     assert f"warning: the SARM is not shown to read the policy's responses: {said}" in (
         capsys.readouterr().err
     )
-    blocks = calibration({"readings": found.tree()})
+    blocks = calibration({"readings": found.tree(), "policies": [], "evaluations": {}})
     told = [line for block in blocks for line in getattr(block, "items", [])]
     assert any(said in line for line in told), "in the report too"
 
