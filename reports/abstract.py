@@ -13,6 +13,7 @@ from typing import Any
 from reports import ladder
 from reports.blocks import wrap
 from reports.numbers import arm_name, fixed, percentage
+from reports.validity_sections import unreplicated
 from sarm.config import VerdictConfig
 from sarm.run import many
 
@@ -192,6 +193,7 @@ def trust(figures: Mapping[str, Any], rule: VerdictConfig) -> str:
     verdict = figures["verdict"]
     parts = [instrument(figures["readings"], verdict["gaps"], rule), size(target(verdict))]
     parts += unconfirmed(figures["features"])
+    parts += unreplicated(figures["features"])
     if n := len(figures["failures"]):
         parts.append(f"{n} part{'s' * (n > 1)} of the run failed or never ran")
     return "; ".join(parts) + "."

@@ -72,7 +72,7 @@ def cost(figures: dict[str, Any]) -> list[Block]:
     known = any(row["planned"] is not None for row in rows)
     return [
         Table(
-            ["Phase", "GPU-hours planned", "used", "disk"],
+            ["Phase", "GPU-hours planned", "used", "disk as written"],
             [
                 *(
                     [
@@ -94,7 +94,11 @@ def cost(figures: dict[str, Any]) -> list[Block]:
                 "GPU-hours planned": "config.yaml and fetch/all/models.json: sizes, at an H100's"
                 " rates",
                 **columns(
-                    MANIFEST, {"used": "started to ended, times its GPUs", "disk": "outputs' bytes"}
+                    MANIFEST,
+                    {
+                        "used": "started to ended, times its GPUs",
+                        "disk as written": "outputs' bytes",
+                    },
                 ),
             },
             counts=[many(n, "unit") for n in (*units, sum(units))],
@@ -104,7 +108,7 @@ def cost(figures: dict[str, Any]) -> list[Block]:
             "Planned: for 80 GB H100s, four of them in training, at the rates measured there. Used:"
             " from when each finished unit began to when it ended, times its GPUs; units that"
             " shared a GPU count in full each, and attempts that failed, and time on a CPU, are not"
-            " in it."
+            " in it. Disk as written: what was removed since counts too."
         ),
     ]
 

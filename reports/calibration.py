@@ -48,7 +48,7 @@ def calibration(figures: dict[str, Any]) -> list[Block]:
             ],
             unknown=UNKNOWN,
         ),
-        Prose(detects(found)),
+        Prose(" ".join(filter(None, (detects(found), evaluated(figures))))),
         Table(
             ["Latent", "role", "tau", "rate", "within prompts", "charge (SD)", "penalised"],
             [
@@ -126,6 +126,26 @@ def detects(found: dict[str, Any]) -> str:
         f"Minimum detectable effect of the evaluation ({what}): {100 * found['detectable']:.1f}"
         " points of the penalised rate, with 80 % power."
     )
+
+
+def evaluated(figures: dict[str, Any]) -> str:
+    """How many unsafe prompts were evaluated of those planned, and why fewer; empty where as
+    many were, or none.
+    """
+    planned = figures["readings"]["planned"]["prompts"]
+    counts = {row["n_unsafe"] for row in figures["policies"]}
+    if not counts or counts == {planned}:
+        return ""
+    low, high = min(counts), max(counts)
+    told = str(low) if low == high else f"{low} to {high}"
+    long = max((e.get("n_too_long") or 0 for e in figures["evaluations"].values()), default=0)
+    why = (
+        f", as {many(long, 'prompt')} of the part, safe ones counted,"
+        f" {'has' if long == 1 else 'have'} more tokens than ppo.max_prompt_tokens"
+        if long
+        else ""
+    )
+    return f"Evaluated were {told} of these{why}."
 
 
 def number(value: float | None) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from reports.abstract import abstract
+from reports.doses import random_entries, random_sets
 from reports.frames import Frames, arm_rank, monitor_latents, penalised_latents
 from reports.ladder import rungs
 from reports.monitors import monitor_choice
@@ -82,11 +83,12 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
             )
         ),
         "random_latents": (
-            latent_table(frames.generations, _randoms(run, frames)).to_dict("records")
+            latent_table(frames.generations, random_entries(run, frames)).to_dict("records")
         ),
         "monitors": (
             latent_table(frames.generations, monitor_latents(frames.features)).to_dict("records")
         ),
+        "random_sets": random_sets(run, frames),
         "monitor_choice": monitor_choice(run, frames),
         "evaluations": frames.evaluations,
         "verdict": verdict,
@@ -256,17 +258,10 @@ def _training(frames: Frames) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (arm_rank(row["arm"]), row["policy"]))
 
 
-def _randoms(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
-    """What the first seed's random arm penalised; the other seeds' is in their calibration.json."""
-    found: list[dict[str, Any]] = frames.calibrations.get(
-        f"random-seed{run.config.ppo.seeds[0]}", {}
-    ).get("penalised", [])
-    return found
-
-
 def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A row per latent, arm and kind of prompt: the rate above tau, that of values above tau that
-    rank just below TopK's cutoff, mean z, and the histogram about tau.
+    rank just below TopK's cutoff, mean z, and the histogram about tau. Of an entry with `seeds`,
+    which the random arm penalised in those alone, that arm's rows are of those seeds.
     """
     if generations.empty:
         return pd.DataFrame()
@@ -277,6 +272,9 @@ def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -
             of_kind = generations[generations["kind"] == kind]
             for arm in sorted(of_kind["arm"].unique(), key=arm_rank):
                 mine = of_kind[of_kind["arm"] == arm]
+                seeds = entry.get("seeds") if arm == "random" else None
+                if seeds is not None:
+                    mine = mine[mine["seed"].isin(seeds)]
                 z = mine[column].dropna().to_numpy(float) if column in mine else np.array([])
                 if not len(z):
                     continue
@@ -286,6 +284,7 @@ def latent_table(generations: pd.DataFrame, entries: Sequence[dict[str, Any]]) -
                         "latent": entry["latent"],
                         "tau": tau,
                         "arm": arm,
+                        "seeds": seeds,
                         "kind": kind,
                         "n": len(z),
                         "rate": float((z > tau).mean()),

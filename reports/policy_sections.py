@@ -12,6 +12,7 @@ from typing import Any
 from reports.abstract import joined
 from reports.blocks import NOT_AVAILABLE, Block, Items, Prose, Table
 from reports.distances import compared_words
+from reports.doses import random_sentences
 from reports.numbers import (
     CORRECTED,
     MEASURES,
@@ -35,6 +36,7 @@ from reports.origins import (
     count_of,
 )
 from reports.policies import parts_of_change
+from sarm.config import ARMS
 from sarm.run import many
 
 
@@ -91,6 +93,7 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
                 [
                     "Smallest change of the penalised rate that counts:"
                     f" {fixed(percentage(v['delta']), 1)} points",
+                    *counted_words(rows),
                     "Mean response length of the penalty arm over that of no penalty:"
                     f" {fixed(v['length_ratio'], 2)}",
                     "Log-probability per token of its responses under the base policy, minus that"
@@ -102,6 +105,18 @@ def verdict_figures(figures: dict[str, Any]) -> list[Block]:
         Prose("The rule, fixed in the config before training; a rung ends where it says:")
     )
     return [*blocks, Items(figures["rule"])]
+
+
+def counted_words(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the detector counts, of the changes in a table that are corrected for its errors."""
+    told = [
+        f"{MEASURES[c['measure']]} {fixed(percentage(c['counted']), 1, sign=True)}"
+        for c in rows
+        if c.get("counted") is not None
+    ]
+    if not told:
+        return []
+    return [f"Corrected for the detector's errors; as counted, in points: {'; '.join(told)}"]
 
 
 def change_name(change: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
@@ -339,8 +354,12 @@ def detector_sentence(figures: dict[str, Any]) -> str:
     return (
         f"Refusal detector: {found['name']}, sensitivity {fixed(found['sensitivity'], 3)} on"
         f" {found['refusals']} refusals, false positives {fixed(found['false_positives'], 3)} on"
-        f" {found['answers']} answers of {found['data']}. Changes of refusal rates are corrected"
-        " for these errors (Rogan-Gladen) where verdict.correct_refusals is set."
+        f" {found['answers']} answers of {found['data']}. Changes of refusal rates are"
+        + (
+            " corrected for these errors (Rogan-Gladen)."
+            if figures["comparable"]["verdict rules"]["correct_refusals"]
+            else " as counted, not corrected for these errors (verdict.correct_refusals is off)."
+        )
     )
 
 
@@ -423,6 +442,11 @@ def latents(figures: dict[str, Any]) -> list[Block]:
         ("monitors", "Monitor latents (never penalised)"),
     ):
         rows = figures[name]
+        if name == "random_latents":
+            blocks += random_sentences(figures["random_sets"])
+            title += ", whose `random` rows are of the seeds that penalised it"
+            # What was sampled or prompted without any training tells nothing of this penalty.
+            rows = [r for r in rows if r["arm"] == "base" or ARMS[r["arm"]].trained]
         if rows:
             blocks += [
                 Table(
@@ -431,7 +455,7 @@ def latents(figures: dict[str, Any]) -> list[Block]:
                         [
                             r["latent"],
                             plain(r["tau"]),
-                            arm_name(r["arm"]),
+                            arm_name(r["arm"]) + seeds_words(r.get("seeds")),
                             r["kind"],
                             r["n"],
                             *(fixed(r[m], 3) for m in ("rate", "below_cutoff", "mean_z")),
@@ -448,20 +472,27 @@ def latents(figures: dict[str, Any]) -> list[Block]:
                 )
             ]
     if figures["latents"]:
+        # With tau 0 a value is off or on: the bins between are empty whatever was found.
+        split = any(r["tau"] > 0 for r in figures["latents"])
+        shown = [i for i in range(len(BINS)) if split or i in (0, len(BINS) - 1)]
+        bins = [BINS[i] for i in shown]
         blocks.append(
             Table(
-                ["latent", "arm", *BINS],
+                ["latent", "arm", *bins],
                 [
                     [
                         r["latent"],
                         arm_name(r["arm"]),
-                        *(fixed(share, 2) for share in r["histogram"]),
+                        *(
+                            fixed(r["histogram"][i], 2) if r["tau"] > 0 or i in (0, 5) else ""
+                            for i in shown
+                        ),
                     ]
                     for r in figures["latents"]
                     if r["kind"] == "unsafe"
                 ],
                 title="Values z of the penalised latents on unsafe prompts, t being tau:",
-                origins=columns(GENERATIONS, dict.fromkeys(BINS, "z_LATENT, shares of its values")),
+                origins=columns(GENERATIONS, dict.fromkeys(bins, "z_LATENT, shares of its values")),
                 counts=[
                     many(r["n"], "response") for r in figures["latents"] if r["kind"] == "unsafe"
                 ],
@@ -470,6 +501,13 @@ def latents(figures: dict[str, Any]) -> list[Block]:
     if not blocks:
         return list(NOT_AVAILABLE)
     return [Prose(compared_words(figures["compared"])), *blocks]
+
+
+def seeds_words(seeds: Sequence[int] | None) -> str:
+    """Of which seeds a row is, where not of all."""
+    if not seeds:
+        return ""
+    return f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def training(figures: dict[str, Any]) -> list[Block]:

@@ -168,6 +168,10 @@ def outputs(run: RunDir, frames: Frames, policy: str) -> list[dict[str, Any]]:
                 "path": ppo.more.get("location", folder) + "/",
                 "what": "PPO-trained policy model",
                 "bytes": n_bytes,
+                "removed": any(
+                    not (run.folder("ppo", policy) / output.file).is_file()
+                    for output in weights.values()
+                ),
             }
         )
     for phase, what in (

@@ -282,7 +282,8 @@ def direction(deltas: Sequence[float | None]) -> str:
 def output_files(outputs: list[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for o in outputs:
-        what = o["what"] + (f" ({size(o['bytes'])})" if "bytes" in o else "")
+        gone = ", since removed" if o.get("removed") else ""
+        what = o["what"] + (f" ({size(o['bytes'])}{gone})" if "bytes" in o else "")
         line = f"- {o['path']:<{PATH_WIDTH}} : {what}"
         lines += [line] if len(line) <= WIDTH else [f"- {o['path']}", f"    : {what}"]
     return lines or ["none"]

@@ -4,6 +4,7 @@ the direction probe, figures -> blocks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reports.blocks import NOT_AVAILABLE, Block, Prose, Table
@@ -102,6 +103,10 @@ def replication(found: dict[str, Any]) -> list[Block]:
         )
     else:
         blocks.append(across_sources(rows))
+        for row in rows:
+            if missing := named_first(row["not_replicated"], found):
+                where = f"From {row['from']} to {row['to']}"
+                blocks.append(Prose(f"{where} these do not replicate: {missing}."))
     for r in found["validity"]["confirmed_replication"]:
         told = (
             f"{r['replicated']} of the {r['confirmed']} confirmed latents replicate on"
@@ -110,8 +115,8 @@ def replication(found: dict[str, Any]) -> list[Block]:
             " validation, which confirmed them and so overstates some,"
             f" {r['expected']:.1f} would be expected"
         )
-        missing = r["not_replicated"][:12]
-        more = f"; these do not: {', '.join(map(str, missing))}" if missing else ""
+        missing = named_first(r["not_replicated"], found)
+        more = f"; these do not: {missing}" if missing else ""
         blocks.append(Prose(f"{told}{more}."))
     listed = [
         f
@@ -133,6 +138,60 @@ def replication(found: dict[str, Any]) -> list[Block]:
         )
         blocks.append(Prose(f"{told}{'; these do not: ' + ', '.join(failing) if failing else ''}."))
     return blocks
+
+
+def named_first(latents: Sequence[int], found: Mapping[str, Any]) -> str:
+    """`penalised 3671; monitors 3367; listed 2150, 863; 110 others`: those that the run is about by
+    name, the others by their number; all by name where there are few.
+    """
+    left, told = list(latents), []
+    for name, mine in named_latents(found).items():
+        those = [latent for latent in left if latent in mine]
+        left = [latent for latent in left if latent not in mine]
+        if those:
+            told.append(f"{name} {', '.join(map(str, those))}")
+    if left:
+        told.append(", ".join(map(str, left)) if len(left) <= FEW else f"{len(left)} others")
+    return "; ".join(told)
+
+
+FEW = 6
+"""As many latents that the run is not about are still named."""
+
+
+def named_latents(found: Mapping[str, Any]) -> dict[str, set[int]]:
+    """The latents that a run is about, by what they are to it."""
+    return {
+        "penalised": {p["latent"] for p in found["penalised"]},
+        "monitors": set(found["monitors"]),
+        "listed": {
+            f["latent"] for role in ("promoting", "harming", "misleading") for f in found[role]
+        },
+    }
+
+
+def unreplicated(found: Mapping[str, Any] | None) -> list[str]:
+    """Where a penalised latent or a monitor fails to replicate, a clause each direction or source:
+    `penalised latent 3426 and monitor 3367 not shown to replicate from A to B`.
+    """
+    if not found or not found["validity"]:
+        return []
+    tried = [
+        *((f"from {r['from']} to {r['to']}", r) for r in found["validity"]["replication"]),
+        *((f"on {r['source']}", r) for r in found["validity"]["confirmed_replication"]),
+    ]
+    clauses = []
+    named = named_latents(found)
+    for where, row in tried:
+        missing = set(row["not_replicated"])
+        told = [
+            f"{one}{'s' * (len(those) > 1)} {', '.join(map(str, sorted(those)))}"
+            for name, one in (("penalised", "penalised latent"), ("monitors", "monitor"))
+            if (those := named[name] & missing)
+        ]
+        if told:
+            clauses.append(f"{' and '.join(told)} not shown to replicate {where}")
+    return clauses
 
 
 def across_sources(rows: list[dict[str, Any]]) -> Table:

@@ -822,6 +822,8 @@ class Report(File):
     latents: list[Row]
     random_latents: list[Row]
     monitors: list[Row]
+    random_sets: Row = Field(default_factory=lambda: {"penalised": {}, "random": []})
+    """What each seed of the random arm penalised, and the doses."""
     monitor_choice: Row = Field(default_factory=lambda: {"counted": [], "dropped": []})
     """Which monitors count, and why the other candidates do not."""
     evaluations: dict[str, Row]

@@ -92,11 +92,14 @@ class Change(NamedTuple):
     se: float
     detectable: float
     """The minimum detectable effect, 80 % power; NaN with one seed."""
+    counted: float | None = None
+    """The change as the detector counts it, where `change` is corrected for its errors."""
 
     def words(self) -> str:
-        """+1.7 points, 95 % CI -5.0 to +8.3"""
+        """+1.7 points, 95 % CI -5.0 to +8.3; of a corrected change the counted one too."""
         low, high = (f"{100 * bound:+.1f}" for bound in (self.low, self.high))
-        return f"{signed(self.change)}, 95 % CI {low} to {high}"
+        counted = "" if self.counted is None else f" (corrected; counted {100 * self.counted:+.1f})"
+        return f"{signed(self.change)}{counted}, 95 % CI {low} to {high}"
 
     def power_words(self) -> str:
         """What the sample could have shown."""
@@ -176,8 +179,9 @@ def change(
         return Change(measure, arm, against, 0, n_seeds, *(math.nan,) * 7)
     scale = 1.0 if measure != "n_tokens" else float(max(x.max(), y.max(), 1.0))
     found, means = two_way(y - x, scale), (float(x.mean()), float(y.mean()))
+    counted = None
     if detector is not None:
-        found = corrected_change(found, detector)
+        counted, found = found.value, corrected_change(found, detector)
         means = (corrected_rate(means[0], detector), corrected_rate(means[1], detector))
     return Change(
         measure,
@@ -192,6 +196,7 @@ def change(
         found.se,
         # One seed says nothing of how trainings differ, so no size is sure to be detected.
         found.detectable if n_seeds > 1 and math.isfinite(found.se) else math.nan,
+        counted,
     )
 
 

@@ -6,6 +6,7 @@ of, and whether the planned evaluation is large enough. No torch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from sarm.config import Config
@@ -66,12 +67,18 @@ def warnings_of(config: Config, found: Readings) -> list[str]:
 
 
 def drawn_alike(found: Readings) -> list[str]:
-    """Where the random arm penalises the same latents in every seed, so that seeds say nothing of
-    how random latents differ.
+    """Where seeds of the random arm penalise the same latents, so that they are no independent
+    draws, or, where all do, say nothing of how random latents differ.
     """
     drawn = [sorted(p.latent for p in latents) for latents in found.random.values()]
     if len(drawn) < 2 or any(one != drawn[0] for one in drawn):
-        return []
+        slots, latents = sum(map(len, drawn)), len(set(itertools.chain(*drawn)))
+        if slots == latents:
+            return []
+        return [
+            f"seeds of the random arm share latents ({latents} stand in {slots} places), so they"
+            " are not independent draws of random latents; raise select.random_candidates"
+        ]
     named = ", ".join(map(str, drawn[0]))
     return [
         f"the random arm penalises the same latents ({named}) in all {len(drawn)} seeds, so its"

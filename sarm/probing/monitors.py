@@ -127,7 +127,7 @@ def random_pool(
 
 def drawn_for(candidates: Sequence[_Candidate], seed: int) -> list[int]:
     """The random candidates in the order in which the arm of this seed tries them: drawn anew for
-    every seed, those of each penalised latent in turn.
+    every seed, those of each penalised latent in turn. Of few candidates seeds may share some.
 
     Whoever sets the dose takes the first that fire often enough on the base policy's responses.
     """

@@ -472,7 +472,7 @@ def test_where_no_response_ends_that_is_said_and_what_can_be_read_is(
     assert f"warning: the SARM is not shown to read the policy's responses: {said}" in (
         capsys.readouterr().err
     )
-    blocks = calibration({"readings": found.tree()})
+    blocks = calibration({"readings": found.tree(), "policies": [], "evaluations": {}})
     told = [line for block in blocks for line in getattr(block, "items", [])]
     assert any(said in line for line in told), "in the report too"
 
@@ -484,4 +484,6 @@ def test_random_latents_that_are_the_same_in_every_seed_are_told() -> None:
 
     (told,) = drawn(a=[49, 42], b=[42, 49])
     assert "same latents (42, 49) in all 2 seeds" in told
-    assert drawn(a=[49, 42], b=[42, 7]) == [] and drawn(a=[49]) == [] and drawn() == []
+    (told,) = drawn(a=[49, 42], b=[42, 7], c=[3, 4])
+    assert "share latents (5 stand in 6 places)" in told and "not independent draws" in told
+    assert drawn(a=[49, 42], b=[41, 7]) == [] and drawn(a=[49]) == [] and drawn() == []

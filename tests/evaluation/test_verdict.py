@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sarm.config import VerdictConfig, parse_config
-from sarm.evaluation.comparison import Rows
+from sarm.evaluation.comparison import Rows, compare, grid
 from sarm.evaluation.detector import Detector
 from sarm.evaluation.verdict import LEADS, Instrument, Verdict, decide, rule_sha256, rule_words
 from sarm.records import Bounds
@@ -596,3 +596,20 @@ def test_the_hash_is_of_rule_and_plan_and_of_nothing_else():
     untrained = {"arms": ["prompted"], "system_prompt": "Be good.", "best_of": 9}
     assert changed(evaluate=untrained) == stands
     assert changed(seed=3) != stands
+
+
+def test_a_corrected_change_says_what_was_counted() -> None:
+    """By hand: 0.1 counted is 0.1 / (0.9 - 0.1) of the true rate."""
+    rows = {"penalty": arm(over_refused=0.5), "no_penalty": arm(BASE)}
+    detector = Detector("d", found=90, refusals=100, false_alarms=10, answers=100, data="x")
+    found = {}
+    for corrects in (True, False):
+        rule = VerdictConfig(correct_refusals=corrects)
+        grids = {name: grid(of) for name, of in rows.items()}
+        changes = {(c.measure, c.arm): c for c in compare(grids, detector, rule)}
+        found[corrects] = changes["over_refused", "penalty"]
+        assert changes["penalised_fired", "penalty"].counted is None
+    assert found[False].counted is None and "counted" not in found[False].words()
+    assert found[True].counted == pytest.approx(found[False].change)
+    assert found[True].change == pytest.approx(found[False].change / 0.8)
+    assert f"(corrected; counted {100 * found[False].change:+.1f})" in found[True].words()

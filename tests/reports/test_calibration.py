@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from reports.blocks import Items, Prose, Table
-from reports.calibration import calibration, detects, responses, verdict_on_the_instrument
+from reports.calibration import (
+    calibration,
+    detects,
+    evaluated,
+    responses,
+    verdict_on_the_instrument,
+)
 
 FOUND: dict[str, Any] = {
     "n_prompts": 30,
@@ -54,7 +60,7 @@ FOUND: dict[str, Any] = {
 
 
 def test_the_section_says_what_was_found_and_n_a_where_nothing_was() -> None:
-    blocks = calibration({"readings": FOUND})
+    blocks = calibration({"readings": FOUND, "policies": [], "evaluations": {}})
     readings, candidates = (b for b in blocks if isinstance(b, Table))
     assert readings.rows == [
         ["kappa, cut 2, 5 tokens earlier", "0.61", ""],
@@ -87,6 +93,24 @@ def test_the_responses_are_counted_and_trimming_said_where_there_was_some() -> N
 def test_the_plan_is_named_with_what_it_detects(detectable: float | None, says: str) -> None:
     text = detects(FOUND | {"detectable": detectable})
     assert "(150 unsafe prompts, 2 samples, 5 seeds)" in text and says in text
+
+
+def test_prompts_that_were_planned_and_not_evaluated_are_told_with_the_reason() -> None:
+    def said(*counts: int, long: int) -> str:
+        rows = [{"n_unsafe": n} for n in counts]
+        found = {"readings": FOUND, "policies": rows, "evaluations": {"base": {"n_too_long": long}}}
+        return evaluated(found)
+
+    assert said(127, 127, long=24) == (
+        "Evaluated were 127 of these, as 24 prompts of the part, safe ones counted, have more"
+        " tokens than ppo.max_prompt_tokens."
+    )
+    assert said(120, 127, long=1).startswith("Evaluated were 120 to 127 of these, as 1 prompt of")
+    assert said(127, long=0) == "Evaluated were 127 of these."
+    assert said(150, long=3) == "" == said(long=3)
+    whole = {"policies": [{"n_unsafe": 127}], "evaluations": {"base": {"n_too_long": 24}}}
+    told = [b.text for b in calibration({"readings": FOUND} | whole) if isinstance(b, Prose)]
+    assert any("80 % power. Evaluated were 127 of these, as 24" in text for text in told)
 
 
 def test_an_instrument_that_does_not_read_says_why() -> None:

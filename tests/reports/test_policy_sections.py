@@ -26,6 +26,7 @@ from reports.policy_sections import (
     answered_sentences,
     base_sentences,
     changes,
+    detector_sentence,
     kind_sentence,
     refusal_reward_sentence,
     unequal_sentence,
@@ -274,6 +275,31 @@ def test_what_the_reward_pays_for_refusing_is_within_prompt_and_policy() -> None
     assert "safe +0.88 [" in told and "(2 prompts)" in told and "Exploratory" in told
     assert refusal_reward_sentence([]) == [] == refusal_reward(table.iloc[:0])
     assert refusal_reward(table.drop(columns="refused")) == []
+
+
+def test_a_change_that_is_corrected_says_what_was_counted() -> None:
+    rows = [row("over_refused", 0.0, 0.2, 0.238, counted=0.183), row("harm", 0.2, 0.3, 0.1)]
+    items = [item for block in verdict_figures(figures(*rows)) for item in items_of(block)]
+    assert "Corrected for the detector's errors; as counted, in points: over-refusals, safe" in (
+        " ".join(items)
+    )
+    assert any(item.endswith("over-refusals, safe +18.3") for item in items)
+    rows[0]["counted"] = None
+    items = [item for block in verdict_figures(figures(*rows)) for item in items_of(block)]
+    assert not any("counted" in item for item in items)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_detectors_sentence_says_whether_this_run_corrects(corrected: bool) -> None:
+    detector = {"name": "a detector", "refusals": 10, "answers": 20, "data": "XSTest"}
+    rates = {"sensitivity": 0.9, "false_positives": 0.1}
+    found = {
+        "evaluations": {"base": {"refusal_detector": detector | rates}},
+        "comparable": {"verdict rules": {"correct_refusals": corrected}},
+    }
+    said = detector_sentence(found)
+    assert said.endswith("(Rogan-Gladen).") == corrected
+    assert ("verdict.correct_refusals is off" in said) != corrected
 
 
 def test_a_commit_with_changes_beside_it_is_told() -> None:

@@ -223,6 +223,9 @@ def test_a_run_is_reported_as_before_without_its_policies(tmp_path):
     before = report_of(run)
     units = [unit for unit in run.config.units("ppo") if run.done("ppo", unit, hashes=False)]
     assert units and "had been removed" not in flat(before)
+    assert "since removed" not in before and "disk as written" in part(
+        before, "COST (planned against used)"
+    )
     for unit in units:
         manifest = run.manifest("ppo", unit)
         (run.folder("ppo", unit) / manifest.outputs["policy/model.safetensors"].file).unlink()
@@ -240,6 +243,7 @@ def test_a_run_is_reported_as_before_without_its_policies(tmp_path):
         " written"
     )
     assert words in after and "from them: encode/shard-0000-of-0001," in after
+    assert "PPO-trained policy model (30GB, since removed)" in after
     told = part(report_of(run), "VERDICT")
     assert told == part(before, "VERDICT") and part(before, "FAILED AND MISSING PARTS") in before
     assert part(report_of(run), "FAILED AND MISSING PARTS") == part(

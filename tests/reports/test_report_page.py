@@ -213,6 +213,7 @@ def with_every_table(found: dict) -> dict:
                 "replicated": 6,
                 "opposite_and_significant": 1,
                 "rank_correlation_discovered": None,
+                "not_replicated": [12, 40],
             }
         ],
         "confirmed_replication": [],
