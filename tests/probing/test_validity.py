@@ -349,6 +349,8 @@ def test_the_report_names_what_does_not_replicate(world) -> None:  # type: ignor
         "n_discoveries": 17,
         "n_confirmed": 5,
         "validity": validity(table, encoded, data, config),
+        "penalised": [],
+        "monitors": [],
         "promoting": [],
         "misleading": [],
         "directions": [],
