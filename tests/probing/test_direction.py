@@ -109,6 +109,21 @@ def test_any_range_of_latents_gives_the_same_to_the_bit(monkeypatch: pytest.Monk
             )
 
 
+def test_sorting_finds_what_selection_finds() -> None:
+    """Where nothing ties, of every pair of a latent and a text."""
+    w = world()
+    (found,) = direction_changes(w.base, w.sae, range(D_SAE), [3.0])
+    tile = next(direction.tiles(w.base, w.sae, range(D_SAE), D_SAE))
+    alpha, beta = direction.affine(w.base, tile, 3.0)
+    i, t = torch.cartesian_prod(torch.arange(D_SAE), torch.arange(TEXTS)).unbind(1)
+    change, frozen, swapped = direction._by_sorting(
+        w.base, tile.gains[i], alpha[i, t], beta[i, t], t
+    )
+    torch.testing.assert_close(change.view(D_SAE, TEXTS), found[3.0].change)
+    torch.testing.assert_close(frozen.view(D_SAE, TEXTS), found[3.0].frozen)
+    assert (swapped.view(D_SAE, TEXTS) == found[3.0].swapped).all() and swapped.any()
+
+
 def test_latents_that_tie_are_sorted_out_as_the_model_does() -> None:
     w = world(twins=True)
     (found,) = direction_changes(w.base, w.sae, range(40), [3.0])
