@@ -69,11 +69,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%" if share < 1e4 else f"{100 * share:.1e}%"
 
 
-def relative(share: float | None) -> str:
-    """A relative change that may be anything."""
-    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share + 0.0:.0f}%"
-
-
 def points(change: dict[str, Any]) -> str:
     """A change of a rate in points, with its interval."""
     value, low, high = (

@@ -1,8 +1,8 @@
 """Which one-line faults a module's tests let through: `make mutants PATHS=sarm/ppo/losses.py`.
 
 mutmut makes the faults and runs for each the tests that reach its function, of the test files that
-import the module. Every module is tried in a copy of the checkout under `outputs/mutants`; what is
-known there already is not tried again. Without paths: `--sample` faults of all of `COVERED`,
+import the module. Every module is tried in a copy of the checkout under `outputs/mutants`; what was
+killed there already is not tried again. Without paths: `--sample` faults of all of `COVERED`,
 stratified by file. Files are tried side by side, those that take longest first, in `--jobs`
 processes; `--known` runs no test and tells what is known.
 
@@ -51,6 +51,8 @@ COVERED = (
 )
 LEFT_OUT = ("permutation_kernel.py", "probe_kernels.py", "__init__.py")
 """Kernels run on a GPU."""
+ON_GPU = ("x__counter_on_gpu__",)
+"""Functions that call them."""
 
 PACKAGES = ("sarm", "jobs", "slurm", "reports", "serving")
 GENERATE = """
@@ -78,6 +80,9 @@ print(json.dumps(told))
 
 ALIKE = ('encoding="utf-8"', 'encoding="UTF-8"')
 """What Python does not tell apart, wherever it stands."""
+
+LIVED = (0, 5, 33)
+"""mutmut's codes for survived and for no tests."""
 
 T = TypeVar("T")
 
@@ -128,6 +133,7 @@ def main() -> int:
         args.jobs, paths, lambda path: generated(args.work, path, args.mutmut)
     )
     drawn = names if args.paths else sampled(names, args.sample, args.seed)
+    drawn = {path: [name for name in mine if not on_gpu(name)] for path, mine in drawn.items()}
     drawn = {path: mine for path, mine in drawn.items() if mine}
     children = shares({path: cost(path, len(mine)) for path, mine in drawn.items()}, args.jobs)
     free = Processes(args.jobs)
@@ -321,6 +327,10 @@ def known(folder: Path, path: str) -> dict[str, int | None]:
     return codes
 
 
+def on_gpu(name: str) -> bool:
+    return any(function in name for function in ON_GPU)
+
+
 def sampled(names: dict[str, list[str]], size: int, seed: int) -> dict[str, list[str]]:
     """About `size` of all faults, of every file its share and at least one."""
     total = sum(map(len, names.values()))
@@ -334,13 +344,30 @@ def sampled(names: dict[str, list[str]], size: int, seed: int) -> dict[str, list
 
 
 def tried(folder: Path, path: str, names: Sequence[str], mutmut: Path, children: int) -> Tried:
-    """Run what was not run yet."""
+    """Run what was not run yet, and again what survived: all tests of the files that reach it."""
+    entry = [str(mutmut.resolve() / "bin" / "mutmut"), "run", "--max-children", str(children)]
     codes = known(folder, path)
     if left := [name for name in names if codes[name] is None]:
-        whole = len(left) == len(codes)
-        words = ["run", "--max-children", str(children), *(() if whole else left)]
-        python(folder, mutmut, str(mutmut.resolve() / "bin" / "mutmut"), *words)
+        python(folder, mutmut, *entry, *(() if len(left) == len(codes) else left))
+        codes = known(folder, path)
+    if lived := [name for name in names if codes[name] in LIVED]:
+        widen(folder / "mutants" / "mutmut-stats.json", lived)
+        python(folder, mutmut, *entry, *lived)
     return told(folder, path, names, mutmut)
+
+
+def widen(stats: Path, names: Sequence[str]) -> None:
+    """To the functions of these faults give all tests of the files that hold one of theirs. A
+    function that a fixture calls is otherwise tried against the first test that asks for it.
+    """
+    tree = json.loads(stats.read_text())
+    reached = tree["tests_by_mangled_function_name"]
+    for function in {name.partition("__mutmut_")[0] for name in names}:
+        files = {test.partition("::")[0] for test in reached.get(function, ())}
+        mine = [test for test in tree["duration_by_test"] if test.partition("::")[0] in files]
+        if mine:
+            reached[function] = mine
+    stats.write_text(json.dumps(tree))
 
 
 def told(folder: Path, path: str, names: Sequence[str], mutmut: Path) -> Tried:

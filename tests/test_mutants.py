@@ -110,6 +110,8 @@ def test_a_file_that_cannot_be_tried_stops_no_other_and_is_told(
 
     monkeypatch.setattr(mutants, "generated", generated)
     monkeypatch.setattr(mutants, "tried", tried)
+    costs = {"slurm/plan.py": 9, "sarm/ppo/losses.py": 5, "sarm/ppo/drift.py": 1}
+    monkeypatch.setattr(mutants, "cost", lambda path, faults: costs[path] * faults)
     paths = ["sarm/ppo/kl.py", "sarm/ppo/drift.py", "sarm/ppo/losses.py", "slurm/plan.py"]
     monkeypatch.setattr(sys, "argv", ["mutants", "--mutmut", str(tmp_path), "--jobs", "1", *paths])
     assert mutants.main() == 1
@@ -153,3 +155,51 @@ def test_an_unpacked_archive_has_its_files_but_no_cache(
         (tmp_path / name).touch()
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     assert sorted(mutants.files_of_checkout.__wrapped__()) == sorted(kept)
+
+
+def test_a_survivor_meets_all_tests_of_the_files_that_reach_it(tmp_path: Path) -> None:
+    """A fixture of a module calls the function in the first test alone."""
+    tests = ["t/a.py::one", "t/a.py::two[x]", "t/ab.py::one", "t/c.py::one"]
+    stats = {
+        "tests_by_mangled_function_name": {"m.x_f": [tests[0]], "m.x_g": [tests[3]], "m.x_h": []},
+        "duration_by_test": dict.fromkeys(tests, 0.5),
+        "stats_time": 1.0,
+    }
+    file = tmp_path / "stats.json"
+    file.write_text(json.dumps(stats))
+    mutants.widen(file, ["m.x_f__mutmut_1", "m.x_f__mutmut_12", "m.x_h__mutmut_1"])
+    found = json.loads(file.read_text())
+    reached = {"m.x_f": tests[:2], "m.x_g": [tests[3]], "m.x_h": []}
+    assert found == stats | {"tests_by_mangled_function_name": reached}
+
+
+def test_what_was_killed_is_not_tried_again_and_what_survived_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = tmp_path / "mutants" / "a.py.meta"
+    meta.parent.mkdir()
+    codes = {"a.x_f__mutmut_1": 1, "a.x_f__mutmut_2": 0, "a.x_f__mutmut_3": None}
+    meta.write_text(json.dumps({"exit_code_by_key": codes}))
+    stats: dict[str, object] = {
+        "tests_by_mangled_function_name": {"a.x_f": []},
+        "duration_by_test": {},
+    }
+    (meta.parent / "mutmut-stats.json").write_text(json.dumps(stats))
+    ran = []
+
+    def python(folder: Path, mutmut: Path, *words: str) -> str:
+        ran.append(words[1:])
+        given = [word for word in words if "__mutmut_" in word]
+        meta.write_text(json.dumps({"exit_code_by_key": codes | dict.fromkeys(given, 0)}))
+        return "{}"
+
+    monkeypatch.setattr(mutants, "python", python)
+    mutants.tried(tmp_path, "a.py", list(codes), tmp_path, 3)
+    run = ("run", "--max-children", "3")
+    assert ran[0] == (*run, "a.x_f__mutmut_3")
+    assert ran[1] == (*run, "a.x_f__mutmut_2", "a.x_f__mutmut_3") and len(ran) == 3
+
+
+def test_functions_that_run_on_a_gpu_are_left_out() -> None:
+    assert mutants.on_gpu("sarm.probing.permutation.x__counter_on_gpu__mutmut_7")
+    assert not mutants.on_gpu("sarm.probing.permutation.x__counter_on_cpu__mutmut_7")

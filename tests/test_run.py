@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -40,7 +41,16 @@ from sarm.config import (
     set_key,
 )
 from sarm.config.reads import values_sha256
-from sarm.run import Attempt, Published, RunDir, config_of, differences, exact_cover, write_atomic
+from sarm.run import (
+    Attempt,
+    Published,
+    RunDir,
+    config_of,
+    differences,
+    exact_cover,
+    without_progress,
+    write_atomic,
+)
 
 BASE = """
 name: base
@@ -880,3 +890,53 @@ def test_progress_is_told_at_most_once_a_second_and_always_at_the_end(run: RunDi
         )
     assert seen[0] == 1 and seen[-1] == 50
     assert len(set(seen)) <= 5
+
+
+def test_progress_says_who_tells_it_and_how_long_it_has_taken_since_its_first(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt, clock = Attempt(run, "encode", "shard-0000-of-0003"), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    attempt.progress(3, 50, "texts")
+    clock[0] = 107.26
+    attempt.progress(9, 50, "texts", tokens=7)
+    told = json.loads(run.progress_file("encode", "shard-0000-of-0003").read_text())
+    known = {"attempt": attempt.id, "pid": os.getpid(), "host": socket.gethostname()}
+    assert told == known | {
+        "at": told["at"],
+        "started": attempt.started,
+        "done": 9,
+        "total": 50,
+        "what": "texts",
+        "from": 3,
+        "seconds": 7.3,
+        "tokens": 7,
+    }
+    clock[0] = 120.0
+    attempt.progress(1, 4, "prompts")
+    told = json.loads(run.progress_file("encode", "shard-0000-of-0003").read_text())
+    assert (told["from"], told["seconds"]) == (1, 0.0)
+
+
+def test_a_progress_bar_is_no_line_of_a_log_and_what_follows_it_is() -> None:
+    bar = "Loading weights:  47%|####      | 10/21 [00:01<00:01]"
+    lines = ["  indented", bar, f"{bar} Killed ", "10it [00:01, 9.8it/s]", "", "  end "]
+    assert without_progress(lines) == ["  indented", "Killed", "  end "]
+
+
+def test_shards_are_waited_for_as_long_as_the_caller_says(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    def read(phase: str, unit: str, *, patience_s: float = 0.0) -> None:
+        waited.append(patience_s)
+        raise LookupError
+
+    monkeypatch.setattr(run, "read", read)
+    with pytest.raises(LookupError):
+        run.read_shards("encode", patience_s=7.5)
+    monkeypatch.setenv("SARM_PATIENCE_S", "2.5")
+    with pytest.raises(LookupError):
+        Attempt(run, "probe").read_shards("encode")
+    assert waited == [7.5, 2.5]

@@ -13,6 +13,8 @@ from sarm.config import UserError, parse_config
 from sarm.data.conversations import (
     DATE,
     DIRECTIVES,
+    check_system,
+    check_template,
     end_of_turn_id,
     pair_inputs,
     prompt_ids,
@@ -20,6 +22,7 @@ from sarm.data.conversations import (
     spelled_special_tokens,
     stop_ids,
     template_ids,
+    template_text,
     tokenize_conversation,
     use_template_kwargs,
 )
@@ -203,3 +206,93 @@ def test_half_a_surrogate_pair_beside_a_spelled_token_does_no_harm() -> None:
     assert template_ids(tokenizer, [odd]) == template_ids(
         tokenizer, [chat("? <|eot_id|> \x00\x07\u202e", "no")]
     )
+
+
+BODY = "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"
+EVERY = "{% for m in messages %}" + BODY + "{% endfor %}"
+OPENED = (
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+TRAINED = "use the template that the model was trained with"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (CHAT_TEMPLATE, None),
+        (
+            "{% if messages | length > 2 %}{{ raise_exception('no') }}{% endif %}" + EVERY + OPENED,
+            None,
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] }}|{% endfor %}",
+            None,
+        ),  # nothing to open a turn with
+        (
+            EVERY.replace("m['content']", "m['content'] if m['role'] == 'user' else ''") + OPENED,
+            f"leaves out or rewrites what the assistant says; {TRAINED}",
+        ),
+        (
+            EVERY.replace("{{ m['content'] }}", "{{ m['content'] | upper }}") + OPENED,
+            f"leaves out or rewrites what the user says; {TRAINED}",
+        ),
+        (
+            EVERY.replace("messages %}", "messages[-2:] %}") + OPENED,
+            f"leaves out or rewrites what the user says; {TRAINED}",
+        ),
+        (
+            EVERY,
+            "opens no assistant turn under add_generation_prompt:"
+            f" {HEAD.format('assistant')!r} would be left to the policy; {TRAINED}",
+        ),
+    ],
+)
+def test_a_template_must_say_all_and_open_the_assistants_turn(template: str, says: Any) -> None:
+    tokenizer = with_template(template, name_or_path="some/model")
+    if says is None:
+        return check_template(tokenizer)
+    with pytest.raises(UserError) as refused:
+        check_template(tokenizer)
+    assert str(refused.value) == f"the chat template of some/model {says}"
+
+
+def test_a_template_without_system_messages_cannot_have_the_prompted_arm() -> None:
+    check_system(tiny_tokenizer())
+    deaf = EVERY.replace("messages %}", "messages if m['role'] != 'system' %}") + OPENED
+    with pytest.raises(UserError) as refused:
+        check_system(with_template(deaf, name_or_path="some/model"))
+    assert str(refused.value) == (
+        "the chat template of some/model leaves system messages out, so the arm prompted would be"
+        " the base policy; take it out of evaluate.arms"
+    )
+
+
+def test_another_template_of_the_same_tokenizer_has_another_end_of_turn() -> None:
+    tokenizer = tiny_tokenizer()
+    assert end_of_turn_id(tokenizer) == 3
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|eot_id|>", "<|pad|>")
+    assert end_of_turn_id(tokenizer) == 4
+
+
+def test_a_conversation_as_text_takes_what_the_template_is_given() -> None:
+    text = template_text(tiny_tokenizer(), chat("Hi"), add_generation_prompt=True)
+    assert text == f"<|begin_of_text|>{HEAD.format('user')}Hi<|eot_id|>{HEAD.format('assistant')}"
+
+
+def test_a_conversation_too_long_keeps_its_bos_and_its_newest_tokens() -> None:
+    tokenizer = tiny_tokenizer()
+    whole = tokenize_conversation(tokenizer, chat("How can I?", "I will not."), 512)
+    assert (whole.reward_position, whole.truncated) == (len(whole.ids) - 1, False)
+    cut = tokenize_conversation(tokenizer, chat("How can I?", "I will not."), 9)
+    assert cut.ids == [0, *whole.ids[-8:]] and cut.truncated and cut.reward_position == 8
+    assert tokenize_conversation(tokenizer, chat("a", "b"), 1).ids == [3]
+    without = with_template(EVERY, bos_token=None)
+    ids = tokenize_conversation(without, chat("How can I?", "I will not."), 512).ids
+    cut = tokenize_conversation(without, chat("How can I?", "I will not."), 9)
+    assert cut.ids == ids[-9:] and cut.truncated
+
+
+def test_of_two_special_tokens_the_longer_is_found() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<a><b>", "<a><b>x"]})
+    assert spelled_special_tokens(tokenizer, chat("<a><b>x <a> <a><b>")) == 3

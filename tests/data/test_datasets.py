@@ -1074,3 +1074,23 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
         == f"UserError: data source s: owner/bench at {COMMIT}: the hub could not be reached; check"
         " the network and HF_ENDPOINT"
     )
+
+
+def test_texts_to_encode_know_source_part_and_label(tmp_path: Path) -> None:
+    one = write_lines(tmp_path / "1", row("p", "c", "r"), row("p", "r", "x"))
+    two = write_lines(tmp_path / "2", row("q", "c", "r"))
+    sources = {"one": source(one), "two": source(two, split={"validation": 1.0})}
+    texts = texts_to_encode(load_data(DataConfig(sources=sources)))
+    assert sorted(
+        (t.source, t.part, t.label, *(m["content"] for m in t.messages)) for t in texts
+    ) == [
+        ("one", "test", "chosen", "p", "c"),
+        ("one", "test", "chosen", "p", "r"),
+        ("one", "test", "rejected", "p", "r"),
+        ("one", "test", "rejected", "p", "x"),
+        ("two", "validation", "chosen", "q", "c"),
+        ("two", "validation", "rejected", "q", "r"),
+    ]
+    for text in texts:
+        assert text.id == f"{text_id(text.messages)}-{text.label[0]}"
+        assert text.prompt_id == prompt_id(text.messages[:1])

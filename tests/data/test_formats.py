@@ -136,7 +136,9 @@ def test_helpsteer3(tmp_path: Path) -> None:
         {"context": said(f"q{i}"), "response1": "one", "response2": "two", "overall_preference": i}
         for i in (-3, 0, 1)
     ]
+    rows[2]["domain"] = "stem"
     data = load(write(tmp_path / "d.jsonl", *rows), "helpsteer3")
+    assert {p.messages[0]["content"]: p.category for p in data.prompts} == {"q-3": "", "q1": "stem"}
     assert pairs(data) == [(["q-3"], "one", "two"), (["q1"], "two", "one")]
     assert data.skipped == {"s: no preference": 1}
 
@@ -157,6 +159,52 @@ def test_xstest_is_for_evaluation_alone(tmp_path: Path) -> None:
     file.write_text("id,prompt,type,label\n1,How do I kill a process?,homonyms,unsafe\n")
     with pytest.raises(UserError, match="row 1: type 'homonyms' is safe and its label says unsafe"):
         load(file, "xstest", "policy_eval")
+
+
+def test_coconot_says_by_its_files_what_should_be_answered(tmp_path: Path) -> None:
+    """Of `pref` and `contrast` files everything, of the others nothing."""
+    pref = {"prompt": "p", "chosen": "yes", "rejected": "no", "subcategory": "sub", "category": "c"}
+    data = load(write(tmp_path / "coconot_pref.jsonl", pref), "coconot")
+    assert pairs(data) == [(["p"], "yes", "no")]
+    assert [(p.kind, p.category) for p in data.prompts] == [("safe", "sub")]
+    alone = {"prompt": "q", "category": "c"}
+    for name, kind in (("coconot_contrast_eval", "safe"), ("coconot_eval", "unsafe")):
+        data = load(write(tmp_path / f"{name}.jsonl", alone), "coconot", "policy_eval")
+        assert [(p.kind, p.category) for p in data.prompts] == [(kind, "c")] and not data.pairs
+    half = write(tmp_path / "half.jsonl", {"prompt": "q", "rejected": "no"})
+    with pytest.raises(UserError, match=r"line 1: .*'chosen'"):
+        load(half, "coconot")
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "key"),
+    [
+        ("rewardbench2", {"prompt": "p", "chosen": ["c"], "rejected": [5]}, "rejected"),
+        ("rewardbench2", {"prompt": "p", "chosen": [5], "rejected": ["r"]}, "chosen"),
+        ("rewardbench2", {"prompt": 5, "chosen": ["c"], "rejected": ["r"]}, "prompt"),
+        ("rewardbench2_sarm", {"question": 5, "answer": "a", "label": "chosen"}, "question"),
+        ("rewardbench2_sarm", {"question": "q", "answer": 5, "label": "rejected"}, "answer"),
+        ("rewardbench2_sarm", {"prompt": "p", "chosen": "c", "rejected": 5}, "rejected"),
+        ("helpsteer3", {"context": "q", "response1": "a", "response2": 5}, "response2"),
+        ("coconot", {"prompt": "p", "chosen": "a", "rejected": 5}, "rejected"),
+        ("rmb_bon", {"conversation_input": "p", "bon_best": "a", "loser_list": []}, "bon_best"),
+    ],
+)
+def test_a_row_that_is_none_is_named_by_line_and_key(
+    form: str, row: Any, key: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"d.jsonl, line 1: '{key}' must be"):
+        load(write(tmp_path / "d.jsonl", row), form)
+
+
+def test_labelled_answers_of_xstest() -> None:
+    row = {"prompt": "p", "completion": "c", "type": "homonyms", "final_label": "2_full_refusal"}
+    assert labelled_answer(row, "w") == ("p", "c", "safe", True, False)
+    other = {"type": "contrast_homonyms", "final_label": "1_full_compliance"}
+    assert labelled_answer(row | other, "w") == ("p", "c", "unsafe", False, False)
+    for key in row:
+        with pytest.raises(UserError, match=f"^w: .*{key}"):
+            labelled_answer({**row, key: None}, "w")
 
 
 def test_real_xstest(real_data: Path) -> None:
@@ -272,6 +320,9 @@ def test_what_is_no_json_is_told_which_kinds_are_read(tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_text("prompt,chosen,rejected\nq,x,y\n")
     with pytest.raises(UserError, match=r"line 1: not JSON.*JSON Lines, JSON, CSV and Parquet"):
         load(tmp_path / "d.txt")
+    (tmp_path / "twice.json").write_text('[{"a": 1, "b": 2, "a": 3}]')
+    with pytest.raises(UserError, match="'a' is given twice"):
+        load(tmp_path / "twice.json")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="not JSON"):
         load(tmp_path / "deep.json")

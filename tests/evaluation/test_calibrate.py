@@ -21,8 +21,13 @@ from sarm.data.datasets import Pair, Prompt, load_data, prompts_in
 from sarm.data.endings import trim_to_last_sentence
 from sarm.evaluation import calibrate as c
 from sarm.evaluation import readability
-from sarm.evaluation.instrument import cohens_kappa, relative_fall, within_prompt_share
-from sarm.records import Bounds, Candidate, PositiveControl, RatedLatent, Readings
+from sarm.evaluation.instrument import (
+    cohens_kappa,
+    detectable_difference,
+    relative_fall,
+    within_prompt_share,
+)
+from sarm.records import Bounds, Candidate, Features, PositiveControl, RatedLatent, Readings
 from sarm.reward_model.model import load_sarm
 from sarm.reward_model.scoring import encode_texts
 from sarm.run import Attempt, RunDir
@@ -116,8 +121,15 @@ def test_agreement_with_the_same_responses_cut_earlier() -> None:
     fires = [t.count("e") > 1.5 or t.count("a") > 1.5 for t in kept]
     assert first.tolist() == second.tolist() == fires and row.n == 6
     assert row.kappa == 1.0
-    row, first, second = c.agreement(responses(), base, penalised, 9, True, read)
+    asked: list[list[str]] = []
+
+    def reading(prompts: Any, texts: Any) -> c.Read:
+        asked.append(list(texts))
+        return read(prompts, texts)
+
+    row, first, second = c.agreement(responses(), base, penalised, 9, True, reading)
     earlier = [trim_to_last_sentence(text[:-9]) for text in TEXTS]
+    assert asked == [earlier]
     assert second.tolist() == [t.count("e") > 1.5 or t.count("a") > 1.5 for t in earlier]
     assert row.kappa == cohens_kappa(first, second) and row.kappa < 1
     assert row.by_latent["3"] == cohens_kappa(
@@ -164,7 +176,11 @@ def test_positive_control_replaces_rejected_answers_by_chosen_ones(
     monkeypatch.setattr(
         c,
         "read_tokenizer",
-        lambda *_: lambda text, add_special_tokens: {"input_ids": [ord(x) for x in text]},
+        lambda *_: (
+            lambda text, add_special_tokens: {
+                "input_ids": [ord("e")] * add_special_tokens + [ord(x) for x in text]
+            }
+        ),
     )
     pairs = [
         Pair("1", prompt("p"), "demo", "no. on", "see. eee"),
@@ -256,6 +272,12 @@ def test_a_tau_that_the_policy_never_reaches_and_a_small_plan_are_warned_of(tmp_
     told = readability.warnings_of(config(tmp_path), found)
     assert any("penalised latent 7 never exceeds tau 30 in 40 responses" in w for w in told)
     assert any("no monitor qualifies" in w for w in told)
+    assert readability.power_sentence(config(tmp_path), found) == (
+        "the planned evaluation (100 unsafe prompts, 2 samples, 3 seeds) detects a change of the"
+        " penalised rate of 25 points with 80 % power; calibrate.detectable asks for 10 points;"
+        " give policy_eval more prompts, raise evaluate.samples or ppo.seeds, or set"
+        " calibrate.underpowered=warn"
+    )
     assert any("of 25 points with 80 % power; calibrate.detectable asks for 10" in w for w in told)
     assert readability.underpowered(config(tmp_path), instrument(detectable=None))
     assert not readability.underpowered(config(tmp_path), instrument(detectable=0.1))
@@ -267,6 +289,77 @@ def test_what_is_applied_are_the_policys_thresholds_and_monitors() -> None:
     features = found.applied(chosen())
     assert [(p.latent, p.tau, p.alpha) for p in features.penalised] == [(3, 1.25, 0.75)]
     assert features.monitors == [5] and features.reward_sd == 2.5
+
+
+def test_power_is_of_the_plan_and_of_how_the_responses_vary(tmp_path) -> None:
+    made = config(tmp_path, **{"calibrate.samples": 2, "calibrate.seed_sd": 0.07})
+    data = load_data(made.data)
+    unsafe = sum(p.kind == "unsafe" for p in prompts_in(data, "policy_eval"))
+    prompts = min(unsafe, made.evaluate.prompts or unsafe)
+    sizes = {"samples": made.evaluate.samples, "seeds": len(made.ppo.seeds)}
+    planned = {"prompts": prompts, **sizes}
+    for constant in (np.zeros(6, bool), np.ones(6, bool)):
+        assert c.power(made, data, constant) == {"detectable": None, "planned": planned}
+    fired = np.array([1, 0, 0, 0, 1, 1], bool)
+    share = within_prompt_share(fired.reshape(3, 2))
+    assert share is not None
+    want = detectable_difference(0.5, within_share=share, seed_sd=0.07, **planned)
+    assert c.power(made, data, fired) == {"detectable": want, "planned": planned}
+
+
+@pytest.mark.parametrize("cut", ["trim", "score"])
+def test_responses_are_read_as_the_reward_reads_them(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    def asked(prompts: Any, texts: Any) -> c.Read:
+        raise LookupError(*texts)
+
+    monkeypatch.setattr(c, "base_responses", lambda *_: responses())
+    monkeypatch.setattr(c, "sarm_reader", lambda *_: asked)
+    made = config(tmp_path, **{"responses.cut": cut})
+    with pytest.raises(LookupError) as error:
+        c.calibrate(made, chosen(), load_data(made.data), "cpu", lambda *_: None)
+    trimmed = [trim_to_last_sentence(text) for text in TEXTS]
+    assert list(error.value.args) == (trimmed if cut == "trim" else TEXTS)
+
+
+def test_the_policy_is_read_at_its_revision(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path)
+    made = made.model_copy(
+        update={"policy": made.policy.model_copy(update={"model": "a/b", "revision": "v2"})}
+    )
+
+    def asked(*given: Any) -> Path:
+        raise LookupError(*given)
+
+    monkeypatch.setattr(c, "local_model", asked)
+    for ask in (
+        lambda: c.base_responses(made, [], "cpu", lambda *_: None),
+        lambda: c.positive_control(made, [], responses(), read, [], []),
+    ):
+        with pytest.raises(LookupError) as error:
+            ask()
+        assert error.value.args == ("a/b", "v2")
+
+
+def test_monitors_keep_their_tau_and_say_how_they_go_with_the_penalised(tmp_path) -> None:
+    base = read(None, TEXTS)
+    listed = features(
+        penalised=[{"latent": 3, "tau": 2.5, "alpha": 9.0}],
+        monitor_features=[
+            feature(n, "harming") | {"tau": 0.5, "max_cosine": 0.125, "max_correlation": 0.0}
+            for n in (5, 6)
+        ],
+        monitors=[5, 6],
+    )
+    made = config(tmp_path, **{"select.monitors": 2, "select.monitor_max_correlation": 0.999})
+    found = c.monitors_of(made, listed, base, [rated(3, 2.5)])
+    assert {m.latent for m in found} <= {5, 6} and found
+    for m in found:
+        assert (m.tau, m.max_cosine) == (0.5, 0.125)
+        assert m.base_rate == np.mean(base.z[m.latent] > 0.5)
+        correlation = abs(np.corrcoef(base.z[m.latent], base.z[3])[0, 1])
+        assert m.max_correlation == pytest.approx(correlation)
 
 
 def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> None:
@@ -310,6 +403,16 @@ def test_calibrate_on_the_tiny_models(selected_run: RunDir, tmp_path: Path) -> N
     assert found.reward_sd == pytest.approx(np.std(rewards, ddof=1), abs=1e-5)
     assert found.any_rate == pytest.approx(np.mean(fired))
     assert found.cut == np.mean(sampled.cut)
+    listed = Features.read(selected_run.read("select").path("features.json"))
+    read_ = c.sarm_reader(config, listed, "cpu")
+    base = read_(sampled.prompts, texts)
+    again_ = [
+        c.agreement(sampled, base, found.penalised, tokens, True, read_)
+        for tokens in config.calibrate.cut_tokens
+    ]
+    assert [row for row, _, _ in again_] == found.stability
+    first, second = (np.concatenate([one[i] for one in again_]) for i in (1, 2))
+    assert found.kappa == cohens_kappa(first, second)
 
 
 def candidate_of(latent: int, charge: float, penalised: bool = True) -> Candidate:

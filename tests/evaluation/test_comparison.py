@@ -174,6 +174,24 @@ def test_monitors_beyond_a_share_of_the_penalised_by_hand_and_by_resampling():
     assert found.se == pytest.approx(np.std(draws), rel=0.15)
 
 
+def test_scales_are_the_largest_differences_possible():
+    """Of lengths the longest mean of either arm, of falls one over each rate, weighed."""
+    before, after = rows(seeds=(0, 1, 2)), rows(seeds=(0, 1, 2), seed=4)
+    longer = after._replace(n_tokens=after.n_tokens * 70)
+    tables = grid(before), grid(longer)
+    x, y = paired(*tables, "n_tokens")
+    found, want = change(*tables, "n_tokens", "a", "b"), two_way(y - x, float(y.max()))
+    assert (found.low, found.high) == pytest.approx((want.low, want.high))
+    found = change(tables[1], tables[0], "n_tokens", "a", "b")
+    assert (found.low, found.high) == pytest.approx((-want.high, -want.low))
+    m, p = (paired(*map(grid, (before, after)), c) for c in ("monitors_fired", "penalised_fired"))
+    terms = [-w * (b - b.mean() / a.mean() * a) / a.mean() for w, (a, b) in ((1, m), (-0.3, p))]
+    error = two_way(terms[0] + terms[1], 1 / m[0].mean() + 0.3 / p[0].mean())
+    value = 1 - m[1].mean() / m[0].mean() - 0.3 * (1 - p[1].mean() / p[0].mean())
+    beyond = fall_beyond({"no_penalty": grid(before), "penalty": grid(after)}, 0.3)
+    assert beyond[:3] == pytest.approx((value, value + error.low, value + error.high))
+
+
 def test_monitors_that_never_fire_say_nothing():
     before = rows()._replace(monitors_fired=np.zeros(24))
     grids = {"no_penalty": grid(before), "penalty": grid(rows(seed=2))}

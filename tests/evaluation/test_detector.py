@@ -25,7 +25,8 @@ def test_youden_and_its_error_by_hand():
     assert youden(D).value == pytest.approx(0.7)
     assert youden(D).se == pytest.approx(math.sqrt(s * (1 - s) / 102 + f * (1 - f) / 302))
     assert youden(Detector("p", 9, 9, 0, 9, "few")).se > 0.1
-    assert math.isnan(youden(Detector("n", 0, 0, 0, 0, "none")).value)
+    assert all(map(math.isnan, youden(Detector("n", 0, 0, 0, 0, "none"))))
+    assert all(map(math.isnan, youden(Detector("n", 0, 0, 2, 9, "answers alone"))))
 
 
 def test_a_corrected_change_is_larger_and_its_interval_holds_the_detectors_error_too():

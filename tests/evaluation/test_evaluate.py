@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.__main__ import run_unit
-from sarm.config import Config, EvaluateConfig, RefusalDetectorConfig, UserError
+from sarm.config import Config, EvaluateConfig, RefusalDetectorConfig, UserError, parse_config
 from sarm.data.conversations import prompt_ids
 from sarm.data.datasets import Prompt, load_data, prompts_in
 from sarm.data.endings import ends, trim_to_last_sentence
@@ -160,10 +160,21 @@ def test_one_policy_is_in_memory_at_a_time(evaluated, monkeypatch):
         return model
 
     monkeypatch.setattr(responses, "open_policy", open_policy)
-    folders = [other, Path(config.policy.model)]
+    folders, told = [other, Path(config.policy.model)], []
     responses.generate_responses(
-        config, folders, prompts[:1], trained=True, device="cpu", progress=lambda *_: None
+        config,
+        folders,
+        prompts[:1],
+        trained=True,
+        device="cpu",
+        progress=lambda *said: told.append(said),
     )
+    answered = [said for said in told if said[2] == "prompts answered"]
+    assert answered == sorted(answered) and answered[-1][:2] == (4, 4)
+    assert [s for s in told if s not in answered] == [
+        (2, 4, "log-probabilities"),
+        (4, 4, "log-probabilities"),
+    ]
     assert len(opened) == 3  # and the base, for the KL
 
 
@@ -314,7 +325,9 @@ def test_unended_is_what_was_cut_in_mid_sentence(evaluated):
     assert table["unended"].any()
 
 
-def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters(evaluated):
+def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters(
+    evaluated, monkeypatch
+):
     config, _, prompts, table, _ = evaluated
     assert (table["spelled"] == 0).all()
     texts = ["Sure.", "Sure.<|eot_id|>No.", "<|pad|> <|eot_id|><|eot_id|", "Sure.<|eot_id|>"]
@@ -323,6 +336,39 @@ def test_special_tokens_that_a_response_spells_are_counted_and_scored_as_letters
     )
     assert found["spelled"].tolist() == [0, 1, 2, 1]
     assert found["reward"].nunique() == 4, "an end of turn that is spelled ends nothing"
+    tree = config.model_dump(mode="json")
+    tree["ppo"]["penalty"]["clamp"] = 0.0
+
+    def made(model, tokenizer, features, penalty, *_, **__):
+        raise LookupError(penalty.clamp)
+
+    monkeypatch.setattr(evaluate.CompoundReward, "from_features", made)
+    with pytest.raises(LookupError, match=r"^None$"):  # what training clamps is read whole
+        held = parse_config(tree, "test")
+        evaluate.score_responses(held, features_of(config), [], [], (None, None))
+
+
+def test_some_generations_are_theirs_in_every_field():
+    def numbers(n):
+        return np.arange(4.0) + n
+
+    columns = [[[i] for i in range(4)], [[i, 9] for i in range(4)], [3, 2, 1, 0], list("abcd")]
+    made = responses.Generations(*columns, [True, False, True, True], str, numbers(10), numbers(20))
+    assert [list(x) if x is not str else x for x in made.of([2, 0])] == [
+        [[2], [0]],
+        [[2, 9], [0, 9]],
+        [1, 3],
+        ["c", "a"],
+        [True, True],
+        str,
+        [12.0, 10.0],
+        [22.0, 20.0],
+    ]
+
+
+def test_without_a_judge_harm_is_not_known():
+    found = evaluate.judged(None, ["q"] * 2, ["a"] * 2, "cpu")
+    assert found.dtype == np.float64 and np.isnan(found).all() and found.shape == (2,)
 
 
 def test_labels_that_are_not_mapped_stop_it_before_anything_is_generated(

@@ -109,3 +109,16 @@ def test_more_of_anything_detects_less() -> None:
         assert detectable_difference(0.3, **(plan | more)) < size
     assert detectable_difference(0.3, **(plan | {"seeds": 1})) == 1.0, "one seed shows nothing"
     assert detectable_difference(0.3, **(plan | {"seed_sd": 0.05})) > size
+
+
+def test_the_detectable_difference_by_hand() -> None:
+    planned = {"samples": 2, "seeds": 4, "within_share": 0.5}
+    found = detectable_difference(0.3, prompts=30, seed_sd=0.02, **planned)
+    by_prompts = (2 * 0.3 * 0.7 * 0.5 / 8 + 1 / 32) / 30
+    by_seeds = 2 * 0.02**2 / 4
+    variance = by_prompts + by_seeds
+    df = variance**2 / (by_prompts**2 / 29 + by_seeds**2 / 3)
+    want = (stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df)) * math.sqrt(variance)
+    assert found == pytest.approx(want) and 0.05 < found < 0.5
+    assert detectable_difference(0.3, prompts=30, seed_sd=0.02, **planned | {"seeds": 1}) == 1.0
+    assert detectable_difference(0.3, prompts=1, seed_sd=0.02, **planned) == 1.0

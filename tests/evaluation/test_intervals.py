@@ -5,6 +5,7 @@ and a loop.
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_a_difference_between_seeds_widens_the_interval_and_more_prompts_do_not_
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.4])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 3), (60, 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 1), (2, 3), (60, 5)])
 def test_no_interval_has_zero_width_and_each_holds_its_estimate(value, shape):
     found = two_way(np.full(shape, value))
     assert found.low <= found.value <= found.high and found.high - found.low > 1 / shape[0] / 2
@@ -82,7 +83,10 @@ def test_two_prompts_that_agree_exclude_nothing():
 
 
 def test_nothing_has_no_interval():
-    assert math.isnan(two_way(np.zeros((0, 3))).low)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shape in ((0, 3), (3, 0)):
+            assert all(map(math.isnan, two_way(np.zeros(shape))))
 
 
 def test_the_detectable_effect_is_that_of_a_power_calculation():

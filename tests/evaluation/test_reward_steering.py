@@ -167,6 +167,7 @@ def test_steering_summary_by_hand():
     # two prompts: one of them alone
     assert (rejected["delta_low"], rejected["delta_high"]) == pytest.approx((-0.5, 1.5))
     (pair,) = summary["pairs"]
+    assert pair["source"] == "RB2 Safety"
     assert (pair["margin_before"], pair["margin_after"], pair["margin_delta"]) == pytest.approx(
         (0.4, -0.1, -0.5)
     )

@@ -27,6 +27,7 @@ from sarm.evaluation.sarm_check import (
     compared,
     likeliest,
     measure,
+    other_ways,
     samples,
     tolerances,
     with_bos,
@@ -211,7 +212,8 @@ def test_figures_are_those_of_the_obvious_code(own: Path) -> None:
     given, missing = samples(config, None)
     assert missing == [] and len(given[0].items) == PROMPTS
     model, tokenizer = load_sarm(config.sarm, "cpu")
-    found = measure(model, tokenizer, given, config.sarm)[0].benchmark
+    (measured,) = measure(model, tokenizer, given, config.sarm)
+    found = measured.benchmark
     dense = measure(model, tokenizer, given, config.sarm, topk=False)[0].benchmark
     right, dense_right, errors, targets, negative = [], [], [], [], 0
     for item in given[0].items:
@@ -236,6 +238,12 @@ def test_figures_are_those_of_the_obvious_code(own: Path) -> None:
     states = torch.stack(targets)
     fvu = torch.stack(errors).square().sum() / (states - states.mean(0)).square().sum()
     assert found.fvu == pytest.approx(float(fvu), rel=1e-4)
+    squared, variance = (
+        torch.stack(errors).square().sum(1),
+        (states - states.mean(0)).square().sum(1),
+    )
+    spread = (squared - fvu * variance).square().sum().sqrt() / variance.sum()
+    assert measured.fvu_error == pytest.approx(float(spread), rel=1e-3)
     assert (found.mean_k, found.best_of_n) == (16.0, None)
     assert found.negative == pytest.approx(negative / (2 * PROMPTS * 16))
 
@@ -452,3 +460,17 @@ def test_bos_tokens_are_set_to_a_number() -> None:
         [1, 1, 5, 1, 6],
     ]
     assert with_bos(text, 1, 2).reward_position == 4
+
+
+def test_every_other_way_to_read_is_tried_and_the_present_one_is_not() -> None:
+    without = {"no TopK before the head": {"topk": False}}
+    assert other_ways(1, False) == without
+    assert other_ways(1, True) == without | {"no BOS": {"bos": 0}, "two BOS tokens": {"bos": 2}}
+    assert other_ways(2, True) == without | {"no BOS": {"bos": 0}, "one BOS": {"bos": 1}}
+
+
+def test_a_card_without_figures_has_nothing_to_compare() -> None:
+    empty = PUBLISHED.model_copy(
+        update={"d_sae": None, "k": None, "layers": None, "head": {}, "overall": None}
+    )
+    assert compared(empty, facts(), [], ["a file"]).verdict == "nothing to compare"

@@ -174,7 +174,10 @@ MORE = {
         instrument=Instrument(detector=DETECTOR, confirmed=True),
     ),
     "monitors do not fall on control": lambda: verdict_of(
-        instrument=SOUND._replace(monitors_control=Bounds(value=0.1, low=-0.04, high=0.26))
+        instrument=SOUND._replace(monitors_control=Bounds(value=0.604, low=-0.704, high=1.906))
+    ),
+    "blind and suppressed": lambda: verdict_of(
+        arm(over_refused=0.16), instrument=SOUND._replace(kappa=None)
     ),
     "less likely": lambda: verdict_of(arm(base_logprob=-2.4), rule=VerdictConfig(coherence=0.9)),
     "a rise within the margin": lambda: verdict_of(
@@ -206,7 +209,12 @@ def test_every_sentence_is_the_golden_one():
 
 def told(verdict: Verdict) -> str:
     """Words and figures, a line each."""
-    figures = (verdict.delta, verdict.length_ratio, verdict.logprob_drop)
+    figures = (
+        verdict.delta,
+        verdict.length_ratio,
+        verdict.logprob_drop,
+        *(verdict.joint or ())[:3],
+    )
     gaps = ", ".join(verdict.gaps) or "no gaps"
     found = f"{verdict.word}, rung {verdict.rung}, {verdict.side or 'no side'}, {gaps}"
     changes = " ".join(f"{figure:.4f}" for figure in figures)

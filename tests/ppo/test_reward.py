@@ -123,6 +123,32 @@ def test_a_clamp_changes_the_reward_and_not_the_penalty(
     )
 
 
+def test_an_answer_that_ended_is_scored_whole_and_another_up_to_its_last_sentence(
+    sarm: SarmModel, tiny_tokenizer: Any, some: list[Penalised]
+) -> None:
+    reward = reward_of(sarm, tiny_tokenizer, some, stop_ids=[3])
+    asked, said = ["Why?"] * 3, ["I will not. Please call"] * 3
+    got = reward(asked, said, completion_ids=[[5, 3], [5, 9], []])
+    whole, cut = (
+        reward.score([conversation("Why?", text)]).total.item() for text in (said[0], "I will not.")
+    )
+    assert got == pytest.approx([whole, cut, cut], abs=1e-4) and abs(whole - cut) > 1e-3
+    untrimmed = reward_of(sarm, tiny_tokenizer, some, stop_ids=[3], trim=False)
+    assert untrimmed(asked, said) == pytest.approx([whole] * 3, abs=1e-4)
+
+
+def test_a_reward_keeps_no_rank_beyond_topk_and_knows_its_latents(
+    sarm: SarmModel, tiny_tokenizer: Any, some: list[Penalised]
+) -> None:
+    assert reward_of(sarm, tiny_tokenizer, some).extra_ranks == 0
+    with pytest.raises(UserError) as refused:
+        reward_of(sarm, tiny_tokenizer, some, monitors=[sarm.d_sae, -1])
+    assert str(refused.value) == (
+        f"latents [{sarm.d_sae}, -1] are not in this SARM, which has {sarm.d_sae}; use the"
+        " features.json made with it"
+    )
+
+
 def test_density_penalty_by_hand() -> None:
     z = T([[2.0, 0.0], [1.0, 0.0], [0.0, 0.5]])
     p = batch_rates(z, lambda x: x)
@@ -332,6 +358,14 @@ def dose(z: Tensor, penalised: Sequence[Penalised], kind: Any = "threshold") -> 
 
 def columns(z: Tensor, candidates: list[int], chosen: Sequence[Penalised]) -> Tensor:
     return z[:, [candidates.index(p.latent) for p in chosen]]
+
+
+def test_doses_are_means_by_latent() -> None:
+    penalised = [Penalised(0, 2.5, 0.2), Penalised(1, 0.5, 0.1)]
+    doses = {kind: PENALTIES[kind].doses(Z, penalised).tolist() for kind in PENALTIES}
+    assert doses["threshold"] == pytest.approx([0.2 * 3 / 4, 0.1 / 4])
+    assert doses["hinge"] == pytest.approx([0.2 * (2.5 + 1.5 + 0.5) / 4, 0.1 * 0.5 / 4])
+    assert doses["density"] == pytest.approx([0.2, 0.1 / 4])
 
 
 def test_random_latents_match_each_rate_by_hand() -> None:

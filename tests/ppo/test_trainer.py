@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from sarm.data.datasets import Prompt
 from sarm.data.endings import Ending
 from sarm.llama.decoders import decoder_for
 from sarm.llama.generate import Rollout
-from sarm.ppo.batching import Mix, mini_batches, mix_of, rows_of_step
+from sarm.ppo.batching import Mix, fitting_prompts, mini_batches, mix_of, rows_of_step
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.cuda_graphs import Recorded
 from sarm.ppo.learner.distributed import place
@@ -36,7 +37,7 @@ from sarm.ppo.learner.export import exported, save_policy
 from sarm.ppo.learner.learner import Logprobs
 from sarm.ppo.learner.micro_batches import micro_batches, scatter
 from sarm.ppo.loop import train
-from sarm.ppo.metrics import ending_metrics, refuse_mismatch
+from sarm.ppo.metrics import ending_metrics, refuse_mismatch, score_metrics
 from sarm.ppo.trainer import Experience
 from tests.ranks import (
     PlantedReward,
@@ -130,6 +131,98 @@ def test_a_share_of_none_or_all_needs_one_kind_alone() -> None:
     for kinds, share in (("uuu", 0.0), ("sss", 1.0)):
         drawn = rows_of_step(["a", "b", "c"], 0, 0, 6, mix=mixed(kinds, share))
         assert sorted(drawn[:3]) == sorted(drawn[3:]) == [0, 1, 2]
+
+
+def asked(*texts: str) -> list[Prompt]:
+    return [
+        Prompt(f"p{i}", ({"role": "user", "content": text},), "s", "unsafe", "", "ppo")
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_prompts_that_do_not_fit_are_refused_skipped_or_cut() -> None:
+    tokenizer, prompts = tiny_tokenizer(), asked("Hi", "help me " * 40, "Why?", "go " * 60)
+    ids = [prompt_ids(tokenizer, p.messages) for p in prompts]
+    limit = max(len(ids[0]), len(ids[2]))
+    ppo = tiny_ppo(max_prompt_tokens=limit, long_prompts="refuse")
+    with pytest.raises(UserError) as refused:
+        fitting_prompts(ppo, prompts, tokenizer, None)
+    assert str(refused.value) == (
+        f"2 of the 4 ppo prompts have more than ppo.max_prompt_tokens={limit} tokens (p1, p3 ...);"
+        " raise it or set ppo.long_prompts to skip or truncate"
+    )
+    skipped = ppo.model_copy(update={"long_prompts": "skip"})
+    assert fitting_prompts(skipped, prompts, tokenizer, limit + 8) == (
+        [prompts[0], prompts[2]],
+        [ids[0], ids[2]],
+        2,
+    )
+    cut = fitting_prompts(
+        ppo.model_copy(update={"long_prompts": "truncate"}), prompts, tokenizer, None
+    )
+    assert cut.prompts == prompts and cut[2] == 2
+    assert cut[1][1] == [ids[1][0], *ids[1][len(ids[1]) - limit + 1 :]]
+    with pytest.raises(UserError, match=f"none of the 1 ppo prompts has at most {limit} tokens"):
+        fitting_prompts(skipped, prompts[1:2], tokenizer, None)
+    with pytest.raises(UserError, match=f"max_prompt_tokens {limit} and max_new_tokens 8 exceed"):
+        fitting_prompts(ppo, prompts, tokenizer, limit + 7)
+
+
+def test_rates_of_monitors_are_logged_under_their_own_names() -> None:
+    reward: Any = SimpleNamespace(metrics=lambda _: {"a": 1.0}, monitors=(7, 9, 5), kind="hinge")
+    scores: Any = SimpleNamespace(
+        monitors_z=torch.tensor(
+            [[2.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 3.0, 1.0], [2.0, 0.0, 0.0]]
+        )
+    )
+    tracked: Any = [
+        SimpleNamespace(latent=latent, tau=tau) for latent, tau in ((5, 0.5), (7, 1.5), (11, 0.5))
+    ]
+    assert score_metrics(reward, scores, tracked) == {"a": 1.0, "rate/5": 0.75, "rate/7": 0.5}
+    assert score_metrics(reward, scores, tracked[2:]) == {"a": 1.0}
+
+
+class Steps:
+    """A trainer whose steps do nothing, or raise."""
+
+    def __init__(self, error: Exception | None = None, **ppo: Any) -> None:
+        self.ppo, self.error = tiny_ppo(**ppo), error
+        drift = SimpleNamespace(mean=None, passed=lambda before, distances: [])
+        self.progress = SimpleNamespace(step=0, drift=drift)
+        self.learner = SimpleNamespace(out_of_memory=lambda n: f"no room for {n} tokens")
+        self.reward = SimpleNamespace(tokens_per_batch=77)
+
+    def run_step(self) -> dict[str, Any]:
+        if self.error:
+            raise self.error
+        self.progress.step += 1
+        return {"kl": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "saved", "over"),
+    [(None, [2], True), (1, [1], False), (2, [2], False), (3, [2], True)],
+)
+def test_training_says_whether_it_is_over(
+    stop_at: int | None, saved: list[int], over: bool
+) -> None:
+    steps, saves, lines = Steps(steps=3, checkpoint_every=2), [], []
+    step = lambda: steps.progress.step  # noqa: E731
+    assert over is train(
+        steps,  # type: ignore[arg-type]
+        save=lambda: saves.append(step()) or Path("kept"),  # type: ignore[func-returns-value]
+        log=lines.append,
+        stop_requested=lambda: step() == stop_at,
+    )
+    assert lines == [{"step": i, "kl": 0.5} for i in range(step())]
+    assert step() == (3 if over else stop_at)
+    assert saves == ([2, 3] if stop_at == 3 else saved)
+
+
+def test_out_of_memory_names_the_step_and_how_much_was_scored_at_once() -> None:
+    steps: Any = Steps(torch.OutOfMemoryError("CUDA"))
+    with pytest.raises(UserError, match=r"^step 0: no room for 77 tokens$"):
+        train(steps, save=Path, log=print, stop_requested=bool)
 
 
 def test_minibatches_split_the_batch() -> None:

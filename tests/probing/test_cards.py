@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,7 +23,15 @@ from jobs.__main__ import main, run_unit
 from jobs.cards import texts_of
 from reports.cards import bars, cards_page, marked, own_by_latent
 from sarm.config import CardsConfig, LabelConfig, UserError
-from sarm.probing.cards import activity, histogram, label_rows, latent_cards, selected_latents
+from sarm.data.datasets import Text
+from sarm.probing.cards import (
+    _text,
+    activity,
+    histogram,
+    label_rows,
+    latent_cards,
+    selected_latents,
+)
 from sarm.probing.edits import edit_effects, minimal_edits
 from sarm.probing.effects import Encoded, read_encoded
 from sarm.probing.labels import (
@@ -36,7 +45,7 @@ from sarm.probing.labels import (
     mixed,
     numbers_in,
 )
-from sarm.reward_model.interventions import latent_values
+from sarm.reward_model.interventions import Ranks, latent_values
 from sarm.run import RunDir
 from tests.runs import feature, features
 
@@ -173,6 +182,59 @@ def test_label_rows_keep_discovery_apart_from_what_is_scored(
     assert len(rows.held_active) == len(rows.held_silent) == 12
 
 
+def test_values_gaps_and_texts_shown_by_hand() -> None:
+    ranks = Ranks(
+        np.array([[4, 1, 2, 0], [1, 0, 4, 2], [2, 0, 1, 4]], np.int32),
+        np.array([[5, 3, 2.5, 1], [7, 6, 5.5, 2], [9, 8, 4, 1]], np.float32),
+        2,
+        5,
+    )
+    texts = pd.DataFrame({"prompt_id": ["p", "q", "r"], "part": ["discovery"] * 3})
+    made = Encoded(texts, ranks, np.zeros((3, 2), np.float32), np.ones(5, np.float32))
+    found = activity(made, [1, 4])
+    assert found[1].z.tolist() == [3, 7, 0] and found[4].z.tolist() == [5, 0, 0]
+    assert found[1].gap.tolist() == [np.inf, np.inf, 8 - 4]
+    assert found[4].gap.tolist() == [np.inf, 6 - 5.5, 8 - 1]
+    rows = label_rows(found[1], made, CardsConfig(top=1, controls=1), 2, 0)
+    assert (rows.active, rows.silent) == ([1], [2]), "the text where it is largest"
+    messages = tuple({"role": "user", "content": str(i)} for i in range(4))
+    text = Text("t", "p", "s", "test", "chosen", messages)
+    assert _text(text, pd.Series({"reward": 0.5})) == {
+        "prompt": "2",
+        "earlier_turns": 2,
+        "response": "3",
+        "label": "chosen",
+        "part": "test",
+        "source": "s",
+        "reward": 0.5,
+    }
+
+
+def test_the_endpoint_is_waited_for_as_long_as_the_config_says() -> None:
+    given = LabelConfig(url="http://127.0.0.1", model="m", key_variable=None, timeout_s=7.5)
+    with Endpoint(given) as endpoint:
+        assert endpoint._client.timeout == httpx.Timeout(7.5)
+
+
+def test_the_endpoint_is_asked_by_system_and_user() -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json={"choices": [{"message": {"content": "a label"}}]})
+
+    given = LabelConfig(url="http://127.0.0.1", model="m", key_variable=None, max_tokens=77)
+    endpoint = Endpoint(given)
+    endpoint._client = httpx.Client(transport=httpx.MockTransport(answer))
+    with endpoint:
+        assert endpoint.ask("be brief", "what is it?") == "a label"
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "what is it?"},
+    ]
+    assert asked == [{"model": "m", "messages": messages, "temperature": 0, "max_tokens": 77}]
+
+
 # Minimal edits
 
 
@@ -203,6 +265,7 @@ def test_edit_effects_by_hand() -> None:
     )
     found = edit_effects(edits, np.array([0.0, 2.0, 1.0, 1.5, 0.0, 0.0, 1.0, 1.0]))
     assert found == (4, 3, 1, [0, 1])
+    assert edit_effects(edits, np.array([0.5, 0.0, 0.0, 0.25, 0.0, 0.0, -1.0, -1.0])).on_either == 2
 
 
 def test_minimal_edits_in_real_data_are_counted(real_data: Path) -> None:

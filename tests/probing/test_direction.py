@@ -52,6 +52,21 @@ def world(candidates: int | None = None, twins: bool = False, texts: int = TEXTS
     return World(sae, weight, states, baseline(sae, weight, states, K, candidates))
 
 
+def test_tiles_fit_in_their_bytes_and_hold_their_own_latents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    w = world()
+    monkeypatch.setattr(direction, "TILE_BYTES", 8 * (D_SAE + 8 * TEXTS) * 7 + 5)
+    assert direction.tile_rows(w.base) == 7
+    monkeypatch.setattr(direction, "TILE_ROWS", 6)
+    assert direction.tile_rows(w.base) == 6
+    whole = next(direction.tiles(w.base, w.sae, range(D_SAE), D_SAE))
+    for tile in direction.tiles(w.base, w.sae, range(10, 40), 16):
+        for part, all_of_it in zip(tile[1:], whole[1:], strict=True):
+            want = all_of_it[tile.latents.start : tile.latents.stop]
+            torch.testing.assert_close(part, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("candidates", [None, K, 20, D_SAE])
 @pytest.mark.parametrize("c", [3.0, -3.0, 0.5])
 def test_every_latent_equals_moving_the_states(candidates: int | None, c: float) -> None:

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from sarm.probing import nulls
+from sarm.probing.contrast import Contrast
 from sarm.probing.nulls import matched_null
-from tests.probing.test_probing import config_with
+from tests.probing.test_probing import config_with, planted_world
 
 LATENTS = 300
 
@@ -89,6 +90,37 @@ def test_a_role_that_lowers_the_margin_is_ahead_where_it_lowers_it_more() -> Non
     t["effect"], t["effect_validation"] = -t["effect"], -t["effect_validation"]
     assert found(t, np.where(t["confirmed"], -0.9, -0.3))["p"] < 0.01
     assert found(t, np.where(t["confirmed"], -0.1, -0.3))["p"] == 1.0
+
+
+def test_the_null_is_the_same_under_the_same_seed() -> None:
+    effect = np.random.default_rng(1).normal(size=LATENTS)
+    one, again = found(table(), effect), found(table(), effect)
+    assert one == again and one["null_low"] < one["null_high"]
+
+
+def test_shuffled_labels_are_dealt_to_both_sides_and_nothing_is_confirmed_without_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded, contrasts = planted_world(2, prompts=100)
+    labels = -contrasts["discovery"].labels
+    assert (nulls._relabelled(contrasts["discovery"], labels).labels == labels).all()
+    config = config_with(select__stability_repeats=3, select__fdr=0.9)
+    none = Contrast(*(x[:0] for x in contrasts["validation"][:4]), 0)
+    rows = nulls.shuffled_labels(encoded, contrasts | {"validation": none}, config, "cpu")
+    assert max(row["discoveries"] for row in rows) > 0 and len(rows) == 3
+    assert [row["confirmed"] for row in rows] == [0] * 3
+    given: list[Any] = []
+
+    def confirm(*arguments: Any) -> Any:
+        given.append(arguments[2:])
+        return np.arange(64) < 5
+
+    monkeypatch.setattr(nulls, "confirm", confirm)
+    rows = nulls.shuffled_labels(encoded, contrasts, config, "cpu")
+    assert [row["confirmed"] for row in rows] == [5] * 3
+    assert [one[1:] for one in given] == [(config, "cpu")] * 3
+    for (contrast, *_), before in zip(given, [contrasts["validation"]] * 3, strict=True):
+        assert (contrast.rows == before.rows).all() and (contrast.labels != before.labels).any()
 
 
 def test_too_little_to_compare_with_gives_no_row() -> None:

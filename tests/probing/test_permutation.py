@@ -12,6 +12,8 @@ import scipy.sparse
 import scipy.stats
 import torch
 
+from sarm.philox import philox
+from sarm.probing import contrast as contrasts
 from sarm.probing import permutation
 from sarm.probing.contrast import Contrast, deal_of, dealt_labels, permuted_labels
 from sarm.probing.permutation import (
@@ -272,12 +274,41 @@ def test_labels_become_integers_that_add_up_to_zero() -> None:
     )
 
 
+def test_the_number_of_a_response_is_philox_s_and_the_first_of_two_equal_ones_the_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deal = deal_of(one_against(2, 7))
+    numbers = [0, 5, 2**33 + 1]
+    dealt = dealt_labels(deal, torch.tensor(numbers), 3)
+    for row, number in enumerate(numbers):
+        for first in range(0, 21, 3):
+            keys = []
+            for r in range(first, first + 3):
+                at = [torch.tensor([x]) for x in (r // 4, number & (2**32 - 1), number >> 32)]
+                keys.append(int(philox((*at, contrasts.LABELS), contrasts.words_of(3))[r % 4]))
+            for r in range(3):
+                rank = sum(key < keys[r] for key in keys)
+                assert dealt[row, first + r] == deal.labels[first + rank]
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            contrasts,
+            "philox",
+            lambda at, key: tuple(torch.zeros_like(at[0]).expand(4, *at[0].shape)),
+        )
+        assert (dealt_labels(deal, torch.arange(2), 3).numpy() == deal.labels).all()
+
+
 def test_chunks_change_no_label() -> None:
     deal = deal_of(odd_contrast())
     whole = dealt_labels(deal, torch.arange(50), 3)
     parts = [dealt_labels(deal, torch.arange(a, b), 3) for a, b in ((0, 1), (1, 33), (33, 50))]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(whole, dealt_labels(deal, torch.arange(50), 4))
+
+
+def test_a_row_of_zeros_is_multiplied_with_one() -> None:
+    unit = permutation._unit(torch.tensor([[0.0, 0.0], [2.0, -4.0]]), 1)
+    assert unit.tolist() == [1.0, LEVELS / 4]
 
 
 def test_values_are_integers_that_fit() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,15 @@ import scipy.stats
 from sarm.config import PenaltyConfig, UserError, parse_config
 from sarm.data.datasets import Pair, Prompt, text_id
 from sarm.probing.contrast import Contrast, permuted_labels
-from sarm.probing.effects import Encoded, contrast_of, latent_effects, latent_table, roles
-from sarm.probing.select import judged, ranked, select_features
+from sarm.probing.effects import (
+    Encoded,
+    contrast_of,
+    latent_contributions,
+    latent_effects,
+    latent_table,
+    roles,
+)
+from sarm.probing.select import feature, judged, ranked, select_features
 from sarm.probing.stats import (
     benjamini_hochberg,
     bootstrap_intervals,
@@ -404,11 +412,13 @@ def test_monitors_keep_away_from_the_penalised() -> None:
 def test_tau_and_alpha_are_resolved_to_numbers() -> None:
     encoded, contrasts = planted_world(2, prompts=200)
     penalty = {"tau": None, "tau_quantile": 0.8, "alpha": 2.0, "alpha_unit": "reward_sd"}
-    config = config_with(ppo__penalty=penalty)
+    config = config_with(ppo__penalty=penalty | {"clamp": 3.5})
     features = select_features(
         latent_table(encoded, contrasts, 0, 64, config), encoded, config, orthogonal
     )
     texts = encoded.texts
+    assert features["clamp"] == 3.5
+    assert features["n_prompts"] == {"discovery": 100, "validation": 100, "test": 0}
     sd = texts.loc[texts["part"] == "discovery", "reward"].std()
     rejected = np.flatnonzero(
         ((texts["part"] == "discovery") & (texts["label"] == "rejected")).to_numpy()
@@ -432,6 +442,64 @@ def test_tau_and_alpha_are_resolved_to_numbers() -> None:
             ((z[len(rejected) :] > 0).sum() + 0.5) / (len(chosen) + 1)
         )
         assert 0.1 < features["discovery_rates"][str(entry["latent"])] <= 0.2
+
+
+def test_a_feature_is_its_row_of_the_table() -> None:
+    columns = (
+        "weight delta_z_validation effect_validation effect_low_validation effect_high_validation"
+        " effect effect_head_validation effect_reselected_validation effect_chosen_validation"
+        " effect_rejected_validation p q p_validation density"
+    ).split()
+    row = pd.Series({name: 0.5 + i for i, name in enumerate(columns)}, dtype=object)
+    row["p_validation"], row["latent"] = math.nan, 7
+    row["role"], row["confirmed"] = "misleading", np.bool_(True)
+    names = (
+        "weight delta_z effect effect_low effect_high effect_discovery effect_head"
+        " effect_reselected effect_chosen effect_rejected p q p_validation density"
+    ).split()
+    assert feature(row, config_with().select) == {
+        "latent": 7,
+        "role": "misleading",
+        "confirmed": True,
+        **{name: 0.5 + i for i, name in enumerate(names)},
+        "p_validation": None,
+    }
+
+
+def test_random_candidates_say_what_they_are_matched_to() -> None:
+    encoded, contrasts = planted_world(2, prompts=200)
+    config = config_with(select__random_candidates=5)
+    table = latent_table(encoded, contrasts, 0, 64, config)
+    features = select_features(table, encoded, config, orthogonal)
+    by_number, found = judged(table, config.select), features["random_candidates"]
+    targets = {p["latent"]: p for p in features["penalised"]}
+    assert [c["matched_to"] for c in found] == [*targets, *targets, next(iter(targets))]
+    for candidate in found:
+        row = by_number.loc[candidate["latent"]]
+        assert candidate["alpha"] == targets[candidate["matched_to"]]["alpha"]
+        assert candidate["weight"] == row["weight"] and candidate["density"] == row["density"]
+        assert candidate["effect"] == row["effect_validation"]
+
+
+@pytest.mark.parametrize("effect", ["head", "reselected"])
+def test_contributions_are_of_the_configured_effect(effect: str) -> None:
+    encoded, contrasts = planted_world(2, prompts=20)
+    ranks, w = encoded.ranks, encoded.head_weight.astype(float)
+    found = latent_contributions(
+        encoded, contrasts["discovery"], config_with(select__effect=effect), 3, 40
+    ).toarray()
+    for at, row in enumerate(contrasts["discovery"].rows.tolist()):
+        values = dict(zip(ranks.indices[row].tolist(), ranks.values[row].tolist(), strict=True))
+        kept = ranks.indices[row, : ranks.k].tolist()
+        up = int(ranks.indices[row, ranks.k])
+        less = w[up] * values[up] if effect == "reselected" else 0.0
+        want = [w[i] * values[i] - less if i in kept else 0.0 for i in range(3, 40)]
+        assert found[:, at] == pytest.approx(want)
+
+
+def test_a_contrast_of_nothing_has_integers_all_the_same() -> None:
+    nothing = contrast_of([], {})
+    assert nothing.rows.dtype == nothing.prompts.dtype == np.int64 and nothing.n_prompts == 0
 
 
 def test_rates_and_the_rewards_deviation_by_hand() -> None:

@@ -16,12 +16,14 @@ from reports.probe_sections import rankings
 from reports.validity_sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
+from sarm.probing import rediscovery
+from sarm.probing import validity as validity_module
 from sarm.probing.baselines import baselines, bradley_terry, pair_rows, words_alone
 from sarm.probing.contrast import Contrast
 from sarm.probing.effects import Encoded, contrasts_of, latent_contributions, latent_table
 from sarm.probing.nulls import shuffled_labels
-from sarm.probing.permutation import permutation_p
-from sarm.probing.rediscovery import discover, joined, of_prompts, rank_correlation
+from sarm.probing.permutation import permutation_p, permutations_needed
+from sarm.probing.rediscovery import Found, discover, joined, of_prompts, rank_correlation
 from sarm.probing.replication import (
     confirmed_replication,
     feature_replication,
@@ -30,6 +32,7 @@ from sarm.probing.replication import (
     unread,
 )
 from sarm.probing.select import judged
+from sarm.probing.stats import holm
 from sarm.probing.upstream import compared_rankings
 from sarm.probing.validity import sensitivity, validity
 from sarm.reward_model.interventions import Ranks
@@ -165,6 +168,8 @@ def test_listed_latents_are_tried_on_sources_that_selection_never_read(world) ->
     states = {latent: rows[0]["replicates"] for latent, rows in found.items()}
     assert states == dict.fromkeys(BOTH, True) | dict.fromkeys((*ONLY_A, TURNED), False)
     assert {row["source"] for rows in found.values() for row in rows} == {"B"}
+    p = {latent: rows[0]["p"] for latent, rows in found.items()}
+    assert [found[i][0]["p_holm"] for i in p] == pytest.approx(holm(np.array(list(p.values()))))
     row = found[3][0]
     assert row["effect_low"] < row["effect"] < row["effect_high"]
 
@@ -190,6 +195,45 @@ def test_repeating_the_selection(world) -> None:  # type: ignore[no-untyped-def]
     assert np.mean([r["again"] for r in by_what["75% of the prompts"]]) >= np.mean(
         [r["again"] for r in by_what["25% of the prompts"]]
     )
+
+
+def test_a_split_is_confirmed_on_the_prompts_that_it_did_not_discover_on(
+    world,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded, data, config, table = world
+    nothing = np.zeros(D_SAE, bool)
+    mine: list[set[int]] = []
+    rest: list[set[int]] = []
+
+    def found(encoded: Any, contrasts: Any, *_: Any) -> Found:
+        mine.append({int(row) for contrast in contrasts for row in contrast.rows})
+        return Found(nothing, np.zeros(D_SAE), np.ones(D_SAE), nothing)
+
+    def confirmed(encoded: Any, found: Any, contrast: Contrast, *_: Any) -> Any:
+        rest.append(mine[-1] | {-1} if mine[-1] & set(contrast.rows) else set(contrast.rows))
+        return nothing
+
+    monkeypatch.setattr(validity_module, "discover", found)
+    monkeypatch.setattr(validity_module, "confirm", confirmed)
+    sensitivity(table, encoded, data, config, "cpu")
+    read = encoded.texts["part"].isin(["discovery", "validation"]).to_numpy()
+    splits = mine[2:4]
+    assert len(rest) == 2 and splits[0] != splits[1]
+    for one, other in zip(splits, rest, strict=True):
+        assert (len(one), len(other)) == (180, 90)
+        assert sorted(one | other) == np.flatnonzero(read).tolist()
+
+
+def test_tested_again_are_twenty_times_the_permutations_that_are_needed(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, _ = world
+    ((_, contrast),) = unread(encoded, data, config)
+    latents = np.array([*BOTH, 5])
+    effect, p = rediscovery.tested_again(encoded, latents, contrast, config, "cpu")
+    drawn = 20 * permutations_needed(3, 0.05)
+    assert drawn > 1000 and p[:2].tolist() == [2 / (drawn + 1)] * 2, "no deal matched these"
+    values = latent_contributions(encoded, contrast, config)
+    assert effect == pytest.approx((values[latents] @ contrast.labels) / contrast.n_prompts)
 
 
 def test_dense_probes_see_what_is_planted_in_the_states(world) -> None:  # type: ignore[no-untyped-def]
@@ -399,8 +443,18 @@ def test_discovery_here_is_the_probe_s(world) -> None:  # type: ignore[no-untype
     assert permutation_p(values, contrast, 1000, 1280, 0)[0] == found.p[3]
 
 
+def test_the_effect_on_two_contrasts_is_that_of_all_their_prompts(world) -> None:  # type: ignore[no-untyped-def]
+    encoded, data, config, _ = world
+    whole = contrasts_of(data, encoded, ())["discovery"]
+    few = np.arange(whole.n_prompts) < 7
+    parts = [of_prompts(whole, few), of_prompts(whole, ~few)]
+    both = discover(encoded, parts, config, 0, "cpu").effect
+    assert both == pytest.approx(discover(encoded, [whole], config, 0, "cpu").effect)
+
+
 def test_pairs_weigh_prompts_alike(world) -> None:  # type: ignore[no-untyped-def]
     encoded, data, _, _ = world
     rows = pair_rows(data.pairs[:3], {id_: row for row, id_ in enumerate(encoded.texts["text_id"])})
     assert rows.chosen.tolist() == [0, 0, 3] and rows.rejected.tolist() == [1, 2, 4]
     assert rows.weight.tolist() == [0.25, 0.25, 0.5]
+    assert pair_rows([], {}).chosen.dtype == np.int64

@@ -643,6 +643,20 @@ def test_shown_steps():
         (numbers.count(4.28e9), "4B"),
         (numbers.count(134_515_008), "135M"),
         (numbers.count(1.24e9), "1.2B"),
+        (numbers.count(2e9), "2B"),
+        (numbers.count(1999), "2.0K"),
+        (numbers.count(999), "999"),
+        (numbers.size(2.5e12), "2.5TB"),
+        (numbers.size(9.95e3), "10kB"),
+        (numbers.size(999), "999B"),
+        (
+            numbers.points({"change": 0.017, "low": -0.05, "high": 0.083}),
+            "+1.7 points, 95 % interval [-5.0, +8.3]",
+        ),
+        (
+            numbers.points({"change": -0.02, "low": None, "high": 0.083}),
+            "-2.0 points, 95 % interval not known",
+        ),
         (numbers.size(30e9), "30GB"),
         (numbers.size(268_000_000), "268MB"),
         (numbers.size(9.97e9), "10GB"),
@@ -658,6 +672,22 @@ def test_shown_steps():
 )
 def test_numbers(shown, expected):
     assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("measure", "before", "after", "change", "cut"),
+    [
+        ("refused", 0.1, 0.35, 0.25, False),
+        ("over_refused", 0.3, 0.0, -0.4, True),
+        ("refused", 0.3, 0.3, 0.1, True),
+        ("harm", 0.3, 0.0, -0.4, False),
+        ("refused", None, 0.0, -0.4, False),
+        ("refused", 0.3, 0.0, None, False),
+    ],
+)
+def test_a_rate_cut_off_at_0_or_1_is_told(measure, before, after, change, cut):
+    given = {"measure": measure, "before": before, "after": after, "change": change}
+    assert numbers.cut_off(given) is cut
 
 
 # Eighty columns

@@ -5,6 +5,8 @@ by hand.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from sarm.data.conversations import tokenize_conversations
-from sarm.evaluation.examples import MOST, chosen_rows
+from sarm.data.datasets import Prompt
+from sarm.evaluation.examples import MOST, chosen_rows, own_examples
 from sarm.probing.siblings import by_direction, by_firing
 from sarm.reward_model.interventions import Ranks
 from sarm.reward_model.lens import lens_words
@@ -84,6 +87,9 @@ def test_siblings_by_direction_are_the_largest_cosines_whatever_their_sign():
     found = by_direction([0, 3], directions, most=2)
     assert found[0] == [{"latent": 2, "cosine": -1.0}, {"latent": 1, "cosine": pytest.approx(0.6)}]
     assert found[3][0]["latent"] == 1 and len(found[3]) == 1  # the others have a cosine of 0
+    # of equal cosines the lower numbers first
+    many = np.tile(np.array([[1.0, 0.0]], np.float32), (40, 1))
+    assert [one["latent"] for one in by_direction([2], many)[2]] == [0, 1, 3, 4, 5]
 
 
 def test_siblings_by_firing_are_correlations_of_who_fires():
@@ -105,6 +111,14 @@ def test_siblings_by_firing_are_correlations_of_who_fires():
             [phi for phi in others[:3] if phi > 0]
         )
     assert found[5] == []
+    # on the last of more latents nothing fires, nor is anything kept
+    indices = np.array([range(30), range(30), range(10, 40), range(10, 40)])
+    some = Ranks(indices, np.full((4, 30), 1.0), 30, 50)
+    assert by_firing([2], some)[2][0] == {"latent": 0, "phi": 1.0, "both": 2}
+    # nothing fires on the last of more latents, and equal phi are in the order of their numbers
+    many = Ranks(np.tile(np.arange(30), (4, 1)), np.full((4, 30), -1.0), 30, 50)
+    many.values[:2] = 1.0
+    assert [one["latent"] for one in by_firing([2], many)[2]] == [0, 1, 3, 4, 5]
 
 
 def test_examples_are_one_a_prompt_of_each_kind_and_distance():
@@ -130,3 +144,66 @@ def test_examples_are_one_a_prompt_of_each_kind_and_distance():
         for kind, most in MOST.items():
             prompts = [whose["prompt_id"][row] for row, what in mine if what == kind]
             assert 0 < len(prompts) == len(set(prompts)) <= most
+    tied = pd.DataFrame({"z_4": np.tile([1.0, 2.0], n // 2), "below_4": np.zeros(n)})
+    each = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(n)], "distance": 0.5})
+    assert [row for row, _, _ in chosen_rows(each, tied, [4], seed=3)] == [1, 3, 5]
+
+
+def test_own_examples_hold_what_the_latent_does_at_every_token(
+    tiny_sarm: Path, tiny_tokenizer: Any
+) -> None:
+    model = SarmModel.from_pretrained(tiny_sarm)
+    prompts = [
+        Prompt(f"p{i}", ({"role": "user", "content": f"Question {i}?"},), "s", "unsafe", "", "test")
+        for i in range(5)
+    ]
+    texts = [f"I will not do {i * i}. " * (i + 1) for i in range(5)]
+    whose: dict[str, Any] = {
+        "distance": [0.5] * 5,
+        "prompt_id": [p.id for p in prompts],
+        "source": ["s"] * 5,
+    }
+    z = [0.0, 3.0, 1.0, 0.0, 2.0]
+    watched = pd.DataFrame({"z_7": z, "below_7": [0.25, 0.0, 0.0, 0.5, 0.0]})
+    for latent in (4, 9):
+        watched[f"z_{latent}"], watched[f"below_{latent}"] = 0.0, [0.0, 0.0, 0.0, 0.0, 1.5]
+    config: Any = SimpleNamespace(seed=3, sarm=SimpleNamespace(max_length=64))
+    watch: Any = SimpleNamespace(penalised=[SimpleNamespace(latent=7)], monitors=[4, 9])
+    found = own_examples(config, watch, prompts, texts, whose, watched, (model, tiny_tokenizer))
+    mine = [e for e in found.examples if e["latent"] == 7]
+    of = [found.texts[e["text"]]["prompt_id"] for e in mine]
+    assert [(p, e["what"], e["z"]) for p, e in zip(of, mine, strict=True)] == [
+        ("p1", "top", 3.0),
+        ("p4", "top", 2.0),
+        ("p2", "top", 1.0),
+        ("p3", "below", 0.0),
+        ("p0", "below", 0.0),
+    ]
+    for example in found.examples:
+        text = found.texts[example["text"]]
+        row = whose["prompt_id"].index(text["prompt_id"])
+        (alone,) = token_activations(
+            model,
+            tiny_tokenizer,
+            [(*prompts[row].messages, {"role": "assistant", "content": texts[row]})],
+            [7, 4, 9],
+            max_length=64,
+        )
+        want = alone.of([7, 4, 9].index(example["latent"]))
+        assert text["tokens"] == alone.tokens and example["kept"] == want["kept"]
+        assert example["a"] == pytest.approx(want["a"], abs=1e-3)
+    nothing = watched * 0
+    for name in ("z_7", "z_4", "z_9"):
+        nothing[name] = np.nan
+    assert (
+        own_examples(
+            config,
+            watch,
+            prompts[:0],
+            [],
+            {k: [] for k in whose},
+            nothing[:0],
+            (model, tiny_tokenizer),
+        ).examples
+        == []
+    )

@@ -573,6 +573,23 @@ def test_undone_work_takes_everything_downstream_with_it() -> None:
     }
 
 
+def test_elements_wait_for_their_like_only_where_all_are_the_same() -> None:
+    """Arms that the profile throttles: an array, each evaluated once its own training has ended."""
+    tree = {**RAW, "ppo": {"seeds": [0, 1], "arms": ["penalty", "no_penalty"]}}
+    config = Config.model_validate(tree)
+    profile = Profile.model_validate({"description": "x", "phases": {"ppo": {"throttle": 2}}})
+    nodes = {task.node for task in tasks(config)}
+    batches = {batch.name: batch for batch in planning.plan(config, profile, nodes)}
+    trained, evaluated = batches["ppo.arms"], batches["evaluate.arms"]
+    assert len(trained.elements) == 4 and evaluated.elements == trained.elements
+    assert (evaluated.needs, evaluated.when) == (("ppo.arms",), "aftercorr")
+    assert trained.when == "afterok" and len(trained.needs) == 1
+    encoded = Config.model_validate({**tree, "encode": {"shards": 3}, "probe": {"shards": 3}})
+    todo = {task.node for task in tasks(encoded)}
+    for batch in planning.plan(encoded, Profile(description="x"), todo):
+        assert batch.when in ("afterok", "afterany"), batch
+
+
 def test_the_table_shows_ids_as_they_are(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.fault(first=91)  # a colon, 100 and a colon are an emoji to rich, here
     assert site.submit() == 0
