@@ -171,8 +171,8 @@ def named_latents(found: Mapping[str, Any]) -> dict[str, set[int]]:
 
 
 def unreplicated(found: Mapping[str, Any] | None) -> list[str]:
-    """Where penalised latents or monitors fail to replicate, a clause for all directions and sources
-    in which the same fail: `penalised latent 3426 not shown to replicate from A to B, on C`.
+    """Where penalised latents or monitors fail to replicate, a clause for all directions and
+    sources in which the same fail: `monitor 3426 not shown to replicate from A to B, on C`.
     """
     if not found or not found["validity"]:
         return []
