@@ -171,8 +171,8 @@ def named_latents(found: Mapping[str, Any]) -> dict[str, set[int]]:
 
 
 def unreplicated(found: Mapping[str, Any] | None) -> list[str]:
-    """Where a penalised latent or a monitor fails to replicate, a clause each direction or source:
-    `penalised latent 3426 and monitor 3367 not shown to replicate from A to B`.
+    """Where penalised latents or monitors fail to replicate, a clause for all directions and
+    sources in which the same fail: `monitor 3426 not shown to replicate from A to B, on C`.
     """
     if not found or not found["validity"]:
         return []
@@ -180,7 +180,7 @@ def unreplicated(found: Mapping[str, Any] | None) -> list[str]:
         *((f"from {r['from']} to {r['to']}", r) for r in found["validity"]["replication"]),
         *((f"on {r['source']}", r) for r in found["validity"]["confirmed_replication"]),
     ]
-    clauses = []
+    places: dict[str, list[str]] = {}
     named = named_latents(found)
     for where, row in tried:
         missing = set(row["not_replicated"])
@@ -190,8 +190,8 @@ def unreplicated(found: Mapping[str, Any] | None) -> list[str]:
             if (those := named[name] & missing)
         ]
         if told:
-            clauses.append(f"{' and '.join(told)} not shown to replicate {where}")
-    return clauses
+            places.setdefault(" and ".join(told), []).append(where)
+    return [f"{who} not shown to replicate {', '.join(where)}" for who, where in places.items()]
 
 
 def across_sources(rows: list[dict[str, Any]]) -> Table:

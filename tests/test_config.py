@@ -4,6 +4,7 @@ and read.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
@@ -444,6 +445,24 @@ def test_the_learning_rate_that_is_not_set_is_that_of_lora_or_of_full_fine_tunin
     assert config("ppo.lora=null").ppo.peak_learning_rate == 1e-6
     for lora in ("null", "{rank: 4}"):
         assert config(f"ppo.lora={lora}", "ppo.learning_rate=2e-5").ppo.peak_learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    "other, line", [({}, "rollout_mismatch_max: 0.2"), ({"advantage": "rloo"}, "lam: 0.9")]
+)
+def test_a_stored_config_may_state_another_versions_defaults(
+    tmp_path: Path, other: dict[str, str], line: str
+) -> None:
+    """Of settings that nothing reads in this run; in a user's own config they are refused."""
+    more = ["ppo.advantage=rloo", "ppo.samples_per_prompt=4"] if other else []
+    name, _, value = line.partition(": ")
+    text = config_yaml(config(*more))
+    stated = re.sub(rf"(?m)^  {name}: .*$", f"  {line}", text)
+    assert stated != text
+    (tmp_path / "c.yaml").write_text(stated, encoding="utf-8")
+    assert getattr(load_config(tmp_path / "c.yaml", stored=True).ppo, name) == float(value)
+    with pytest.raises(UserError, match=name):
+        load_config(tmp_path / "c.yaml")
 
 
 def test_a_stored_config_without_a_critic_is_read_again(tmp_path: Path) -> None:

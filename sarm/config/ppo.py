@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sarm.config.arms import Arm
-from sarm.config.base import Count, Fraction, FromList, Nonnegative, Positive, Strict
+from sarm.config.base import STORED, Count, Fraction, FromList, Nonnegative, Positive, Strict
 from sarm.ppo.advantages import ADVANTAGES
 from sarm.ppo.penalties import PENALTIES
 
@@ -241,7 +241,7 @@ class PpoConfig(Strict):
         return advantage
 
     @model_validator(mode="after")
-    def _advantage_and_batch(self) -> PpoConfig:
+    def _advantage_and_batch(self, info: ValidationInfo) -> PpoConfig:
         least = ADVANTAGES[self.advantage].min_samples
         if self.samples_per_prompt < least:
             raise ValueError(
@@ -253,13 +253,11 @@ class PpoConfig(Strict):
                 f"batch_size {self.batch_size} is not a multiple of samples_per_prompt"
                 f" {self.samples_per_prompt}"
             )
-        if not self.critic:
-            for name in CRITIC_SETTINGS:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"{name} is for a critic, which advantage {self.advantage} has not; leave"
-                        " it out or set advantage=gae"
-                    )
+        if not self.critic and (name := self._set_among(CRITIC_SETTINGS, info)):
+            raise ValueError(
+                f"{name} is for a critic, which advantage {self.advantage} has not; leave it out"
+                " or set advantage=gae"
+            )
         if self.value_warmup_steps >= self.steps:
             raise ValueError(
                 f"value_warmup_steps {self.value_warmup_steps} leaves none of the {self.steps}"
@@ -285,6 +283,15 @@ class PpoConfig(Strict):
             )
         return self
 
+    def _set_among(self, names: tuple[str, ...], info: ValidationInfo) -> str | None:
+        """The first of these settings that is not at its default. None of a run's own config, which
+        states every setting: what it says may be an earlier version's default.
+        """
+        if info.context == STORED:
+            return None
+        defaults = {name: type(self).model_fields[name].default for name in names}
+        return next((name for name in names if getattr(self, name) != defaults[name]), None)
+
     @field_validator("kl_distances")
     @classmethod
     def _ascending(cls, distances: tuple[float, ...]) -> tuple[float, ...]:
@@ -304,7 +311,7 @@ class PpoConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _trainable(self) -> PpoConfig:
+    def _trainable(self, info: ValidationInfo) -> PpoConfig:
         if self.temperature == 0:
             samples = self.samples_per_prompt
             raise ValueError(
@@ -312,13 +319,11 @@ class PpoConfig(Strict):
                 + (f", and the {samples} samples of a prompt would be one" if samples > 1 else "")
                 + "; set a temperature above 0"
             )
-        if self.rollout_dtype is None:
-            for name in ROLLOUT_SETTINGS:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"{name} is for rollouts in another dtype than the policy's; leave it out"
-                        " or set rollout_dtype=fp8"
-                    )
+        if self.rollout_dtype is None and (name := self._set_among(ROLLOUT_SETTINGS, info)):
+            raise ValueError(
+                f"{name} is for rollouts in another dtype than the policy's; leave it out or set"
+                " rollout_dtype=fp8"
+            )
         if self.top_p < 1:
             raise ValueError(
                 "training with top_p < 1 is refused: old log-probabilities would not be the"

@@ -16,7 +16,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
-from sarm.config.base import UserError
+from sarm.config.base import STORED, UserError
 from sarm.config.schema import Config
 
 RENAMED = {
@@ -103,7 +103,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
         tree = under_todays_names(tree)
     for override in overrides:
         set_key(tree, override)
-    return parse_config(tree, str(path))
+    return parse_config(tree, str(path), stored=stored)
 
 
 def stored_tree(path: str | Path) -> dict[str, Any]:
@@ -122,10 +122,10 @@ def stored_tree(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def parse_config(tree: dict[str, Any], where: str) -> Config:
+def parse_config(tree: dict[str, Any], where: str, *, stored: bool = False) -> Config:
     """Validate a tree of plain values; `where` names it in errors. Raises UserError."""
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context=STORED if stored else None)
     except pydantic.ValidationError as error:
         raise UserError(
             f"config {where}: " + "; ".join(_complaint(e) for e in error.errors())

@@ -51,5 +51,8 @@ def test_the_abstract_tells_of_a_penalised_latent_or_monitor_that_fails_somewher
     figures = {"features": found, "readings": None, "failures": []}
     said = trust(figures | {"verdict": verdict_of().record()}, VerdictConfig())
     assert said.endswith(f"; {'; '.join(clauses)}.")
+    assert unreplicated(features([21, 3671], [21, 12, 3671])) == [
+        "penalised latent 3671 and monitor 21 not shown to replicate from A to B, on C"
+    ]
     assert unreplicated(features([12, 863], [])) == [] == unreplicated(None)
     assert unreplicated({"validity": {}}) == []
