@@ -25,7 +25,9 @@ from sarm.probing.effects import (
     latent_effects,
     latent_table,
     roles,
+    values_on,
 )
+from sarm.probing.monitors import tau_at_rate
 from sarm.probing.select import feature, judged, ranked, select_features
 from sarm.probing.stats import (
     benjamini_hochberg,
@@ -479,6 +481,18 @@ def test_random_candidates_say_what_they_are_matched_to() -> None:
         assert candidate["alpha"] == targets[candidate["matched_to"]]["alpha"]
         assert candidate["weight"] == row["weight"] and candidate["density"] == row["density"]
         assert candidate["effect"] == row["effect_validation"]
+        target = targets[candidate["matched_to"]]
+        z, of_target = (
+            values_on(encoded, "discovery", "rejected", [latent])[:, 0]
+            for latent in (candidate["latent"], target["latent"])
+        )
+        rate = float((of_target > target["tau"]).mean())
+        assert candidate["tau"] == tau_at_rate(z, rate) and 0 < rate < 1
+    many = config_with(select__random_candidates=50, select__listed=12)
+    features = select_features(table, encoded, many, orthogonal)
+    roles_ = ("promoting", "harming", "misleading")
+    listed = {f["latent"] for role in roles_ for f in features[role]}
+    assert len(listed) > 12 and not listed & {c["latent"] for c in features["random_candidates"]}
 
 
 @pytest.mark.parametrize("effect", ["head", "reselected"])
