@@ -253,7 +253,7 @@ time.sleep(600)
 
 def killed_in_a_step(tmp_path: Path, ranks: int, victim: int) -> tuple[RunDir, list[str]]:
     """A run whose PPO on so many ranks lost one after its first checkpoint, and its command."""
-    run = a_run(tmp_path, log_to="none")
+    run = a_run(tmp_path, **{"ppo.log_to": "none"})
     argv = ["-m", "jobs", "ppo", "--run", str(run.path), "--unit", UNIT]
     log, folder = tmp_path / "log", run.folder("ppo", UNIT)
     entries = start_job(tmp_path, argv, log, ranks)
