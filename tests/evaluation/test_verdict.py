@@ -7,6 +7,7 @@ formula that takes one for another gives another word.
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,7 @@ def arm(rates=SAFER, seeds=SEEDS, n_unsafe=N_UNSAFE, n_safe=N_SAFE, **changes) -
     return Rows(**{k: v if k in Rows._fields[:3] else v.astype(float) for k, v in found.items()})
 
 
+@cache
 def ranked(n: int, seed: int) -> np.ndarray:
     """(n,) the prompts' places in an order of their own, between 0 and 1."""
     return (np.random.default_rng(seed).permutation(n) + 0.5) / max(n, 1)
