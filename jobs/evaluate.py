@@ -17,6 +17,7 @@ from pathlib import Path
 
 from sarm.config import ROOT, Config, arm_and_seed
 from sarm.data.datasets import load_data, prompts_in
+from sarm.evaluation.early import check_labels
 from sarm.evaluation.evaluate import evaluation_prompts, policy_rows
 from sarm.hub import local_model
 from sarm.records import Evaluation, Features, KeptPolicies, KeptPolicy, Readings, Steered
@@ -43,6 +44,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
     else:
         policies = [(math.nan, local_model(config.policy.model, config.policy.revision))]
     prompts = evaluation_prompts(prompts_in(load_data(config.data), "policy_eval"), config.evaluate)
+    check_labels(config.evaluate)
     if config.evaluate.refusal_labels is not None:
         attempt.note_file(ROOT / config.evaluate.refusal_labels)
     table, settings, examples = policy_rows(

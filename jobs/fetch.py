@@ -18,6 +18,7 @@ from sarm.config import (
     ROOT,
     ChatModelConfig,
     Config,
+    EvaluateConfig,
     JudgeConfig,
     ModelConfig,
     RefusalDetectorConfig,
@@ -26,6 +27,7 @@ from sarm.config import (
 )
 from sarm.data.datasets import load_data
 from sarm.data.sources import source_files
+from sarm.evaluation.early import check_labels, check_prompted
 from sarm.hub import hub_commit, local_model, refuse_without_room
 from sarm.pinned import Commit, at_commits, commits_in, fetched
 from sarm.records import Models
@@ -59,7 +61,7 @@ def run(config: Config, run: RunDir, unit: str, attempt: Attempt) -> None:
         if backbone is not None:
             place = local_model(backbone["model"], backbone.get("revision"), download=True)
             found["sarm_backbone"] = described(place, backbone["model"], backbone.get("revision"))
-        look_over(model, folder, prompted="prompted" in config.evaluate.arms)
+        look_over(model, folder, config.evaluate)
         found[name] = described(folder, model.model, said[name].revision)
         if isinstance(model, SarmConfig):
             found[name]["sizes"] = sizes_of(model)
@@ -98,10 +100,8 @@ def standing_at(config: Config, before: Models | None) -> Commit:
 def fetch_data(config: Config, now: Config) -> dict[str, Any]:
     """Every source's files by hash, and what was read of them. `now` is the config at commits."""
     data = load_data(now.data, download=True)
-    if config.evaluate.refusal_labels is not None and find_spec("scipy") is not None:
-        from sarm.evaluation.refusals import read_labelled
-
-        read_labelled(config.evaluate.refusal_labels)  # evaluate, after training, would be late
+    if find_spec("scipy") is not None:
+        check_labels(config.evaluate)
     files = {name: source_files(name, source) for name, source in now.data.sources.items()}
     return {
         "files": {
@@ -133,14 +133,12 @@ def sizes_of(sarm: SarmConfig) -> dict[str, int]:
     return {"d_sae": opened.d_sae, "k": opened.k, "layers": opened.source_layer}
 
 
-def look_over(model: ModelConfig, folder: Path, *, prompted: bool) -> None:
-    """Raises UserError where a model would not serve as what the config names it; `prompted`: the
-    policy is asked under a system prompt too. A login node without torch leaves that to the first
-    phase that opens the model.
+def look_over(model: ModelConfig, folder: Path, planned: EvaluateConfig) -> None:
+    """Raises UserError where a model would not serve as what the config names it. A login node
+    without torch leaves that to the first phase that opens the model.
     """
     if find_spec("torch") is None or find_spec("transformers") is None:
         return
-    from sarm.data.conversations import check_system
     from sarm.evaluation.classifiers import judge_problem, label_positions
     from sarm.models import check_judge, check_policy, read_tokenizer
     from sarm.reward_model.model import check_sarm
@@ -149,8 +147,7 @@ def look_over(model: ModelConfig, folder: Path, *, prompted: bool) -> None:
         check_sarm(model)
     elif isinstance(model, ChatModelConfig):
         check_policy(folder, model.chat_template_kwargs)
-        if prompted:
-            check_system(read_tokenizer(folder, model.chat_template_kwargs))
+        check_prompted(planned, read_tokenizer(folder, model.chat_template_kwargs))
     else:
         check_judge(folder)
         if isinstance(model, RefusalDetectorConfig):

@@ -23,6 +23,7 @@ from jobs.ppo_log import Log
 from sarm.config import Config, UserError, arm_and_seed
 from sarm.config.reads import values_sha256
 from sarm.data.datasets import load_data, prompts_in
+from sarm.evaluation.early import check_labels, check_prompted
 from sarm.evaluation.verdict import rule_sha256
 from sarm.records import Calibration, Features, RatedLatent, Readings
 from sarm.run import Attempt, RunDir
@@ -71,16 +72,22 @@ class Training:
         self.world = world = start_world()
         self.readings, features = what_to_penalise(config, unit, attempt)
         self.parent = parent_of(config, unit)
+        check_labels(config.evaluate)
         self.trainer, self.source = make_trainer(config, features, seed, world)
+        check_prompted(config.evaluate, self.trainer.tokenizer)
         own = self.readings.random.get(str(seed), [])
         reward = reward_of(self.arm, self.trainer.reward, own)
         if self.parent:
             self.parent.check_penalty(arm_penalty(self.arm, reward, self.readings))
             attempt.note_file(self.parent.manifest_file)
+        self.rule_sha256 = rule_sha256(config)
         self.made_with = made_with(config, attempt, self.parent)
         self.checkpoints = attempt.folder / "checkpoints"
         loaded = checkpoint.load(self.checkpoints, world=world, made_with=self.made_with)
-        if loaded is None:
+        if loaded is not None:
+            # The rule that stood when training began, though the config has another one by now.
+            self.rule_sha256 = loaded.state.get("rule_sha256")
+        else:
             # What cannot be saved is known before it is trained. Beside the checkpoints, which go
             # away.
             tokenizer, name = self.trainer.tokenizer, config.policy.model
@@ -130,6 +137,7 @@ class Training:
             "trainer": self.trainer.state(),
             "log": self.log.state if self.log else {},
             "kept": self.kept.state if self.kept else [],
+            "rule_sha256": self.rule_sha256,
         }
         return {
             "step": self.trainer.progress.step,
@@ -206,7 +214,7 @@ class Training:
             parent=self.parent.told() if self.parent else None,
             device_names=device_names,
             ranks=self.world.size,
-            rule_sha256=rule_sha256(config),
+            rule_sha256=self.rule_sha256,
             held_out=self.held_out.parts if self.held_out else None,
             bf16_rounding=None if rounding is None else rounding.told(),
         )

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from jobs.fetch import look_over
-from sarm.config import ChatModelConfig, SarmConfig, UserError
+from sarm.config import ChatModelConfig, EvaluateConfig, SarmConfig, UserError
 from sarm.data.conversations import check_system
 from sarm.model_files import Weights, is_finite
 from sarm.models import (
@@ -498,9 +498,9 @@ def test_a_system_prompt_that_the_template_drops_is_refused_for_the_arm_that_nee
     check_system(read_tokenizer(folder, {}))
     template(folder, "system")
     model = ChatModelConfig(model=str(folder))
-    look_over(model, folder, prompted=False)
+    look_over(model, folder, EvaluateConfig(arms=("best_of_n",)))
     with pytest.raises(UserError, match=r"leaves system messages out.*evaluate\.arms"):
-        look_over(model, folder, prompted=True)
+        look_over(model, folder, EvaluateConfig(arms=("prompted",)))
 
 
 def test_a_judge_without_its_head_is_refused(tiny_policy: Path) -> None:

@@ -128,7 +128,9 @@ def test_costly_files_come_first_and_have_their_share_of_the_processes() -> None
     given = mutants.shares({"a": 10, "b": 700, "c": 290}, 8)
     assert list(given.items()) == [("b", 5), ("c", 2), ("a", 1)]
     few, many = (mutants.cost("sarm/ppo/kl.py", n) for n in (0, 30))
-    assert many == 4 * few == 40 * (ROOT / "tests/ppo/test_kl.py").stat().st_size
+    tests = [ROOT / test for test in mutants.tests_of("sarm/ppo/kl.py")]
+    assert ROOT / "tests/ppo/test_kl.py" in tests
+    assert many == 4 * few == 40 * sum(test.stat().st_size for test in tests)
 
 
 @pytest.mark.parametrize(("each", "meet"), [(2, True), (3, False)])

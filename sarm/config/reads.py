@@ -66,7 +66,6 @@ READS: dict[str, tuple[str, ...]] = {
         "verdict.min_kappa",
     ),
     "ppo": (
-        "seed",
         "policy",
         "sarm",
         "data",
@@ -92,7 +91,7 @@ READS: dict[str, tuple[str, ...]] = {
         "steer.bootstrap",
     ),
     "report": ("", "!serve"),
-    "export": ("sarm", "data", "encode.shards"),
+    "export": ("name", "sarm", "data", "encode.shards"),
     "train_refusals": ("name", "data", "train_refusals"),
     "train_sarm": (
         "name",
@@ -105,8 +104,10 @@ READS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Keys and sections by phase, but those with `!`; the empty name is all. What only says which units
-there are (`ppo.arms`, `ppo.seeds`, `evaluate.arms`, `sweep`) is no part of one unit, and what a
-logger shows (`report.texts`) no output of training.
+there are (`ppo.arms`, `ppo.seeds`, `evaluate.arms`, `sweep`) is no part of one unit. Nor is what a
+phase only looks at: the rule and the plan whose hash PPO's manifest notes (`rule_sha256`), what is
+refused before training (`sarm/evaluation/early.py`), what a logger shows (`report.texts`). A change
+of these makes nothing be done again; `tests/jobs/test_reads.py` names the functions that read them.
 """
 
 MISSING: Any = object()

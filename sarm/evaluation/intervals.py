@@ -16,6 +16,8 @@ from scipy.special import stdtrit
 
 LEVEL = 0.95
 POWER = 0.8
+AT_ONCE = 4_000_000
+"""Draws times clusters held together; changes no figure."""
 
 Floats = NDArray[np.float64]
 
@@ -129,7 +131,7 @@ def bootstrap_means(values: Floats, clusters: NDArray[np.str_], draws: int, seed
     sums = np.stack([np.bincount(cluster, weights=row, minlength=n_clusters) for row in values])
     sizes = np.bincount(cluster, minlength=n_clusters)
     rng = np.random.default_rng(seed)
-    means, at_once = [], max(1, 4_000_000 // n_clusters)
+    means, at_once = [], max(1, AT_ONCE // n_clusters)
     for start in range(0, draws, at_once):
         drawn = rng.multinomial(
             n_clusters, np.full(n_clusters, 1 / n_clusters), size=min(at_once, draws - start)

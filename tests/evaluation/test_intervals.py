@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sarm.evaluation import intervals
 from sarm.evaluation.intervals import (
     bootstrap_means,
     clustered_interval,
@@ -58,6 +59,46 @@ def test_two_way_is_prompts_plus_seeds_less_their_interaction(shape, scale):
     assert (found.low, found.high) == pytest.approx(
         (max(mean - half, -scale), min(mean + half, scale))
     )
+
+
+def variance_by_hand(table: list[list[float]], scale: float) -> tuple[float, float]:
+    return two_way_variance(np.array(table), scale)
+
+
+def test_the_larger_of_prompts_seeds_and_both_by_hand():
+    """Each of the three is the largest once; the added prompts' part is scale^2 / (w (w - 1))."""
+    # One prompt of mean 0.3, w = 3: centre 0.1, so squares 0.04 + 0.01 + (1.9^2 + 2.1^2) / 2 = 4.06
+    # over 2 and 3; seeds' variance 0.08 / 2 over 3 and shrunk by 1/9; no interaction to subtract.
+    prompts, seeds = 4.06 / 6, 0.04 / 3 / 9
+    variance, df = variance_by_hand([[0.1, 0.5, 0.3]], 2.0)
+    assert variance == pytest.approx(prompts + seeds)
+    assert df == pytest.approx((prompts + seeds) ** 2 / (prompts**2 / 2 + seeds**2 / 2))
+    # Two prompts, w = 4, means 0.2 and 0.4, seeds' means 0.4 and 0.2, interaction +-0.3:
+    # centre 0.15; squares 0.0025 + 0.0625 + 0.0225 + (0.85^2 + 1.15^2) / 2 = 1.11 over 3 and 4;
+    # seeds 0.02 / 2 / 4; both 4 * 0.09 / 1 / 4 / 4, more than the seeds', so prompts alone are left
+    variance, df = variance_by_hand([[0.6, -0.2], [0.2, 0.6]], 1.0)
+    prompts, seeds, both = 1.11 / 12, 0.02 / 8, 0.09 / 4
+    assert variance == pytest.approx(prompts)
+    assert df == pytest.approx(prompts**2 / (prompts**2 / 3 + seeds**2 / 1 + both**2 / 1))
+    # Four prompts of mean 0, w = 6: prompts 1 / 30; seeds' means +-0.5, variance 0.5 / 2 * 4/9;
+    # interaction +-0.5 in all 8 cells: 2 / 3 / 8 * 4/9, more than the prompts' part
+    variance, df = variance_by_hand([[1.0, -1.0], [0.0, 0.0]] * 2, 1.0)
+    prompts, seeds, both = 1 / 30, 1 / 9, 1 / 27
+    assert variance == pytest.approx(seeds)
+    assert df == pytest.approx(seeds**2 / (prompts**2 / 5 + seeds**2 / 1 + both**2 / 3))
+
+
+def test_no_interval_goes_beyond_the_largest_difference_on_either_side():
+    above, below = (two_way(np.full((2, 3), value)) for value in (1.0, -1.0))
+    assert above.high == 1.0 and below.low == -1.0
+    assert (above.low, above.high) == (-below.high, -below.low) and above.low < 0
+
+
+@pytest.mark.parametrize(("df", "counted"), [(0.4, 1.0), (1.5, 1.5), (2.5, 2.5)])
+def test_fewer_than_one_degree_of_freedom_counts_as_one_and_no_other_is_rounded(df, counted):
+    found = t_interval(0.3, 0.04, df)
+    half = 0.2 * stats.t.ppf(0.975, counted)
+    assert found == pytest.approx((0.3, 0.3 - half, 0.3 + half, 0.2, counted))
 
 
 def test_a_difference_between_seeds_widens_the_interval_and_more_prompts_do_not_help():
@@ -115,6 +156,35 @@ def test_bootstrap_agrees_with_scipy_and_with_a_loop():
     ]
     assert ours.mean() == pytest.approx(np.mean(loop), abs=0.06) and ours.std() == pytest.approx(
         np.std(loop), rel=0.03
+    )
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 4_000_000])
+@pytest.mark.parametrize("of", [["b", "a", "b"], ["b", "a", "c", "a", "c", "a"]])
+def test_the_bootstrap_written_out(of, at_once, monkeypatch: pytest.MonkeyPatch):
+    """Whatever is held at once; NumPy draws how often each cluster, in order of name, is taken."""
+    monkeypatch.setattr(intervals, "AT_ONCE", at_once)
+    values, clusters = np.array([3.0, -1.0, 8.5, 2.0, 4.0, 7.25])[: len(of)], np.array(of)
+    names, draws = sorted(set(of)), 11
+    rng = np.random.default_rng(23)
+    taken = rng.multinomial(len(names), [1 / len(names)] * len(names), size=draws)
+    groups = [values[clusters == name] for name in names]
+    means = [
+        sum(n * group.sum() for n, group in zip(times, groups, strict=True))
+        / sum(n * len(group) for n, group in zip(times, groups, strict=True))
+        for times in taken
+    ]
+    both = bootstrap_means(np.stack([values, -2 * values]), clusters, draws, 23)
+    assert both.shape == (2, draws)
+    np.testing.assert_allclose(both, [means, [-2 * mean for mean in means]])
+    found = clustered_interval(values, clusters, draws, 23)
+    assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    assert found[0] < found[1]
+
+
+def test_one_cluster_has_no_bootstrap_interval_however_its_values_differ():
+    assert all(
+        map(math.isnan, clustered_interval(np.array([1.0, 2.0]), np.array(["a"] * 2), 50, 0))
     )
 
 

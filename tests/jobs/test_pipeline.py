@@ -19,6 +19,7 @@ from sarm.config import ROOT, load_config
 from sarm.run import RunDir
 from slurm.dag import tasks
 from tests.tiny import write_tiny_policy, write_tiny_sarm
+from tests.tracing import traced, undeclared
 
 OVERRIDES = (
     "ppo.arms=[penalty, no_penalty]",
@@ -52,15 +53,26 @@ def figures(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def read() -> dict[str, set[str]]:
+    """The config's keys that each phase read, once the run is finished."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, read: dict[str, set[str]]) -> Path:
     """A folder with tiny models and a finished run."""
     folder = tmp_path_factory.mktemp("pipeline")
     write_tiny_policy(folder / "policy")
     write_tiny_sarm(folder / "sarm")
     config = load_config(ROOT / "configs" / "tiny.yaml", overrides(folder))
     run = RunDir.create(folder / "run", config)
-    for task in tasks(config):
-        run_unit(run, *task.node)
+    with traced() as run_traced:
+        for task in tasks(config):
+            phase, unit = task.node
+            if phase == "report":
+                run_unit(run, phase, unit)
+            else:
+                read.setdefault(phase, set()).update(run_traced(run, phase, unit))
     return folder
 
 
@@ -71,6 +83,14 @@ def test_the_launcher_starts_every_phase_and_writes_the_same_figures(finished: P
     assert done.stdout.rstrip().endswith("final_report.txt")
     ours, theirs = (finished / run / "final_report.txt" for run in ("launched", "run"))
     assert figures(ours.read_text()) == figures(theirs.read_text()) != ""
+
+
+def test_no_phase_reads_what_the_table_does_not_say(
+    finished: Path, read: dict[str, set[str]]
+) -> None:
+    """`test_reads.py` asks for more of what may be read."""
+    assert {"fetch", "encode", "probe", "select", "calibrate", "ppo", "evaluate"} <= read.keys()
+    assert undeclared(read) == {}
 
 
 def test_the_report_is_read_from_job_outputs(finished: Path) -> None:

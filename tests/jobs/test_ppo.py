@@ -17,10 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.__main__ import run_unit
 from jobs.ppo import STOPPED
+from sarm.config import UserError, parse_config, set_key
+from sarm.config.reads import changed as changed_keys
+from sarm.evaluation.verdict import rule_sha256
 from sarm.records import KeptPolicies, RatedLatent, read_training_log
 from sarm.run import RunDir
 from tests.ranks import PlantedReward, join_ranks, start_job
 from tests.runs import features, publish, readings
+from tests.test_models import template
 from tests.tiny import tiny_config
 
 UNIT = "random-seed0"
@@ -189,6 +193,55 @@ def test_held_out_evaluation_changes_nothing_and_survives_interruptions(
     assert len({c["response"] for c in completions}) > 4
     assert logged(resumed, "held_out.jsonl") == lines
     assert logged(resumed, "completions.jsonl") == completions
+
+
+# --- what is looked at and not depended on
+
+
+def under(run: RunDir, **settings: Any) -> RunDir:
+    """The run, its config changed."""
+    tree = run.config.model_dump(mode="json")
+    for dotted, value in settings.items():
+        set_key(tree, f"{dotted}={json.dumps(value)}")
+    return RunDir.create(run.path, parse_config(tree, "changed"))
+
+
+def test_the_rule_noted_is_that_of_the_first_step_and_another_one_redoes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path, **{"ppo.steps": 3, "ppo.log_to": "none"})
+    stood = rule_sha256(run.config)
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 2)
+        with pytest.raises(SystemExit):
+            run_unit(run, "ppo", UNIT)
+    # between two tries, when two steps can be looked at
+    changed = under(run, **{"verdict.over_refusal_margin": 0.06})
+    run_unit(changed, "ppo", UNIT)
+    made = changed.read("ppo", UNIT).manifest
+    assert made.more["rule_sha256"] == stood != rule_sha256(changed.config)
+    assert made.more["steps"] == 3
+    again = under(changed, **{"verdict.delta": 0.07, "evaluate.samples": 3, "seed": 5})
+    assert changed_keys("ppo", made.config, again.config) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("evaluate.refusal_labels", "no/such.jsonl", "evaluate.refusal_labels: there is no file"),
+        ("evaluate.arms", ["prompted"], "leaves system messages out"),
+    ],
+)
+def test_what_evaluate_would_refuse_is_refused_before_training_though_fetch_was_done_before(
+    tmp_path: Path, key: str, value: Any, says: str
+) -> None:
+    run = a_run(tmp_path)
+    template(tmp_path / "models" / "policy", "system")
+    run_unit(run, "fetch", "all")
+    planned = under(run, **{key: value})
+    assert planned.done("fetch")
+    with pytest.raises(UserError, match=says):
+        run_unit(planned, "ppo", UNIT)
 
 
 # --- policies kept at KL distances
