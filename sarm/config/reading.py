@@ -58,9 +58,9 @@ def _section_of(tree: Any, dotted: str) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-class Loader(yaml.SafeLoader):
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML as people write it: 1e-6 is a number, which YAML 1.1 denies, and a key given twice is
-    an error.
+    an error. By libyaml where PyYAML has it: a config takes a tenth of the time.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -73,7 +73,7 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """Quotes the strings that `Loader` would read as numbers."""
 
 

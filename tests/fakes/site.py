@@ -5,7 +5,6 @@ fetched already.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -76,17 +75,20 @@ class Site:
         )
 
     def fault(self, **faults: Any) -> None:
-        (self.home / "faults.json").write_text(json.dumps(faults))
+        fake.write(self.home, "faults", faults)
 
     @property
     def state(self) -> dict[str, Any]:
         """All that the pretended Slurm remembers."""
-        path = self.home / "state.json"
-        return json.loads(path.read_text()) if path.exists() else {"jobs": {}}
+        return fake.read(self.home, "state", {"jobs": {}})
 
     @property
     def jobs(self) -> dict[str, dict[str, Any]]:
         return self.state["jobs"]
+
+    def remember(self, state: dict[str, Any]) -> None:
+        """Have the pretended Slurm remember this and nothing else."""
+        fake.write(self.home, "state", state)
 
     def set_state(self, word: str, only: str = "") -> None:
         """As Slurm would, with the output files of jobs that begin."""
@@ -95,7 +97,7 @@ class Site:
             self._set_state(word, only)
 
     def _set_state(self, word: str, only: str) -> None:
-        state = json.loads((self.home / "state.json").read_text())
+        state = fake.read(self.home, "state")
         for id_, job in state["jobs"].items():
             if batch_of(job).startswith(only):
                 job["state"], job["states"] = word, {}
@@ -104,7 +106,7 @@ class Site:
                         submission = job["name"].rpartition("-")[2]
                         log = self.path / "submissions" / submission / f"{element}_0_log.out"
                         log.touch()
-        (self.home / "state.json").write_text(json.dumps(state))
+        fake.write(self.home, "state", state)
 
     @property
     def run(self) -> RunDir:

@@ -1,25 +1,25 @@
 """A pretended Slurm for tests: one script that acts as sbatch, squeue, sacct, scontrol, scancel,
 srun or apptainer.
 
-`install(folder)` links it under each name; put that folder first on PATH. Its state is a JSON file
-in $FAKE_SLURM; $FAKE_SLURM/faults.json may hold {"refuse": N} (the N-th sbatch fails), {"lose": N}
-(its answer is lost), {"says": TEXT}
-(what sbatch prints, {id} and {name} filled in), {"wrong": N} (the N-th answer names another job),
-{"busy": {"sbatch": 2}} (so many calls find no controller), {"unknown_partition": true},
-{"no_sacct": true}, {"enforce": "associations"} (accounting, at submission),
-{"flags": {"--account=nobody": "Invalid account"}} (what test-only refuses), {"max_array_size": 5},
-{"deaf": ["squeue"]} (commands that reach no controller), {"elapsed": 9} (seconds, to accounting),
-{"sinfo": "main|main*|gpu:h100:4", "quota": TEXT, "nvidia-smi": TEXT, "srun": TEXT},
-{"sacctmgr": {"assoc": TEXT, "qos": TEXT}}. As the real ones, its commands hear SQUEUE_*, SBATCH_*,
-SLURM_CLUSTERS and SCANCEL_STATE.
+`install(folder)` links it under each name; put that folder first on PATH. Its state lies in
+$FAKE_SLURM, to be had by `read(home, "state")`; `write(home, "faults", ...)` may hold {"refuse": N}
+(the N-th sbatch fails), {"lose": N} (its answer is lost), {"says": TEXT} (what sbatch prints, {id}
+and {name} filled in), {"wrong": N} (the N-th answer names another job), {"busy": {"sbatch": 2}} (so
+many calls find no controller), {"unknown_partition": true}, {"no_sacct": true}, {"enforce":
+"associations"} (accounting, at submission), {"flags": {"--account=nobody": "Invalid account"}}
+(what test-only refuses), {"max_array_size": 5}, {"deaf": ["squeue"]} (commands that reach no
+controller), {"elapsed": 9} (seconds, to accounting), {"sinfo": "main|main*|gpu:h100:4", "quota":
+TEXT, "nvidia-smi": TEXT, "srun": TEXT}, {"sacctmgr": {"assoc": TEXT, "qos": TEXT}}. As the real
+ones, its commands hear SQUEUE_*, SBATCH_*, SLURM_CLUSTERS and SCANCEL_STATE.
+
+Tests call it some thousands of times, and most of a call is Python's start: so it imports nothing
+that Python does not start with, neither json nor re nor pathlib.
 """
 
 import fcntl
-import json
+import marshal
 import os
-import re
 import sys
-from pathlib import Path
 
 NAMES = (
     "sbatch",
@@ -36,7 +36,7 @@ NAMES = (
 )
 
 
-def install(folder: Path) -> Path:
+def install(folder):  # type: ignore[no-untyped-def]
     """A folder of executables that act as Slurm's commands."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
@@ -44,7 +44,7 @@ def install(folder: Path) -> Path:
         lines = (
             f"#!{sys.executable} -SE",
             "import sys",
-            f"sys.path.insert(0, {str(Path(__file__).parent)!r})",
+            f"sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})",
             "import slurm",
             f"sys.exit(slurm.main({name!r}, sys.argv[1:]))",
         )
@@ -53,23 +53,32 @@ def install(folder: Path) -> Path:
     return folder
 
 
+def read(home, name: str, default=None):  # type: ignore[no-untyped-def]
+    """The tree in the file of that name; the default where there is none."""
+    try:
+        with open(f"{home}/{name}", "rb") as file:
+            return marshal.load(file)
+    except FileNotFoundError:
+        return default
+
+
+def write(home, name: str, tree) -> None:  # type: ignore[no-untyped-def]
+    with open(f"{home}/{name}", "wb") as file:
+        marshal.dump(tree, file)
+
+
 def main(name: str, argv: list[str]) -> int:
-    home = Path(os.environ["FAKE_SLURM"])
-    with open(home / "lock", "w") as lock:
+    home = os.environ["FAKE_SLURM"]
+    with open(f"{home}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        path = home / "state.json"
-        state = json.loads(path.read_text()) if path.exists() else {"jobs": {}, "calls": 0}
-        faults = (
-            json.loads((home / "faults.json").read_text())
-            if (home / "faults.json").exists()
-            else {}
-        )
+        state = read(home, "state", {"jobs": {}, "calls": 0})
+        faults = read(home, "faults", {})
         busy = state.setdefault("busy", {})
         passing = busy.get(name, 0) < faults.get("busy", {}).get(name, 0)
         busy[name] = busy.get(name, 0) + passing
         state.setdefault("commands", []).append([name, *argv])
         if name in faults.get("deaf", ()) or passing:
-            path.write_text(json.dumps(state))
+            write(home, "state", state)
             print(
                 f"{name}: error: Unable to contact slurm controller (connect failure)",
                 file=sys.stderr,
@@ -78,24 +87,36 @@ def main(name: str, argv: list[str]) -> int:
         try:
             return COMMANDS[name](argv, state, faults)
         finally:
-            path.write_text(json.dumps(state))
+            write(home, "state", state)
 
 
 def word(argv: list[str], flag: str) -> str | None:
     return next((w.partition("=")[2] for w in argv if w.startswith(f"--{flag}=")), None)
 
 
+def options(text: str) -> dict[str, str]:
+    """Of a batch script, by name; empty where a flag has no value."""
+    flags = [line[10:] for line in text.split("\n") if line.startswith("#SBATCH --")]
+    return {flag.partition("=")[0]: flag.partition("=")[2] for flag in flags}
+
+
+def elements_of(given: dict[str, str]) -> int:
+    """5 of `--array=0-4%2`; 0 where it is no array."""
+    last = given.get("array", "").partition("%")[0].removeprefix("0-")
+    return int(last) + 1 if last else 0
+
+
 def sbatch(argv: list[str], state: dict, faults: dict) -> int:
     if "--test-only" in argv:
         text = sys.stdin.read()
         if account := os.environ.get("SBATCH_ACCOUNT"):
-            text = re.sub("--account=.*", f"--account={account}", text)
+            said = f"--account={options(text).get('account')}\n"
+            text = text.replace(said, f"--account={account}\n")
         state.setdefault("test_only", []).append(text)
         if faults.get("unknown_partition") and "--partition=" in text:
             print("sbatch: error: invalid partition specified: nowhere", file=sys.stderr)
             return 1
-        array = re.search(r"^#SBATCH --array=0-(\d+)", text, re.MULTILINE)
-        if array and int(array.group(1)) >= faults.get("max_array_size", 1001):
+        if elements_of(options(text)) > faults.get("max_array_size", 1001):
             print("allocation failure: Invalid job array specification", file=sys.stderr)
             return 1
         for flag, reason in faults.get("flags", {}).items():
@@ -103,21 +124,21 @@ def sbatch(argv: list[str], state: dict, faults: dict) -> int:
                 print(f"allocation failure: {reason}", file=sys.stderr)
                 return 1
         return 0
-    text = Path(argv[-1]).read_text()
+    with open(argv[-1], encoding="utf-8") as file:
+        text = file.read()
     state["calls"] += 1
     if faults.get("refuse") == state["calls"]:
         print("sbatch: error: QOSMaxSubmitJobPerUserLimit", file=sys.stderr)
         return 1
     state["first"] = state.get("first", faults.get("first", 100))
     id_ = str(state["first"] + state["calls"])
-    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE))
-    array = re.match(r"0-(\d+)", options.get("array", ""))
+    given = options(text)
     state["jobs"][id_] = {
-        "name": options["job-name"],
+        "name": given["job-name"],
         "state": "PENDING",
-        "held": "hold" in options,
-        "elements": int(array.group(1)) + 1 if array else 0,
-        "dependency": options.get("dependency", "").strip("'"),
+        "held": "hold" in given,
+        "elements": elements_of(given),
+        "dependency": given.get("dependency", "").strip("'"),
         "text": text,
         "cluster": word(argv, "clusters"),
         "environment": dict(os.environ),

@@ -27,7 +27,7 @@ def strangers_job(site: Site, id_: str = "777", name: str = "mine.other-abcdef-0
     job = {"name": name, "state": "RUNNING", "held": False, "elements": 0}
     more = {"dependency": "", "text": "#SBATCH --partition=main\n", "cluster": None}
     state["jobs"][id_] = {**job, **more}
-    (site.home / "state.json").write_text(json.dumps(state))
+    site.remember(state)
 
 
 def run_status(site: Site, *more: str) -> int:
@@ -36,7 +36,7 @@ def run_status(site: Site, *more: str) -> int:
 
 def forget_all(site: Site) -> None:
     """A controller set up anew: it knows no job, and ids begin again."""
-    (site.home / "state.json").write_text(json.dumps({"jobs": {}, "calls": 0}))
+    site.remember({"jobs": {}, "calls": 0})
 
 
 OVERRULES = [
@@ -302,7 +302,7 @@ def test_what_came_to_be_after_a_submission_was_taken_back_is_not_attached_to(
     state = site.state
     late = next(job for job in state["jobs"].values() if batch_of(job) == "select")
     late |= {"state": "PENDING", "held": True}
-    (site.home / "state.json").write_text(json.dumps(state))
+    site.remember(state)
     capsys.readouterr()
     assert site.submit() == 0
     assert "attached" not in capsys.readouterr().out

@@ -4,7 +4,6 @@ follows from it, and nothing else.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,9 @@ def by_batch(site: Site) -> dict[str, list[str]]:
 
 
 def set_element(site: Site, id_: str, index: int, word: str) -> None:
-    state = json.loads((site.home / "state.json").read_text())
+    state = site.state
     state["jobs"][id_].setdefault("states", {})[str(index)] = word
-    (site.home / "state.json").write_text(json.dumps(state))
+    site.remember(state)
 
 
 def while_training(site: Site) -> dict[str, list[str]]:

@@ -357,7 +357,7 @@ def test_doctor_knows_limits_accounting_and_what_waits(
     site.submit()
     state = site.state
     state["jobs"]["101"]["reason"] = "JobHeldAdmin"
-    (site.home / "state.json").write_text(json.dumps(state))
+    site.remember(state)
     doctor.main(words)
     assert "jobs of this run wait: JobHeldAdmin (held by the site's" in capsys.readouterr().out
     assert waits_for("Priority") == "Priority" and waits_for("Dependency") == "Dependency"
@@ -654,7 +654,7 @@ def test_a_failed_job_without_accounting_or_log_is_told_as_failed(
         s for s in capsys.readouterr().out.splitlines() if s.startswith("encode/shard-0001")
     )
     assert "FAILED: it left no log; could it write in" in line and "cancelled" not in line
-    (site.home / "state.json").write_text(json.dumps({"jobs": {}, "calls": 0}))  # forgotten
+    site.remember({"jobs": {}, "calls": 0})  # forgotten
     assert status(["--run", str(site.path)]) == 3
     line = next(
         s for s in capsys.readouterr().out.splitlines() if s.startswith("encode/shard-0001")
@@ -669,7 +669,7 @@ def test_a_cancelled_job_is_told_as_cancelled(
     site.submit()
     assert status(["--run", str(site.path), "--cancel"]) == 0
     if forgets:
-        (site.home / "state.json").write_text(json.dumps({"jobs": {}, "calls": 0}))
+        site.remember({"jobs": {}, "calls": 0})
     capsys.readouterr()
     assert status(["--run", str(site.path)]) == 3
     assert "not run: its job was cancelled before it began" in capsys.readouterr().out

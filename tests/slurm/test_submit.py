@@ -518,7 +518,7 @@ def test_status_reads_manifests_first_then_the_queue_then_accounting(
         "slurmstepd: error: StepId=103.0 exceeded memory limit (2 > 1), being killed\n"
     )
     site.fault(no_sacct=True)
-    (site.home / "state.json").write_text(json.dumps({"jobs": {}, "calls": 0}))
+    site.remember({"jobs": {}, "calls": 0})
     assert status(["--run", str(site.path)]) == 3
     out = capsys.readouterr().out
     assert out.count("done") >= 3 and "failed: StepId=103.0 exceeded memory limit (2 > 1)" in out
