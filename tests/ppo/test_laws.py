@@ -505,6 +505,7 @@ def test_each_distance_is_passed_once_where_a_mean_of_five_steps_has_come_so_far
     kl: list[float], distances: list[float], factor: float
 ) -> None:
     """Means often meet a distance, to the bit."""
+
     def passed(unit: float) -> list[list[float]]:
         drift, found = Drift(), []
         for value in kl:
