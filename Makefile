@@ -165,6 +165,8 @@ export: setup  ## a run's SAE and latents for SAELens, delphi and upstream's scr
 serve-reward: setup  ## the compound reward over HTTP, for TRL, OpenRLHF and verl: RUN=... or CONFIG=... (docs/other-trainers.md)
 	@$(PY) -m serving $(if $(filter command environment,$(firstword $(origin CONFIG))),--config $(call arg,CONFIG)) $(if $(call given,RUN),--run $(call arg,RUN)) $(overrides)
 
+# Bytecode is kept whatever the shell says: else each worker, and each process that a test starts, compiles everything again.
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
 # A worker takes whole files, so that what their tests share is made once, in the order of the folders: otherwise files of
 # few but long tests come last. One worker more than cores, up to 8: tests that wait for processes leave a core idle.
 test: setup  ## the fast tests: no root, Slurm, Apptainer, network or GPU

@@ -72,7 +72,7 @@ def plan(
             if need in live and need not in todo
         )
         when: str = when_of[nodes[0]]
-        if len(needs) == 1 and len(elements) > 1 and not after:
+        if len(needs) == 1 and len(elements) > 1:
             needed = next(batch for batch in batches if batch.name in needs)
             if [
                 tuple(need for unit in element for need in needs_of[Node(phase, unit)])

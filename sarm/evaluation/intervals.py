@@ -119,7 +119,7 @@ def clustered_interval(
     """
     if len(np.unique(clusters)) < 2 or not np.isfinite(values).all() or np.ptp(values) == 0:
         return math.nan, math.nan
-    means = bootstrap_means(np.asarray(values, float)[None], clusters, draws, seed)[0]
+    means = bootstrap_means(values[None], clusters, draws, seed)[0]
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -128,8 +128,8 @@ def bootstrap_means(values: Floats, clusters: NDArray[np.str_], draws: int, seed
     """Means of rows (m, n) when the clusters (n,) are drawn with replacement: (m, draws)."""
     _, cluster = np.unique(clusters, return_inverse=True)
     n_clusters = int(cluster.max()) + 1
-    sums = np.stack([np.bincount(cluster, weights=row, minlength=n_clusters) for row in values])
-    sizes = np.bincount(cluster, minlength=n_clusters)
+    sums = np.stack([np.bincount(cluster, weights=row) for row in values])
+    sizes = np.bincount(cluster)
     rng = np.random.default_rng(seed)
     means, at_once = [], max(1, AT_ONCE // n_clusters)
     for start in range(0, draws, at_once):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sarm.config import Config, VerdictConfig
+from sarm.config import Config, Strict, VerdictConfig
 from sarm.evaluation.comparison import Change, Rows, compare, fall_beyond, grid, means_of, points
 from sarm.evaluation.detector import Detector, youden
 from sarm.evaluation.intervals import Interval
@@ -176,18 +176,23 @@ def rule_sha256(config: Config) -> str:
     """Hash of the rule and of the evaluation it is about, which PPO manifests record: what is
     changed after training decides nothing. The untrained arms are no part of it.
     """
-    untrained = {"arms", "system_prompt", "best_of"}
-    data = config.data.model_dump(mode="json")
+    evaluate, data = _plain(config.evaluate), _plain(config.data)
+    for untrained in ("arms", "system_prompt", "best_of"):
+        del evaluate[untrained]
     for source in data["sources"].values():
         if source["url"] is None:  # keys that came later: a rule recorded before them stands
             del source["url"], source["sha256"]
     plan = {
-        "verdict": config.verdict.model_dump(mode="json"),
-        "evaluate": config.evaluate.model_dump(mode="json", exclude=untrained),
+        "verdict": _plain(config.verdict),
+        "evaluate": evaluate,
         "data": data,
         "seed": config.seed,
     }
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(section: Strict) -> dict[str, Any]:
+    return section.model_dump(mode="json")
 
 
 def rule_words(rule: VerdictConfig) -> tuple[str, ...]:

@@ -262,8 +262,11 @@ def test_every_unit_waits_for_all_that_it_needs_and_a_policy_for_its_own_trainin
                 node = Node(batch.phase, unit)
                 assert batch.when in ("aftercorr", when_of[node])
                 assert needs_of[node] & case.todo <= ended
-                if Node("ppo", unit) in needs_of[node] and batch.phase == "evaluate":
-                    assert ended == {Node("ppo", unit)} & case.todo
+                if needs_of[node] == {Node("ppo", unit)}:
+                    assert ended == needs_of[node] & case.todo
+                    assert set(batch.after) == {
+                        case.live[n] for n in needs_of[node] & set(case.live)
+                    }
         for name in batch.needs:
             assert needs & set(sent[name].nodes), "nothing is waited for that is not needed"
         sent[batch.name] = batch
