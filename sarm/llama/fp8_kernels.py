@@ -22,7 +22,6 @@ from torch import Tensor
 
 from sarm.llama.fp8 import CHANNEL_BLOCK, ROW_BLOCK, Fp8
 
-
 MULTIPROCESSORS = 132
 """Of an H100."""
 
