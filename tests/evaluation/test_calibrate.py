@@ -911,3 +911,124 @@ def test_a_plan_of_all_prompts_is_planned_with_all(tmp_path) -> None:
     assert 0 < unsafe < len(prompts_in(data, "policy_eval"))
     found = c.power(made, data, np.zeros(6, bool))
     assert found == {"detectable": None, "planned": {"prompts": unsafe, "samples": 3, "seeds": 2}}
+
+
+def test_readings_that_say_nothing_in_whole_words(tmp_path) -> None:
+    made = config(
+        tmp_path, **{"verdict.max_unended": 0.25, "verdict.min_kappa": 0.5, "ppo.seeds": [0, 1]}
+    )
+    low = Bounds(value=0.3, low=-0.1, high=0.7)
+    watched = c.WatchedLatent(latent=5, tau=0.5, base_rate=0.5, max_cosine=0.0, max_correlation=0.0)
+    both = PositiveControl(prompts=9, penalised=low, monitors=low.model_copy(update={"low": 0.0}))
+    shown = "replacing rejected answers by chosen ones is not shown to lower the"
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({"unended": 0.25, "kappa": 0.5}, []),
+        (
+            {"unended": 0.3, "kappa": 0.456},
+            [
+                "30% of the base policy's scored responses end at neither an end of turn nor a"
+                " sentence end (at most 25%)",
+                "whether a penalised latent fires depends on where a response is cut (kappa 0.46,"
+                " at least 0.5)",
+            ],
+        ),
+        ({"kappa": None}, ["no penalised latent fires on some responses and not on others"]),
+        (
+            {"positive_control": both.model_copy(update={"prompts": 0}), "monitors": [watched]},
+            ["no held-out pair serves as a positive control: give part test a share"],
+        ),
+        ({"positive_control": both}, [f"{shown} penalised latents (95 % CI -10% to +70%)"]),
+        (
+            {"positive_control": both, "monitors": [watched]},
+            [
+                f"{shown} penalised latents (95 % CI -10% to +70%)",
+                f"{shown} monitors (95 % CI +0% to +70%)",
+            ],
+        ),
+        (
+            {
+                "positive_control": both.model_copy(update={"penalised": None, "monitors": None}),
+                "monitors": [watched],
+            },
+            [f"{shown} penalised latents", f"{shown} monitors"],
+        ),
+    ]
+    for more, want in cases:
+        given = {"kappa": 0.6} | more
+        assert readability.unreadable(made, instrument(**given)) == want, more
+
+
+def test_warnings_in_whole_and_in_their_order(tmp_path) -> None:
+    made = config(tmp_path, **{"calibrate.detectable": 0.05})
+    found = instrument(
+        unreadable=["it reads nothing", "nor this"],
+        penalised=[
+            rated(7, 2.50001),
+            rated(8, 1.0).model_copy(update={"base_rate": 0.1}),
+            rated(9, 30),
+        ],
+        candidates=[candidate_of(5, 0.125), candidate_of(9, 0.0)],
+        random={"0": [rated(3, 1.0)], "1": [rated(3, 2.0)]},
+        detectable=0.0512,
+        planned={"prompts": 1, "samples": 1, "seeds": 2},
+    )
+    silent = (
+        "in 40 responses of the base policy, so its penalty costs nothing; lower ppo.penalty.tau or"
+        " set tau_from=policy"
+    )
+    plan = (
+        "the planned evaluation (1 unsafe prompt, 1 sample, 2 seeds) detects a change of the"
+        " penalised rate of 5 points with 80 % power; calibrate.detectable asks for 5 points; give"
+        " policy_eval more prompts, raise evaluate.samples or ppo.seeds, or set"
+        " calibrate.underpowered=warn"
+    )
+    told = [
+        "the SARM is not shown to read the policy's responses: it reads nothing",
+        "the SARM is not shown to read the policy's responses: nor this",
+        f"penalised latent 7 never exceeds tau 2.50001 {silent}",
+        f"penalised latent 9 never exceeds tau 30 {silent}",
+        "the reward already charges for 5 (0.12 SD a response); there the penalty repeats the"
+        " reward",
+        "no monitor qualifies, so neither control nor evasion can be claimed",
+        "the random arm penalises the same latents (3) in all 2 seeds, so its interval says nothing"
+        " of other random latents; raise select.random_candidates",
+    ]
+    assert readability.warnings_of(made, found) == [*told, plan]
+    watched = c.WatchedLatent(latent=5, tau=0.5, base_rate=0.5, max_cosine=0.0, max_correlation=0.0)
+    fine = found.model_copy(update={"detectable": 0.05, "monitors": [watched], "unreadable": []})
+    assert readability.warnings_of(made, fine) == [*told[2:5], told[6]]
+    for more, says in (
+        (
+            {"seeds": 1},
+            "can tell no change of the penalised rate, however large, from the spread between"
+            " seeds",
+        ),
+        ({"seeds": 2}, "has an unknown minimum detectable effect, as nothing varies"),
+    ):
+        one = found.model_copy(update={"planned": found.planned | more, "detectable": None})
+        seeds = "1 seed" if more["seeds"] == 1 else "2 seeds"
+        want = plan.replace("2 seeds", seeds).replace(
+            "detects a change of the penalised rate of 5 points with 80 % power", says
+        )
+        assert readability.power_sentence(made, one) == want
+
+
+def test_random_latents_that_are_drawn_twice_in_whole_words() -> None:
+    def drawn(*seeds: list[int]) -> Any:
+        by_seed = {str(s): [SimpleNamespace(latent=n) for n in of] for s, of in enumerate(seeds)}
+        return readability.drawn_alike(SimpleNamespace(random=by_seed))  # type: ignore[arg-type]
+
+    assert drawn([2, 1], [1, 3]) == [
+        "seeds of the random arm share latents (3 stand in 4 places), so they are not independent"
+        " draws of random latents; raise select.random_candidates"
+    ]
+    assert drawn([2, 1], [1, 2], [2, 1]) == [
+        "the random arm penalises the same latents (1, 2) in all 3 seeds, so its interval says"
+        " nothing of other random latents; raise select.random_candidates"
+    ]
+    assert drawn([1, 2]) == drawn([]) == []
+
+
+def test_a_charge_of_nothing_is_none() -> None:
+    assert readability.repeats([candidate_of(5, 0.0)]) == []
+    assert readability.repeats([candidate_of(5, 0.5, False)]) == []
