@@ -158,6 +158,20 @@ def test_a_card_is_what_the_texts_say() -> None:
     }
 
 
+def test_controls_are_drawn_by_the_seed_alone() -> None:
+    encoded, texts = made()
+    found = features(harming=[feature(3, "harming")], promoting=[], penalised=[], monitors=[])
+    table = pd.DataFrame({"latent": [3], "weight": [1.0], "role": ["none"], "upstream_s": [0.0]})
+
+    def drawn() -> list[int]:
+        config = CardsConfig(top=1, controls=1)
+        cards = [latent_cards(encoded, found, table, texts, config, n)["cards"] for n in range(12)]
+        return [one["controls"][0]["row"] for (one,) in cards]
+
+    first = drawn()
+    assert first == drawn() and set(first) == {0, 1, 2}, "where it is silent"
+
+
 def test_a_latent_is_listed_once_with_all_that_is_known_of_it() -> None:
     found = features(
         harming=[feature(3, "harming") | {"effect": 1.0}, feature(5, "harming")],
