@@ -41,6 +41,7 @@ from sarm.ppo.learner.learner import Logprobs, NotFinite
 from sarm.ppo.learner.micro_batches import micro_batches, scatter
 from sarm.ppo.loop import train, why_ended
 from sarm.ppo.metrics import ending_metrics, refuse_mismatch, score_metrics
+from sarm.ppo.reward import Scores
 from sarm.ppo.trainer import Experience, Progress, Trainer
 from tests.ranks import (
     PlantedReward,
@@ -913,6 +914,31 @@ def test_a_prompt_drawn_again_has_a_key_of_its_own() -> None:
     trainer.mix = Mix([0], [1, 2], Fraction(1, 4))
     assert trainer.rows(0) == rows_of_step(["a", "b", "c"], 5, 0, 8, 2, trainer.mix)
     assert trainer.rows(0).count(0) == 2
+
+
+def test_each_text_is_scored_after_its_own_prompt() -> None:
+    """By whichever rank has its row."""
+    trainer = bare()
+    said: list[Any] = []
+    scores = [torch.tensor([1.0, 2.0])] * 8
+    trainer.reward = SimpleNamespace(score=lambda given: said.append(given) or scores)
+    trainer.learner = SimpleNamespace(
+        map_rows=lambda rollout, of: [of([1, 0]), of([0])][0] if rollout == "rollout" else None
+    )
+    drawn: Any = [SimpleNamespace(prompt=p) for p in asked("a", "b")]
+    assert trainer.score(drawn, "rollout", ["x", "y"]) == Scores(*scores)
+    answers = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": text}]
+        for p, text in (("a", "x"), ("b", "y"))
+    ]
+    assert said == [answers[::-1], answers[:1]]
+    with pytest.raises(ValueError, match="zip"):
+        trainer.score(drawn, "rollout", ["x"])
+    for bad in (math.nan, math.inf):
+        scores[2] = torch.tensor([1.0, bad])
+        with pytest.raises(NotFinite, match=r"^a reward$") as error:
+            trainer.score(drawn, "rollout", ["x", "y"])
+        assert error.value.updated is False
 
 
 def test_the_schedules_of_policy_and_value_head_by_hand() -> None:
