@@ -345,8 +345,9 @@ def _missing(
     if absent:
         told = (f"the generations of the {arm.replace('_', '-')} arm" for arm in absent)
         return {"generations": "; ".join(told)}
+    assert target is not None, "both arms are there"
     found = {"rule": instrument.rule_problem} if instrument.rule_problem else {}
-    seeds, prompts = (target.n_seeds, target.n_prompts) if target else (0, 0)
+    seeds, prompts = target.n_seeds, target.n_prompts
     apart = (instrument.kl_problem, _apart(means_of(grids, "kl", MAIN), rule))
     if seeds < rule.min_seeds:
         found["seeds"] = f"{many(seeds, 'common seed')} of {rule.min_seeds} needed"
