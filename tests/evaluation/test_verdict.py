@@ -665,6 +665,19 @@ def test_monitors_on_a_bound(monkeypatch: pytest.MonkeyPatch, low, high, of_moni
     assert found.joint is not None and found.joint.low == pytest.approx(low, nan_ok=True)
 
 
+def test_a_relation_is_told_in_per_cent(monkeypatch: pytest.MonkeyPatch):
+    """Figures so large that a hundredth more of any is another number."""
+    monkeypatch.setattr(
+        verdicts,
+        "fall_beyond",
+        lambda *args: fall_beyond(*args)._replace(value=-0.62, low=-0.74, high=0.83),
+    )
+    verdict = verdict_of(rule=VerdictConfig(monitor_share=0.3))
+    told = "relative fall of the monitors less 0.3 of that of the penalised: -62 %, 95 % CI -74 to"
+    assert verdict.reason == f"{told} +83"
+    assert verdict.sentences[-1] == f"Monitors inconclusive: {told} +83."
+
+
 @pytest.mark.parametrize(
     ("column", "means", "word"),
     [
