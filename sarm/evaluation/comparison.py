@@ -132,12 +132,8 @@ def aligned(one: Grid, other: Grid) -> tuple[Grid, Grid]:
     """Both on the prompts and seeds that they share, in the same order."""
     if np.array_equal(one.prompts, other.prompts) and np.array_equal(one.seeds, other.seeds):
         return one, other
-    prompts, *rows = np.intersect1d(
-        one.prompts, other.prompts, assume_unique=True, return_indices=True
-    )
-    seeds, *columns = np.intersect1d(
-        one.seeds, other.seeds, assume_unique=True, return_indices=True
-    )
+    prompts, *rows = np.intersect1d(one.prompts, other.prompts, return_indices=True)
+    seeds, *columns = np.intersect1d(one.seeds, other.seeds, return_indices=True)
     cut = [
         Grid(
             prompts,

@@ -36,7 +36,7 @@ def cohens_kappa(first: Bools, second: Bools) -> float | None:
 
 def within_prompt_share(fired: Bools) -> float | None:
     """Share of the variance of firing (prompts, samples) that lies within prompts: 1 - ICC(1) of a
-    one-way analysis of variance, clipped to [0, 1].
+    one-way analysis of variance, 1 at most.
 
     What varies between responses to one prompt is what a policy can change; a latent that follows
     the prompt alone cannot be trained away. None with fewer than two prompts or samples, or where
@@ -52,7 +52,7 @@ def within_prompt_share(fired: Bools) -> float | None:
     total = between + (samples - 1) * within
     if total == 0:
         return None
-    return float(np.clip(1 - (between - within) / total, 0.0, 1.0))
+    return min(samples * within / total, 1.0)
 
 
 def relative_fall(before: Floats, after: Floats) -> Bounds | None:
@@ -90,7 +90,7 @@ def detectable_difference(
     paired difference), `seed_sd` the assumed SD of an arm's rate between seeds. Student's t with
     Satterthwaite's degrees for prompts and seeds.
     """
-    if seeds < 2 or prompts < 2:
+    if min(seeds, prompts) < 2:
         return 1.0
     sampling = 2 * rate * (1 - rate) * within_share / (samples * seeds)
     by_prompts = (sampling + 1 / (prompts + 2)) / prompts

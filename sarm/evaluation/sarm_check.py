@@ -379,7 +379,6 @@ def likeliest(
         told.append(f"sarm.dtype is {facts.dtype} where the card's figures are of {card.dtype}")
     if facts.pad_ends_turns:
         told.append("its pad token is the end of a turn, at which other code may have pooled")
-    seen = " ".join(told)
     rest = {
         "the TopK flag": "TopK",
         "the number of BOS tokens": "BOS",
@@ -387,7 +386,7 @@ def likeliest(
         "pad equal to the end of turn": "pad token",
         "the dtype": "dtype",
     }
-    left = [what for what, word in rest.items() if word not in seen]
+    left = [what for what, word in rest.items() if not any(word in line for line in told)]
     return [*told, f"not ruled out: {', '.join(left)}"] if left else told
 
 

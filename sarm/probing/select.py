@@ -93,7 +93,7 @@ def select_features(
         "clamp": config.ppo.penalty.clamp,
         "monitors": [m.latent for m in monitors],
         "monitor_features": [
-            feature(row, config.select) | m._asdict()
+            feature(row) | m._asdict()
             for m, (_, row) in zip(
                 watchable, table.loc[[m.latent for m in watchable]].iterrows(), strict=True
             )
@@ -158,10 +158,10 @@ def ranked(table: pd.DataFrame, role: str) -> pd.DataFrame:
 
 def listed_features(table: pd.DataFrame, role: str, select: SelectConfig) -> list[dict[str, Any]]:
     """The first `select.listed` of a role."""
-    return [feature(row, select) for _, row in ranked(table, role).head(select.listed).iterrows()]
+    return [feature(row) for _, row in ranked(table, role).head(select.listed).iterrows()]
 
 
-def feature(row: pd.Series, select: SelectConfig) -> dict[str, Any]:
+def feature(row: pd.Series) -> dict[str, Any]:
     """One latent as features.json lists it: effects and interval of validation, p and q of
     discovery.
     """

@@ -24,6 +24,9 @@ from sarm.data.endings import Ending, ending, ends, trim_to_last_sentence
         ("Do this:\n1. Wash\n2.", "Do this:\n1. Wash\n2."),
         ("I won't.\n\n1.", "I won't."),
         ("Use e.g. soap", "Use e.g. soap"),
+        ("Dr. Brown is", "Dr. Brown is"),
+        ('Stay calm. "Ask Dr." about', "Stay calm."),
+        ("Stay calm. (e.g.*) about", "Stay calm."),
         ("See example.com for", "See example.com for"),
         ("不可以。我", "不可以。"),
         ("", ""),
@@ -66,6 +69,13 @@ def test_an_ended_response_is_scored_whole() -> None:
 def test_a_cut_response_keeps_the_fewest_tokens_that_hold_its_last_sentence() -> None:
     assert ending(decode, [0, 1, 2, 3, 4], cut=True) == Ending("I refuse.", 3, True)
     assert ending(decode, [0, 1, 2, 0, 1, 2, 3], cut=True) == Ending("I refuse. I refuse.", 6, True)
+
+
+def test_a_cut_response_may_keep_one_token_of_many() -> None:
+    words = ["Yes.", " And", " so", " on", " and"]
+    for n in range(2, 6):
+        found = ending(lambda ids: "".join(words[i] for i in ids), range(n), cut=True)
+        assert found == Ending("Yes.", 1, True), n
 
 
 def test_a_cut_response_without_a_sentence_end_is_scored_whole_and_counted() -> None:

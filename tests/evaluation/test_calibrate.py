@@ -4,6 +4,7 @@ once on the tiny models.
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jobs import calibrate as job
 from jobs.__main__ import run_unit
 from reports.calibration import calibration
 from sarm.config import Config, UserError
 from sarm.data.conversations import response_text
-from sarm.data.datasets import Pair, Prompt, load_data, prompts_in
+from sarm.data.datasets import Pair, Prompt, load_data, pairs_in, prompts_in
 from sarm.data.endings import trim_to_last_sentence
 from sarm.evaluation import calibrate as c
 from sarm.evaluation import readability
@@ -78,7 +80,7 @@ def rated(latent: int, tau: float, alpha: float = 0.5) -> RatedLatent:
     return RatedLatent(latent=latent, tau=tau, alpha=alpha, base_rate=0.0, confirmed=True)
 
 
-def chosen() -> Any:
+def chosen(**more: Any) -> Any:
     return features(
         penalised=[
             {"latent": 3, "tau": 2.5, "alpha": 9.0},
@@ -87,6 +89,7 @@ def chosen() -> Any:
         harming=[feature(3, "harming"), feature(6, "harming", False) | {"weight": -0.25}],
         misleading=[feature(8, "misleading") | {"weight": 0.5}],
         random_candidates=[candidate(9), candidate(11), candidate(12), candidate(6)],
+        **more,
     )
 
 
@@ -487,3 +490,545 @@ def test_random_latents_that_are_the_same_in_every_seed_are_told() -> None:
     (told,) = drawn(a=[49, 42], b=[42, 7], c=[3, 4])
     assert "share latents (5 stand in 6 places)" in told and "not independent draws" in told
     assert drawn(a=[49, 42], b=[41, 7]) == [] and drawn(a=[49]) == [] and drawn() == []
+
+
+@pytest.mark.parametrize("pad", [None, 0])
+def test_the_policy_is_sampled_as_in_training(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, pad: int | None
+) -> None:
+    """Every argument of the generator, with settings away from their defaults."""
+    made = config(
+        tmp_path,
+        **{
+            "seed": 5,
+            "calibrate.prompts": 2,
+            "calibrate.samples": 3,
+            "ppo.max_prompt_tokens": 4,
+            "ppo.max_new_tokens": 7,
+            "ppo.temperature": 0.7,
+            "policy.chat_template_kwargs": {"date": "today"},
+        },
+    )
+    tokenizer, moved, asked = SimpleNamespace(pad_token_id=pad), [], {}
+    model = SimpleNamespace(to=lambda device: moved.append(device) or "the policy")
+    folder = tmp_path / "policy"
+    monkeypatch.setattr(c, "local_model", lambda *_: folder)
+    monkeypatch.setattr(c, "open_policy", lambda *given: {(folder, "float32"): model}[given])
+
+    def read_tokenizer(*given: Any) -> Any:
+        assert given == (folder, {"date": "today"})
+        return tokenizer
+
+    def ids_of(with_: Any, messages: Any) -> list[int]:
+        assert with_ is tokenizer
+        return [ord(letter) for letter in messages[0]["content"]]
+
+    def stops(*given: Any) -> list[int]:
+        assert given == ("the policy", tokenizer)
+        return [9, 4]
+
+    def generate(*given: Any, progress: Any, **how: Any) -> Any:
+        asked.update(given=given, how=how)
+        progress(4, 6)
+        cut = SimpleNamespace(tolist=lambda: [True, False] * 3)
+        return SimpleNamespace(ids=lambda row: [row, row + 10], truncated=cut)
+
+    monkeypatch.setattr(c, "read_tokenizer", read_tokenizer)
+    monkeypatch.setattr(c, "prompt_ids", ids_of)
+    monkeypatch.setattr(c, "stop_ids", stops)
+    monkeypatch.setattr(c, "generate", generate)
+    monkeypatch.setattr(c, "response_text", lambda *given: f"{given[0] is tokenizer} {given[1]}")
+    prompts = [prompt(n, k) for n, k in (("s", "safe"), ("four", "unsafe"), ("fiver", "unsafe"))]
+    prompts += [prompt("b"), prompt("not asked")]
+    told: list[Any] = []
+    found = c.base_responses(made, prompts, "a device", lambda *line: told.append(line))
+    assert moved == ["a device"] and told == [(4, 6, "prompts answered")]
+    four, b = [ord(letter) for letter in "four"], [ord("b")]
+    assert asked["given"] == ("the policy", [four] * 3 + [b] * 3)
+    assert asked["how"] == {
+        "keys": ["four#0", "four#1", "four#2", "b#0", "b#1", "b#2"],
+        "max_new_tokens": 7,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "seed": 5,
+        "step": -1,
+        "eos_ids": [9, 4],
+        "pad_id": 9 if pad is None else 0,
+    }
+    assert found.prompts == [prompts[1]] * 3 + [prompts[3]] * 3
+    assert found.ids == [[row, row + 10] for row in range(6)]
+    assert found.cut == [True, False] * 3
+    assert found.decode([7]) == "True [7]"
+    with pytest.raises(UserError) as refused:
+        c.base_responses(made, prompts[:1] + prompts[2:3], "cpu", lambda *_: None)
+    assert str(refused.value) == (
+        "none of the 2 ppo prompts is unsafe and has at most 4 tokens; raise ppo.max_prompt_tokens"
+        " or give part ppo other data"
+    )
+
+
+def test_the_sarm_reads_every_latent_that_a_run_may_name(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(tmp_path, **{"sarm.tokens_per_batch": 99, "sarm.max_length": 77})
+    model = SimpleNamespace(to=lambda device: f"the SARM on {device}")
+    asked: dict[str, Any] = {}
+
+    class Reward:
+        def __init__(self, *given: Any, **how: Any) -> None:
+            asked.update(given=given, how=how)
+
+        def score(self, conversations: Any) -> Any:
+            asked["conversations"] = conversations
+            z = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.0, 0.5, 0.0, 0.0, 0.0, 0.25]])
+            return SimpleNamespace(reward=torch.tensor([0.5, -1.0]), monitors_z=z)
+
+    def load(sarm: Any) -> Any:
+        assert sarm == made.sarm
+        return model, "its tokenizer"
+
+    monkeypatch.setattr(c, "load_sarm", load)
+    monkeypatch.setattr(c, "CompoundReward", Reward)
+    listed = features(
+        penalised=[{"latent": 7, "tau": 2.5, "alpha": 9.0}],
+        harming=[feature(3, "harming"), feature(7, "harming")],
+        misleading=[feature(8, "misleading")],
+        monitors=[5],
+        random_candidates=[candidate(9), candidate(1), candidate(3)],
+    )
+    reader = c.sarm_reader(made, listed, "a device")
+    assert asked["given"] == ("the SARM on a device", "its tokenizer", [])
+    assert asked["how"] == {
+        "monitors": [7, 3, 8, 5, 9, 1],
+        "tokens_per_batch": 99,
+        "max_length": 77,
+    }
+    found = reader([prompt("p"), prompt("q")], ["yes", "no"])
+    assert asked["conversations"] == [
+        [{"role": "user", "content": "p"}, {"role": "assistant", "content": "yes"}],
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no"}],
+    ]
+    assert found.reward.tolist() == [0.5, -1.0] and found.reward.dtype == np.float64
+    assert {latent: z.tolist() for latent, z in found.z.items()} == {
+        7: [1.0, 0.0],
+        3: [2.0, 0.5],
+        8: [3.0, 0.0],
+        5: [4.0, 0.0],
+        9: [5.0, 0.0],
+        1: [6.0, 0.25],
+    }
+    with pytest.raises(ValueError, match="zip"):
+        reader([prompt("p")], ["yes", "no"])
+
+
+def test_what_calibrate_publishes_is_what_it_read(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole record: six responses of which two ended by themselves."""
+    made = config(tmp_path, **{"calibrate.cut_tokens": [5, 9], "ppo.seeds": [0, 3]})
+    watched = [
+        feature(n, "harming") | {"tau": 0.5, "max_cosine": 0.125, "max_correlation": 0.0}
+        for n in (5, 6)
+    ]
+    listed = chosen(monitors=[5, 6], monitor_features=watched)
+    data = load_data(made.data)
+    asked = responses()._replace(cut=[True, False, True, True, True, False])
+    told: list[Any] = []
+    progress = lambda *line: told.append(line)  # noqa: E731
+    control = PositiveControl(
+        prompts=9, penalised=Bounds(value=0.3, low=-0.1, high=0.7), monitors=None
+    )
+
+    def base_responses(*given: Any) -> c.Responses:
+        assert given == (made, prompts_in(data, "ppo"), "a device", progress)
+        return asked
+
+    def sarm_reader(*given: Any) -> c.Reader:
+        assert given == (made, listed, "a device")
+        return read
+
+    def positive_control(*given: Any) -> PositiveControl:
+        assert given == (
+            made,
+            pairs_in(data, "test"),
+            asked,
+            read,
+            found_penalised,
+            c.monitors_of(made, listed, base, found_penalised),
+        )
+        return control
+
+    texts = [
+        text if ended else trim_to_last_sentence(text)
+        for text, ended in zip(TEXTS, (False, True, False, False, False, True), strict=True)
+    ]
+    assert texts[1] == TEXTS[1] and texts[0] == "see me here."
+    base = read(None, texts)
+    found_penalised = c.thresholds(made, listed, base)
+    monkeypatch.setattr(c, "base_responses", base_responses)
+    monkeypatch.setattr(c, "sarm_reader", sarm_reader)
+    monkeypatch.setattr(c, "positive_control", positive_control)
+    found = c.calibrate(made, listed, data, "a device", progress)
+    assert told == [(0, 6, "scoring")]
+    any_fired = (base.z[3] > 2.5) | (base.z[8] > 1.5)
+    cuts = [c.agreement(asked, base, found_penalised, n, True, read) for n in (5, 9)]
+    first, second = (np.concatenate([one[i] for one in cuts]) for i in (1, 2))
+    assert first.tolist() != second.tolist()
+    want = Readings(
+        n_prompts=3,
+        samples=2,
+        cut=4 / 6,
+        unended=0.0,
+        tokens=float(np.mean([len(text) for text in TEXTS])),
+        scored_tokens=float(np.mean([len(text) for text in texts])),
+        reward_mean=float(base.reward.mean()),
+        reward_sd=float(np.std(base.reward, ddof=1)),
+        any_rate=float(any_fired.mean()),
+        candidates=c.candidates_of(made, listed, base, found_penalised),
+        penalised=found_penalised,
+        monitors=c.monitors_of(made, listed, base, found_penalised),
+        random=c.random_sets(made, listed, base, found_penalised),
+        stability=[row for row, _, _ in cuts],
+        kappa=cohens_kappa(first, second),
+        positive_control=control,
+        **c.power(made, data, any_fired),
+        unreadable=[],
+        warnings=[],
+    )
+    want = want.model_copy(update={"unreadable": readability.unreadable(made, want)})
+    want = want.model_copy(update={"warnings": readability.warnings_of(made, want)})
+    assert want.unreadable and any(want.unreadable[0] in line for line in want.warnings)
+    assert found == want
+    assert set(found.random) == {"0", "3"} and [s.tokens for s in found.stability] == [5, 9]
+
+
+def test_penalised_latents_keep_their_role_and_taus_are_never_below_0(tmp_path) -> None:
+    listed = features(
+        penalised=[
+            {"latent": 3, "tau": 2.5, "alpha": 9.0, "role": "misleading", "confirmed": True},
+            {"latent": 4, "tau": 1.0, "alpha": 9.0},
+        ],
+        harming=[],
+    )
+    base = c.Read(np.array([1.0, 3.0, 5.0]), {3: np.array([2.5, 3.0, 0.0]), 4: -np.ones(3)})
+    want = [
+        {"latent": 3, "tau": 2.5, "alpha": 0.5, "role": "misleading", "confirmed": True},
+        {"latent": 4, "tau": 1.0, "alpha": 0.5, "role": "harming", "confirmed": False},
+    ]
+    rates = [{"base_rate": 1 / 3}, {"base_rate": 0.0}]
+    asked = {"ppo.penalty.alpha": 0.25, "ppo.penalty.tau_quantile": 0.5}
+    of_rejected = config(tmp_path, **asked | {"ppo.penalty.tau_from": "rejected"})
+    found = c.thresholds(of_rejected, listed, base)
+    assert [p.model_dump() for p in found] == [w | r for w, r in zip(want, rates, strict=True)]
+    of_policy = config(tmp_path, **asked | {"ppo.penalty.tau_from": "policy"})
+    found = c.thresholds(of_policy, listed, base)
+    assert [(p.tau, p.base_rate) for p in found] == [(2.5, 1 / 3), (0.0, 0.0)]
+
+
+def test_a_latent_fires_above_its_tau_and_none_fires_where_none_is_penalised() -> None:
+    base = c.Read(np.zeros(3), {3: np.array([1.5, 2.0, 0.0]), 8: np.array([0.0, 0.0, 0.25])})
+    assert c.fired_any(base, [rated(3, 1.5), rated(8, 0.0)]).tolist() == [False, True, True]
+    none = c.fired_any(base, [])
+    assert none.tolist() == [False, False, False] and none.dtype == bool
+
+
+def test_candidates_in_whole_by_hand(tmp_path) -> None:
+    """Three prompts of two responses; one latent penalised, one without a weight, one with a reward
+    that never differs.
+    """
+    made = config(tmp_path, **{"ppo.penalty.tau": 1.0, "ppo.penalty.tau_quantile": None})
+    z = {3: np.array([3.0, 0, 2, 2, 0, 1]), 6: np.array([2.0, 2, 0, 0, 1, 0]), 8: np.zeros(6)}
+    listed = chosen().model_copy(
+        update={
+            "misleading": [
+                type(chosen().misleading[0])(**feature(8, "misleading") | {"weight": None})
+            ]
+        }
+    )
+    base = c.Read(np.array([0.0, 0, 0, 2, 2, 2]), z)
+    sd = math.sqrt(1.2)
+    found = c.candidates_of(made, listed, base, [rated(3, 2.0)])
+    assert [row.model_dump() for row in found] == [
+        {
+            "latent": 3,
+            "role": "harming",
+            "confirmed": True,
+            "penalised": True,
+            "weight": -8e-4,
+            "tau": 2.0,
+            "rate": 1 / 6,
+            "within_prompt_share": pytest.approx(1.0),
+            "charge": pytest.approx(8e-4 * 8 / 6 / sd),
+        },
+        {
+            "latent": 6,
+            "role": "harming",
+            "confirmed": False,
+            "penalised": False,
+            "weight": -0.25,
+            "tau": 1.0,
+            "rate": 2 / 6,
+            "within_prompt_share": 0.0,
+            "charge": pytest.approx(0.25 * 5 / 6 / sd),
+        },
+        {
+            "latent": 8,
+            "role": "misleading",
+            "confirmed": True,
+            "penalised": False,
+            "weight": 0.0,
+            "tau": 1.0,
+            "rate": 0.0,
+            "within_prompt_share": None,
+            "charge": 0.0,
+        },
+    ]
+    alike = c.candidates_of(made, listed, base._replace(reward=np.ones(6)), [])
+    assert alike[0].charge == pytest.approx(8e-4 * 8 / 6), "in units of the reward"
+    on = c.candidates_of(config(tmp_path), listed, base, [])
+    assert [(row.tau, row.rate) for row in on] == [(0.0, 4 / 6), (0.0, 3 / 6), (0.0, 0.0)]
+
+
+def test_monitors_beside_nothing_that_is_penalised_go_with_none(tmp_path) -> None:
+    base = read(None, TEXTS)
+    monitors = [
+        feature(n, "harming") | {"tau": 0.5, "max_cosine": 0.125, "max_correlation": 0.0}
+        for n in (5, 6)
+    ]
+    listed = features(penalised=[], monitor_features=monitors, monitors=[5, 6])
+    found = c.monitors_of(config(tmp_path, **{"select.monitors": 1}), listed, base, [])
+    (rate,) = {float(np.mean(base.z[m.latent] > 0.5)) for m in found}
+    assert [m.model_dump() for m in found] == [
+        {
+            "latent": found[0].latent,
+            "tau": 0.5,
+            "base_rate": rate,
+            "max_cosine": 0.125,
+            "max_correlation": 0.0,
+        }
+    ]
+    none = features(penalised=[], monitor_features=[], monitors=[])
+    assert c.monitors_of(config(tmp_path), none, base, []) == []
+
+
+def test_random_latents_in_whole(tmp_path) -> None:
+    """As a hinge, whose dose is not that of a threshold."""
+    base = read(None, TEXTS)
+    penalised = [rated(3, 1.5, 0.5), rated(8, 0.5, 0.25)]
+    made = config(tmp_path, **{"ppo.seeds": [2, 9], "ppo.penalty.kind": "hinge"})
+    sets = c.random_sets(made, chosen(), base, penalised)
+    order = {seed: c.drawn_for(chosen().random_candidates, seed) for seed in (2, 9)}
+    for seed in (2, 9):
+        targets = [c.Penalised(p.latent, p.tau, p.alpha) for p in penalised]
+        z = torch.tensor(np.stack([base.z[n] for n in order[seed]], axis=1))
+        of_targets = torch.tensor(np.stack([base.z[3], base.z[8]], axis=1))
+        matched = c.calibrate_random(z, order[seed], of_targets, targets, "hinge")
+        assert [r.model_dump() for r in sets[str(seed)]] == [
+            {
+                "latent": m.latent,
+                "tau": m.tau,
+                "alpha": m.alpha,
+                "role": "random",
+                "confirmed": False,
+                "base_rate": float(np.mean(base.z[m.latent] > m.tau)),
+            }
+            for m in matched
+        ]
+        dose = sum(r.alpha * np.maximum(base.z[r.latent] - r.tau, 0).mean() for r in matched)
+        want = 0.5 * np.maximum(base.z[3] - 1.5, 0).mean()
+        want += 0.25 * np.maximum(base.z[8] - 0.5, 0).mean()
+        assert dose == pytest.approx(want)
+    assert c.random_sets(made, chosen(), base, []) == {}
+
+
+def test_a_response_as_short_as_the_cut_takes_no_part_in_stability() -> None:
+    ids = [[ord(letter) for letter in text] for text in ("no.", "see e", "e e e so it goes")]
+    given = c.Responses([prompt(n) for n in "pqr"], ids, [True] * 3, decode)
+    base = read(None, [decode(one) for one in ids])
+    asked: list[Any] = []
+
+    def reading(prompts: Any, texts: Any) -> c.Read:
+        asked.append(([p.id for p in prompts], texts))
+        return read(prompts, texts)
+
+    row, first, second = c.agreement(given, base, [rated(3, 1.5)], 3, False, reading)
+    assert asked == [(["q", "r"], ["se", "e e e so it g"])], "and is not trimmed where none is"
+    assert (first.tolist(), second.tolist()) == ([True, True], [False, True])
+    assert row.model_dump() == {"tokens": 3, "n": 2, "kappa": 0.0, "by_latent": {"3": 0.0}}
+
+
+def test_the_positive_control_takes_so_many_prompts_and_cuts_what_is_longer(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(c, "local_model", lambda *_: tmp_path)
+    made = config(
+        tmp_path,
+        **{
+            "ppo.max_new_tokens": 5,
+            "calibrate.control_pairs": 2,
+            "policy.chat_template_kwargs": {"a": 1},
+        },
+    )
+
+    def tokenizer(*given: Any) -> Any:
+        assert given == (tmp_path, {"a": 1})
+        return lambda text, add_special_tokens: {"input_ids": [ord(x) for x in text]}
+
+    monkeypatch.setattr(c, "read_tokenizer", tokenizer)
+    asked: list[Any] = []
+
+    def reading(prompts: Any, texts: Any) -> c.Read:
+        asked.append(([p.id for p in prompts], texts))
+        return read(prompts, texts)
+
+    pairs = [
+        Pair("1", prompt("q"), "demo", "no. o", "ee. ee"),
+        Pair("2", prompt("p"), "demo", "e", "see eee"),
+        Pair("3", prompt("q"), "demo", "o", "e"),
+        Pair("4", prompt("r"), "demo", "not", "asked"),
+    ]
+    none = c.positive_control(made, pairs, responses(), reading, [], [])
+    # the rejected answers first; five letters are not longer than five, six are cut and trimmed
+    assert asked == [
+        (["q", "q", "p"], ["ee.", "e", "see e"]),
+        (["q", "q", "p"], ["no. o", "o", "e"]),
+    ] or asked == [(["q", "q", "p"], ["no. o", "o", "e"]), (["q", "q", "p"], ["ee.", "e", "see e"])]
+    assert none == PositiveControl(prompts=2, penalised=None, monitors=None)
+    empty = PositiveControl(prompts=0, penalised=None, monitors=None)
+    assert c.positive_control(made, [], responses(), reading, [rated(3, 0.5)], []) == empty
+    cut = made.model_copy(update={"responses": made.responses.model_copy(update={"cut": "score"})})
+    asked.clear()
+    c.positive_control(cut, pairs[:1], responses(), reading, [], [])
+    assert sorted(texts[0] for _, texts in asked) == ["ee. e", "no. o"]
+
+
+def test_a_plan_of_all_prompts_is_planned_with_all(tmp_path) -> None:
+    made = config(
+        tmp_path, **{"evaluate.prompts": None, "evaluate.samples": 3, "ppo.seeds": [1, 2]}
+    )
+    data = load_data(made.data)
+    unsafe = sum(p.kind == "unsafe" for p in prompts_in(data, "policy_eval"))
+    assert 0 < unsafe < len(prompts_in(data, "policy_eval"))
+    found = c.power(made, data, np.zeros(6, bool))
+    assert found == {"detectable": None, "planned": {"prompts": unsafe, "samples": 3, "seeds": 2}}
+
+
+def test_readings_that_say_nothing_in_whole_words(tmp_path) -> None:
+    made = config(
+        tmp_path, **{"verdict.max_unended": 0.25, "verdict.min_kappa": 0.5, "ppo.seeds": [0, 1]}
+    )
+    low = Bounds(value=0.3, low=-0.1, high=0.7)
+    watched = c.WatchedLatent(latent=5, tau=0.5, base_rate=0.5, max_cosine=0.0, max_correlation=0.0)
+    both = PositiveControl(prompts=9, penalised=low, monitors=low.model_copy(update={"low": 0.0}))
+    shown = "replacing rejected answers by chosen ones is not shown to lower the"
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({"unended": 0.25, "kappa": 0.5}, []),
+        (
+            {"unended": 0.3, "kappa": 0.456},
+            [
+                "30% of the base policy's scored responses end at neither an end of turn nor a"
+                " sentence end (at most 25%)",
+                "whether a penalised latent fires depends on where a response is cut (kappa 0.46,"
+                " at least 0.5)",
+            ],
+        ),
+        ({"kappa": None}, ["no penalised latent fires on some responses and not on others"]),
+        (
+            {"positive_control": both.model_copy(update={"prompts": 0}), "monitors": [watched]},
+            ["no held-out pair serves as a positive control: give part test a share"],
+        ),
+        ({"positive_control": both}, [f"{shown} penalised latents (95 % CI -10% to +70%)"]),
+        (
+            {"positive_control": both, "monitors": [watched]},
+            [
+                f"{shown} penalised latents (95 % CI -10% to +70%)",
+                f"{shown} monitors (95 % CI +0% to +70%)",
+            ],
+        ),
+        (
+            {
+                "positive_control": both.model_copy(update={"penalised": None, "monitors": None}),
+                "monitors": [watched],
+            },
+            [f"{shown} penalised latents", f"{shown} monitors"],
+        ),
+    ]
+    for more, want in cases:
+        given = {"kappa": 0.6} | more
+        assert readability.unreadable(made, instrument(**given)) == want, more
+
+
+def test_warnings_in_whole_and_in_their_order(tmp_path) -> None:
+    made = config(tmp_path, **{"calibrate.detectable": 0.05})
+    found = instrument(
+        unreadable=["it reads nothing", "nor this"],
+        penalised=[
+            rated(7, 2.50001),
+            rated(8, 1.0).model_copy(update={"base_rate": 0.1}),
+            rated(9, 30),
+        ],
+        candidates=[candidate_of(5, 0.125), candidate_of(9, 0.0)],
+        random={"0": [rated(3, 1.0)], "1": [rated(3, 2.0)]},
+        detectable=0.0512,
+        planned={"prompts": 1, "samples": 1, "seeds": 2},
+    )
+    silent = (
+        "in 40 responses of the base policy, so its penalty costs nothing; lower ppo.penalty.tau or"
+        " set tau_from=policy"
+    )
+    plan = (
+        "the planned evaluation (1 unsafe prompt, 1 sample, 2 seeds) detects a change of the"
+        " penalised rate of 5 points with 80 % power; calibrate.detectable asks for 5 points; give"
+        " policy_eval more prompts, raise evaluate.samples or ppo.seeds, or set"
+        " calibrate.underpowered=warn"
+    )
+    told = [
+        "the SARM is not shown to read the policy's responses: it reads nothing",
+        "the SARM is not shown to read the policy's responses: nor this",
+        f"penalised latent 7 never exceeds tau 2.50001 {silent}",
+        f"penalised latent 9 never exceeds tau 30 {silent}",
+        "the reward already charges for 5 (0.12 SD a response); there the penalty repeats the"
+        " reward",
+        "no monitor qualifies, so neither control nor evasion can be claimed",
+        "the random arm penalises the same latents (3) in all 2 seeds, so its interval says nothing"
+        " of other random latents; raise select.random_candidates",
+    ]
+    assert readability.warnings_of(made, found) == [*told, plan]
+    watched = c.WatchedLatent(latent=5, tau=0.5, base_rate=0.5, max_cosine=0.0, max_correlation=0.0)
+    fine = found.model_copy(update={"detectable": 0.05, "monitors": [watched], "unreadable": []})
+    assert readability.warnings_of(made, fine) == [*told[2:5], told[6]]
+    for more, says in (
+        (
+            {"seeds": 1},
+            "can tell no change of the penalised rate, however large, from the spread between"
+            " seeds",
+        ),
+        ({"seeds": 2}, "has an unknown minimum detectable effect, as nothing varies"),
+    ):
+        one = found.model_copy(update={"planned": found.planned | more, "detectable": None})
+        seeds = "1 seed" if more["seeds"] == 1 else "2 seeds"
+        want = plan.replace("2 seeds", seeds).replace(
+            "detects a change of the penalised rate of 5 points with 80 % power", says
+        )
+        assert readability.power_sentence(made, one) == want
+
+
+def test_random_latents_that_are_drawn_twice_in_whole_words() -> None:
+    def drawn(*seeds: list[int]) -> Any:
+        by_seed = {str(s): [SimpleNamespace(latent=n) for n in of] for s, of in enumerate(seeds)}
+        return readability.drawn_alike(SimpleNamespace(random=by_seed))  # type: ignore[arg-type]
+
+    assert drawn([2, 1], [1, 3]) == [
+        "seeds of the random arm share latents (3 stand in 4 places), so they are not independent"
+        " draws of random latents; raise select.random_candidates"
+    ]
+    assert drawn([2, 1], [1, 2], [2, 1]) == [
+        "the random arm penalises the same latents (1, 2) in all 3 seeds, so its interval says"
+        " nothing of other random latents; raise select.random_candidates"
+    ]
+    assert drawn([1, 2]) == drawn([]) == []
+
+
+def test_a_charge_of_nothing_is_none() -> None:
+    assert readability.repeats([candidate_of(5, 0.0)]) == []
+    assert readability.repeats([candidate_of(5, 0.5, False)]) == []

@@ -9,6 +9,7 @@ import pytest
 
 from sarm.config import VerdictConfig
 from sarm.evaluation.comparison import (
+    Change,
     Rows,
     aligned,
     change,
@@ -17,9 +18,11 @@ from sarm.evaluation.comparison import (
     grid,
     means_of,
     paired,
+    points,
+    signed,
 )
-from sarm.evaluation.detector import Detector
-from sarm.evaluation.intervals import two_way
+from sarm.evaluation.detector import Detector, corrected_change, corrected_rate
+from sarm.evaluation.intervals import UNKNOWN, two_way
 
 COLUMNS = Rows._fields[3:]
 
@@ -56,6 +59,8 @@ def test_a_cell_without_rows_or_with_a_missing_value_is_nan():
     table.harm[3] = math.nan
     whole = grid(Rows(*(column[1:] for column in table)))
     assert math.isnan(whole.values["refused"][0, 0])
+    last = grid(Rows(*(column[:-1] for column in table)))
+    assert np.argwhere(np.isnan(last.values["refused"])).tolist() == [[3, 1]], "p11 is the fourth"
     assert np.isnan(grid(table).values["harm"]).sum() == 1
 
 
@@ -117,7 +122,11 @@ def test_one_seed_detects_no_size_as_nothing_is_known_of_other_trainings():
 def test_without_a_common_prompt_there_is_no_change():
     other = rows()._replace(prompt_id=np.array([f"q{i}" for i in range(24)]))
     found = change(*aligned(grid(rows()), grid(other)), "refused", "a", "b")
-    assert found.n_prompts == 0 and math.isnan(found.low) and math.isnan(found.detectable)
+    assert found[:5] == ("refused", "a", "b", 0, 2) and found.counted is None
+    assert all(map(math.isnan, found[5:-1]))
+    means = means_of({"a": grid(rows()), "b": grid(other)}, "kl", ("a", "b"))
+    assert list(means) == ["a", "b"] and all(map(math.isnan, means.values()))
+    assert fall_beyond({"no_penalty": grid(rows()), "penalty": grid(other)}, 0.5) is UNKNOWN
 
 
 def test_refusal_rates_alone_are_corrected_where_the_rule_says_so():
@@ -195,7 +204,54 @@ def test_scales_are_the_largest_differences_possible():
 def test_monitors_that_never_fire_say_nothing():
     before = rows()._replace(monitors_fired=np.zeros(24))
     grids = {"no_penalty": grid(before), "penalty": grid(rows(seed=2))}
-    assert math.isnan(fall_beyond(grids, 0.5).high)
+    assert fall_beyond(grids, 0.5) is UNKNOWN
+    silent = rows()._replace(penalised_fired=np.zeros(24))
+    assert fall_beyond({**grids, "no_penalty": grid(silent)}, 0.5) is UNKNOWN
+    assert fall_beyond({**grids, "no_penalty": grid(rows())}, 0.5) is not UNKNOWN
+
+
+@pytest.mark.parametrize("column", ["monitors_fired", "penalised_fired"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_prompt_that_one_rate_lacks_is_left_out_of_both_falls(column: str, side: int) -> None:
+    """On one side, in one seed."""
+    tables = [rows(), rows(seed=3)]
+    getattr(tables[side], column)[(tables[side].prompt_id == "p1") & (tables[side].seed == 1)] = (
+        math.nan
+    )
+    found = fall_beyond(dict(zip(("no_penalty", "penalty"), map(grid, tables), strict=True)), 0.25)
+    others = [Rows(*(c[t.prompt_id != "p1"] for c in t)) for t in (rows(), rows(seed=3))]
+    want = fall_beyond(dict(zip(("no_penalty", "penalty"), map(grid, others), strict=True)), 0.25)
+    assert tuple(found) == pytest.approx(tuple(want))
+
+
+def test_a_corrected_change_in_whole():
+    before, after = grid(rows()), grid(rows(seed=3))
+    detector = Detector("d", 80, 100, 30, 300, "labels")
+    x, y = paired(before, after, "over_refused")
+    counted = two_way(y - x, 1.0)
+    mended = corrected_change(counted, detector)
+    found = change(before, after, "over_refused", "random", "no_penalty", detector)
+    want = Change(
+        "over_refused",
+        "random",
+        "no_penalty",
+        4,
+        2,
+        corrected_rate(x.mean(), detector),
+        corrected_rate(y.mean(), detector),
+        mended.value,
+        mended.low,
+        mended.high,
+        mended.se,
+        mended.detectable,
+        counted.value,
+    )
+    assert found == want and found.before != x.mean() and math.isfinite(found.detectable)
+    assert found.record() == dict(zip(Change._fields, want, strict=True))
+    assert list(found.record())[-2:] == ["detectable", "counted"]
+    assert found._replace(change=0.05, counted=0.0354, low=-0.1, high=0.2).words() == (
+        "+5.0 points (corrected; counted +3.5), 95 % CI -10.0 to +20.0"
+    )
 
 
 def test_a_change_in_words():
@@ -204,4 +260,10 @@ def test_a_change_in_words():
         change=0.017, low=-0.05, high=0.083, detectable=0.0949
     )
     assert found.words() == "+1.7 points, 95 % CI -5.0 to +8.3"
-    assert found.power_words().endswith("of 8 prompts and 2 seeds: 9.49 points")
+    assert found.power_words() == (
+        "minimum detectable effect (80 % power) of 8 prompts and 2 seeds: 9.49 points"
+    )
+    assert found._replace(n_prompts=1, n_seeds=1).power_words() == (
+        "minimum detectable effect (80 % power) of 1 prompt and 1 seed: 9.49 points"
+    )
+    assert (signed(-0.0125), points(0.05)) == ("-1.2 points", "5 points")

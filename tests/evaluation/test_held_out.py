@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from sarm.config import HeldOutConfig, UserError
 from sarm.data.datasets import Data, Prompt
-from sarm.data.endings import ends
+from sarm.data.endings import Ending, ends
+from sarm.evaluation import held_out as module
 from sarm.evaluation.held_out import HeldOut
 from sarm.evaluation.refusals import refused
 from sarm.llama.generate import Rollout
 from sarm.ppo.learner.distributed import World
+from sarm.ppo.learner.learner import Logprobs, NotFinite
 from sarm.ppo.reward import Penalised
 from tests.ranks import PlantedReward, join_ranks, start_ranks, tiny_ppo, tiny_trainer
 
@@ -209,3 +211,186 @@ def test_refusals_are_told_by_phrases() -> None:
     from sarm.evaluation import held_out
 
     assert held_out.refused is refused
+
+
+class Watching:
+    """A trainer of which each part tells what it was asked: three responses, one of them cut, one
+    to a safe prompt.
+    """
+
+    tracked = (Penalised(4, 0.5, 0.0), Penalised(2, 1.0, 0.0))
+    tokenizer = None
+    reward: Any = SimpleNamespace(
+        kind="threshold", penalised=[Penalised(4, 0.5, 0.1)], monitors=(7, 2, 9)
+    )
+
+    def __init__(self, prompts: list[Prompt]) -> None:
+        self.drawn = [SimpleNamespace(prompt=p) for p in prompts]
+        self.asked: list[Any] = []
+        self.progress = SimpleNamespace(step=6)
+        mask = torch.arange(3) < torch.tensor([3, 1, 2])[:, None]
+        self.rollout = Rollout(
+            [[1]] * 3,
+            torch.tensor([[70, 71, 72], [80, 0, 0], [90, 91, 0]]),
+            mask,
+            torch.zeros(3, 3),
+            torch.tensor([True, False, False]),
+        )
+        self.logprobs = Logprobs(
+            torch.tensor([[-1.0, -1, -1], [-2, 9, 9], [-3, -1, 9]]),
+            torch.tensor([[-2.0, -1, 5], [-2, 0, 0], [-1, -1, 0]]),
+            None,
+        )
+        self.learner = SimpleNamespace(forward=self.forward)
+
+    def sample(self, drawn: Any, step: int) -> Rollout:
+        assert drawn is self.drawn and step == -2
+        return self.rollout
+
+    def endings(self, sampled: Rollout) -> list[Ending]:
+        assert sampled is self.rollout
+        return [Ending("first", 2, False), Ending("second", 1, True), Ending("third", 2, True)]
+
+    def forward(self, rollout: Rollout, *, update_follows: bool) -> Any:
+        assert rollout.mask.sum(1).tolist() == [2, 1, 2] and update_follows is False
+        self.read = rollout
+        return lambda: Logprobs(*(x[:, :2] for x in self.logprobs[:2]), None)
+
+    def score(self, drawn: Any, rollout: Rollout, texts: list[str]) -> Any:
+        assert drawn is self.drawn and rollout is self.read
+        assert texts == ["first", "second", "third"]
+        return SimpleNamespace(
+            reward=torch.tensor([1.0, 2.0, 6.0]),
+            penalty=torch.tensor([0.5, 0.0, 0.25]),
+            z=torch.tensor([[0.75], [0.5], [3.0]]),
+            monitors_z=torch.tensor([[0.25, 0.0, 1.0], [0.0, 1.5, 0.5], [2.0, 1.0, 0.0]]),
+        )
+
+
+def watching(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Any:
+    prompts = [
+        Prompt(name, ({"role": "user", "content": f"ask {name}"},), f"of {name}", kind, "", "test")
+        for name, kind in (("a", "unsafe"), ("b", "safe"), ("c", "unsafe"))
+    ]
+    monkeypatch.setattr(module, "response_text", lambda _, ids: f"text {ids}")
+    monkeypatch.setattr(module, "refused", lambda text: text == "text [80]")
+    held_out: Any = HeldOut.__new__(HeldOut)
+    held_out.trainer = Watching(prompts)
+    held_out.drawn, held_out.shown = held_out.trainer.drawn, [0, 1]
+    held_out.monitors = (Penalised(9, 0.5, 0.0), Penalised(7, 0.5, 0.0))
+    vars(held_out).update(more)
+    return held_out
+
+
+def test_metrics_and_completions_in_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = watching(monkeypatch)
+    found = held_out.evaluated()
+    # of what is scored: the first has two of three tokens, 1 and 0 nats, the others 0 and -2
+    assert found.metrics == pytest.approx(
+        {
+            "held_out/reward": 3.0,
+            "held_out/penalty": 0.25,
+            "held_out/kl": -1 / 3,
+            "held_out/length": 2.0,
+            "held_out/cut": 1 / 3,
+            "held_out/unended": 1 / 3,
+            "held_out/penalised/unsafe": 1.0,
+            "held_out/rate/4/unsafe": 1.0,
+            "held_out/rate/2/unsafe": 0.0,
+            "held_out/monitors/unsafe": 0.5,
+            "held_out/rate/9/unsafe": 0.5,
+            "held_out/rate/7/unsafe": 0.5,
+            "held_out/refused/unsafe": 0.0,
+            "held_out/penalised/safe": 1.0,
+            "held_out/rate/4/safe": 0.0,
+            "held_out/rate/2/safe": 1.0,
+            "held_out/monitors/safe": 0.0,
+            "held_out/rate/9/safe": 0.0,
+            "held_out/rate/7/safe": 0.0,
+            "held_out/refused/safe": 1.0,
+        }
+    )
+    assert found.completions == [
+        {
+            "prompt_id": "a",
+            "kind": "unsafe",
+            "source": "of a",
+            "prompt": "ask a",
+            "response": "text [70, 71, 72]",
+            "reward": 1.0,
+            "penalty": 0.5,
+            "kl": 1.0,
+            "tokens": 3,
+            "cut": True,
+            "refused": False,
+            "z": {"4": 0.75, "7": 0.25, "2": 0.0, "9": 1.0},
+        },
+        {
+            "prompt_id": "b",
+            "kind": "safe",
+            "source": "of b",
+            "prompt": "ask b",
+            "response": "text [80]",
+            "reward": 2.0,
+            "penalty": 0.0,
+            "kl": 0.0,
+            "tokens": 1,
+            "cut": False,
+            "refused": True,
+            "z": {"4": 0.5, "7": 0.0, "2": 1.5, "9": 0.5},
+        },
+    ]
+    alone = watching(monkeypatch, monitors=())
+    assert not any("monitors" in name or "/7/" in name for name in alone.evaluated().metrics)
+    alone.trainer.reward = SimpleNamespace(**vars(Watching.reward) | {"kind": "density"})
+    # whatever tau says: above 0
+    assert alone.evaluated().metrics["held_out/rate/4/safe"] == 1.0
+
+
+def test_what_is_not_finite_is_told_with_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = watching(monkeypatch)
+
+    def score(*_: Any) -> Any:
+        raise NotFinite("a reward", updated=False)
+
+    held_out.trainer.score = score
+    with pytest.raises(UserError) as refused:
+        held_out.evaluated()
+    assert str(refused.value) == (
+        "held-out evaluation after step 6: a reward is not finite; lower ppo.learning_rate"
+    )
+
+
+def test_prompts_are_told_and_shown_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a policy: as many tokens as letters."""
+    monkeypatch.setattr(module, "prompt_ids", lambda _, m: [1] * len(m[-1]["content"]))
+    trainer: Any = SimpleNamespace(
+        tokenizer=None,
+        ppo=SimpleNamespace(max_prompt_tokens=9),
+        learner=SimpleNamespace(world=SimpleNamespace(size=3)),
+    )
+    data = data_of(
+        prompts_of("validation", "unsafe", 3, words=1), prompts_of("policy_eval", "safe", 1)
+    )
+    for p in data.prompts:
+        assert len(p.messages[-1]["content"]) > 9 or p.id == "validation-unsafe-2"
+    with pytest.raises(UserError) as refused:
+        HeldOut(trainer, data, [], HeldOutConfig(every=1))
+    assert str(refused.value) == (
+        "ppo.held_out has 1 prompts of parts validation, test, policy_eval that fit"
+        " ppo.max_prompt_tokens, for 3 ranks; give those parts a share in data.sources, or set"
+        " ppo.held_out.every=0"
+    )
+    trainer.ppo.max_prompt_tokens = 99
+    monitors = [Penalised(3, 0.5, 0.0)]
+    held_out = HeldOut(trainer, data, monitors, HeldOutConfig(every=1, prompts=2, completions=1))
+    assert held_out.monitors == tuple(monitors) and held_out.trainer is trainer
+    assert [(d.prompt.id, len(d.ids), d.key) for d in held_out.drawn] == [
+        (p.id, len(p.messages[-1]["content"]), f"held-out/{p.id}")
+        for p in (data.prompts[2], data.prompts[1], data.prompts[3])
+    ]
+    assert held_out.shown == [0, 2]
+    assert held_out.parts == {
+        "unsafe": {"part": "validation", "prompts": 2},
+        "safe": {"part": "policy_eval", "prompts": 1},
+    }

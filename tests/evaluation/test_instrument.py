@@ -64,6 +64,7 @@ def test_equal_pairs_have_an_interval_of_some_width() -> None:
     assert found is not None and found.value == 1 and found.low < 0.6
     assert relative_fall(np.zeros(5), np.ones(5)) is None, "nothing fires before"
     assert relative_fall(np.ones(1), np.zeros(1)) is None
+    assert relative_fall(np.ones(2), np.zeros(2)) is not None
 
 
 def test_a_fall_where_nothing_changes_is_seldom_seen() -> None:
@@ -120,5 +121,12 @@ def test_the_detectable_difference_by_hand() -> None:
     df = variance**2 / (by_prompts**2 / 29 + by_seeds**2 / 3)
     want = (stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df)) * math.sqrt(variance)
     assert found == pytest.approx(want) and 0.05 < found < 0.5
+    by_two = 2 * 0.02**2 / 2
+    by_prompts = (2 * 0.3 * 0.7 * 0.5 / 4 + 1 / 302) / 300
+    df = (by_prompts + by_two) ** 2 / (by_prompts**2 / 299 + by_two**2)
+    factor = stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df)
+    assert detectable_difference(
+        0.3, prompts=300, seed_sd=0.02, **planned | {"seeds": 2}
+    ) == pytest.approx(factor * math.sqrt(by_prompts + by_two))
     assert detectable_difference(0.3, prompts=30, seed_sd=0.02, **planned | {"seeds": 1}) == 1.0
     assert detectable_difference(0.3, prompts=1, seed_sd=0.02, **planned) == 1.0

@@ -4,10 +4,12 @@ found by what it does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -474,3 +476,258 @@ def test_a_card_without_figures_has_nothing_to_compare() -> None:
         update={"d_sae": None, "k": None, "layers": None, "head": {}, "overall": None}
     )
     assert compared(empty, facts(), [], ["a file"]).verdict == "nothing to compare"
+
+
+def test_what_a_cause_speaks_of_is_ruled_out_no_more() -> None:
+    """Each of the rest by the cause that names it; with none told, all are left."""
+    rest = [
+        "the TopK flag",
+        "the number of BOS tokens",
+        "the chat template",
+        "pad equal to the end of turn",
+        "the dtype",
+    ]
+    check = compared(PUBLISHED, facts(), [found("Safety", 0.55)], ())
+    right = [found("Safety", 0.92)]
+    cases: list[tuple[str | None, SarmCard, Facts, dict[str, Any], str | None]] = [
+        (
+            "the TopK flag",
+            PUBLISHED,
+            facts(),
+            {"no TopK before the head": right},
+            "with no TopK before the head these figures are as published",
+        ),
+        (
+            "the number of BOS tokens",
+            PUBLISHED,
+            facts(),
+            {"one BOS": right},
+            "with one BOS these figures are as published",
+        ),
+        (
+            "the chat template",
+            PUBLISHED.model_copy(update={"template_sha256": "bb"}),
+            facts(),
+            {},
+            "the chat template is another one than the card's",
+        ),
+        (
+            "pad equal to the end of turn",
+            PUBLISHED,
+            facts(pad_ends_turns=True),
+            {},
+            "its pad token is the end of a turn, at which other code may have pooled",
+        ),
+        (
+            "the dtype",
+            PUBLISHED.model_copy(update={"dtype": "float16"}),
+            facts(),
+            {},
+            "sarm.dtype is bfloat16 where the card's figures are of float16",
+        ),
+        (None, PUBLISHED, facts(), {"no BOS": [found("Safety", 0.6)]}, None),
+    ]
+    for gone, card, known, tried, cause in cases:
+        left = ", ".join(what for what in rest if what != gone)
+        told = [] if cause is None else [cause]
+        assert likeliest(card, known, tried, check) == [*told, f"not ruled out: {left}"]
+    agrees = PUBLISHED.model_copy(update={"dtype": "bfloat16", "template_sha256": "aa"})
+    assert likeliest(agrees, facts(), {}, check) == [f"not ruled out: {', '.join(rest)}"]
+    # figures that were as published are no cause, however they are read
+    fine = compared(PUBLISHED, facts(), right, ())
+    assert likeliest(PUBLISHED, facts(), {"one BOS": right}, fine) == [
+        f"not ruled out: {', '.join(rest)}"
+    ]
+    other = likeliest(PUBLISHED, facts(d_sae=99, layers=3), {}, check)
+    assert other[:2] == [
+        "config.json gives d_sae 99 where the card has 65536",
+        "config.json gives layers 3 where the card has 16",
+    ]
+    everything = likeliest(
+        agrees.model_copy(update={"dtype": "float16", "template_sha256": "bb"}),
+        facts(pad_ends_turns=True),
+        {"no TopK before the head": right, "one BOS": right},
+        check,
+    )
+    assert len(everything) == 5 and not any("ruled out" in line for line in everything)
+
+
+def test_the_check_in_whole_by_hand() -> None:
+    """A card's every kind of figure, each beside another one; what neither has is no row."""
+    card = SarmCard(
+        source="a card",
+        d_sae=64,
+        k=8,
+        head={"3": "-0.50", "99": "1e-3"},
+        benchmarks=[
+            Benchmark(
+                label="Own",
+                format="jsonl",
+                sha256="ff",
+                pair_accuracy=0.75,
+                fvu=0.25,
+                mean_k=8.0,
+                negative=0.0,
+            )
+        ],
+    )
+    measured = Found(
+        Benchmark(
+            label="Own",
+            format="jsonl",
+            sha256="ff",
+            prompts=100,
+            pair_accuracy=0.5,
+            best_of_n=0.5,
+            fvu=0.26,
+            mean_k=7.9,
+            negative=0.25,
+        ),
+        0.01,
+    )
+    known = facts(d_sae=64, k=9, head={3: -0.504}.__getitem__)
+    made = compared(card, known, [measured], ["another"])
+    share = 3 * math.sqrt(0.75 * 0.25 / 100)
+    rows = [
+        ("d_sae", 64, 64, 0.0, None, False),
+        ("k", 8, 9, 0.0, None, True),
+        ("head weight of 3", -0.5, -0.504, 0.005001, None, False),
+        ("head weight of 99", 1e-3, None, 0.5001e-3, None, True),
+        ("Own: pair accuracy", 0.75, 0.5, share, 100, True),
+        ("Own: FVU", 0.25, 0.26, 3 * 0.01 + 0.02 * 0.25, 100, False),
+        ("Own: mean k", 8.0, 7.9, 0.04, 100, True),
+        ("Own: kept values below zero", 0.0, 0.25, 3 / 100, 100, True),
+    ]
+    names = ("what", "published", "found", "tolerance", "prompts", "off")
+    assert [list(row) for row in made.rows] == [list(names)] * len(rows)
+    for row, want in zip(made.rows, rows, strict=True):
+        assert tuple(row.values()) == pytest.approx(want), want[0]
+    assert (made.verdict, made.source, made.missing) == ("off", "a card", ["another"])
+    fits = compared(
+        card.model_copy(update={"head": {}, "benchmarks": []}), facts(d_sae=64, k=8), [], []
+    )
+    assert (fits.verdict, len(fits.rows), fits.missing) == ("as published", 2, [])
+
+
+def test_the_row_of_the_mean_of_subsets_in_whole() -> None:
+    shares = (0.5, 0.25, 1.0, 0.0, 0.5, 0.75)
+    six = [found(f"s{i}", share, 10 * (i + 1)) for i, share in enumerate(shares)]
+    card = SarmCard(source="x", overall=0.5, benchmarks=[f.benchmark for f in six])
+    (row,) = [r for r in compared(card, facts(), six, ()).rows if "mean of" in r["what"]]
+    error = math.sqrt(sum(s * (1 - s) / (10 * (i + 1)) for i, s in enumerate(shares))) / 6
+    assert row == {
+        "what": "RewardBench 2: mean of subsets",
+        "published": 0.5,
+        "found": pytest.approx(0.5),
+        "tolerance": pytest.approx(3 * error),
+        "prompts": None,
+        "off": False,
+    }
+    silent = [f._replace(benchmark=f.benchmark.model_copy(update={"best_of_n": None})) for f in six]
+    elsewhere = [
+        f._replace(benchmark=f.benchmark.model_copy(update={"format": "rmb"})) for f in six
+    ]
+    for others in (silent, elsewhere):
+        assert sarm_check._overall([*six[:5], others[5]]) is None
+
+
+def test_tolerances_of_every_figure() -> None:
+    share = 3 * math.sqrt(0.2 * 0.8 / 25)
+    assert tolerances(0.2, 25, 0.5) == pytest.approx(
+        {
+            "best_of_n": share,
+            "pair_accuracy": share,
+            "negative": share,
+            "fvu": 1.5 + 0.004,
+            "mean_k": 0.001,
+        }
+    )
+    # Ties go to 1.01, of which no error is known
+    assert tolerances(1.01, 25, 0.5)["best_of_n"] == 3 / 25
+    assert tolerances(-0.5, 25, 0.0)["fvu"] == pytest.approx(0.01)
+
+
+def test_pair_accuracy_by_hand() -> None:
+    def item(right: int, n: int) -> sarm_check.Item:
+        return sarm_check.Item("x", (), tuple("abcd"[:n]), right)
+
+    # of four pairs one is in order, one tied; of one none
+    rewards = [[3.0, 1.0, 3.0, 2.0], [0.0, 1.0]]
+    assert sarm_check.pair_accuracy([item(2, 4), item(1, 2)], rewards) == pytest.approx(
+        ((1 + 0.5) / 4 + 0) / 2
+    )
+    assert math.isnan(sarm_check.pair_accuracy([], []))
+
+
+def test_a_sample_is_of_all_answers_to_a_prompt_and_the_smallest_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one prompt are one item; those without an answer of either kind are none."""
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text(file.name)
+    asked = [({"role": "user", "content": name},) for name in "pqrs"]
+    rows = [
+        SimpleNamespace(messages=asked[0], chosen=("good", "better"), rejected=()),
+        SimpleNamespace(messages=asked[1], chosen=("fine",), rejected=("bad",)),
+        SimpleNamespace(messages=asked[0], chosen=("good",), rejected=("worse", "worst")),
+        SimpleNamespace(messages=asked[2], chosen=(), rejected=("bad",)),
+        SimpleNamespace(messages=asked[3], chosen=("fine",), rejected=()),
+    ]
+    held: list[Any] = files[:1]
+    monkeypatch.setattr(sarm_check, "source_files", lambda *_: held)
+    monkeypatch.setattr(sarm_check, "read_source", lambda *_: iter(rows))
+    source: Any = SimpleNamespace(format="jsonl", label="Own", subset="Part")
+    items = [
+        sarm_check.Item(
+            sarm_check.prompt_id(asked[0]), asked[0], ("good", "better", "worse", "worst"), 2
+        ),
+        sarm_check.Item(sarm_check.prompt_id(asked[1]), asked[1], ("fine", "bad"), 1),
+    ]
+    items.sort(key=lambda item: hashlib.sha256(item.id.encode()).hexdigest())
+    (one,) = sarm_check._held("own", source, None)
+    assert one.items == items
+    assert one.benchmark == Benchmark(
+        label="Own", format="jsonl", subset="Part", sha256=file_sha256(files[0])
+    )
+    assert sarm_check._held("own", source, 1)[0].items == items[:1]
+    held = files
+    assert sarm_check._held("own", source, 1)[0].benchmark.sha256 is None
+    source.format = "prompts"
+    assert sarm_check._held("own", source, None) == []
+    source.format, rows = "jsonl", rows[3:]
+    assert sarm_check._held("own", source, None) == []
+
+
+def test_both_items_of_a_question_of_ties_are_measured_or_neither() -> None:
+    items = [
+        sarm_check.Item(f"{kind}:{n}", (), (), 0) for kind in ("tied", "ref") for n in range(4)
+    ]
+    taken = sarm_check._first(items, 4)
+    order = sorted(range(4), key=lambda n: hashlib.sha256(str(n).encode()).hexdigest())
+    assert [item.id for item in taken] == [
+        f"{kind}:{n}" for n in order[:2] for kind in ("ref", "tied")
+    ]
+    assert len(sarm_check._first(items, None)) == 8
+
+
+def test_a_benchmark_is_that_of_the_card_where_format_subset_and_file_are() -> None:
+    held = Benchmark(label="a", format="rmb", subset="s", sha256="ff")
+    for changes, same in (
+        ({}, True),
+        ({"label": "b", "sha256": None}, True),
+        ({"sha256": "ee"}, False),
+        ({"format": "jsonl"}, False),
+        ({"subset": None}, False),
+    ):
+        assert sarm_check._is(held, held.model_copy(update=changes)) is same, changes
+
+
+def test_facts_are_of_the_model_and_its_tokenizer(own: Path) -> None:
+    config = tiny_config(own, **CONFIG)
+    model, tokenizer = load_sarm(config.sarm, "cpu")
+    made = sarm_check.facts_of(model, tokenizer, "float16", "a template")
+    assert made[:-1] == (128, 16, 2, "float16", hashlib.sha256(b"a template").hexdigest(), False)
+    assert made.head(5) == float(model.head_weight[5].detach())
+    tokenizer.pad_token = tokenizer.eos_token
+    assert sarm_check.facts_of(model, tokenizer, "float16", "a template").pad_ends_turns

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,8 @@ def test_products_are_those_of_float64(b: int, n: int, k: int, dtype: torch.dtyp
     within = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     # Triton's interpreter multiplies no bf16; on a GPU float32 is left to cuBLAS.
     by_kernel = dtype != (torch.float32 if CUDA else torch.bfloat16)
-    for product in (fp8.product, *([fp8_kernels.product] if by_kernel else [])):
+    cut = [partial(fp8_kernels.product, tiling=t) for t in (fp8_kernels.NARROW, fp8_kernels.WIDE)]
+    for product in (fp8.product, *(cut if by_kernel else [])):
         got = product(x, weight)
         assert got.dtype == dtype and got.shape == (b, n)
         assert float(((got.double() - expected) / sizes).abs().max()) < within

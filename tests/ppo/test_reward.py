@@ -16,11 +16,13 @@ from sarm.data.conversations import tokenize_conversation
 from sarm.ppo.penalties import PENALTIES, Penalised, batch_rates, density_terms
 from sarm.ppo.reward import (
     CompoundReward,
+    Scores,
     _best_match,
     calibrate_random,
     conversation,
     fires,
     matching_tau,
+    scored_conversation,
 )
 from sarm.reward_model.model import SarmModel
 from tests.runs import features
@@ -462,3 +464,139 @@ def test_seeds_try_other_latents_though_none_fires_often_enough() -> None:
     assert _best_match(200, [60, 40, 100], "threshold") == 0
     assert _best_match(50, [40, 100, 60], "threshold") == 1  # the first that fires often enough
     assert _best_match(3, [0, 0], "threshold") == 0
+
+
+def test_a_completion_is_scored_in_its_own_place_after_any_prompt() -> None:
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
+
+    def answered(text: str) -> list[dict[str, str]]:
+        return [system, user, {"role": "assistant", "content": text}]
+
+    said = [{"role": "assistant", "content": " I will not. Please call ", "name": "x"}]
+    cut = scored_conversation([system, user], said, ended=False)
+    assert cut == ([system, user, {**said[0], "content": "I will not."}], True)
+    whole = " I will not. Please call "
+    assert scored_conversation([system, user], whole, ended=True) == (answered(whole.strip()), True)
+    untrimmed = scored_conversation([system, user], whole, ended=False, trim=False)
+    assert untrimmed == (answered(whole.strip()), False)
+    assert scored_conversation([system, user], "no end", ended=False) == (answered("no end"), False)
+
+
+def test_tokens_of_other_completions_are_refused(
+    sarm: SarmModel, tiny_tokenizer: Any, some: list[Penalised]
+) -> None:
+    reward = reward_of(sarm, tiny_tokenizer, some)
+    for prompts, said, ids in ((["a"], ["b"], [[1], [2]]), (["a", "b"], ["c"], [[1]])):
+        with pytest.raises(ValueError, match="zip"):
+            reward(prompts, said, completion_ids=ids)
+
+
+def test_a_metric_is_the_mean_over_conversations_by_hand(
+    sarm: SarmModel, tiny_tokenizer: Any
+) -> None:
+    reward = reward_of(
+        sarm, tiny_tokenizer, [Penalised(4, 1.0, 0.1), Penalised(2, 1.0, 0.1)], monitors=[7, 5]
+    )
+    scores = Scores(
+        reward=T([1.0, 2.0]),
+        penalty=T([0.5, 0.0]),
+        total=T([0.5, 2.5]),
+        fired=T([[True, False], [True, True]]),
+        z=T([[3.0, 0.0], [2.0, 1.5]]),
+        monitors_z=T([[0.0, 1.0], [4.0, 2.0]]),
+        below=T([[0.0] * 4] * 2),
+        truncated=T([False, True]),
+    )
+    assert reward.metrics(scores) == {
+        "objective/scores": 1.5,
+        "objective/penalty": 0.25,
+        "objective/compound": 1.5,
+        "val/truncated_conversations": 0.5,
+        "rate/4": 1.0,
+        "rate/2": 0.5,
+        "z/4": 2.5,
+        "z/2": 0.75,
+        "z/7": 2.0,
+        "z/5": 1.5,
+    }
+
+
+def test_what_just_fell_short_is_read_beyond_topk_and_by_latent(
+    sarm: SarmModel, tiny_tokenizer: Any, dense: Tensor
+) -> None:
+    """Of every latent, one of them penalised: what the next three ranks hold, else 0."""
+    penalised = [Penalised(5, 1.0, 0.1)]
+    watched = [n for n in range(sarm.d_sae) if n != 5]
+    reward = reward_of(sarm, tiny_tokenizer, penalised, monitors=watched, extra_ranks=3)
+    scores = reward.score(TEXTS[:4])
+    below = torch.zeros(4, sarm.d_sae)
+    below[:, [5, *watched]] = scores.below
+    encoded = reward._encode(TEXTS[:4])
+    want = torch.zeros(4, sarm.d_sae)
+    want.scatter_(1, encoded.indices[:, sarm.k :].long(), encoded.values[:, sarm.k :])
+    torch.testing.assert_close(below, want)
+    assert encoded.indices.shape == (4, sarm.k + 3) and (below != 0).any()
+    assert not ((below != 0) & (dense[:4] != 0)).any()
+    assert not reward_of(sarm, tiny_tokenizer, penalised).score(TEXTS[:4]).below.any()
+    torch.testing.assert_close(
+        reward.measure(TEXTS[:4], [9, 5]), dense[:4, [9, 5]], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_reward_that_watches_more_is_the_same_otherwise(
+    sarm: SarmModel, tiny_tokenizer: Any
+) -> None:
+    reward = reward_of(sarm, tiny_tokenizer, [Penalised(1, 0.5, 0.1)], monitors=[5], clamp=0.25)
+    more = reward.watching([9, 5, 9, 3])
+    assert (more.monitors, more.penalised, more.clamp) == ((5, 9, 3), reward.penalised, 0.25)
+    assert reward.monitors == (5,)
+    assert reward.with_penalised([Penalised(2, 0.5, 0.1)]).clamp == 0.25
+    with pytest.raises(UserError, match=rf"latents \[{sarm.d_sae}\] are not in this SARM"):
+        reward.watching([sarm.d_sae])
+
+
+def test_refusals_in_whole(sarm: SarmModel, tiny_tokenizer: Any) -> None:
+    for penalised, more, said in (
+        ([], {"kind": "soft"}, "no penalty 'soft'; known are threshold, hinge, density"),
+        (
+            [Penalised(3, 0, 0.1), Penalised(3, 1, 0.1)],
+            {},
+            "a latent is penalised twice in [3, 3]; name each once",
+        ),
+        (
+            [Penalised(1, 0, 0.1), Penalised(2, 0, 0.1), Penalised(4, 0, 0.1)],
+            {"kind": "density", "reference_rates": {1: 0.5, 2: 0.0}},
+            "a density penalty needs reference rates between 0 and 1, and latents [2, 4] have none;"
+            " run select again",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            reward_of(sarm, tiny_tokenizer, penalised, **more)
+        assert str(refused.value) == said
+    reward_of(sarm, tiny_tokenizer, [Penalised(sarm.d_sae - 1, 0, 0.1)], monitors=[0])
+    with pytest.raises(UserError) as refused:
+        calibrate_random(torch.zeros(4, 2), [3, 4], Z[:, :1], [Penalised(0, 2.5, 0.1)])
+    assert str(refused.value) == (
+        "none of the 2 random candidates fires on the base policy's 4 texts; raise"
+        " calibrate.prompts"
+    )
+    with pytest.raises(UserError) as refused:
+        calibrate_random(torch.ones(4, 1), [3], Z, [Penalised(0, 2.5, 0.1), Penalised(1, 0.5, 0.1)])
+    assert str(refused.value) == (
+        "1 random candidates cannot match 2 penalised latents; raise select.random_candidates"
+    )
+
+
+def test_a_candidate_that_is_never_active_is_the_last_that_density_takes() -> None:
+    assert _best_match(1, [0, 4, 3], "density") == 2
+    assert _best_match(0, [0, 4, 3], "density") == 2
+    assert _best_match(0, [0, 0], "density") == 0
+    assert _best_match(2, [2, 3], "threshold") == 0 and _best_match(0, [0, 1], "threshold") == 1
+
+
+def test_a_tau_where_no_text_should_fire_is_the_higher_one() -> None:
+    assert matching_tau(T([3.0, 1.0]), 0, 5.0) == 5.0
+    assert matching_tau(T([3.0, 1.0]), 0, 2.0) == 3.0
+    assert matching_tau(T([0.0, -1.0]), 2, 0.5) == 0.5
+    assert matching_tau(T([4.0, 3.0, 1.0]), 1, 0.0) == 3.5
+    assert matching_tau(T([4.0, 3.0, 1.0]), 3, 0.0) == 0.5

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,16 +30,18 @@ from sarm.data.datasets import Prompt
 from sarm.data.endings import Ending
 from sarm.llama.decoders import decoder_for
 from sarm.llama.generate import Rollout
+from sarm.ppo import objective
 from sarm.ppo.batching import Mix, fitting_prompts, mini_batches, mix_of, rows_of_step
+from sarm.ppo.drift import Drift
 from sarm.ppo.learner.actor import make_actor
 from sarm.ppo.learner.cuda_graphs import Recorded
 from sarm.ppo.learner.distributed import place
 from sarm.ppo.learner.export import exported, save_policy
-from sarm.ppo.learner.learner import Logprobs
+from sarm.ppo.learner.learner import Logprobs, NotFinite
 from sarm.ppo.learner.micro_batches import micro_batches, scatter
-from sarm.ppo.loop import train
+from sarm.ppo.loop import train, why_ended
 from sarm.ppo.metrics import ending_metrics, refuse_mismatch, score_metrics
-from sarm.ppo.trainer import Experience
+from sarm.ppo.trainer import Experience, Progress, Trainer
 from tests.ranks import (
     PlantedReward,
     gradients,
@@ -800,3 +803,218 @@ def test_long_prompts_and_out_of_memory(tiny_policy: Path, tmp_path: Path) -> No
             and f"in phase {phase} (8 sequences of at most" in text
             and remedy in text
         )
+
+
+# --- what a step says of itself, without one
+# ------------------------------------------------------------------------------------------------
+
+
+def test_why_training_is_over_in_words() -> None:
+    ppo = tiny_ppo(steps=3, stop_at_kl=1.25)
+
+    def ended(step: int, mean: float | None, **more: Any) -> str:
+        progress: Any = SimpleNamespace(step=step, drift=SimpleNamespace(mean=mean))
+        return why_ended(ppo.model_copy(update=more), progress)
+
+    assert [ended(step, None) for step in (0, 2, 3, 4)] == ["", "", *["all 3 steps were made"] * 2]
+    assert ended(1, 1.2499) == ""
+    reached = "the mean KL of five steps, 1.25 nats, reached ppo.stop_at_kl 1.25"
+    assert ended(1, 1.25) == ended(3, 1.25) == reached
+    assert ended(1, 9.87654, stop_at_kl=0.5) == (
+        "the mean KL of five steps, 9.88 nats, reached ppo.stop_at_kl 0.5"
+    )
+    assert ended(1, 9.0, stop_at_kl=None) == ""
+
+
+def test_what_is_evaluated_kept_and_saved_between_steps() -> None:
+    """Evaluated before the first step, every other step and at the end; kept as its distances are
+    reached; no checkpoint where training is over.
+    """
+    steps: Any = Steps(steps=5, checkpoint_every=2, kl_distances=[0.5, 2.0])
+    steps.ppo = steps.ppo.model_copy(
+        update={"held_out": steps.ppo.held_out.model_copy(update={"every": 2})}
+    )
+    seen: list[Any] = []
+    drifts = [f"drift {i}" for i in range(6)]
+
+    def run_step() -> dict[str, Any]:
+        steps.progress.step += 1
+        at = steps.progress.step
+        steps.progress.drift = SimpleNamespace(
+            mean=None,
+            name=drifts[at],
+            passed=lambda before, distances: [
+                d for d in distances if at == 3 and before.name == drifts[2]
+            ],
+        )
+        return {"kl": at}
+
+    steps.run_step = run_step
+    steps.progress.drift = SimpleNamespace(mean=None, name=drifts[0])
+    assert train(
+        steps,
+        save=lambda: seen.append(("save", steps.progress.step)) or Path("x"),  # type: ignore[func-returns-value]
+        log=lambda line: seen.append(line),
+        stop_requested=bool,
+        keep=lambda distances: seen.append(("keep", distances)),
+        evaluate=lambda: seen.append(("evaluate", steps.progress.step)),
+    )
+    assert seen == [
+        ("evaluate", 0),
+        {"step": 0, "kl": 1},
+        {"step": 1, "kl": 2},
+        ("save", 2),
+        ("evaluate", 2),
+        {"step": 2, "kl": 3},
+        ("keep", [0.5, 2.0]),
+        {"step": 3, "kl": 4},
+        ("save", 4),
+        ("evaluate", 4),
+        {"step": 4, "kl": 5},
+        ("evaluate", 5),
+    ]
+
+
+@pytest.mark.parametrize("updated", [False, True])
+def test_what_is_not_finite_is_told_with_its_prompts_and_what_is_kept(updated: bool) -> None:
+    steps: Any = Steps(NotFinite("the loss", updated=updated))
+    steps.progress.step = 2
+    steps.prompts = [SimpleNamespace(id=name) for name in "cab"]
+    steps.rows = lambda step: [2, 0, 0, 1] if step == 2 else []
+    kept = (
+        "its first updates were made, so the newest checkpoint is an earlier one"
+        if updated
+        else "the state before it is in kept/step-2"
+    )
+    with pytest.raises(UserError) as refused:
+        train(steps, save=lambda: Path("kept/step-2"), log=print, stop_requested=bool)
+    assert str(refused.value) == (
+        f"step 2: the loss is not finite, {kept}; look at the batch's prompts (a, b, c) or lower"
+        " ppo.learning_rate"
+    )
+
+
+def bare(**ppo: Any) -> Any:
+    """A trainer of which only the settings are there."""
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.ppo, trainer.seed, trainer.mix = tiny_ppo(**ppo), 5, None
+    trainer.progress = Progress(2, 0.25, objective.RunningSd(), 1.5, Drift((1.0, 2.0), 0.5))
+    return trainer
+
+
+def test_a_prompt_drawn_again_has_a_key_of_its_own() -> None:
+    trainer = bare(batch_size=8, samples_per_prompt=2)
+    trainer.prompts = [SimpleNamespace(id=name) for name in "abc"]
+    trainer.prompt_ids = [[1], [2, 2], [3]]
+    assert [(d.prompt.id, d.ids, d.key) for d in trainer.draw([2, 1, 2, 2])] == [
+        ("c", [3], "c#0"),
+        ("b", [2, 2], "b#0"),
+        ("c", [3], "c#1"),
+        ("c", [3], "c#2"),
+    ]
+    assert trainer.rows(4) == rows_of_step(["a", "b", "c"], 5, 4, 8, 2)
+    assert trainer.rows(4) != rows_of_step(["a", "b", "c"], 0, 4, 8, 2)
+    trainer.mix = Mix([0], [1, 2], Fraction(1, 4))
+    assert trainer.rows(0) == rows_of_step(["a", "b", "c"], 5, 0, 8, 2, trainer.mix)
+    assert trainer.rows(0).count(0) == 2
+
+
+def test_the_schedules_of_policy_and_value_head_by_hand() -> None:
+    """The head's begins at once; the policy's after the head's own two steps, over the eight left.
+    Either warms up in two steps.
+    """
+    settings = {"steps": 10, "value_warmup_steps": 2, "warmup_steps": 2, "learning_rate": 0.8}
+    trainer = bare(**settings, lr_schedule="constant", value_learning_rate=0.2)
+    rates = [trainer.learning_rates(step) for step in range(5)]
+    of_policy, of_head = zip(*rates, strict=True)
+    assert of_policy[:2] == (0.0, 0.0) and of_head[2:] == (0.2,) * 3
+    assert 0 < of_policy[2] < of_policy[3] <= of_policy[4] == 0.8 and 0 < of_head[0] < 0.2
+    assert of_policy[2] / 0.8 == pytest.approx(of_head[0] / 0.2)
+    both = bare(**settings | {"value_warmup_steps": 0}, lr_schedule="linear")
+    assert both.learning_rates(7)[0] == both.learning_rates(7)[1] < 0.8
+    linear = bare(**settings, lr_schedule="linear")
+    assert linear.learning_rates(9)[0] == pytest.approx(
+        objective.learning_rate(7, steps=8, peak=0.8, schedule="linear", warmup_steps=2)
+    )
+    assert linear.learning_rates(9)[1] == pytest.approx(
+        objective.learning_rate(9, steps=10, peak=0.8, schedule="linear", warmup_steps=2)
+    )
+
+
+def test_the_whole_loss_is_the_sum_of_its_terms() -> None:
+    trainer = bare(vf_coef=0.5, entropy_coef=0.125, kl_in="loss", kl_estimator="k3")
+    found = {
+        "loss/policy_avg": 1.0,
+        "loss/value_avg": 2.0,
+        "loss/kl_avg": 4.0,
+        "policy/entropy_avg": 8.0,
+        "policy/approxkl_avg": 16.0,
+    }
+    assert trainer.total_loss(found) == 1.0 + 1.0 + 1.0 - 1.0
+    del found["loss/value_avg"], found["loss/kl_avg"]
+    assert trainer.total_loss(found) == 0.0
+
+
+def test_the_coefficient_of_the_next_step_by_hand() -> None:
+    trainer = bare(kl_controller="adaptive", kl_target=4.0, kl_horizon=64, batch_size=16)
+    # 10 % above the target
+    assert trainer.next_kl_coef(4.4) == pytest.approx(0.25 * (1 + 0.1 * 16 / 64))
+    assert bare(kl_target=4.0).next_kl_coef(4.4) == 0.25
+
+
+def test_progress_goes_through_json_and_back() -> None:
+    trainer = bare()
+    running = objective.RunningSd().updated(torch.tensor([1.0, 2.0, 4.0]))
+    trainer.progress = trainer.progress._replace(running=running)
+    state = json.loads(json.dumps(trainer.state()))
+    assert state == {
+        "step": 2,
+        "kl_coef": 0.25,
+        "running": running._asdict(),
+        "training_s": 1.5,
+        "drift": {"recent": [1.0, 2.0], "farthest": 0.5},
+    }
+    other, restored = bare(), []
+    other.progress = Progress(0, 0.0, objective.RunningSd(), 0.0)
+    other.learner = SimpleNamespace(restore=restored.append)
+    other.restore(state, "tensors")
+    assert other.progress == trainer.progress and restored == ["tensors"]
+    assert other.progress.drift.after(3.0).recent == (1.0, 2.0, 3.0)
+
+
+def test_prompts_that_cannot_be_drawn_in_whole_words() -> None:
+    with pytest.raises(UserError) as refused:
+        mixed("uuu", 0.25)
+    assert str(refused.value) == (
+        "ppo.safe_share is 0.25, and part ppo has no safe prompts that fit; give a source of kind"
+        " safe a `ppo` fraction in data.sources, or leave safe_share out"
+    )
+    assert mix_of(tiny_ppo(), asked("a")) is None
+    assert mixed("suu", 0.1) == Mix([0], [1, 2], Fraction(1, 10))
+    tokenizer, prompts = tiny_tokenizer(), asked(*["help me " * 40] * 7)
+    ppo = tiny_ppo(max_prompt_tokens=9, long_prompts="refuse", max_new_tokens=8)
+    for context, way, said in (
+        (
+            16,
+            "skip",
+            "ppo.max_prompt_tokens 9 and max_new_tokens 8 exceed the policy's context of 16;"
+            " lower one",
+        ),
+        (
+            None,
+            "refuse",
+            "7 of the 7 ppo prompts have more than ppo.max_prompt_tokens=9 tokens (p0, p1, p2, p3,"
+            " p4 ...); raise it or set ppo.long_prompts to skip or truncate",
+        ),
+        (
+            17,
+            "skip",
+            "none of the 7 ppo prompts has at most 9 tokens; raise ppo.max_prompt_tokens or give"
+            " part ppo other data",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            fitting_prompts(
+                ppo.model_copy(update={"long_prompts": way}), prompts, tokenizer, context
+            )
+        assert str(refused.value) == said

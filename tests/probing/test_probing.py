@@ -459,7 +459,7 @@ def test_a_feature_is_its_row_of_the_table() -> None:
         "weight delta_z effect effect_low effect_high effect_discovery effect_head"
         " effect_reselected effect_chosen effect_rejected p q p_validation density"
     ).split()
-    assert feature(row, config_with().select) == {
+    assert feature(row) == {
         "latent": 7,
         "role": "misleading",
         "confirmed": True,
