@@ -94,7 +94,7 @@ def figures(run: RunDir, frames: Frames, verdict: dict[str, Any], date: str) -> 
         "verdict": verdict,
         "rule": list(rule_words(config.verdict)),
         "provenance": provenance(run, frames),
-        "sources": sources(run, frames),
+        "sources": sources(frames),
         "comparable": comparable(run, frames),
     }
     return found | {

@@ -68,7 +68,7 @@ SOURCES = {
 """The job outputs that each section is made of."""
 
 
-def sources(run: RunDir, frames: Frames) -> dict[str, list[dict[str, Any]]]:
+def sources(frames: Frames) -> dict[str, list[dict[str, Any]]]:
     """By section, the published files behind it: path within the run, their SHA-256, and who wrote
     them.
     """

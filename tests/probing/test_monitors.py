@@ -108,3 +108,5 @@ def test_random_latents_have_the_sign_of_their_match_and_its_size() -> None:
         [i for i in (3, 5) if weight[i] < 0],
         [i for i in (3, 5) if weight[i] > 0],
     ]
+    assert random_pool([0, 1], weight, density, [], 8, 0) == [[], []], "nobody to draw from"
+    assert random_pool([0], weight, density, [i for i in (3, 5) if weight[i] > 0], 2, 0) == [[]]
