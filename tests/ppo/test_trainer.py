@@ -71,6 +71,10 @@ def test_every_row_is_scattered_once_and_evenly(n: int, ranks: int) -> None:
         ) <= max(lengths)
 
 
+def test_rows_go_back_and_forth_over_ranks_the_longest_first() -> None:
+    assert scatter([3, 8, 6, 7, 4, 5], 2) == [[1, 5, 4], [3, 2, 0]]
+
+
 def test_micro_batches_are_as_many_on_every_rank() -> None:
     lengths = [5, 50, 7, 60, 9, 70, 3]
     batches = micro_batches([0, 1, 3, 5, 6], lengths, 60, 2)
