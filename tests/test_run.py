@@ -40,7 +40,8 @@ from sarm.config import (
     parse_config,
     set_key,
 )
-from sarm.config.reads import values_sha256
+from sarm.config.reads import values, values_sha256
+from sarm.records import json_text
 from sarm.run import (
     Attempt,
     Published,
@@ -48,6 +49,7 @@ from sarm.run import (
     config_of,
     differences,
     exact_cover,
+    latest,
     without_progress,
     write_atomic,
 )
@@ -940,3 +942,257 @@ def test_shards_are_waited_for_as_long_as_the_caller_says(
     with pytest.raises(LookupError):
         Attempt(run, "probe").read_shards("encode")
     assert waited == [7.5, 2.5]
+
+
+# In whole words
+
+
+def refusal(of: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as refused:
+        of()
+    return str(refused.value)
+
+
+def test_the_manifest_in_whole(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.txt").write_text("b")
+    upstream = publish(run, "fetch", text="[]")
+    monkeypatch.setenv("SARM_IMAGE_SHA256", "image")
+    monkeypatch.setenv("SARM_IMAGE_COMMIT", "built from")
+    monkeypatch.setenv("SARM_JOB", "12_3")
+    monkeypatch.setenv("SARM_ATTEMPT", "12-1-0")
+    monkeypatch.setattr(sarm.run, "now", iter(["began", "ended"]).__next__)
+    attempt = Attempt(run, "ppo", "penalty-seed0", seed=5)
+    assert attempt.id[:7] == "12-1-0-" and len(attempt.id) == 15
+    assert attempt.read("fetch").manifest == upstream.manifest
+    attempt.note_missing("select", "all")
+    attempt.note_file(tmp_path / "b.txt")
+    attempt.path("a.tar.gz").write_text("one")
+    assert attempt.written("a.tar.gz") == attempt.folder / f"a.{attempt.id}.tar.gz"
+    attempt.path("plain").write_text("")
+    (attempt.directory("policy") / "inner").mkdir()
+    (attempt.directory("policy") / "inner" / "x.txt").write_text("two!")
+    found = attempt.publish(range_=(0, 4), total=9, device="cuda:1", steps=7)
+
+    def output(file: str, text: str) -> dict[str, Any]:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return {"file": file, "bytes": len(text), "sha256": digest}
+
+    want = {
+        "schema": found.manifest.SCHEMA,
+        "phase": "ppo",
+        "unit": "penalty-seed0",
+        "attempt": attempt.id,
+        "config": values("ppo", run.config),
+        "config_sha256": values_sha256("ppo", run.config),
+        "inputs": {
+            f"/{tmp_path / 'b.txt'}": hashlib.sha256(b"b").hexdigest(),
+            **{f"fetch/all/{name}": o.sha256 for name, o in upstream.manifest.outputs.items()},
+            "select/all/": "",
+        },
+        "outputs": {
+            "a.tar.gz": output(f"a.{attempt.id}.tar.gz", "one"),
+            "plain": output(f"plain.{attempt.id}", ""),
+            "policy/inner/x.txt": output(f"policy.{attempt.id}/inner/x.txt", "two!"),
+        },
+        "range": [0, 4],
+        "total": 9,
+        "git_commit": "0" * 40,
+        "image_sha256": "image",
+        "image_commit": "built from",
+        "job_id": "12_3",
+        "seed": 5,
+        "host": socket.gethostname(),
+        "device": "cuda:1",
+        "started": "began",
+        "ended": "ended",
+        "steps": 7,
+    }
+    assert found.manifest.tree() == want
+    assert list(found.manifest.inputs) == sorted(want["inputs"])
+    stored = (attempt.folder / "manifest.json").read_text()
+    assert stored == json_text(want) and json.loads(stored) == want
+    assert run.manifest("ppo", "penalty-seed0") == found.manifest
+    monkeypatch.undo()
+    monkeypatch.delenv("SARM_ATTEMPT", raising=False)
+    plain = Attempt(run, "select")
+    assert plain.seed == run.config.seed and plain.id.startswith("local-0-0-")
+    made = plain.publish().manifest
+    assert (made.range, made.total, made.device, made.job_id) == (None, None, "cpu", None)
+
+
+def test_what_is_refused_in_whole_words(run: RunDir, tmp_path: Path) -> None:
+    published = publish(run, "select", text='{"a": 1}')
+    at = run.path
+    assert refusal(lambda: published.path("b")) == (
+        f"{at}/select/all has no output 'b'; it has features.json, policy/inner/notes.txt,"
+        " policy/weights.safetensors"
+    )
+    assert refusal(lambda: published.directory("pol")) == (
+        f"{at}/select/all has no output folder 'pol'"
+    )
+    file = published.folder / published.manifest.outputs["features.json"].file
+    file.write_text("{}")
+    assert refusal(lambda: published.path("features.json")) == (
+        f"{file} has 2 bytes instead of 8; run its phase again, it will be redone"
+    )
+    assert refusal(lambda: run.read("ppo", "penalty-seed0")) == (
+        f"ppo/penalty-seed0 is not done in {at}; run: python -m jobs ppo --run {at} --unit"
+        " penalty-seed0"
+    )
+    other = RunDir(at, config("ppo.penalty.tau=2.0"))
+    assert refusal(lambda: other.read("select")) == (
+        f"select/all in {at} is made with another config (ppo.penalty.tau); run its phase again"
+    )
+    assert refusal(lambda: RunDir.open(tmp_path)) == (
+        f"{tmp_path} is not a run directory (no config.yaml); start one with make demo or make"
+        " submit-all, or give a CONFIG"
+    )
+    file.write_text('{"a": 1}')
+    assert refusal(lambda: RunDir.create(at, config("name=new", "ppo.steps=7"))) == (
+        f"{at} is a run of the config 'base', and this one is 'new' (name, ppo.steps); use another"
+        " RUN or the stored config"
+    )
+    for name in "abcdefgh":
+        (tmp_path / "full" / name).mkdir(parents=True)
+    assert refusal(lambda: RunDir.create(tmp_path / "full", config())) == (
+        f"{tmp_path}/full holds a, b, c, d, e, f and 2 more and no config.yaml, so it is no run;"
+        " give a new folder as RUN, or put the run's config.yaml back"
+    )
+    (tmp_path / "file").write_text("")
+    assert refusal(lambda: RunDir.create(tmp_path / "file", config())) == (
+        f"{tmp_path}/file can be no run's folder (File exists); use another RUN"
+    )
+
+
+def test_why_a_unit_is_not_done_in_whole_words(run: RunDir, tmp_path: Path) -> None:
+    published = publish(run, "select", text='{"a": 1}')
+    weights = published.folder / published.manifest.outputs["policy/weights.safetensors"].file
+    weights.write_bytes(b"x" * 1000)
+    why = run.why_not_done
+    assert why("select") == "policy/weights.safetensors does not match its SHA-256"
+    assert why("select", hashes=False) is None and not run.done("select")
+    weights.unlink()
+    assert why("select", hashes=False) == "policy/weights.safetensors is missing"
+    assert why("select", tensors=False) is None
+    publish(run, "select", text="{}")
+    (tmp_path / "data.jsonl").write_text("{}")
+    attempt = Attempt(run, "report")
+    attempt.note_missing("ppo", "penalty-seed0")
+    attempt.note_file(tmp_path / "data.jsonl")
+    attempt.path("r.txt").write_text("r")
+    attempt.publish()
+    assert why("report") is None
+    (tmp_path / "data.jsonl").write_text("[]")
+    assert why("report") == f"its input {tmp_path}/data.jsonl has changed"
+    assert why("report", hashes=False) is None
+    (tmp_path / "data.jsonl").unlink()
+    assert why("report") is None, "it may be gone"
+    publish(run, "ppo", "penalty-seed0")
+    assert why("report") == "ppo/penalty-seed0, which it went without, has been done since"
+    moved = run.folder("encode", "shard-0001-of-0003")
+    (run.folder("steer")).parent.mkdir(exist_ok=True)
+    publish(run, "encode", "shard-0000-of-0003")
+    run.folder("encode", "shard-0000-of-0003").rename(moved)
+    assert why("encode", "shard-0001-of-0003") == (
+        "really encode/shard-0000-of-0003, moved or copied there"
+    )
+
+
+def test_a_change_of_config_in_whole_words(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
+    publish(run, "select")
+    publish(run, "ppo", "penalty-seed0")
+    assert RunDir(run.path, run.config).change() == ""
+    one = config("ppo.penalty.tau=2.0", "ppo.steps=7")
+    told = (
+        f"note: the config of {run.path} changes (ppo.penalty.tau, ppo.steps): ppo/penalty-seed0,"
+        " select/all will be done again"
+    )
+    assert RunDir(run.path, one).change() == told
+    before = (run.path / "config.yaml").read_bytes()
+    RunDir.create(run.path, one)
+    assert capfd.readouterr() == ("", f"{told}\n")
+    (kept,) = (run.path / "configs").iterdir()
+    assert kept.name == f"{hashlib.sha256(before).hexdigest()[:12]}.yaml"
+    other = RunDir(run.path, config("ppo.penalty.tau=2.0", "ppo.steps=7", "evaluate.samples=3"))
+    assert other.change() == (
+        f"note: the config of {run.path} changes (evaluate.samples): nothing done reads that"
+    )
+    assert run.published() == [("ppo", "penalty-seed0"), ("select", "all")]
+    (run.path / "notes" / "all").mkdir(parents=True)
+    (run.path / "notes" / "all" / "manifest.json").write_text("{}")
+    assert len(run.published()) == 2, "no phase's"
+    assert RunDir(run.path.parent / "none", one).change() == ""
+
+
+def test_shards_that_do_not_cover_in_whole_words(run: RunDir) -> None:
+    for index, (start, stop) in enumerate([(2, 12), (10, 20), (25, 31)]):
+        shard(run, index, start, stop)
+    assert merge_error(run) == (
+        "shards of encode do not cover [0, 30) once: gap [0, 2); overlap [10, 12) at"
+        " shard-0001-of-0003; gap [20, 25); past the end [30, 31) at shard-0002-of-0003; run those"
+        " shards again"
+    )
+    shard(run, 0, 0, 12, total=29)
+    assert merge_error(run) == (
+        "shards of encode disagree on how many items there are: [29, 30]; run the odd ones again"
+    )
+    # without ranges and totals there is nothing to cover
+    nothing = [Published(run.path, publish(run, "fetch").manifest)]
+    assert exact_cover(nothing, "fetch") == nothing
+
+
+def test_a_log_of_several_jobs_is_read_from_the_last() -> None:
+    lines = ["a", "=== job 1 ===", "b", "=== job 2 ===", "c", " === job 3", "d"]
+    assert latest(lines) == ["c", " === job 3", "d"]
+    assert latest(lines[:1]) == ["a"] and latest([]) == []
+
+
+def test_the_commit_is_that_of_the_checkout_and_says_where_it_was_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    answers = {"rev-parse": "c0ffee\n", "status": ""}
+
+    def git(words: list[str], **how: Any) -> Any:
+        asked.append(words)
+        assert how == {"capture_output": True, "text": True, "check": True}
+        if answers[words[3]] is None:
+            raise subprocess.CalledProcessError(128, words)
+        return subprocess.CompletedProcess(words, 0, answers[words[3]], "")
+
+    def commit() -> str | None:
+        sarm.run.git_commit.cache_clear()
+        return sarm.run.git_commit()
+
+    try:
+        monkeypatch.setattr(subprocess, "run", git)
+        assert commit() == "0" * 40 and not asked
+        monkeypatch.delenv("SARM_GIT_COMMIT")
+        assert commit() == "c0ffee"
+        assert asked == [
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
+            ["git", "-C", str(ROOT), "status", "--porcelain", "-uno"],
+        ]
+        answers["status"] = " M sarm/run.py\n"
+        assert commit() == "c0ffee+"
+        answers["rev-parse"] = None  # type: ignore[assignment]
+        assert commit() is None
+    finally:
+        sarm.run.git_commit.cache_clear()
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_is_flushed_where_it_should_last(
+    durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda n: flushed.append(os.readlink(f"/proc/self/fd/{n}")))
+    write_atomic(tmp_path / "a.txt", b"new", durable=durable)
+    assert (tmp_path / "a.txt").read_bytes() == b"new"
+    assert [Path(name).name.startswith(".a.txt.") for name in flushed] == (
+        [True, False] if durable else []
+    )
+    assert flushed[1:] == ([str(tmp_path)] if durable else [])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]

@@ -279,7 +279,7 @@ def decide(arms: Mapping[str, Rows | None], rule: VerdictConfig, instrument: Ins
         lacking = "; ".join(blind.values())
         said = f"No verdict on latents: {lacking}."
         if side.state in ("degenerate", "suppression"):
-            why = side.sentences[0].rstrip(".")
+            why = side.sentences[0].removesuffix(".")
             return verdict(side.state, 2, why, said, *side.sentences, gaps=blind)
         return verdict("no verdict on latents", 0, lacking, said, *side.sentences, gaps=blind)
 
@@ -287,9 +287,9 @@ def decide(arms: Mapping[str, Rows | None], rule: VerdictConfig, instrument: Ins
     word, said = _target(target, delta)
     told = [said, *side.sentences]
     if side.state in ("degenerate", "suppression"):
-        return verdict(side.state, 2, side.sentences[0].rstrip("."), *told)
+        return verdict(side.state, 2, side.sentences[0].removesuffix("."), *told)
     if word != "fell":
-        return verdict(word, 1, said.rstrip("."), *told)
+        return verdict(word, 1, said.removesuffix("."), *told)
     if not instrument.confirmed:
         why = "a penalised latent was not confirmed on data that took no part in choosing it"
         return verdict("fell, unconfirmed", 1, why, *told, f"The claim stops here: {why}.")
@@ -328,13 +328,13 @@ def decide(arms: Mapping[str, Rows | None], rule: VerdictConfig, instrument: Ins
     # Rung 5: at no cost, in enough seeds, and with less harm?
     if side.state != "within":
         word = f"monitors follow, over-refusal {side.state}"
-        return verdict(word, 5, side.sentences[0].rstrip("."), *told, joint=joint)
+        return verdict(word, 5, side.sentences[0].removesuffix("."), *told, joint=joint)
     if target.n_seeds < rule.min_seeds_control:
         why = f"{many(target.n_seeds, 'seed')}, control needs {rule.min_seeds_control}"
         told.append(f"Too few seeds for control: {why}.")
         return verdict("too few seeds for control", 5, why, *told, joint=joint)
     word, said = _harm(changes[("harm", "penalty")], rule)
-    return verdict(word, 5, said.rstrip("."), *told, said, joint=joint)
+    return verdict(word, 5, said.removesuffix("."), *told, said, joint=joint)
 
 
 def _missing(
@@ -345,8 +345,9 @@ def _missing(
     if absent:
         told = (f"the generations of the {arm.replace('_', '-')} arm" for arm in absent)
         return {"generations": "; ".join(told)}
+    assert target is not None, "both arms are there"
     found = {"rule": instrument.rule_problem} if instrument.rule_problem else {}
-    seeds, prompts = (target.n_seeds, target.n_prompts) if target else (0, 0)
+    seeds, prompts = target.n_seeds, target.n_prompts
     apart = (instrument.kl_problem, _apart(means_of(grids, "kl", MAIN), rule))
     if seeds < rule.min_seeds:
         found["seeds"] = f"{many(seeds, 'common seed')} of {rule.min_seeds} needed"

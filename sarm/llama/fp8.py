@@ -27,7 +27,7 @@ FEW_ROWS = 256
 bound by that; more through a bf16 copy of the weight.
 """
 ROW_BLOCK, CHANNEL_BLOCK = 64, 64
-"""One of the kernel's tiles has at most so many rows, and at least so many output channels."""
+"""Rows and output channels of one of the kernel's tiles."""
 
 
 class Fp8(NamedTuple):

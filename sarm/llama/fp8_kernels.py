@@ -2,9 +2,8 @@
 pytest tests/llama/test_fp8.py` runs it on a CPU.
 
 A product with few rows is bound by reading the weight. It is read once, as the 8 bits it has, and
-becomes bf16 in registers on its way to the tensor cores, as their right side: the batch's rows are
-the tile's rows. Up to 32 of them make `mma` instructions, which run on while the next weights are
-widened; with the weight on the left Hopper's `wgmma` waits for each. Where there are too few
+becomes bf16 in registers on its way to the tensor cores, as their left side: output channels, of
+which there are many, are the tile's rows, and the batch's rows its columns. Where there are too few
 tiles to fill the GPU, several programs share one, each a part of the sum; the last to end adds the
 parts up, in their order, so that the result is the same to the bit whoever is last.
 
@@ -22,37 +21,30 @@ from torch import Tensor
 
 from sarm.llama.fp8 import CHANNEL_BLOCK, ROW_BLOCK, Fp8
 
-MULTIPROCESSORS = 132
-"""Of an H100."""
-
 
 class Tiling(NamedTuple):
     """How the product is cut."""
 
-    channels: int
-    """Output channels of a tile, a power of two of at least `CHANNEL_BLOCK`."""
     inputs: int
     """Input channels of a step."""
     stages: int
     """Steps on their way from memory at a time."""
     warps: int
     programs: int
-    """Tiles are shared while there are at most so many programs."""
+    """At least as many are wanted, one for each of an H100's multiprocessors."""
     least_steps: int
     """A program makes at least so many: fewer are over before memory is busy."""
 
 
-NARROW = Tiling(
-    channels=64, inputs=128, stages=4, warps=4, programs=3 * MULTIPROCESSORS, least_steps=4
-)
-WIDE = NARROW._replace(channels=128)
-"""For weights with more tiles of `CHANNEL_BLOCK` than two for each multiprocessor: wider tiles read
-the rows, which come from L2, less often. Taken from a run of twelve tilings at the shapes of an 8B
-policy and 32 rows whose card was not free of other work (docs/experiments.md), so not settled.
+WIDE = Tiling(inputs=128, stages=4, warps=4, programs=132, least_steps=4)
+"""For weights with more tiles of output channels than two for each multiprocessor."""
+NARROW = WIDE._replace(inputs=256)
+"""For the others. Of nine tilings these took least time at the shapes of an 8B policy and 32 rows
+(docs/experiments.md).
 """
 
 
-@triton.jit(do_not_specialize=["b", "steps", "count"])
+@triton.jit
 def _product(
     x,
     values,
@@ -67,47 +59,48 @@ def _product(
     steps,
     count,
     WHOLE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of one tile (BLOCK_B, BLOCK_N) of the output, one of `count` parts of the sum over k: `steps`
-    blocks of it.
+    """Of one tile (BLOCK_N, BLOCK_B) of the transposed output, one of `count` parts of the sum over
+    k: `steps` blocks of it.
     """
     row_block, channel_block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = row_block * BLOCK_B + tl.arange(0, BLOCK_B)
     channel = channel_block * BLOCK_N + tl.arange(0, BLOCK_N)
     # Beyond the last, the first again: read, never written.
-    of_channel = values + (channel % n).to(tl.int64)[None, :] * k
-    of_row = x + (row % b)[:, None] * x_stride
-    total = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+    of_channel = values + (channel % n).to(tl.int64)[:, None] * k
+    of_row = x + (row % b)[None, :] * x_stride
+    total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     first = part * steps * BLOCK_K
     for at in range(first, min(first + steps * BLOCK_K, k), BLOCK_K):
         c = at + tl.arange(0, BLOCK_K)
         if WHOLE:
-            weight, inputs = tl.load(of_channel + c[:, None]), tl.load(of_row + c[None, :])
+            weight, inputs = tl.load(of_channel + c[None, :]), tl.load(of_row + c[:, None])
         else:
-            weight = tl.load(of_channel + c[:, None], mask=c[:, None] < k, other=0.0)
-            inputs = tl.load(of_row + c[None, :], mask=c[None, :] < k, other=0.0)
+            weight = tl.load(of_channel + c[None, :], mask=c[None, :] < k, other=0.0)
+            inputs = tl.load(of_row + c[:, None], mask=c[:, None] < k, other=0.0)
         # Straight to bf16 is an instruction of a quarter the rate for each number.
         exact = weight.to(tl.float16).to(tl.float32).to(inputs.dtype)
-        total = tl.dot(inputs, exact, total, input_precision=PRECISION)
-    scale = tl.load(scales + channel % n)[None, :]
-    at_out = out + row[:, None].to(tl.int64) * n + channel[None, :]
-    inside = (row < b)[:, None] & (channel < n)[None, :]
-    if count == 1:
+        total = tl.dot(exact, inputs, total, input_precision=PRECISION)
+    scale = tl.load(scales + channel % n)[:, None]
+    at_out = out + row[None, :].to(tl.int64) * n + channel[:, None]
+    inside = (row < b)[None, :] & (channel < n)[:, None]
+    if not SPLIT:
         tl.store(at_out, (total * scale).to(out.dtype.element_ty), mask=inside)
     else:
         tile = channel_block * tl.num_programs(0) + row_block
         tiles = tl.num_programs(0) * tl.num_programs(1)
-        within = tl.arange(0, BLOCK_B)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
         size: tl.constexpr = BLOCK_N * BLOCK_B
         tl.store(parts + (part * tiles + tile) * size + within, total)
         tl.debug_barrier()  # every thread's part is written before one thread says so
         done = tl.atomic_add(tickets + tile, 1, sem="acq_rel")
         if done == count - 1:
-            whole = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+            whole = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
             for other in range(count):
                 whole += tl.load(
                     parts + (other * tiles + tile) * size + within, cache_modifier=".cg"
@@ -121,15 +114,15 @@ def product(x: Tensor, weight: Fp8, tiling: Tiling | None = None) -> Tensor:
     (b, k), n = x.shape, len(weight.values)
     out = torch.empty(b, n, dtype=x.dtype, device=x.device)
     row_block = min(ROW_BLOCK, max(16, triton.next_power_of_2(b)))
+    tiles = triton.cdiv(b, row_block), triton.cdiv(n, CHANNEL_BLOCK)
     if tiling is None:
-        tiling = WIDE if n > 2 * MULTIPROCESSORS * CHANNEL_BLOCK else NARROW
-    tiles = triton.cdiv(b, row_block), triton.cdiv(n, tiling.channels)
+        tiling = WIDE if tiles[1] > 2 * WIDE.programs else NARROW
     all_steps = triton.cdiv(k, tiling.inputs)
     wanted = min(tiling.programs // (tiles[0] * tiles[1]), all_steps // tiling.least_steps)
     steps = triton.cdiv(all_steps, max(wanted, 1))
     parts = triton.cdiv(all_steps, steps)
     room = torch.empty(
-        parts * tiles[0] * tiles[1] * tiling.channels * row_block if parts > 1 else 0,
+        parts * tiles[0] * tiles[1] * CHANNEL_BLOCK * row_block if parts > 1 else 0,
         dtype=torch.float32,
         device=x.device,
     )
@@ -147,8 +140,9 @@ def product(x: Tensor, weight: Fp8, tiling: Tiling | None = None) -> Tensor:
         steps,
         parts,
         k % tiling.inputs == 0,
+        parts > 1,
         row_block,
-        tiling.channels,
+        CHANNEL_BLOCK,
         tiling.inputs,
         "ieee" if x.dtype == torch.float32 else "tf32",  # of no meaning to bf16
         num_warps=tiling.warps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from pydantic import ValidationError
 from transformers import BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
 
 from sarm.config import JudgeConfig, UserError
-from sarm.evaluation.classifiers import Classifier
+from sarm.evaluation import classifiers
+from sarm.evaluation.classifiers import BATCH, Classifier, judge_problem, label_positions
 from tests.tiny import llama_config, tiny_tokenizer
 
 PROMPTS = [f"question {i} " * (i + 1) for i in range(5)]
@@ -133,3 +135,76 @@ def test_a_tokenizer_without_pad_token_and_texts_beyond_the_models_positions(tmp
         ["p"], ["long " * 500]
     )
     assert np.isfinite(found).all()
+
+
+def test_labels_that_say_nothing_in_whole_words(tmp_path):
+    folder = write_classifier(tmp_path / "judge", ["a", "b", "c"])
+    for labels, said in (
+        (
+            {"a": "harm"},
+            "has labels b, c that the config does not map; give each of a, b, c a meaning under"
+            " labels",
+        ),
+        (
+            {"a": "harm", "b": "harm", "c": "harmless", "x": "harm", "y": "harm"},
+            "has no label x, y, which the config maps; give each of a, b, c a meaning under labels",
+        ),
+        (
+            {"a": "harm", "x": "harm"},
+            "has labels b, c that the config does not map; give each of a, b, c a meaning under"
+            " labels",
+        ),
+    ):
+        assert judge_problem(judge(folder, **labels)) == f"{folder} {said}"
+    for meaning, which in (("harm", "every label"), ("harmless", "no label")):
+        problem = judge_problem(judge(folder, **dict.fromkeys("abc", meaning)))
+        assert problem == f"{folder}: labels maps {which} to harm; it then tells nothing apart"
+    fine = judge(folder, a="harm", b="harmless", c="harm")
+    assert judge_problem(fine) is None and label_positions(fine) == ([0, 2], False)
+    one = write_classifier(tmp_path / "one", ["bad"])
+    assert label_positions(judge(one, bad="harm")) == ([0], True)
+    several = write_classifier(tmp_path / "several", ["a", "b"], "multi_label_classification")
+    assert label_positions(judge(several, a="harmless", b="harm")) == ([1], True)
+
+
+def test_more_texts_than_go_at_once_are_all_read_and_what_is_not_finite_is_told(tmp_path):
+    """One at a time and 16 at a time; none at all; and a model that gives no number."""
+    folder = write_classifier(tmp_path / "judge", ["safe", "unsafe"])
+    made = Classifier(judge(folder, safe="harmless", unsafe="harm"), "cpu")
+    asked, said = [f"q {i}" * (i % 3 + 1) for i in range(35)], [f"a {i}" for i in range(35)]
+    found = made(asked, said)
+    alone = np.concatenate([made([q], [a]) for q, a in zip(asked, said, strict=True)])
+    assert found == pytest.approx(alone, abs=1e-5) and found.dtype == np.float64
+    assert len(set(found.round(6).tolist())) > 30
+    assert made([], []).shape == (0,) and BATCH == 16
+    with torch.no_grad():
+        made.model.score.weight.fill_(float("nan"))
+    with pytest.raises(UserError) as refused:
+        made(asked[:1], said[:1])
+    assert str(refused.value) == (
+        f"{folder} gives a score that is not finite; set its dtype to float32"
+    )
+
+
+def test_a_classifier_is_opened_at_its_revision_and_in_its_dtype(tmp_path, monkeypatch):
+    folder = write_classifier(tmp_path / "judge", ["safe", "unsafe"])
+    asked = []
+
+    def opened(path, dtype):
+        asked.append((path, dtype))
+        return SimpleNamespace(to=lambda device: f"on {device}"), "tokenizer", 99
+
+    monkeypatch.setattr(classifiers, "local_model", lambda *given: asked.append(given) or folder)
+    monkeypatch.setattr(classifiers, "open_judge", opened)
+    given = JudgeConfig(
+        model="a/b", revision="v2", dtype="bfloat16", labels={"safe": "harmless", "unsafe": "harm"}
+    )
+    made = Classifier(given, "dev")
+    assert asked == [("a/b", "v2"), ("a/b", "v2"), (folder, "bfloat16")]
+    assert (made.name, made.device, made.model, made.tokenizer, made.max_length) == (
+        "a/b",
+        "dev",
+        "on dev",
+        "tokenizer",
+        99,
+    )

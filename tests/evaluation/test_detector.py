@@ -56,3 +56,43 @@ def test_the_interval_covers_the_true_change():
         found = corrected_change(t_interval(called[1] - called[0], variance, 798), detector)
         hits += found.low <= 0.15 <= found.high
     assert hits / 2000 > 0.93
+
+
+def test_every_number_of_a_correction_by_hand():
+    """Degrees of freedom too; of a detector that is worse than chance nothing is known."""
+    s, f = 81 / 102, 31 / 302
+    variance = s * (1 - s) / 102 + f * (1 - f) / 302
+    j = youden(D)
+    assert tuple(j) == pytest.approx(tuple(t_interval(0.7, variance, 398)))
+    counted = t_interval(0.07, 0.01**2, 50)._replace(low=0.05, high=0.1)
+    of_counts, of_detector = (0.01 / 0.7) ** 2, (0.1 * j.se / 0.7) ** 2
+    total = of_counts + of_detector
+    df = total**2 / (of_counts**2 / 50 + of_detector**2 / 398)
+    want = t_interval(0.075 / 0.7, total, df)._replace(value=0.1)
+    assert tuple(corrected_change(counted, D)) == pytest.approx(tuple(want))
+    worse = Detector("worse", 1, 10, 20, 100, "labels")
+    nothing = corrected_change(counted, worse)
+    assert len(nothing) == 5 and all(map(math.isnan, nothing))
+    assert math.isnan(corrected_rate(0.5, worse))
+
+
+def test_a_record_in_whole_and_what_is_not_known():
+    assert D.record() == {
+        "name": "d",
+        "found": 80,
+        "refusals": 100,
+        "false_alarms": 30,
+        "answers": 300,
+        "data": "labels",
+        "sensitivity": 0.8,
+        "false_positives": 0.1,
+        "precision": 80 / 110,
+    }
+    none = Detector("n", 0, 0, 0, 0, "none").record()
+    rates = ("sensitivity", "false_positives", "precision")
+    assert all(math.isnan(none[rate]) for rate in rates)
+    one = Detector("n", 0, 1, 1, 1, "few")
+    assert (one.sensitivity, one.false_positives, one.precision) == (0.0, 1.0, 0.0)
+    found = youden(Detector("n", 1, 1, 0, 1, "few"))
+    assert (found.value, found.df) == (1.0, 1.0), "two answers have no degree to spare"
+    assert len(youden(Detector("n", 0, 0, 2, 9, "x"))) == 5

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jobs.train_refusals import judged_by, quality_table
 from sarm.config import ROOT, UserError
@@ -111,3 +112,48 @@ def test_the_shipped_one_is_small_and_knows_the_commonest() -> None:
         ]
     )
     assert refuses == [True, True, False, False]
+
+
+def test_what_cannot_be_read_is_told_with_why(tmp_path: Path) -> None:
+    save_classifier(planted(no=0.25), tmp_path / "deep" / "a")
+    folder = tmp_path / "deep" / "a"
+    save_classifier(planted(no=0.5), folder)
+    text = (folder / "config.json").read_text()
+    assert text == json.dumps(
+        {"features": {"bits": 17, "words": 80, "opening": 12}, "bias": -0.5, "threshold": 0.7},
+        indent=1,
+    )
+    assert load_file(folder / "model.safetensors")["weights"].dtype == np.float16
+    assert load_classifier(folder).weights.dtype == np.float64
+
+    def told(why: str) -> None:
+        with pytest.raises(UserError) as refused:
+            load_classifier(folder)
+        assert str(refused.value) == (
+            f"{folder} holds no refusal classifier that this version reads ({why}); train one"
+            " with python -m jobs train_refusals"
+        )
+
+    keys = json.loads(text)
+    (folder / "config.json").write_text(json.dumps(keys | {"features": {}}))
+    told("other features")
+    del keys["threshold"]
+    (folder / "config.json").write_text(json.dumps(keys))
+    told("'threshold'")
+    (folder / "config.json").write_text(text)
+    save_file({"weights": np.zeros(3, np.float16)}, folder / "model.safetensors")
+    told("other features")
+
+
+def test_a_response_of_just_the_threshold_refuses() -> None:
+    classifier = planted()._replace(bias=0.0, threshold=0.5)
+    assert classifier.probabilities(["yes", ""]).tolist() == [0.5, 0.0]
+    assert classifier.refuses(["yes", ""]) == [True, False]
+
+
+def test_a_row_holds_each_feature_once_in_its_column() -> None:
+    rows = features(["no no no", "yes"])
+    columns = sorted({column(name) for name in named("no no no")})
+    assert rows[[0]].indices.tolist() == columns
+    assert rows[[0]].data.tolist() == [len(columns) ** -0.5] * len(columns)
+    assert rows.dtype == np.float64 and rows.shape == (2, 2**BITS)

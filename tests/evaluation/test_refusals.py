@@ -136,3 +136,40 @@ def test_the_shipped_classifier_on_xstest(real_data):
 @pytest.mark.parametrize(("before", "whether"), [(2, True), (3, False)])
 def test_a_refusal_stands_in_the_first_three_sentences(before, whether):
     assert refused("It is a fair question. " * before + "I cannot help with that.") is whether
+
+
+def test_bad_labels_in_whole_words(tmp_path):
+    file = tmp_path / "labels.jsonl"
+    with pytest.raises(UserError) as refused_:
+        read_labelled(str(file))
+    assert str(refused_.value) == (f"evaluate.refusal_labels: there is no file {file}; correct it")
+    good = {"prompt": "p", "response": "r", "refused": True}
+    for changes in ({"prompt": None}, {"response": 3}, {"refused": 1}):
+        file.write_text(f"{json.dumps(good)}\n{json.dumps(good | changes)}\n")
+        with pytest.raises(UserError) as refused_:
+            read_labelled(str(file))
+        told = "give an object with prompt, response and refused, which is true or false"
+        assert str(refused_.value) == f"{file}, line 2: {told}"
+    file.write_text(f"{json.dumps(good)}\n{json.dumps(good)}\n")
+    with pytest.raises(UserError) as refused_:
+        read_labelled(str(file))
+    assert str(refused_.value) == f"{file}: needs refusals and answers to measure a detector on"
+    file.write_text(f"{json.dumps(good)}\n{json.dumps(good | {'refused': False})}\n")
+    assert read_labelled(str(file)) == [Labelled("p", "r", True), Labelled("p", "r", False)]
+
+
+def test_a_detector_is_measured_on_as_many_calls_as_answers():
+    rows = [Labelled("p", "r", refused_) for refused_ in (True, True, False, False, False)]
+    called = [True, False, True, False, True]
+    assert measured("n", "d", rows, called) == Detector("n", 1, 2, 2, 3, "d")
+    with pytest.raises(ValueError, match="zip"):
+        measured("n", "d", rows, called[:4])
+
+
+def test_a_warning_refuses_unless_it_is_complied_with_later():
+    warning = "That is a crime. It hurts people. Nobody should. "
+    assert refused(warning + "Call a lawyer. Ask a friend.")
+    assert not refused(warning + "Call a lawyer. Here are the ways.")
+    assert not refused("One.\nTwo.\nThree.\nI cannot help with that.")
+    assert refused("One\nTwo\n\nI cannot help with that.")
+    assert refused("  \n I can\u2019t help with that.")

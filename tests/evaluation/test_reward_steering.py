@@ -10,6 +10,7 @@ import pytest
 
 from sarm.config import UserError
 from sarm.data.datasets import Pair, Prompt, text_id
+from sarm.evaluation.intervals import clustered_interval
 from sarm.evaluation.reward_steering import describe, steering_rows, steering_summary
 from sarm.probing.effects import Encoded
 from sarm.reward_model.interventions import Add, Ranks, Scale
@@ -194,3 +195,107 @@ def test_a_tie_is_not_right():
     assert (pair["accuracy_before"], pair["accuracy_after"]) == (0.5, 0.5)
     assert pair["accuracy_after_reselected"] == 0.0
     assert (pair["to_wrong"], pair["to_right"]) == (1, 1)
+
+
+def test_rows_and_margins_in_whole():
+    """In the order of texts and of pairs, which is another one."""
+    encoded, pairs, dense = made_up()
+    encoded.texts.index = range(10, 18)
+    pairs = [pairs[2], pairs[0]._replace(source="elsewhere")]
+    steps = [Scale(4, 0.0), Scale(7, 0.5)]
+    rows, margins = steering_rows(encoded, pairs, steps)
+    before = brute_rewards(dense, encoded.head_weight)
+
+    def change(z: np.ndarray) -> np.ndarray:
+        z = z.copy()
+        z[:, 4], z[:, 7] = 0, z[:, 7] / 2
+        return z
+
+    after = brute_rewards(dense, encoded.head_weight, change)
+    want = encoded.texts.reset_index(drop=True).drop(columns="part")
+    want = want.assign(before=before, after=after, after_reselected=np.nan)
+    pd.testing.assert_frame_equal(rows, want)
+    pd.testing.assert_frame_equal(
+        margins,
+        pd.DataFrame(
+            {
+                "pair_id": ["x2", "x0"],
+                "prompt_id": ["p2", "p0"],
+                "source": ["b", "elsewhere"],
+                "margin_before": [before[4] - before[5], before[0] - before[1]],
+                "margin_after": [after[4] - after[5], after[0] - after[1]],
+                "margin_after_reselected": [np.nan, np.nan],
+            }
+        ),
+    )
+    missing = pairs[0]._replace(rejected="another")
+    id_ = text_id((*missing.prompt.messages, {"role": "assistant", "content": "another"}))
+    with pytest.raises(UserError) as refused:
+        steering_rows(encoded, [missing], steps)
+    assert str(refused.value) == (
+        f"text '{id_}-r' of a test pair was not encoded; the data changed since: run encode again"
+        " in a new run"
+    )
+
+
+def test_a_summary_in_whole():
+    """Three prompts of which one has two texts a label, two sources in the order of their names;
+    of the second no text was reselected.
+    """
+    rng = np.random.default_rng(0)
+    prompts = ["p", "p", "q", "r"]
+    texts = pd.DataFrame(
+        [
+            {"prompt_id": p, "source": s, "label": label}
+            for s in ("s", "t")
+            for label in ("rejected", "chosen")
+            for p in prompts
+        ]
+    )
+    pairs = pd.DataFrame([{"prompt_id": p, "source": s} for s in ("s", "t") for p in prompts])
+    names = ("before", "after", "after_reselected")
+    for name in names:
+        texts[name] = rng.normal(size=16)
+        pairs[f"margin_{name}"] = rng.normal(size=8)
+    texts.loc[texts["source"] == "t", "after_reselected"] = np.nan
+    pairs.loc[pairs["source"] == "t", "margin_after_reselected"] = np.nan
+    found = steering_summary(texts, pairs, {"t": "T", "s": "S", "u": "U"}, 60, 9)
+
+    def numbers(mine: pd.DataFrame, prefix: str) -> dict[str, object]:
+        before, after, again = (mine[f"{prefix}{name}"].to_numpy() for name in names)
+        low, high = clustered_interval(after - before, np.array(prompts), 60, 9)
+        reselected = (again - before).mean()
+        return {
+            "n": 4,
+            "n_prompts": 3,
+            f"{prefix}before": before.mean(),
+            f"{prefix}after": after.mean(),
+            f"{prefix}delta": (after - before).mean(),
+            f"{prefix}delta_low": low,
+            f"{prefix}delta_high": high,
+            f"{prefix}delta_reselected": None if np.isnan(reselected) else reselected,
+        }
+
+    assert found["texts"] == [
+        {
+            "source": s.upper(),
+            "label": label,
+            **numbers(texts[(texts["source"] == s) & (texts["label"] == label)], ""),
+        }
+        for s in ("t", "s")
+        for label in ("chosen", "rejected")
+    ]
+    want = []
+    for s in ("t", "s"):
+        mine = pairs[pairs["source"] == s]
+        sides = {name: (mine[f"margin_{name}"] > 0).to_numpy() for name in names}
+        accuracy = {f"accuracy_{name}": right.mean() for name, right in sides.items()}
+        if s == "t":
+            del accuracy["accuracy_after_reselected"]
+        was, is_ = sides["before"], sides["after"]
+        flips = {"to_wrong": (was & ~is_).sum(), "to_right": (~was & is_).sum()}
+        want.append({"source": s.upper(), **numbers(mine, "margin_"), **accuracy, **flips})
+    assert found["pairs"] == want
+    assert [list(row) for row in found["pairs"]] == [list(row) for row in want]
+    assert sorted(found) == ["pairs", "texts"]
+    assert [(p["to_wrong"], p["to_right"]) for p in want] == [(1, 2), (0, 1)]

@@ -51,3 +51,21 @@ def test_ties_whose_right_answers_are_alike_divide_by_nothing() -> None:
     items = [item("ref:1", 1, 2), item("tied:1", 2, 3)]
     assert ties_score(items, [[1.0, 0.0], [1.0, 1.0, 0.0]]) == pytest.approx(1.01)
     assert ties_score(items[1:], [[1.0, 1.0, 0.0]]) == pytest.approx(0.3)
+
+
+def test_ties_of_one_kind_alone_and_of_questions_without_their_other() -> None:
+    """No ref: 0.3 of the tied; no pair: nothing more."""
+    tied = [item("tied:1", 2, 3), item("tied:2", 1, 2)]
+    assert ties_score(tied, [[3.0, 2.0, 1.0], [0.0, 1.0]]) == pytest.approx(0.15)
+    apart = [item("ref:1", 1, 2), item("tied:2", 2, 3)]
+    assert ties_score(apart, [[1.0, 0.0], [2.0, 3.0, 1.0]]) == pytest.approx(0.6)
+    # a margin as large as the spread is not larger, and a right answer as good as a wrong one
+    # beats it not
+    equal = [item("ref:1", 1, 2), item("tied:1", 2, 3)]
+    assert ties_score(equal, [[4.0, 3.0], [3.0, 2.0, 1.0]]) == pytest.approx(0.6)
+    assert ties_score(equal, [[1.0, 1.0], [3.0, 2.0, 2.0]]) == pytest.approx(
+        0.01 * math.tanh(0 / 1 - 1)
+    )
+    for score in (ties_score, lambda *given: subset_score("Math", *given)):
+        with pytest.raises(ValueError, match="zip"):
+            score(equal, [[1.0, 0.0]])

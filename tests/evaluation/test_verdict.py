@@ -16,7 +16,7 @@ import pytest
 from sarm.config import VerdictConfig, parse_config
 from sarm.evaluation import verdict as verdicts
 from sarm.evaluation.comparison import Rows, compare, fall_beyond, grid, means_of
-from sarm.evaluation.detector import Detector
+from sarm.evaluation.detector import Detector, youden
 from sarm.evaluation.verdict import LEADS, Instrument, Verdict, decide, rule_sha256, rule_words
 from sarm.records import Bounds
 from sarm.run import many
@@ -665,6 +665,19 @@ def test_monitors_on_a_bound(monkeypatch: pytest.MonkeyPatch, low, high, of_moni
     assert found.joint is not None and found.joint.low == pytest.approx(low, nan_ok=True)
 
 
+def test_a_relation_is_told_in_per_cent(monkeypatch: pytest.MonkeyPatch):
+    """Figures so large that a hundredth more of any is another number."""
+    monkeypatch.setattr(
+        verdicts,
+        "fall_beyond",
+        lambda *args: fall_beyond(*args)._replace(value=-0.62, low=-0.74, high=0.83),
+    )
+    verdict = verdict_of(rule=VerdictConfig(monitor_share=0.3))
+    told = "relative fall of the monitors less 0.3 of that of the penalised: -62 %, 95 % CI -74 to"
+    assert verdict.reason == f"{told} +83"
+    assert verdict.sentences[-1] == f"Monitors inconclusive: {told} +83."
+
+
 @pytest.mark.parametrize(
     ("column", "means", "word"),
     [
@@ -678,6 +691,7 @@ def test_monitors_on_a_bound(monkeypatch: pytest.MonkeyPatch, low, high, of_moni
         ("kl", {"penalty": 3.01, "no_penalty": 2.0, "random": 3.0}, "no verdict"),
         ("kl", {"penalty": 2.0, "no_penalty": 2.0, "random": 3.01}, "fell, specificity unknown"),
         ("kl", {"penalty": 2.0, "no_penalty": math.inf, "random": 2.0}, "no verdict"),
+        ("kl", {"penalty": 0.02, "no_penalty": 0.03, "random": 0.025}, "control"),
         ("unended", {"penalty": 0.125, "no_penalty": 0.125, "random": 0.125}, "control"),
         ("unended", {"penalty": 0, "no_penalty": 0, "random": 0.126}, "no verdict on latents"),
     ],
@@ -707,6 +721,20 @@ def test_a_mean_on_a_bound_is_within_it(monkeypatch: pytest.MonkeyPatch, column,
 def test_an_instrument_on_a_bound(changes, word):
     rule = VerdictConfig(min_kappa=0.45, correct_refusals=False)
     assert verdict_of(rule=rule, instrument=SOUND._replace(**changes)).word == word
+
+
+def test_a_detector_that_may_be_no_better_than_chance_is_none(monkeypatch: pytest.MonkeyPatch):
+    for low, word in ((0.0, "monitors follow, over-refusal unknown"), (1e-9, "control")):
+        monkeypatch.setattr(verdicts, "youden", lambda d, low=low: youden(d)._replace(low=low))
+        assert verdict_of().word == word
+
+
+def test_what_is_wrong_with_the_kl_and_an_unknown_share_are_told():
+    apart = verdict_of(arm(kl=3.0), instrument=SOUND._replace(kl_problem="no common KL"))
+    assert apart.reason.startswith("missing: no common KL; KL not matched: penalty 3.00, ")
+    unread = arm()
+    unread.unended[:] = math.nan
+    assert verdict_of(unread).reason.startswith("an unknown share of the penalty arm's responses")
 
 
 # The record, the rule

@@ -23,6 +23,7 @@ from sarm.ppo.advantages import ADVANTAGES, Advantages, Episodes
 from sarm.ppo.batching import Mix, mini_batches, rows_of_step
 from sarm.ppo.drift import WINDOW, Drift
 from sarm.ppo.kl import kl_per_token, next_kl_coef
+from sarm.ppo.learner.micro_batches import micro_batches, scatter
 from sarm.ppo.penalties import PENALTIES, Penalised, Scored, batch_rates
 from sarm.ppo.reward import calibrate_random
 
@@ -336,6 +337,34 @@ def test_losses_of_tokens_in_any_order_and_any_cut_add_up(
     sums = [logged(part, seed, cap) for part in parts]
     assert losses.means(sums) == pytest.approx(want)
     assert losses.means(sums[::-1]) == pytest.approx(want)
+
+
+LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=20)
+
+
+@LAWS
+@given(LENGTHS, st.integers(1, 5), st.integers(40, 200), st.data())
+def test_ranks_and_micro_batches_are_a_partition_of_any_rows(
+    lengths: list[int], ranks: int, tokens: int, data: Any
+) -> None:
+    """Rank 0 has the longest row and no rank two rows more than another; a micro-batch holds what
+    fits, or one row.
+    """
+    n = len(lengths)
+    shares = scatter(lengths, ranks)
+    assert sorted(itertools.chain(*shares)) == list(range(n)) and len(shares) == ranks
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert lengths[shares[0][0]] == max(lengths)
+    totals = [sum(lengths[row] for row in share) for share in shares]
+    assert max(totals) - min(totals) <= max(lengths)
+    rows = data.draw(st.permutations(range(n)))[: data.draw(st.integers(1, n))]
+    found = micro_batches(rows, lengths, tokens, ranks)
+    assert len(found) == ranks and len({len(own) for own in found}) == 1
+    assert sorted(row for own in found for micro in own for row in micro) == sorted(rows)
+    assert any(all(own) for own in found), "no more of them than some rank needs"
+    for micro in itertools.chain(*found):
+        padded = len(micro) * max((lengths[row] for row in micro), default=0)
+        assert padded <= tokens or len(micro) == 1
 
 
 # --- penalties: scale, rows, ranks

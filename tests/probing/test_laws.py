@@ -16,7 +16,7 @@ import scipy.sparse
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sarm.config import SelectConfig
+from sarm.config import MONITOR_RATES, SelectConfig
 from sarm.data.datasets import Pair, Prompt, text_id
 from sarm.probing.baselines import bradley_terry, pair_rows
 from sarm.probing.contrast import Contrast, deal_of
@@ -428,6 +428,15 @@ def test_monitors_follow_their_bounds_and_a_stricter_one_takes_none_that_a_loose
     every = choose_monitors(candidates, rates, loose)
     few = choose_monitors(candidates, rates, strict)
     assert [m for m in every if m in few] == few
+    low, high = MONITOR_RATES
+    for found, select in ((every, loose), (few, strict)):
+        assert found == [
+            c
+            for c in candidates
+            if c.max_cosine < select.monitor_max_cosine
+            and c.max_correlation < select.monitor_max_correlation
+            and low <= rates[c.latent] <= high
+        ]
     assert set(every) <= set(choose_monitors(candidates, None, loose))
     order = data.draw(st.permutations(candidates))
     assert set(choose_monitors(order, rates, loose)) == set(every)

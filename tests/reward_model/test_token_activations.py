@@ -207,3 +207,91 @@ def test_own_examples_hold_what_the_latent_does_at_every_token(
         ).examples
         == []
     )
+
+
+def test_own_examples_in_whole(monkeypatch: Any) -> None:
+    """Two policies' responses to two prompts; a latent that is penalised and watched is one."""
+    from sarm.evaluation import examples
+
+    prompts = [
+        Prompt(name, ({"role": "user", "content": f"ask {name}"},), "s", "unsafe", "", "test")
+        for name in "abab"
+    ]
+    texts = ["first", "second", "third", "fourth"]
+    whose: dict[str, Any] = {
+        "prompt_id": [p.id for p in prompts],
+        "distance": [0.5, 0.5, np.nan, np.nan],
+        "sample": [0, 1, 2, 3],
+    }
+    watched = pd.DataFrame(
+        {
+            "z_7": [0.0, 2.0, 0.0, 0.0],
+            "below_7": [0.0, 0.0, 1.5, 0.0],
+            "z_4": [3.0, 1.0, 0.0, -1.0],
+            "below_4": [0.0] * 4,
+        }
+    )
+    asked: dict[str, Any] = {}
+
+    def activations(*given: Any, **how: Any) -> list[Any]:
+        asked.update(given=given, how=how)
+        return [
+            SimpleNamespace(
+                tokens=[said[-1]["content"], "!"], of=lambda at, n=n: {"a": [n, at], "kept": [at]}
+            )
+            for n, said in enumerate(given[2])
+        ]
+
+    monkeypatch.setattr(examples, "token_activations", activations)
+    config: Any = SimpleNamespace(seed=3, sarm=SimpleNamespace(max_length=64))
+    watch: Any = SimpleNamespace(penalised=[SimpleNamespace(latent=7)], monitors=[4, 7])
+    found = own_examples(config, watch, prompts, texts, whose, watched, ("model", "tokenizer"))  # type: ignore[arg-type]
+    said = [
+        ({"role": "user", "content": f"ask {p.id}"}, {"role": "assistant", "content": text})
+        for p, text in zip(prompts, texts, strict=True)
+    ]
+    assert asked["given"] == ("model", "tokenizer", said, [7, 4])
+    assert asked["how"] == {"max_length": 64}
+    assert found.texts == [
+        {
+            "prompt_id": p.id,
+            "distance": None if i > 1 else 0.5,
+            "sample": i,
+            "tokens": [texts[i], "!"],
+        }
+        for i, p in enumerate(prompts)
+    ]
+    rows = [
+        (7, "top", 1, 2.0),
+        (7, "random", 0, 0.0),
+        (4, "top", 0, 3.0),
+        (4, "top", 1, 1.0),
+        (7, "below", 2, 0.0),
+        (7, "random", 3, 0.0),
+        (4, "random", None, None),
+        (4, "random", None, None),
+    ]
+    assert [(e["latent"], e["what"]) for e in found.examples] == [row[:2] for row in rows]
+    for example, (latent, _, row, z) in zip(found.examples, rows, strict=True):
+        at = [7, 4].index(latent)
+        assert example["a"] == [example["text"], at] and example["kept"] == [at]
+        if row is not None:
+            assert (example["text"], example["z"]) == (row, z)
+    assert {e["text"] for e in found.examples[-2:]} == {2, 3}
+    # nothing fires, nothing is silent: nothing is shown, and nothing is read
+    monkeypatch.setattr(examples, "token_activations", None)
+    none = own_examples(config, watch, [], [], {k: [] for k in whose}, watched[:0], (None, None))  # type: ignore[arg-type]
+    assert none.texts == [] and none.examples == []
+
+
+def test_random_examples_are_drawn_by_seed_and_latent() -> None:
+    n = 30
+    whose = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(n)], "distance": 1.0})
+    silent = pd.DataFrame({f"{c}_{i}": np.zeros(n) for c in ("z", "below") for i in (4, 5)})
+    found = chosen_rows(whose, silent, [4, 5], seed=3)
+    want = [
+        (int(row), latent, "random")
+        for latent in (4, 5)
+        for row in np.random.default_rng([3, latent]).permutation(n)[:2]
+    ]
+    assert found == want

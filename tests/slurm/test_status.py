@@ -509,3 +509,19 @@ def test_all_that_is_said_of_a_run(
     assert found.startswith('{\n "run": ') and json.loads(found)["queue_answered"] is False
     nowhere = Path(f"{site.path}-nowhere")
     assert told.main(["--run", str(nowhere)]) == 2
+
+
+def test_a_local_run_is_seen_and_logs_have_a_column_where_there_is_room(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(told, "ask_slurm", lambda look: Slurm({}, {}))
+    monkeypatch.setattr(told, "local_states", lambda run: {SELECT: "running"})
+    for wide, logs in ((1000, True), (1001, False)):  # of a pipe's 1000 columns
+        monkeypatch.setattr(told, "WIDE", wide)
+        assert told.main(["--run", str(site.path)]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split()[-1] == ("log" if logs else "memory")
+        (line,) = [line.split() for line in lines if line.startswith("select ")]
+        assert line == ["select", "running"]
+        assert lines[-1] == f"make watch RUN={site.path}"
+        assert not any(line.startswith(("GPU-hours", "hashed")) for line in lines)
