@@ -472,6 +472,8 @@ def test_both_kinds_are_spread_over_the_list_and_ties_tell_nothing() -> None:
     assert order == [("a", False), ("m", True), ("z", False), ("b", True), ("c", False)]
     tied = labels.mixed([Example("p", "m")], [Example("p", "a")])
     assert [fires for _, fires in tied] == [False, True], "by the text, not the kind"
+    tied = labels.mixed([Example("p", "a")], [Example("p", "m")])
+    assert [fires for _, fires in tied] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -479,3 +481,14 @@ def test_both_kinds_are_spread_over_the_list_and_ties_tell_nothing() -> None:
 )
 def test_numbers_of_the_last_list(answer: str, numbers: set[int]) -> None:
     assert labels.numbers_in(answer) == numbers
+
+
+def test_marks_are_moved_by_the_first_draw_that_takes_them_off() -> None:
+    text = Tokens([*"abcdef", "<end>"], [1, 2, 6])
+    for seed in range(6):
+        rng = np.random.default_rng([seed, 2])
+        _, second, _ = (rng.permutation(5) + 1 for _ in range(3))
+        by = next(int(by) for by in second if not {1, 2} & {(1 + by) % 6, (2 + by) % 6})
+        moved = labels.marked("abcdef", {(1 + by) % 6, (2 + by) % 6})
+        right = ("a<<bc>>def", True)
+        assert labels.fuzzed([text] * 3, seed) == [right, (moved, False), right]
