@@ -797,3 +797,94 @@ def test_the_provenance_of_a_run_is_of_what_is_done(tmp_path: Path) -> None:
         "commits": [],
         "units": [dict(zip(columns, row, strict=True)) for row in rows],
     }
+
+
+def test_every_section_is_made_of_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each function that makes a section is replaced by one that tells what it was given."""
+
+    class Told:
+        def __init__(self, *words: Any) -> None:
+            self.words = words
+
+        def to_dict(self, orient: str) -> Any:
+            return (*self.words, orient)
+
+    def telling(name: str) -> Any:
+        return lambda *given: (name, *given)
+
+    names = (
+        "_configuration cost seed_figures _penalty _progression _column _cards outputs"
+        " texts_figures _failures _phases _training compared_figures distance_rows against_base"
+        " answered_rates refusal_reward penalised_latents random_entries monitor_latents"
+        " random_sets monitor_choice rule_words provenance sources comparable rungs"
+    ).split()
+    for name in names:
+        monkeypatch.setattr(drawn, name, telling(name))
+    for name in ("policy_table", "latent_table"):
+        monkeypatch.setattr(drawn, name, lambda *given, name=name: Told(name, *given))
+    given: list[Any] = []
+    monkeypatch.setattr(drawn, "abstract", lambda *of: given.append(of) or "abstract")
+    run: Any = SimpleNamespace(config=reference_config(seeds=[4, 2]))
+    config, policy, verdict = run.config, "penalty-seed4", {"word": "control"}
+    columns = "training steering cards steered phases generations evaluations".split()
+    record = SimpleNamespace(tree=lambda: "a tree")
+    read: Any = SimpleNamespace(
+        **{name: f"the {name}" for name in columns},
+        features=record,
+        readings=None,
+        check_sarm="the check",
+    )
+    found = drawn.figures(run, read, verdict, "today")
+    progression = ("_progression", "the training", policy)
+    generations = "the generations"
+
+    def latents(name: str, *of: Any) -> Any:
+        return ("latent_table", generations, (name, *of), "records")
+
+    expected = {
+        "date": "today",
+        "run": "reference",
+        "configuration": ("_configuration", run, read, policy),
+        "features": "a tree",
+        "readings": None,
+        "check_sarm": "the check",
+        "has_card": config.check_sarm.card is not None,
+        "cost": ("cost", run, read),
+        "seed": ("seed_figures", run, read, progression),
+        "penalty": ("_penalty", run, read, policy),
+        "shown_policy": policy,
+        "progression": progression,
+        "penalties": ("_column", "the training", policy, "objective/penalty"),
+        "compound_rewards": ("_column", "the training", policy, "objective/compound"),
+        "steering": "the steering",
+        "cards": ("_cards", "the cards"),
+        "steered": "the steered",
+        "outputs": ("outputs", run, read, policy),
+        "texts": ("texts_figures", config),
+        "failures": ("_failures", run, "the phases"),
+        "phases": ("_phases", "the phases"),
+        "training": ("_training", read),
+        "compared": ("compared_figures", run, read),
+        "distances": ("distance_rows", run, read),
+        "policies": ("policy_table", generations, "records"),
+        "against_base": ("against_base", generations),
+        "answered": ("answered_rates", generations),
+        "refusal_reward": ("refusal_reward", generations),
+        "latents": latents("penalised_latents", run, record),
+        "random_latents": latents("random_entries", run, read),
+        "monitors": latents("monitor_latents", record),
+        "random_sets": ("random_sets", run, read),
+        "monitor_choice": ("monitor_choice", run, read),
+        "evaluations": "the evaluations",
+        "verdict": verdict,
+        "rule": ["rule_words", config.verdict],
+        "provenance": ("provenance", run, read),
+        "sources": ("sources", read),
+        "comparable": ("comparable", run, read),
+    }
+    assert given == [(expected, config.verdict)]
+    ladder = ("rungs", verdict, config.verdict)
+    assert found == expected | {"abstract": "abstract", "ladder": ladder}
+    read.features, read.readings = None, record
+    again = drawn.figures(run, read, verdict, "today")
+    assert (again["features"], again["readings"]) == (None, "a tree")
