@@ -888,3 +888,23 @@ def test_every_section_is_made_of_what_it_says(monkeypatch: pytest.MonkeyPatch) 
     read.features, read.readings = None, record
     again = drawn.figures(run, read, verdict, "today")
     assert (again["features"], again["readings"]) == (None, "a tree")
+
+
+def test_an_output_that_cannot_be_read_marks_its_unit_alone(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", reference_config())
+
+    def path(name: str) -> Path:
+        raise UserError(f"{name} is\n  not whole")
+
+    done = {"unit": "all", "status": "done", "cause": ""}
+    rows = [{"phase": phase, **done} for phase in ("select", "probe")]
+    published: Any = {
+        (row["phase"], "all"): SimpleNamespace(manifest=made({}, row["phase"]), path=path)
+        for row in rows
+    }
+    read = frames._read_outputs(pd.DataFrame(rows), published, run)
+    damaged = {"status": "damaged", "cause": "features.json is not whole"}
+    assert read.phases.to_dict("records") == [rows[0] | damaged, rows[1]]
+    assert read.manifests == {("probe", "all"): published["probe", "all"].manifest}
+    for table in (read.generations, read.sweep):
+        assert "index" not in table and table.empty
