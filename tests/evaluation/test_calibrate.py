@@ -700,6 +700,9 @@ def test_what_calibrate_publishes_is_what_it_read(
     assert want.unreadable and any(want.unreadable[0] in line for line in want.warnings)
     assert found == want
     assert set(found.random) == {"0", "3"} and [s.tokens for s in found.stability] == [5, 9]
+    monkeypatch.setattr(c, "base_responses", lambda *_: asked._replace(cut=[True] * 5))
+    with pytest.raises(ValueError, match="zip"):
+        c.calibrate(made, listed, data, "a device", progress)
 
 
 def test_penalised_latents_keep_their_role_and_taus_are_never_below_0(tmp_path) -> None:

@@ -79,6 +79,8 @@ def test_conditions_are_every_strength_of_latents_and_of_random_directions() -> 
         and made[7].direction is not None
         and not torch.equal(made[5].direction, made[7].direction)
     )
+    with pytest.raises(ValueError, match="zip"):
+        pushes(config, found, lambda latents: torch.eye(16)[latents[:1]], 16, 0)
 
 
 def test_summary_by_hand() -> None:

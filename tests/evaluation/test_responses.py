@@ -246,6 +246,8 @@ def test_what_is_scored_of_a_response_that_was_cut(tmp_path: Path) -> None:
         update={"responses": config.responses.model_copy(update={"cut": "score"})}
     )
     assert responses.endings_of(whole, some_generations())[0] == Ending("yes. no", 7, False)
+    with pytest.raises(ValueError, match="zip"):
+        responses.endings_of(config, some_generations()._replace(truncated=[True]))
 
 
 def test_evaluation_prompts_are_the_first_of_each_kind() -> None:

@@ -657,6 +657,8 @@ def test_pair_accuracy_by_hand() -> None:
         ((1 + 0.5) / 4 + 0) / 2
     )
     assert math.isnan(sarm_check.pair_accuracy([], []))
+    with pytest.raises(ValueError, match="zip"):
+        sarm_check.pair_accuracy([item(1, 2)], rewards)
 
 
 def test_a_sample_is_of_all_answers_to_a_prompt_and_the_smallest_hashes(

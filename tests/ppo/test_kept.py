@@ -98,3 +98,39 @@ def test_without_hard_links_files_are_copied(run: RunDir, monkeypatch: pytest.Mo
     Kept(second, first.state)
     copied = second.directory("kept") / "kl-0.5" / "model.safetensors"
     assert copied.read_text() == "near" and copied.stat().st_nlink == 1
+
+
+def test_what_another_run_kept_is_copied_and_known_as_ones_own(run: RunDir, tmp_path: Path) -> None:
+    """A parent's files stay its own; of a unit's own earlier attempt they are the same files."""
+    parent = RunDir.create(tmp_path / "parent", run.config)
+    first = Kept(Attempt(parent, "ppo", UNIT))
+    first.add(2.5, step=12, kl=2.625, write=writes("near"))
+    entry = {"distance": 2.5, "step": 12, "kl": 2.625, "path": "kept/kl-2.5"}
+    sizes = {"adapter/adapter_model.safetensors": 4, "model.safetensors": 4}
+    theirs = f"kept.{first.attempt.id}/kl-2.5"
+    assert first.state == [{"entry": entry, "folder": theirs, "bytes": sizes}]
+    mine = Kept(Attempt(run, "ppo", UNIT), first.state, copied_from=first.attempt.folder)
+    folder = f"kept.{mine.attempt.id}/kl-2.5"
+    assert mine.state == [{"entry": entry, "folder": folder, "bytes": sizes}]
+    copied = mine.attempt.folder / folder / "model.safetensors"
+    assert copied.read_text() == "near" and copied.stat().st_nlink == 1
+    again = Kept(Attempt(run, "ppo", UNIT), mine.state)
+    linked = again.attempt.folder / again.state[0]["folder"] / "model.safetensors"
+    assert linked.samefile(copied) and copied.stat().st_nlink == 2
+    assert not list(again.attempt.folder.glob(".kept*")), "nothing unfinished is left"
+    copied.unlink()
+    with pytest.raises(UserError) as refused:
+        Kept(Attempt(run, "ppo", UNIT), mine.state)
+    assert str(refused.value) == (
+        f"{copied}, a policy kept at a KL distance, is missing; remove the folder checkpoints in"
+        f" {run.folder('ppo', UNIT)} to train from the beginning"
+    )
+
+
+def test_only_what_other_attempts_kept_is_removed(tmp_path: Path) -> None:
+    for name in ("kept.a", "kept.b", ".kept.a.kl-1.0.tmp", "policy.b", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / "kept.json").write_text("{}")
+    remove_others(tmp_path, "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept", "kept.a", "kept.json", "policy.b"]

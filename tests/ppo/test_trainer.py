@@ -31,6 +31,8 @@ from sarm.data.endings import Ending
 from sarm.llama.decoders import decoder_for
 from sarm.llama.generate import Rollout
 from sarm.ppo import objective
+from sarm.ppo import trainer as trainer_module
+from sarm.ppo.advantages import ADVANTAGES
 from sarm.ppo.batching import Mix, fitting_prompts, mini_batches, mix_of, rows_of_step
 from sarm.ppo.drift import Drift
 from sarm.ppo.learner.actor import make_actor
@@ -41,6 +43,7 @@ from sarm.ppo.learner.learner import Logprobs, NotFinite
 from sarm.ppo.learner.micro_batches import micro_batches, scatter
 from sarm.ppo.loop import train, why_ended
 from sarm.ppo.metrics import ending_metrics, refuse_mismatch, score_metrics
+from sarm.ppo.reward import Scores
 from sarm.ppo.trainer import Experience, Progress, Trainer
 from tests.ranks import (
     PlantedReward,
@@ -919,6 +922,31 @@ def test_a_prompt_drawn_again_has_a_key_of_its_own() -> None:
     assert trainer.rows(0).count(0) == 2
 
 
+def test_each_text_is_scored_after_its_own_prompt() -> None:
+    """By whichever rank has its row."""
+    trainer = bare()
+    said: list[Any] = []
+    scores = [torch.tensor([1.0, 2.0])] * 8
+    trainer.reward = SimpleNamespace(score=lambda given: said.append(given) or scores)
+    trainer.learner = SimpleNamespace(
+        map_rows=lambda rollout, of: [of([1, 0]), of([0])][0] if rollout == "rollout" else None
+    )
+    drawn: Any = [SimpleNamespace(prompt=p) for p in asked("a", "b")]
+    assert trainer.score(drawn, "rollout", ["x", "y"]) == Scores(*scores)
+    answers = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": text}]
+        for p, text in (("a", "x"), ("b", "y"))
+    ]
+    assert said == [answers[::-1], answers[:1]]
+    with pytest.raises(ValueError, match="zip"):
+        trainer.score(drawn, "rollout", ["x"])
+    for bad in (math.nan, math.inf):
+        scores[2] = torch.tensor([1.0, bad])
+        with pytest.raises(NotFinite, match=r"^a reward$") as error:
+            trainer.score(drawn, "rollout", ["x", "y"])
+        assert error.value.updated is False
+
+
 def test_the_schedules_of_policy_and_value_head_by_hand() -> None:
     """The head's begins at once; the policy's after the head's own two steps, over the eight left.
     Either warms up in two steps.
@@ -1018,3 +1046,183 @@ def test_prompts_that_cannot_be_drawn_in_whole_words() -> None:
                 ppo.model_copy(update={"long_prompts": way}), prompts, tokenizer, context
             )
         assert str(refused.value) == said
+
+
+@pytest.mark.parametrize("pad", [None, 0])
+def test_what_the_learner_is_made_of(pad: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_of: dict[str, Any] = {}
+    fitted = ([SimpleNamespace(id="a"), SimpleNamespace(id="b")], [[1, 2, 3], [1]], 4)
+    policy: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=77))
+    tokenizer: Any = SimpleNamespace(pad_token_id=pad)
+
+    def fitting(*given: Any) -> Any:
+        asked_of["fitting"] = given
+        return fitted
+
+    def learner(*given: Any, **how: Any) -> str:
+        asked_of.update(given=given, how=how)
+        return "a learner"
+
+    monkeypatch.setattr(trainer_module, "fitting_prompts", fitting)
+    monkeypatch.setattr(trainer_module, "mix_of", lambda *given: ("mix of", *given))
+    stops = lambda *given: [9, 4] if given == (policy, tokenizer) else []  # noqa: E731
+    monkeypatch.setattr(trainer_module, "stop_ids", stops)
+    monkeypatch.setattr(trainer_module, "Learner", learner)
+    model = torch.nn.Linear(3, 2)
+    model.register_buffer("more", torch.zeros(5, dtype=torch.float64))
+    reward: Any = SimpleNamespace(model=model, penalised=("p",))
+    ppo = tiny_ppo(advantage="rloo", samples_per_prompt=2, kl_coef=0.375)
+    made = Trainer(
+        ppo,
+        policy,
+        tokenizer,
+        reward,
+        ["prompts"],  # type: ignore[list-item]
+        seed=5,
+        world="world",
+        trim=True,
+        base_reward_sd=0.5,
+    )
+    assert asked_of["fitting"] == (ppo, ["prompts"], tokenizer, 77)
+    assert asked_of["given"] == (ppo, policy)
+    assert asked_of["how"] == {
+        "stops": [9, 4],
+        "pad_id": 9 if pad is None else 0,
+        "longest_prompt": 3,
+        "reward_bytes": (6 + 2) * 4 + 5 * 8,
+        "seed": 5,
+        "world": "world",
+    }
+    assert (made.prompts, made.prompt_ids, made.long_prompts) == fitted
+    assert made.mix == ("mix of", ppo, fitted[0]) and made.tracked == ("p",)
+    assert (made.trim, made.base_reward_sd, made.seed) == (True, 0.5, 5)
+    assert (made.ppo, made.tokenizer, made.reward, made.learner) == (
+        ppo,
+        tokenizer,
+        reward,
+        "a learner",
+    )
+    assert made.estimate is ADVANTAGES["rloo"]
+    assert made.progress == Progress(0, 0.375, objective.RunningSd(), 0.0, Drift())
+    unknown: Any = SimpleNamespace(config=SimpleNamespace())
+    monkeypatch.setattr(trainer_module, "stop_ids", lambda *_: [9])
+    Trainer(ppo, unknown, tokenizer, reward, [], seed=5, world=None)
+    assert asked_of["fitting"][3] is None
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(None, 0), (None, 2), ("fp8", 0), ("fp8", 2)])
+def test_a_step_hands_each_part_what_the_one_before_made(
+    dtype: str | None, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = bare(rollout_dtype=dtype)
+    trainer.progress = trainer.progress._replace(step=step)
+    trainer.reward = SimpleNamespace(tokenizer="the SARM's")
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    sampled = Rollout([[1]] * 2, mask.long(), mask, mask.float(), torch.tensor([True, False]))
+    endings = [Ending("one", 2, True), Ending("two", 1, False)]
+    running = objective.RunningSd().updated(torch.tensor([1.0, 2.0]))
+    seen: dict[str, Any] = {}
+
+    def part(name: str, result: Any) -> Any:
+        def noted(*given: Any) -> Any:
+            seen[name] = given
+            return result
+
+        return noted
+
+    parts = {
+        "rows": [1, 0],
+        "draw": "drawn",
+        "sample": sampled,
+        "endings": endings,
+        "score": "scores",
+        "rewards": SimpleNamespace(running=running),
+        "experience": "experience",
+        "update": lambda: {"lr": 0.5, "a": 2.0},
+        "metrics": {"objective/kl": 1.5, "a": 1.0},
+        "next_kl_coef": 0.125,
+    }
+    for name, result in parts.items():
+        setattr(trainer, name, part(name, result))
+    trainer.learner = SimpleNamespace(
+        forward=part("forward", lambda: "logprobs"),
+        pace=part("pace", {"time/step": 2.25, "objective/kl": 9.0}),
+    )
+    for name in ("refuse_quantised", "refuse_mismatch"):
+        monkeypatch.setattr(trainer_module.metrics, name, part(name, None))
+    monkeypatch.setattr(
+        trainer_module.metrics, "ending_metrics", part("ending_metrics", {"response/cut": 0.5})
+    )
+    before = trainer.progress
+    found = trainer.run_step()
+    rollout = seen["forward"][0]
+    assert rollout.mask.tolist() == [[True, True], [True, False]]
+    assert seen["rows"] == (step,) and seen["draw"] == ([1, 0],)
+    assert seen["sample"] == ("drawn", step) and seen["endings"] == (sampled,)
+    assert seen["score"] == ("drawn", rollout, ["one", "two"])
+    assert seen["rewards"] == (rollout, "scores", "logprobs")
+    assert seen["experience"] == (rollout, parts["rewards"], "logprobs")
+    assert seen["update"] == (rollout, "experience")
+    assert seen["metrics"] == (rollout, "scores", "logprobs", parts["rewards"], "experience")
+    assert seen["ending_metrics"] == (sampled, endings, "the SARM's")
+    assert seen["pace"] == (rollout,) and seen["next_kl_coef"] == (1.5,)
+    assert seen.get("refuse_quantised") == (
+        (trainer.ppo, step, rollout, "logprobs") if dtype else None
+    )
+    assert seen.get("refuse_mismatch") == (
+        (rollout, "logprobs") if dtype is None and step == 0 else None
+    )
+    assert found == {
+        "objective/kl": 9.0,
+        "a": 2.0,
+        "lr": 0.5,
+        "response/cut": 0.5,
+        "time/step": 2.25,
+    }
+    assert trainer.progress == Progress(
+        step + 1, 0.125, running, before.training_s + 2.25, before.drift.after(1.5)
+    )
+
+
+def test_the_batchs_own_numbers_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = bare(batch_size=8, rollout_dtype="fp8", rollout_weight_cap=1.5)
+    trainer.long_prompts, trainer.reward, trainer.tracked = 3, "reward", "tracked"
+    rollout: Any = SimpleNamespace(mask=torch.tensor([[True, True], [True, False]]))
+    rewards: Any = SimpleNamespace(
+        kl=torch.tensor([[1.0, 3.0], [2.0, 99.0]]),
+        tokens=torch.tensor([[0.5, 1.0], [4.0, 99.0]]),
+        sd=0.75,
+    )
+    logprobs: Any = SimpleNamespace(values="values")
+    seen: dict[str, Any] = {}
+
+    def part(name: str) -> Any:
+        def noted(*given: Any) -> dict[str, float]:
+            seen[name] = given
+            return {name: 1.0}
+
+        return noted
+
+    names = ("rollout_metrics", "importance_metrics", "critic_metrics", "score_metrics")
+    for name in names:
+        monkeypatch.setattr(trainer_module.metrics, name, part(name))
+    experience: Any = SimpleNamespace(importance="weights", returns="returns")
+    found = trainer.metrics(rollout, "scores", logprobs, rewards, experience)
+    own = {
+        "episode": 24.0,
+        "objective/non_score_reward": -0.25 * 3.0,
+        "objective/rlhf_reward": 2.75,
+        "objective/kl_coef": 0.25,
+        "objective/reward_sd": 0.75,
+        "prompts/too_long": 3.0,
+    }
+    assert found == own | dict.fromkeys(names, 1.0)
+    assert seen == {
+        "rollout_metrics": (rollout, logprobs),
+        "importance_metrics": (rollout, logprobs, 1.5),
+        "critic_metrics": ("values", "returns", rollout.mask),
+        "score_metrics": ("reward", "scores", "tracked"),
+    }
+    plain: Any = SimpleNamespace(importance=None, returns="returns")
+    found = trainer.metrics(rollout, "scores", logprobs, rewards, plain)
+    assert "importance_metrics" not in found
