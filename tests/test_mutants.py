@@ -67,10 +67,14 @@ def test_survivors_that_change_nothing_are_counted_apart(
         ),
         f"{module}.x_{function}__mutmut_4": ("no tests", shown("a = 1", "a = 3")),
         f"{module}.x_{function}__mutmut_5": ("killed", ""),
+        f"{module}.x_{function}__mutmut_6": (
+            "survived",
+            shown('argsort(a, kind="stable")', 'argsort(a, kind="STABLE")'),
+        ),
     }
     monkeypatch.setattr(mutants, "python", lambda *_: "noise\n" + json.dumps(told))
     found = mutants.told(tmp_path, "a.py", list(told), tmp_path)
-    assert found.counts == {"listed": 2, "survived": 1, "no tests": 1, "killed": 1}
+    assert found.counts == {"listed": 3, "survived": 1, "no tests": 1, "killed": 1}
     assert [s.becomes for s in found.survivors] == ["a = 2", "a = 3"]
 
 

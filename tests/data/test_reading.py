@@ -124,11 +124,11 @@ def test_a_refusal_of_a_template_is_told_whole() -> None:
     long = "x" * 39 + "yz"
     for said, reason in (("no \n more", "no more"), ("", "TemplateError")):
         with pytest.raises(UserError) as refused:
-            template_ids(tokenizer, [chat(said, long)])
+            template_ids(tokenizer, [chat(said, "x", "y", long)])
         assert str(refused.value) == (
-            "the chat template of a/model takes no conversation of roles user, assistant"
-            f" ({reason}): the one whose last turn begins {'x' * 39 + 'y'!r}; leave such rows out"
-            " or change the template"
+            "the chat template of a/model takes no conversation of roles user, assistant, user,"
+            f" assistant ({reason}): the one whose last turn begins {'x' * 39 + 'y'!r}; leave such"
+            " rows out or change the template"
         )
     use = "; use an instruct model's tokenizer"
     named = {"tool_use": "t", "rag": "r"}

@@ -158,6 +158,20 @@ def test_a_card_is_what_the_texts_say() -> None:
     }
 
 
+def test_controls_are_drawn_by_the_seed_alone() -> None:
+    encoded, texts = made()
+    found = features(harming=[feature(3, "harming")], promoting=[], penalised=[], monitors=[])
+    table = pd.DataFrame({"latent": [3], "weight": [1.0], "role": ["none"], "upstream_s": [0.0]})
+
+    def drawn() -> list[int]:
+        config = CardsConfig(top=1, controls=1)
+        cards = [latent_cards(encoded, found, table, texts, config, n)["cards"] for n in range(12)]
+        return [one["controls"][0]["row"] for (one,) in cards]
+
+    first = drawn()
+    assert first == drawn() and set(first) == {0, 1, 2}, "where it is silent"
+
+
 def test_a_latent_is_listed_once_with_all_that_is_known_of_it() -> None:
     found = features(
         harming=[feature(3, "harming") | {"effect": 1.0}, feature(5, "harming")],
@@ -458,6 +472,8 @@ def test_both_kinds_are_spread_over_the_list_and_ties_tell_nothing() -> None:
     assert order == [("a", False), ("m", True), ("z", False), ("b", True), ("c", False)]
     tied = labels.mixed([Example("p", "m")], [Example("p", "a")])
     assert [fires for _, fires in tied] == [False, True], "by the text, not the kind"
+    tied = labels.mixed([Example("p", "a")], [Example("p", "m")])
+    assert [fires for _, fires in tied] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -465,3 +481,14 @@ def test_both_kinds_are_spread_over_the_list_and_ties_tell_nothing() -> None:
 )
 def test_numbers_of_the_last_list(answer: str, numbers: set[int]) -> None:
     assert labels.numbers_in(answer) == numbers
+
+
+def test_marks_are_moved_by_the_first_draw_that_takes_them_off() -> None:
+    text = Tokens([*"abcdef", "<end>"], [1, 2, 6])
+    for seed in range(6):
+        rng = np.random.default_rng([seed, 2])
+        _, second, _ = (rng.permutation(5) + 1 for _ in range(3))
+        by = next(int(by) for by in second if not {1, 2} & {(1 + by) % 6, (2 + by) % 6})
+        moved = labels.marked("abcdef", {(1 + by) % 6, (2 + by) % 6})
+        right = ("a<<bc>>def", True)
+        assert labels.fuzzed([text] * 3, seed) == [right, (moved, False), right]

@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import scipy.stats
 
+from sarm.config import UserError
 from sarm.probing import baselines as fitting
-from sarm.probing import rediscovery
+from sarm.probing import permutation, rediscovery
 from sarm.probing.baselines import L2, SARM, WORDS, baselines, bradley_terry, chosen_l2, words_of
-from sarm.probing.contrast import Contrast
+from sarm.probing.contrast import Contrast, chunks, deal_of
 from sarm.probing.effects import Encoded, contrasts_of, latent_table
 from sarm.probing.permutation import FIRST, permutations_needed
 from sarm.probing.rediscovery import Found, confirm, discover, rank_correlation
 from sarm.probing.replication import power_of
 from sarm.probing.select import judged
+from sarm.probing.upstream import compared_rankings
 from sarm.reward_model.interventions import Ranks
 from sarm.training import heads
 from sarm.training.heads import clustered_accuracy, pair_points
@@ -307,3 +310,105 @@ def test_a_probe_is_fitted_to_the_weights_it_is_given(monkeypatch: pytest.Monkey
     assert w.tolist() == [1.0]
     assert given[0] == ([[2.0], [3.0]], [1 / 3, 2 / 3], 7.0)
     assert given[1] == ([[1.0], [2.0], [3.0]], [0.25, 0.25, 0.5], 0.3)
+
+
+# Permutations
+
+
+def counts_of(given: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is counted, where chance matches each latent as often as given, chunk by chunk."""
+    asked: list[Any] = []
+
+    def count(latents: np.ndarray, begin: int, end: int, seed: int) -> np.ndarray:
+        asked.append((latents.tolist(), begin, end, seed))
+        return np.array([given[i].pop(0) for i in latents.tolist()])
+
+    monkeypatch.setattr(permutation, "_counter_on_cpu", lambda values, design: count)
+    return asked
+
+
+def test_a_latent_that_chance_matches_often_stops_at_the_next_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, one, _ = few_texts()
+    values = scipy.sparse.csr_array(np.ones((3, 2)))
+    asked = counts_of({0: [20], 1: [19, 1, 0], 2: [0] * 5}, monkeypatch)
+    p = permutation.permutation_p(values, one, 3000, 5000, 7)
+    assert asked == [
+        ([0, 1, 2], 0, 1000, 7),
+        ([1, 2], 1000, 2024, 7),
+        ([1, 2], 2024, 3000, 7),
+        ([2], 3000, 4024, 7),
+        ([2], 4024, 5000, 7),
+    ]
+    assert p.tolist() == [2 * 21 / 1001, 2 * 21 / 3001, 2 / 5001]
+    asked = counts_of({i: [n] for i, n in enumerate((20, 400, 21))}, monkeypatch)
+    few = permutation.permutation_p(values, one, 500, 300, 7)
+    assert asked == [([0, 1, 2], 0, 500, 7)], "at most so many, but never fewer than asked for"
+    assert few.tolist() == [2 * 21 / 501, 1.0, 2 * 22 / 501]
+    counts_of({i: [20] for i in range(3)}, monkeypatch)
+    assert permutation.permutation_p(values, one, 9000, 9000, 7).tolist() == [2 * 21 / 1001] * 3
+    nobody = Contrast(*(np.zeros(0, t) for t in (int, int, float, float)), 0)
+    assert permutation.permutation_p(values, nobody, 9, 9, 7).tolist() == [1.0] * 3
+    assert permutation.permutation_p(values[:0], one, 9, 9, 7).tolist() == []
+    assert [permutations_needed(n, 0.3) for n in (0, 1, 3)] == [0, 7, 20]
+
+
+def test_a_deal_s_integers_by_hand() -> None:
+    """A pair; one against three; and two chosen in three of four pairs, and a lone response."""
+    labels = [1, -1, 1, -1 / 3, -1 / 3, -1 / 3, 0.75, 0.25, -1, 0]
+    chosen, rejected = np.maximum(labels, 0), np.maximum(-np.array(labels), 0)
+    prompts = np.array([0, 0, 1, 1, 1, 1, 2, 2, 2, 3])
+    deal = deal_of(Contrast(np.arange(10), prompts, chosen, rejected, 4))
+    assert deal.labels.tolist() == [1, -1, 3, -1, -1, -1, 3, 1, -4, 0]
+    assert deal.denominators.tolist() == [1, 1, 3, 3, 3, 3, 4, 4, 4, 1]
+    assert deal.last.tolist() == [1, 1, 5, 5, 5, 5, 8, 8, 8, 9]
+    assert [g.tolist() for g in deal.groups] == [[[9]], [[0, 1]], [[6, 7, 8]], [[2, 3, 4, 5]]]
+    assert chunks({3, 7}, 2) == [(0, 2), (2, 3), (3, 5), (5, 7)]
+    assert chunks({4}, 9) == [(0, 4)]
+
+
+# Rankings
+
+
+def test_rankings_compared_are_rows_by_hand() -> None:
+    table = pd.DataFrame(
+        {
+            "latent": [0, 1, 2, 3, 4],
+            "role": ["promoting", "promoting", "harming", "harming", "none"],
+            "candidate": [True, True, True, True, True],
+            "tested": [True, True, True, True, False],
+            "confirmed": [True, False, True, True, False],
+            "effect": [1.0, 3.0, 2.0, 2.0, 9.0],
+            "weight": [0.5, 0.25, -0.5, -1.0, 2.0],
+            "delta_z": [0.0, 4.0, -1.0, -2.0, 1.0],
+            "upstream_s": [0.9, 0.1, -0.2, 0.3, -0.9],
+            "effect_validation": [1.0, math.nan, 4.0, 2.0, math.nan],
+        }
+    )
+    columns = ("latents", "shared_with_effect", "tested", "of_role", "confirmed")
+    columns += ("mean_effect_validation",)
+    found = {
+        (row["ranking"], row["role"]): tuple(row[c] for c in columns)
+        for row in compared_rankings(table, 2)
+    }
+    assert found == {
+        ("effect", "promoting"): ([1, 0], 2, 2, 2, 1, 1.0),
+        ("effect", "harming"): ([2, 3], 2, 2, 2, 2, 3.0),
+        ("weight", "promoting"): ([4, 0], 1, 1, 1, 1, 1.0),
+        ("weight", "harming"): ([3, 2], 2, 2, 2, 2, 3.0),
+        ("difference", "promoting"): ([1, 4], 1, 1, 1, 0, None),
+        ("difference", "harming"): ([3, 2], 2, 2, 2, 2, 3.0),
+        ("upstream_s", "promoting"): ([0, 3], 1, 2, 1, 1, 1.5),
+        ("upstream_s", "harming"): ([4, 2], 1, 1, 1, 1, 4.0),
+    }
+
+
+def test_a_text_that_was_not_encoded_is_told_by_its_pair() -> None:
+    encoded, data, _ = two_sources(prompts=3)
+    with pytest.raises(UserError) as refused:
+        contrasts_of(data, encoded._replace(texts=encoded.texts[:1]), ())
+    assert str(refused.value) == (
+        f"pair {next(p for p in data.pairs if p.prompt.part == 'discovery').id} has a text that"
+        " encode has not seen; the data changed since: run encode again in a new run"
+    )

@@ -14,7 +14,7 @@ import pytest
 
 import sarm.run
 from reports import figures as drawn
-from reports import frames, numbers
+from reports import frames, numbers, provenance
 from reports.frames import read_run
 from sarm.config import ARMS, UserError
 from sarm.run import RunDir
@@ -572,3 +572,319 @@ def test_a_latent_s_rows_are_by_arm_kind_and_seed() -> None:
         1 / 6,
         1 / 6,
     ]
+
+
+# Provenance
+
+
+def made(files: dict[str, int], commit: str = "g", **more: Any) -> Any:
+    """A manifest of files of so many bytes, each under a name of its own on disk."""
+    outputs = {
+        name: SimpleNamespace(file=f"a/{name}", sha256=f"sha of {name}", bytes=n)
+        for name, n in files.items()
+    }
+    return SimpleNamespace(outputs=outputs, git_commit=commit, image_sha256=f"i{commit}", more=more)
+
+
+def test_where_every_section_comes_from() -> None:
+    phases = pd.DataFrame(
+        {
+            "phase": ["evaluate", "evaluate", "select"],
+            "unit": ["base", "penalty-seed1", "all"],
+            "manifest_sha256": ["m1", "m2", "m3"],
+        }
+    )
+    manifests = {
+        ("evaluate", "base"): made({"generations.parquet": 1, "summary.json": 2}, "c1"),
+        ("evaluate", "penalty-seed1"): made({"summary.json": 2}, "c2"),
+        ("select", "all"): made({"features.json": 3, "more.json": 4}, "c3"),
+    }
+    found = provenance.sources(SimpleNamespace(phases=phases, manifests=manifests))  # type: ignore[arg-type]
+
+    def file(phase: str, unit: str, name: str, n: int) -> dict[str, str]:
+        return {
+            "file": f"{phase}/{unit}/a/{name}",
+            "sha256": f"sha of {name}",
+            "manifest_sha256": f"m{n}",
+            "git_commit": f"c{n}",
+            "image_sha256": f"ic{n}",
+        }
+
+    base = file("evaluate", "base", "generations.parquet", 1)
+    summaries = [
+        file("evaluate", *of)
+        for of in (("base", "summary.json", 1), ("penalty-seed1", "summary.json", 2))
+    ]
+    alone = {key: [base] for key in ("changes", "verdict", "latents", "samples", "sweep")}
+    features_ = [file("select", "all", "features.json", 3)]
+    assert found == {
+        "evaluation": [base, *summaries],
+        "distances": [base, *summaries],
+        **alone,
+        "steered": summaries,
+        "features": features_,
+        "rankings": features_,
+        **{key: [] for key in ("training", "cards", "opened", "calibration", "steering")},
+    }
+
+
+def test_commits_are_told_once_of_what_came_from_a_repository() -> None:
+    def model(name: str, revision: Any = "main", commit: Any = "c") -> dict[str, Any]:
+        return {"model": name, "revision": revision, "commit": commit}
+
+    file = {"repo": "o/d", "revision": "r", "commit": "e"}
+    models = {
+        "policy": model("o/p"),
+        "sarm": model("o/p"),
+        "judge": model("o/j", None),
+        "local": model("", "main"),
+        "other": model("o/x", commit=None),
+        "detector": None,
+        "data": {"files": {"a": [file, file], "b": [file | {"repo": "o/e"}]}},
+    }
+    assert provenance.commits_of(models) == [
+        {"repository": "o/p", "revision": "main", "commit": "c"},
+        {"repository": "o/d", "revision": "r", "commit": "e"},
+        {"repository": "o/e", "revision": "r", "commit": "e"},
+    ]
+    assert provenance.commits_of({}) == []
+
+
+def test_what_two_runs_must_share() -> None:
+    config = reference_config(seeds=[4])
+    sarm = config.sarm.model_copy(update={"revision": "r1", "max_length": 77})
+    policy = config.policy.model_copy(update={"revision": "r2"})
+    config = config.model_copy(update={"sarm": sarm, "policy": policy, "seed": 5})
+    run: Any = SimpleNamespace(config=config)
+    models = {
+        "sarm": {"sha256": {"a": "1"}},
+        "policy": {"sha256": {"b": "2"}},
+        "data": {"files": {"rb2": [{"sha256": "z"}, {"sha256": "y"}]}},
+    }
+    found = provenance.comparable(run, SimpleNamespace(models=models))  # type: ignore[arg-type]
+    assert found == {
+        "reward model": {
+            "model": "Schrieffer/Llama-SARM-4B",
+            "revision": "r1",
+            "use_topk": True,
+            "max_length": 77,
+        },
+        "reward model's files": {"a": "1"},
+        "policy": {"model": "meta-llama/Llama-3.1-8B-Instruct", "revision": "r2"},
+        "policy's files": {"b": "2"},
+        "data split": config.data.model_dump(mode="json"),
+        "data files": {"rb2": ["y", "z"]},
+        "evaluation": config.evaluate.model_dump(mode="json"),
+        "seed": 5,
+        "verdict rules": config.verdict.model_dump(mode="json"),
+    }
+    json.dumps(found)
+    unknown = provenance.comparable(run, SimpleNamespace(models=None))  # type: ignore[arg-type]
+    none = ("reward model's files", "policy's files", "data files")
+    assert unknown == found | dict.fromkeys(none)
+
+
+def test_costs_are_by_phase_planned_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = SimpleNamespace(config=reference_config())
+    manifests = {
+        ("ppo", "a"): made({"x": 10, "y": 5}),
+        ("encode", "a"): made({"x": 1}),
+        ("ppo", "b"): made({"x": 100}),
+        ("cards", "all"): made({}),
+    }
+    models = {"data": {"pairs": {"p": 1}, "prompts": {"q": 2}}}
+    seen_: Any = SimpleNamespace(manifests=manifests, models=models)
+    asked: list[Any] = []
+
+    def planned(*of: Any) -> Any:
+        asked.append(of)
+        return [
+            SimpleNamespace(phase=phase, gpu_hours=h)
+            for phase, h in (("ppo", 2.0), ("encode", 1.0), ("ppo", 0.5))
+        ]
+
+    monkeypatch.setattr(provenance, "shapes", lambda config: ("policy", "sarm"))
+    monkeypatch.setattr(provenance, "counts", lambda pairs, prompts: (pairs, prompts))
+    monkeypatch.setattr(provenance, "planned", planned)
+    monkeypatch.setattr(provenance, "used", lambda of: {"ppo": 3.0 * (of is manifests)})
+
+    def row(phase: str, plan: Any, used: float, n_bytes: int, units: int) -> dict[str, Any]:
+        return {"phase": phase, "planned": plan, "used": used, "bytes": n_bytes, "units": units}
+
+    assert provenance.cost(run, seen_) == [
+        row("encode", 1.0, 0.0, 1, 1),
+        row("cards", None, 0.0, 0, 1),
+        row("ppo", 2.5, 3.0, 115, 2),
+    ]
+    known = ({"p": 1}, {"q": 2})
+    assert asked == [(run.config, "policy", "sarm", known, provenance.REFERENCE_GPUS)]
+    for shapes in ((None, "sarm"), ("policy", None)):
+        monkeypatch.setattr(provenance, "shapes", lambda config, shapes=shapes: shapes)
+        assert {r["planned"] for r in provenance.cost(run, seen_)} == {None}
+
+    def too_large(*_: Any) -> Any:
+        raise UserError("it does not fit")
+
+    monkeypatch.setattr(provenance, "shapes", lambda config: ("policy", "sarm"))
+    monkeypatch.setattr(provenance, "planned", too_large)
+    assert {r["planned"] for r in provenance.cost(run, seen_)} == {None}
+
+
+def test_what_the_report_points_to(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", reference_config())
+    folder = run.folder("ppo", "p")
+    (folder / "a" / "policy").mkdir(parents=True)
+    names = ("policy/model-1.safetensors", "policy/model-2.safetensors")
+    for name in names:
+        (folder / "a" / name).touch()
+    files = {names[0]: 3, names[1]: 4, "metrics.jsonl": 50}
+    manifests = {
+        ("ppo", "p"): made(files),
+        ("probe", "s0"): made({}),
+        ("probe", "s1"): made({}, location="no"),
+    }
+
+    def told() -> list[dict[str, Any]]:
+        return provenance.outputs(run, SimpleNamespace(manifests=manifests), "p")  # type: ignore[arg-type]
+
+    policy = {"path": f"{folder}/a/", "what": "PPO-trained policy model", "bytes": 7}
+    probe = {"path": f"{run.path}/probe/", "what": "Phase 2 causal probe results"}
+    assert told() == [policy | {"removed": False}, probe]
+    (folder / "a" / names[1]).unlink()
+    log = run.log("ppo", "p")
+    log.parent.mkdir(exist_ok=True)
+    log.touch()
+    said = {"path": str(log), "what": "Full training log"}
+    assert told() == [policy | {"removed": True}, probe, said]
+    manifests["ppo", "p"] = made(files, location="l", training_log="t")
+    manifests["steer", "all"] = made({}, location="s")
+    assert told() == [
+        policy | {"removed": True, "path": "l/"},
+        probe,
+        {"path": "s/", "what": "Steering evaluation results"},
+        said | {"path": "t"},
+    ]
+    del manifests["ppo", "p"]
+    assert told()[-1] == said and len(told()) == 3
+
+
+def test_the_provenance_of_a_run_is_of_what_is_done(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", reference_config(seeds=[7, 3]))
+    phases = pd.DataFrame(
+        {
+            "phase": ["fetch", "encode", "probe"],
+            "unit": ["all", "s", "s"],
+            "status": ["done", "done", "failed"],
+            "cause": ["", "", "x"],
+            "config_sha256": ["k"] * 3,
+            "seconds": [1.0] * 3,
+            "needs": [[]] * 3,
+            "git_commit": ["g2", "g1", "g3"],
+            "image_sha256": [None, "i1", "i3"],
+            "host": ["n1", None, "n3"],
+        }
+    )
+    found = provenance.provenance(run, SimpleNamespace(phases=phases, models=None))  # type: ignore[arg-type]
+    columns = ("phase", "unit", "git_commit", "image_sha256", "host")
+    rows = [("fetch", "all", "g2", None, "n1"), ("encode", "s", "g1", "i1", None)]
+    assert found == {
+        "folder": str(run.path),
+        "config_sha256": run.config.sha256,
+        "seed": run.config.seed,
+        "ppo_seeds": [7, 3],
+        "git_commits": ["g1", "g2"],
+        "images": ["i1"],
+        "commits": [],
+        "units": [dict(zip(columns, row, strict=True)) for row in rows],
+    }
+
+
+def test_every_section_is_made_of_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each function that makes a section is replaced by one that tells what it was given."""
+
+    class Told:
+        def __init__(self, *words: Any) -> None:
+            self.words = words
+
+        def to_dict(self, orient: str) -> Any:
+            return (*self.words, orient)
+
+    def telling(name: str) -> Any:
+        return lambda *given: (name, *given)
+
+    names = (
+        "_configuration cost seed_figures _penalty _progression _column _cards outputs"
+        " texts_figures _failures _phases _training compared_figures distance_rows against_base"
+        " answered_rates refusal_reward penalised_latents random_entries monitor_latents"
+        " random_sets monitor_choice rule_words provenance sources comparable rungs"
+    ).split()
+    for name in names:
+        monkeypatch.setattr(drawn, name, telling(name))
+    for name in ("policy_table", "latent_table"):
+        monkeypatch.setattr(drawn, name, lambda *given, name=name: Told(name, *given))
+    given: list[Any] = []
+    monkeypatch.setattr(drawn, "abstract", lambda *of: given.append(of) or "abstract")
+    run: Any = SimpleNamespace(config=reference_config(seeds=[4, 2]))
+    config, policy, verdict = run.config, "penalty-seed4", {"word": "control"}
+    columns = "training steering cards steered phases generations evaluations".split()
+    record = SimpleNamespace(tree=lambda: "a tree")
+    read: Any = SimpleNamespace(
+        **{name: f"the {name}" for name in columns},
+        features=record,
+        readings=None,
+        check_sarm="the check",
+    )
+    found = drawn.figures(run, read, verdict, "today")
+    progression = ("_progression", "the training", policy)
+    generations = "the generations"
+
+    def latents(name: str, *of: Any) -> Any:
+        return ("latent_table", generations, (name, *of), "records")
+
+    expected = {
+        "date": "today",
+        "run": "reference",
+        "configuration": ("_configuration", run, read, policy),
+        "features": "a tree",
+        "readings": None,
+        "check_sarm": "the check",
+        "has_card": config.check_sarm.card is not None,
+        "cost": ("cost", run, read),
+        "seed": ("seed_figures", run, read, progression),
+        "penalty": ("_penalty", run, read, policy),
+        "shown_policy": policy,
+        "progression": progression,
+        "penalties": ("_column", "the training", policy, "objective/penalty"),
+        "compound_rewards": ("_column", "the training", policy, "objective/compound"),
+        "steering": "the steering",
+        "cards": ("_cards", "the cards"),
+        "steered": "the steered",
+        "outputs": ("outputs", run, read, policy),
+        "texts": ("texts_figures", config),
+        "failures": ("_failures", run, "the phases"),
+        "phases": ("_phases", "the phases"),
+        "training": ("_training", read),
+        "compared": ("compared_figures", run, read),
+        "distances": ("distance_rows", run, read),
+        "policies": ("policy_table", generations, "records"),
+        "against_base": ("against_base", generations),
+        "answered": ("answered_rates", generations),
+        "refusal_reward": ("refusal_reward", generations),
+        "latents": latents("penalised_latents", run, record),
+        "random_latents": latents("random_entries", run, read),
+        "monitors": latents("monitor_latents", record),
+        "random_sets": ("random_sets", run, read),
+        "monitor_choice": ("monitor_choice", run, read),
+        "evaluations": "the evaluations",
+        "verdict": verdict,
+        "rule": ["rule_words", config.verdict],
+        "provenance": ("provenance", run, read),
+        "sources": ("sources", read),
+        "comparable": ("comparable", run, read),
+    }
+    assert given == [(expected, config.verdict)]
+    ladder = ("rungs", verdict, config.verdict)
+    assert found == expected | {"abstract": "abstract", "ladder": ladder}
+    read.features, read.readings = None, record
+    again = drawn.figures(run, read, verdict, "today")
+    assert (again["features"], again["readings"]) == (None, "a tree")

@@ -123,27 +123,18 @@ def test_exports_and_trained_sarms_have_a_line_where_they_were_published(site: S
     ]
 
 
-@pytest.mark.parametrize(
-    ("states", "sent", "code"),
-    [
-        (["done", "skipped"], True, 0),
-        (["done", "done"], False, 0),
-        (["done", "TIMEOUT", "running"], True, 3),
-        (["done", "failed"], False, 3),
-        (["done", "not run"], True, 3),
-        (["not run", "running"], True, 1),
-        (["not run", "pending"], True, 1),
-        (["done", "not run"], False, 1),
-        (["done", "waiting"], True, 1),
-        (["pending"], True, 1),
-    ],
-)
-def test_the_exit_code_tells_what_there_is_to_wait_for(
-    site: Site, states: list[str], sent: bool, code: int
-) -> None:
-    if sent:
-        submitted(site, "aa")
-    assert told.exit_code(Look(site.run), [Unit(SELECT, state) for state in states]) == code
+def test_the_exit_code_tells_what_there_is_to_wait_for(site: Site) -> None:
+    def code(*states: str) -> int:
+        return told.exit_code(Look(site.run), [Unit(SELECT, state) for state in states])
+
+    assert code("done", "done") == 0 and code("done", "failed") == 3
+    assert code("done", "not run") == 1, "nothing was sent"
+    submitted(site, "aa")
+    assert code("done", "skipped") == 0
+    for failed in (["done", "TIMEOUT", "running"], ["done", "not run"], ["not run", "waiting"]):
+        assert code(*failed) == 3, failed
+    for on in (["not run", "running"], ["not run", "pending"], ["done", "waiting"], ["pending"]):
+        assert code(*on) == 1, on
 
 
 def test_the_last_line_is_what_helps_now(site: Site) -> None:
@@ -509,3 +500,19 @@ def test_all_that_is_said_of_a_run(
     assert found.startswith('{\n "run": ') and json.loads(found)["queue_answered"] is False
     nowhere = Path(f"{site.path}-nowhere")
     assert told.main(["--run", str(nowhere)]) == 2
+
+
+def test_a_local_run_is_seen_and_logs_have_a_column_where_there_is_room(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(told, "ask_slurm", lambda look: Slurm({}, {}))
+    monkeypatch.setattr(told, "local_states", lambda run: {SELECT: "running"})
+    for wide, logs in ((1000, True), (1001, False)):  # of a pipe's 1000 columns
+        monkeypatch.setattr(told, "WIDE", wide)
+        assert told.main(["--run", str(site.path)]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split()[-1] == ("log" if logs else "memory")
+        (line,) = [line.split() for line in lines if line.startswith("select ")]
+        assert line == ["select", "running"]
+        assert lines[-1] == f"make watch RUN={site.path}"
+        assert not any(line.startswith(("GPU-hours", "hashed")) for line in lines)
