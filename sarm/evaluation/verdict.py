@@ -244,7 +244,8 @@ def decide(arms: Mapping[str, Rows | None], rule: VerdictConfig, instrument: Ins
         tokens, logprobs = (means_of(grids, m, MAIN) for m in ("n_tokens", "base_logprob"))
         length_ratio = tokens["penalty"] / tokens["no_penalty"]
         drop = logprobs["no_penalty"] - logprobs["penalty"]
-    side: _Side | None = None  # found once there is something to decide on
+    # Found once there is something to decide on.
+    side: _Side | None = None
 
     def verdict(
         word: str,
@@ -345,7 +346,7 @@ def _missing(
     if absent:
         told = (f"the generations of the {arm.replace('_', '-')} arm" for arm in absent)
         return {"generations": "; ".join(told)}
-    assert target is not None, "both arms are there"
+    assert target is not None  # both arms are there
     found = {"rule": instrument.rule_problem} if instrument.rule_problem else {}
     seeds, prompts = target.n_seeds, target.n_prompts
     apart = (instrument.kl_problem, _apart(means_of(grids, "kl", MAIN), rule))
