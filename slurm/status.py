@@ -77,7 +77,7 @@ def status(args: argparse.Namespace) -> int:
     if not console.is_terminal:  # a file or a pipe: no lines broken at a width that nobody has
         console = Console(width=1000)
     console.print(table(rows, console.width >= WIDE))
-    say_causes(look, shown, slurm, console)
+    say_causes(look, shown, console)
     if hours := gpu_hours(look, slurm):
         print(f"GPU-hours: {hours[0]:.1f} used of {hours[1]:.1f} planned")
     if args.hashes:
@@ -185,7 +185,7 @@ def table(rows: list[Row], logs: bool) -> Table:
     return shown
 
 
-def say_causes(look: Look, shown: Iterable[Unit], slurm: Slurm, console: Console) -> None:
+def say_causes(look: Look, shown: Iterable[Unit], console: Console) -> None:
     """The ends of the logs of what failed: the unit's own, or its job's where it never came so far
     as to have one.
     """

@@ -64,7 +64,7 @@ def watch(run: RunDir, console: Console | None = None) -> int:
 
 def tell_end(look: Look, shown: list[Unit], slurm: Slurm, console: Console) -> int:
     """What came of it, once nothing runs."""
-    say_causes(look, shown, slurm, console)
+    say_causes(look, shown, console)
     if all(unit.kind == "done" for unit in shown):
         print(report_of(look.path))
         return 0

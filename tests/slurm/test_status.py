@@ -292,7 +292,7 @@ def test_of_what_failed_the_last_lines_are_shown_unbroken(site: Site) -> None:
     ]
     out = io.StringIO()
     console = Console(file=out, width=30, force_terminal=True, color_system="standard")
-    told.say_causes(Look(site.run), shown, Slurm({}, {}), console)
+    told.say_causes(Look(site.run), shown, console)
     bold, dim, end = "\x1b[1m", "\x1b[2m", "\x1b[0m"
     assert out.getvalue().splitlines() == [
         f"{bold}encode/shard-0001-of-0002: {written}{end}",
