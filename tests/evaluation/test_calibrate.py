@@ -854,10 +854,12 @@ def test_a_response_as_short_as_the_cut_takes_no_part_in_stability() -> None:
         asked.append(([p.id for p in prompts], texts))
         return read(prompts, texts)
 
-    row, first, second = c.agreement(given, base, [rated(3, 1.5)], 3, False, reading)
+    row, first, second = c.agreement(given, base, [rated(3, 1.0)], 3, False, reading)
     assert asked == [(["q", "r"], ["se", "e e e so it g"])], "and is not trimmed where none is"
     assert (first.tolist(), second.tolist()) == ([True, True], [False, True])
     assert row.model_dump() == {"tokens": 3, "n": 2, "kappa": 0.0, "by_latent": {"3": 0.0}}
+    row, first, second = c.agreement(given, base, [rated(3, 4.0)], 3, False, reading)
+    assert row.by_latent == {"3": None} and not first.any(), "above its tau, not at it"
 
 
 def test_the_positive_control_takes_so_many_prompts_and_cuts_what_is_longer(
