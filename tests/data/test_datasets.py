@@ -379,6 +379,16 @@ def test_where_every_row_is_left_out_the_reasons_are_told(tmp_path: Path) -> Non
         UserError, match=r"\(3 left out: conversations differ before the last turn\)"
     ):
         load(tmp_path / "rows.jsonl")
+    transcript = "\n\nHuman: {}\n\nAssistant: a".format
+    two = [
+        {"chosen": transcript("q"), "rejected": transcript("r")},
+        {"chosen": transcript("q"), "rejected": "b"},
+    ]
+    with pytest.raises(
+        UserError,
+        match=r"\(1 left out: transcripts differ before the last turn, 1 left out: turns of Human",
+    ):
+        load(write_lines(tmp_path / "two.jsonl", *two), "hh_rlhf")
 
 
 GOOD = json.dumps(row()).encode()

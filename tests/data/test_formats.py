@@ -197,6 +197,17 @@ def test_a_row_that_is_none_is_named_by_line_and_key(
         load(write(tmp_path / "d.jsonl", row), form)
 
 
+def test_a_label_is_read_without_the_white_space_around_it(tmp_path: Path) -> None:
+    rows = [
+        {"question": "q", "answer": "no", "label": " chosen\n"},
+        {"question": "q", "answer": "yes", "label": "rejected "},
+    ]
+    data = load(write(tmp_path / "d.jsonl", *rows), "rewardbench2_sarm")
+    assert pairs(data) == [(["q"], "no", "yes")]
+    # Answers of one label alone are no prompt that is listed twice.
+    assert data.skipped == {}
+
+
 def test_labelled_answers_of_xstest() -> None:
     row = {"prompt": "p", "completion": "c", "type": "homonyms", "final_label": "2_full_refusal"}
     assert labelled_answer(row, "w") == ("p", "c", "safe", True, False)

@@ -230,6 +230,9 @@ def test_latents_no_longer_penalised_are_monitored(sarm: SarmModel, tiny_tokeniz
         and [p.latent for p in other.penalised] == [2, 6]
         and reward.monitors == (5, 6)
     )
+    both = reward_of(sarm, tiny_tokenizer, [Penalised(1, 0.0, 0.1)], monitors=[5, 1])
+    once = both.with_penalised([Penalised(2, 0.5, 0.1)])
+    assert once.monitors == (5, 1), "a latent monitored already is monitored once"
 
 
 def test_from_features_takes_numbers_from_the_file_and_kind_from_the_config(

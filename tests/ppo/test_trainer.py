@@ -947,6 +947,22 @@ def test_each_text_is_scored_after_its_own_prompt() -> None:
         assert error.value.updated is False
 
 
+def test_a_tokens_kl_is_held_within_the_largest_log_ratio() -> None:
+    trainer = bare(kl_estimator="k1", log_ratio_max=0.5, kl_in="reward", reward_scale="none")
+    rollout: Any = SimpleNamespace(
+        truncated=torch.tensor([False]), mask=torch.tensor([[True, True, True]])
+    )
+    scores: Any = SimpleNamespace(total=torch.tensor([3.0]))
+    logprobs: Any = SimpleNamespace(
+        old=torch.tensor([[-1.0, -1.0, -5.0]]), ref=torch.tensor([[-4.0, -1.25, -1.0]])
+    )
+    trainer.base_reward_sd = None
+    paid = trainer.rewards(rollout, scores, logprobs)
+    assert paid.kl.tolist() == [[0.5, 0.25, -0.5]]
+    # the coefficient is a quarter
+    assert paid.tokens.tolist() == [[-0.125, -0.0625, 3.125]]
+
+
 def test_the_schedules_of_policy_and_value_head_by_hand() -> None:
     """The head's begins at once; the policy's after the head's own two steps, over the eight left.
     Either warms up in two steps.

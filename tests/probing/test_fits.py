@@ -167,6 +167,15 @@ def test_a_fit_takes_newton_s_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(last).max() < 1e-7
 
 
+def test_a_fit_whose_steps_are_halved_ends_at_its_minimum() -> None:
+    """Two pairs that pull apart, the one a thousand times as heavy: a line search by another loss
+    than the gradient's stalls on the way.
+    """
+    x, weight = np.array([[-2.0, 1.0], [12.0, -1.0]]), np.array([100.0, 0.1])
+    w = bradley_terry(x, weight, 0.1)
+    assert 0.1 * w == pytest.approx(x.T @ (weight / (1 + np.exp(x @ w))), abs=1e-6)
+
+
 def test_the_strength_is_the_one_that_does_best_on_other_folds() -> None:
     """Fits by hand: strength s gives margins of best[s] on every pair left out."""
     prompts = np.array([0, 1, 2, 3, 4, 5, 5])
