@@ -487,7 +487,7 @@ def _step_time(p: int, weights: str, gpus: int, stage: int, rates: Rates) -> flo
     # read and written: states of 8 bits and bf16 halves; else gradient, weight, both moments, bf16
     states = 12 if weights == "compact" else 30 / gpus ** (stage > 0)
     buckets = 8 if stage > 0 else 0  # gradients copied into ZeRO's and out of them
-    # A sum over all is a part for each and these handed round; ZeRO 3 hands weights round twice more.
+    # A sum over all is a part for each, handed round; ZeRO 3 hands weights round twice more.
     sent = 2 * p * (1 - 1 / gpus) * (4 if stage == 3 else 2)
     return p * (states + buckets) / rates.copy + sent / WIRE
 
