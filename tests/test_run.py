@@ -963,6 +963,7 @@ def test_the_manifest_in_whole(
     monkeypatch.setenv("SARM_JOB", "12_3")
     monkeypatch.setenv("SARM_ATTEMPT", "12-1-0")
     monkeypatch.setattr(sarm.run, "now", iter(["began", "ended"]).__next__)
+    monkeypatch.setattr(sarm.run, "git_commit", lambda: "0" * 40)  # found once a process
     attempt = Attempt(run, "ppo", "penalty-seed0", seed=5)
     assert attempt.id[:7] == "12-1-0-" and len(attempt.id) == 15
     assert attempt.read("fetch").manifest == upstream.manifest

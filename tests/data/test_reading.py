@@ -375,7 +375,8 @@ def test_a_file_that_is_not_the_one_named_or_cannot_be_had_is_told(
     opened: list[Any] = []
 
     def broken(address: str, timeout: float) -> Any:
-        opened.append((address, timeout))
+        (scratch,) = at.parent.iterdir()
+        opened.append((address, timeout, scratch.name.startswith(".fetching-")))
         raise OSError("no \n network")
 
     monkeypatch.setattr(sources.urllib.request, "urlopen", broken)
@@ -383,7 +384,7 @@ def test_a_file_that_is_not_the_one_named_or_cannot_be_had_is_told(
         f"data source s: {address} could not be fetched (no network); run make fetch where there is"
         f" a network, or {by_hand}"
     )
-    assert opened == [(address, 60.0)]
+    assert opened == [(address, 60.0, True)], "beside the file, hidden"
 
     def refused(address: str, timeout: float) -> Any:
         raise sources.urllib.error.HTTPError(address, 404, "Not Found", None, None)  # type: ignore[arg-type]

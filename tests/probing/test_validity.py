@@ -17,6 +17,7 @@ from reports.validity_sections import trust
 from sarm.config import parse_config
 from sarm.data.datasets import Data, Pair, Prompt, text_id
 from sarm.probing import rediscovery
+from sarm.probing import replication as replication_module
 from sarm.probing import validity as validity_module
 from sarm.probing.baselines import baselines, bradley_terry, pair_rows, words_alone
 from sarm.probing.contrast import Contrast
@@ -146,6 +147,37 @@ def test_what_holds_in_one_source_alone_does_not_replicate(world) -> None:  # ty
     )
     assert there["opposite_and_significant"] >= 1 and TURNED in back["not_replicated"]
     assert there["prompts"] == 90 and -1 <= there["rank_correlation"] < 1
+
+
+def test_latents_of_the_one_source_are_counted_by_sign_and_p_on_the_other(
+    world,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Holm's p of the five are 0.005, 0.008, 0.012, 0.05 and 0.05, the last two not below 0.05."""
+    encoded, data, config, _ = world
+    latents = np.array([2, 5, 7, 11, 13])
+    effect = np.zeros(D_SAE)
+    effect[latents] = [0.5, -0.4, 0.3, 0.2, -0.1]
+    chosen = np.isin(np.arange(D_SAE), latents)
+    found = Found(chosen, effect, np.zeros(D_SAE), chosen)
+    again = np.array([0.1, -0.3, -0.2, 0.4, 0.5]), np.array([0.001, 0.002, 0.004, 0.025, 0.05])
+    monkeypatch.setattr(replication_module, "discover", lambda *_: found)
+    monkeypatch.setattr(replication_module, "tested_again", lambda *_: again)
+    there, back = replication(encoded, data, config, "cpu")
+    assert there == {
+        "from": "A",
+        "to": "B",
+        "prompts": 90,
+        "discovered": 5,
+        "replicated": 2,
+        "same_sign": 3,
+        "opposite_and_significant": 1,
+        "rank_correlation": pytest.approx(1.0),
+        "latents_in_both": 5,
+        "rank_correlation_discovered": pytest.approx(0.1),
+        "not_replicated": [7, 11, 13],
+    }
+    assert back == there | {"from": "B", "to": "A"}
 
 
 def test_a_prompt_in_both_sources_is_not_tried_again(world) -> None:  # type: ignore[no-untyped-def]

@@ -71,7 +71,7 @@ def test_numbers_at_their_edges() -> None:
         "1.0B",
         "1.5B",
     ]
-    assert [numbers.size(n) for n in (1e3, 9.94e3, 9.96e3, 1e6, 1e9, 1e12, 9.94e12, 3e13)] == [
+    assert [numbers.size(n) for n in (1e3, 9.94e3, 9.95e3, 1e6, 1e9, 1e12, 9.94e12, 3e13)] == [
         "1.0kB",
         "9.9kB",
         "10kB",

@@ -59,6 +59,8 @@ class Rates(NamedTuple):
     name: str
     read: float
     """Bytes/s where decoding reads weights and cache."""
+    fp8_read: float
+    """Bytes/s where it reads weights in fp8, whose products are not bound by memory alone."""
     train: float = 560e12
     """FLOP/s of forward and backward."""
     score: float = 500e12
@@ -66,9 +68,9 @@ class Rates(NamedTuple):
     """Bytes/s in the optimizer's step and where adapters are merged."""
 
 
-H100, H200 = Rates("H100", 2.94e12), Rates("H200", 4.07e12)
-FP8_READ = 2.2e12
-"""Bytes/s at most where decoding reads weights in fp8: their product is bound by widening them."""
+H100, H200 = Rates("H100", 2.94e12, 2.2e12), Rates("H200", 4.07e12, 2.6e12)
+WIRE = 2.5e11
+"""Bytes/s that a GPU receives from the others of its node (benchmarks/sharding.py)."""
 FP8_WIDENED = 2.9e11
 """Weights a second that become bf16 before prompts are read."""
 
@@ -442,7 +444,7 @@ def _plan(
     )
     # each micro-batch reads all weights a few times
     small = 6 * p * micros * ppo.num_ppo_epochs / rates.copy
-    step = updates * 12 * p / gpus ** (stage > 0) / rates.copy if full else 0.0
+    step = updates * _step_time(p, weights, gpus, stage, rates) if full else 0.0
     merging = 0.0 if full else 6 * p / rates.copy  # of adapters into the decoder's copy
     if fp8:  # read for the scales, which leaves a channel in the cache, and written
         merging += 3 * p / rates.copy
@@ -475,6 +477,19 @@ def _optimizer_bytes(ppo: PpoConfig, policy: Shape, weights: str, gpus: int, sta
     return 12 * policy.parameters / gpus + (
         4 * policy.parameters if stage == 1 else 4 * policy.parameters / gpus
     )
+
+
+def _step_time(p: int, weights: str, gpus: int, stage: int, rates: Rates) -> float:
+    """Seconds in which the gradients of p parameters are averaged over the GPUs and the optimizer
+    steps: 8-bit states alike on every GPU, or float32 ones, of which ZeRO gives each GPU a part and
+    hands the new weights round.
+    """
+    # read and written: states of 8 bits and bf16 halves; else gradient, weight, both moments, bf16
+    states = 12 if weights == "compact" else 30 / gpus ** (stage > 0)
+    buckets = 8 if stage > 0 else 0  # gradients copied into ZeRO's and out of them
+    # A sum over all is a part for each, handed round; ZeRO 3 hands weights round twice more.
+    sent = 2 * p * (1 - 1 / gpus) * (4 if stage == 3 else 2)
+    return p * (states + buckets) / rates.copy + sent / WIRE
 
 
 def _gradient_bytes(p: int, weights: str, gpus: int, stage: int) -> float:
@@ -569,7 +584,7 @@ def sampling_time(
     small = SMALL_KERNELS_S * policy.layers + SAMPLE_S
     of_weights = 2 * policy.parameters / rates.read
     if fp8:
-        of_layers = policy.fp8_bytes / min(FP8_READ, rates.read)
+        of_layers = policy.fp8_bytes / rates.fp8_read
         of_weights = of_layers + 2 * policy.embedding / rates.read
     return reading + tokens * (of_weights + so_far / rates.read + small)
 
@@ -641,8 +656,8 @@ def report(config: Config, gpus: Gpus) -> str:
             f" {checkpoint:.1f} GB for each one in training"
         ),
     ]
-    if gpus.number > 2:
-        lines.append("more than two GPUs: by arithmetic, not measured")
+    if gpus.number > 4:
+        lines.append("more than four GPUs: by arithmetic, not measured")
     return "\n".join(lines)
 
 
