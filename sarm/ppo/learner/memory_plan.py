@@ -660,8 +660,8 @@ def report(config: Config, gpus: Gpus) -> str:
     ]
     if gpus.number > 2:
         lines.append(
-            "more than two GPUs: by arithmetic; on four only full fine-tuning in ZeRO-2 was measured,"
-            " on more nothing"
+            "more than two GPUs: by arithmetic; on four only full fine-tuning in ZeRO-2 was"
+            " measured, on more nothing"
         )
     return "\n".join(lines)
 
