@@ -168,7 +168,7 @@ def test_labels_that_say_nothing_in_whole_words(tmp_path):
 
 
 def test_more_texts_than_go_at_once_are_all_read_and_what_is_not_finite_is_told(tmp_path):
-    """One at a time and 16 at a time; none at all; and a model that gives no number."""
+    """One at a time and 16 at a time; no responses at all; and a model whose scores are NaN."""
     folder = write_classifier(tmp_path / "judge", ["safe", "unsafe"])
     made = Classifier(judge(folder, safe="harmless", unsafe="harm"), "cpu")
     asked, said = [f"q {i}" * (i % 3 + 1) for i in range(35)], [f"a {i}" for i in range(35)]

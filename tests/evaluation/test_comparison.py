@@ -132,14 +132,14 @@ def test_without_a_common_prompt_there_is_no_change():
 def test_refusal_rates_alone_are_corrected_where_the_rule_says_so():
     grids = {"no_penalty": grid(rows()), "penalty": grid(rows(seed=3))}
     detector = Detector("d", 80, 100, 30, 300, "labels")
-    plain, mended = (
+    plain, corrected = (
         {c.measure: c for c in compare(grids, detector, VerdictConfig(correct_refusals=on))}
         for on in (False, True)
     )
     for measure in plain:
         factor = 1 / 0.7 if measure in ("refused", "over_refused") else 1.0
-        assert mended[measure].change == pytest.approx(plain[measure].change * factor)
-    assert mended["over_refused"].se > plain["over_refused"].se / 0.7
+        assert corrected[measure].change == pytest.approx(plain[measure].change * factor)
+    assert corrected["over_refused"].se > plain["over_refused"].se / 0.7
 
 
 def test_every_arm_is_compared_with_no_penalty_and_the_penalty_with_random():
@@ -229,7 +229,7 @@ def test_a_corrected_change_in_whole():
     detector = Detector("d", 80, 100, 30, 300, "labels")
     x, y = paired(before, after, "over_refused")
     counted = two_way(y - x, 1.0)
-    mended = corrected_change(counted, detector)
+    corrected = corrected_change(counted, detector)
     found = change(before, after, "over_refused", "random", "no_penalty", detector)
     want = Change(
         "over_refused",
@@ -239,11 +239,11 @@ def test_a_corrected_change_in_whole():
         2,
         corrected_rate(x.mean(), detector),
         corrected_rate(y.mean(), detector),
-        mended.value,
-        mended.low,
-        mended.high,
-        mended.se,
-        mended.detectable,
+        corrected.value,
+        corrected.low,
+        corrected.high,
+        corrected.se,
+        corrected.detectable,
         counted.value,
     )
     assert found == want and found.before != x.mean() and math.isfinite(found.detectable)
