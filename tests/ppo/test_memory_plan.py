@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from sarm.config import ROOT, PpoConfig, UserError
 from sarm.ppo.learner.memory_plan import (
     GIB,
+    H100,
     KNOWN,
     LLAMA_8B,
     Gpus,
@@ -20,6 +21,7 @@ from sarm.ppo.learner.memory_plan import (
     parse_gpus,
     score_time,
     shape_of,
+    step_time,
 )
 
 REFERENCE_JOB = PpoConfig(batch_size=32, max_prompt_tokens=64, max_new_tokens=128)
@@ -182,6 +184,24 @@ def test_the_plan_is_within_a_tenth_of_what_was_measured(
     planned_s = plan.rollout_s + score_time(ppo, sarm, gpus) + plan.train_s
     assert planned_s == pytest.approx(step_s, rel=0.1)
     assert 0.95 < plan.peak_gib / peak_gib < 1.12
+
+
+@pytest.mark.parametrize(
+    "weights, gpus, stage, moved, received",
+    [
+        ("compact", 1, 0, 12e9, 0),
+        ("compact", 2, 0, 12e9, 2e9),  # an all-reduce of 2 GB: half of it twice
+        ("float32_master", 1, 0, 30e9, 0),
+        ("float32_master", 4, 2, 15.5e9, 3e9),  # a quarter of the states; buckets
+        ("float32_master", 4, 3, 15.5e9, 6e9),
+    ],
+)
+def test_an_optimizer_step_by_hand(
+    weights: str, gpus: int, stage: int, moved: float, received: float
+) -> None:
+    """Of 1 B parameters, in bytes of each GPU."""
+    found = step_time(10**9, weights, gpus, stage, H100)
+    assert found == pytest.approx(moved / 2.3e12 + received / 2.5e11)
 
 
 def test_rows_are_decoded_together_where_there_is_room() -> None:

@@ -446,7 +446,7 @@ def _plan(
     )
     # each micro-batch reads all weights a few times
     small = 6 * p * micros * ppo.num_ppo_epochs / rates.copy
-    step = updates * _step_time(p, weights, gpus, stage, rates) if full else 0.0
+    step = updates * step_time(p, weights, gpus, stage, rates) if full else 0.0
     merging = 0.0 if full else 6 * p / rates.copy  # of adapters into the decoder's copy
     if fp8:  # read for the scales, which leaves a channel in the cache, and written
         merging += 3 * p / rates.copy
@@ -481,7 +481,7 @@ def _optimizer_bytes(ppo: PpoConfig, policy: Shape, weights: str, gpus: int, sta
     )
 
 
-def _step_time(p: int, weights: str, gpus: int, stage: int, rates: Rates) -> float:
+def step_time(p: int, weights: str, gpus: int, stage: int, rates: Rates) -> float:
     """Seconds in which the gradients of p parameters are averaged over the GPUs and the optimizer
     steps: 8-bit states alike on every GPU, or float32 ones, of which ZeRO gives each GPU a part and
     hands the new weights round.
