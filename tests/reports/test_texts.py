@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,34 @@ def as_read(file: Path) -> str:
     return " ".join(text.replace('\\"', '"').replace("\\'", "'").split())
 
 
-def passages(text: str) -> Iterator[str]:
+def passages(text: str) -> Iterator[list[str]]:
     words = text.split()
     n = min(WORDS, len(words))
     for i in range(len(words) - n + 1):
-        yield " ".join(words[i : i + n])
+        yield words[i : i + n]
+
+
+class Content:
+    """A file's text, its words found by the two in the middle of a passage: looking through
+    megabytes for each passage takes most of a minute.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.words = text, text.split()
+        self.places: dict[tuple[str, str], list[int]] = {}
+        for i, pair in enumerate(pairwise(self.words)):
+            self.places.setdefault(pair, []).append(i)
+
+    def __contains__(self, passage: list[str]) -> bool:
+        """Whether the passage stands in the text, the ends of its first and last word free."""
+        if len(passage) != WORDS:
+            return " ".join(passage) in self.text
+        first, second, third, last = passage
+        return any(
+            self.words[i - 1].endswith(first) and self.words[i + 2].startswith(last)
+            for i in self.places.get((second, third), ())
+            if 0 < i < len(self.words) - 2
+        )
 
 
 def texts_of(run: RunDir, source: str) -> dict[str, str]:
@@ -121,11 +145,12 @@ def texts_of(run: RunDir, source: str) -> dict[str, str]:
 
 def leaks(run: RunDir, source: str, files: dict[str, str]) -> set[tuple[str, str]]:
     """(which text, in which file) of those that stand somewhere, in part at least."""
+    contents = [(Path(file).name, Content(text)) for file, text in files.items()]
     return {
-        (name, Path(file).name)
+        (name, file)
         for name, text in texts_of(run, source).items()
         for passage in passages(text)
-        for file, content in files.items()
+        for file, content in contents
         if passage in content
     }
 
