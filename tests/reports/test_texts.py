@@ -11,11 +11,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from plotly.offline import get_plotlyjs
 
 from jobs.__main__ import run_unit
 from reports.cards import cards_page
-from reports.page import _inline_script
+from reports.page import plotly_script
 from reports.texts import LEFT_OUT, shown_cards, shown_cause, shown_generations
 from sarm.config import ReportConfig, UserError, config_yaml
 from sarm.run import RunDir
@@ -96,7 +95,7 @@ def as_read(file: Path) -> str:
     """Without what HTML and JSON do to quotes, unpacked, on one line, and without Plotly's own
     megabytes.
     """
-    text = html.unescape(file.read_text().replace(_inline_script(get_plotlyjs()), ""))
+    text = html.unescape(file.read_text().replace(plotly_script(), ""))
     text += " ".join(json.dumps(data, ensure_ascii=False) for data in unpacked(text))
     return " ".join(text.replace('\\"', '"').replace("\\'", "'").split())
 
