@@ -33,6 +33,8 @@ IMPORTED = [
     "transformers.models.auto.modeling_auto",
     "peft",
     "sarm.ppo.trainer",
+    "serving.__main__",
+    "serving.scorer",
     __name__,
 ]
 
