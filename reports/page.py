@@ -7,7 +7,6 @@ section, and leads to generations.html (`reports.explorer`) and cards.html (`rep
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +86,7 @@ def render(
     return made.get_template(template).render(
         style=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / script).read_text(encoding="utf-8"),
-        plotly=_inline_script(get_plotlyjs()) if plots else "",
+        plotly=plotly_script() if plots else "",
         plots=plots,
         **values,
     )
@@ -103,9 +102,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    made.filters["plot_json"] = lambda plot: _inline(
-        json.dumps(json.loads(plot.figure.to_json()), separators=(",", ":"))
-    )
+    made.filters["plot_json"] = lambda plot: _inline(plot.figure.json())
     made.filters["coded"] = _coded
     made.filters["first_part"] = lambda path: path.partition("/")[0]
     made.filters["short"] = lambda digest: (digest or "none")[:8]
@@ -117,9 +114,10 @@ def _coded(text: str) -> markupsafe.Markup:
     return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
-def _inline_script(text: str) -> str:
-    """A script, in whose strings alone these two can stand; `<` elsewhere in it is an operator."""
-    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+@functools.cache
+def plotly_script() -> str:
+    """Plotly's, in whose strings alone these two can stand; `<` elsewhere in it is an operator."""
+    return get_plotlyjs().replace("</", "<\\/").replace("<!--", "<\\!--")
 
 
 def _inline(text: str) -> str:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
+from reports.chart import Chart
 from reports.frames import Frames, arm_rank
 from reports.numbers import MEASURES, arm_name, fixed, general, interval, percentage, plain
 from reports.origins import CHANGES, GENERATIONS, MANIFEST, STEER, count_of, on_prompts
@@ -113,7 +113,7 @@ class Plot(NamedTuple):
     id: str
     title: str
     told: str
-    figure: go.Figure
+    figure: Chart
     wide: bool = True
     origin: str = ""
 
@@ -123,19 +123,13 @@ def style(arm: str) -> Style:
     return STYLES.get(arm, OTHER[sum(map(ord, arm)) % len(OTHER)])
 
 
-def figure(x: str, y: str, height: int = 360, **layout: Any) -> go.Figure:
+def figure(x: str, y: str, height: int = 360, **layout: Any) -> Chart:
     """An empty figure with titled axes."""
-    made = go.Figure(
-        layout={
-            "template": {},
-            "height": height,
-            "margin": {"l": 64, "r": 16, "t": 40, "b": 52},
-            **layout,
-        }
-    )
+    margin = {"l": 64, "r": 16, "t": 40, "b": 52}
+    made = Chart(height=height, margin=margin, **layout)
     plain_ticks = {"exponentformat": "power", "minexponent": 4}  # never 5n or -20µ
-    made.update_xaxes(title_text=x, automargin=True, **plain_ticks)
-    made.update_yaxes(title_text=y, automargin=True, **plain_ticks)
+    made.xaxis(title={"text": x}, automargin=True, **plain_ticks)
+    made.yaxis(title={"text": y}, automargin=True, **plain_ticks)
     return made
 
 
@@ -156,7 +150,8 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         mine = [c for c in rows if c["arm"] == arm]
         shift = (len(arms) - 1) / 2 - i
         value, low, high = (np.array([100 * c[m] for c in mine]) for m in ("change", "low", "high"))
-        made.add_scatter(
+        made.add(
+            "scatter",
             x=value,
             y=[len(names) - 1 - names.index(MEASURES[c["measure"]]) + 0.22 * shift for c in mine],
             error_x={
@@ -188,13 +183,13 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 " minimum detectable effect %{customdata[3]}"
             ),
         )
-    made.update_yaxes(
+    made.yaxis(
         tickvals=list(range(len(names))),
         ticktext=names[::-1],
         range=[-0.6, len(names) - 0.4],
         showgrid=False,
     )
-    made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
+    made.vline(0, {"color": "#7f868f", "width": 1.5})
     of = dict.fromkeys(count_of(c) for c in rows if c["measure"] == "penalised_fired")
     told = (
         "Change of each rate against the no-penalty arm, and of the penalty arm against the random"
@@ -227,7 +222,8 @@ def distances(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             table["at"] = table["distance"].fillna(math.inf)
             at = table.groupby("at")[["kl", measure]].mean().sort_index()
             looks = style(arm)
-            made.add_scatter(
+            made.add(
+                "scatter",
                 x=at["kl"].to_numpy(float),
                 y=at[measure].to_numpy(float),
                 mode="lines+markers",
@@ -281,7 +277,8 @@ def _front(points: Sequence[dict[str, Any]], measure: str) -> Plot:
             for end in ("", "_low", "_high")
         )
         known = np.isfinite(low) & np.isfinite(high)
-        made.add_scatter(
+        made.add(
+            "scatter",
             x=x,
             y=[p[measure] for p in mine],
             error_x={
@@ -381,11 +378,16 @@ def _curve(table: pd.DataFrame, name: str, title: str, unit: str, id_: str) -> P
                 "showlegend": False,
                 "legendgroup": arm,
             }
-            made.add_scatter(y=high.to_numpy(np.float32), **band)
-            made.add_scatter(
-                y=low.to_numpy(np.float32), fill="tonexty", fillcolor=_faint(looks.colour), **band
+            made.add("scatter", y=high.to_numpy(np.float32), **band)
+            made.add(
+                "scatter",
+                y=low.to_numpy(np.float32),
+                fill="tonexty",
+                fillcolor=_faint(looks.colour),
+                **band,
             )
-        made.add_scatter(
+        made.add(
+            "scatter",
             x=steps,
             y=mean.to_numpy(np.float32),
             mode="lines" if len(steps) > 1 else "markers",
@@ -396,7 +398,8 @@ def _curve(table: pd.DataFrame, name: str, title: str, unit: str, id_: str) -> P
         )
         several |= n_seeds > 1
         for seed, own in mine.groupby("seed") if n_seeds > 1 else ():
-            made.add_scatter(
+            made.add(
+                "scatter",
                 x=own["step"].to_numpy(np.int32),
                 y=pd.to_numeric(own[name], errors="coerce").to_numpy(np.float32),
                 mode="lines",
@@ -451,19 +454,14 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     order = np.lexsort([-points["effect"].abs().to_numpy(), points["q"].fillna(2.0).to_numpy()])
     single, rest = points.iloc[order[:MAX_POINTS]], points.iloc[order[MAX_POINTS:]]
     made = figure("share of texts it fires on", "effect on the margin", 520, legend=ABOVE)
-    made.update_xaxes(type="log", tickvals=list(SHARES), ticktext=[f"{100 * s:g}%" for s in SHARES])
+    made.xaxis(type="log", tickvals=list(SHARES), ticktext=[f"{100 * s:g}%" for s in SHARES])
     if len(rest):
-        made.add_trace(_counts(rest))
+        made.add("heatmap", **_counts(rest))
     untested = single[single["q"].isna()]
     tested = single[single["q"].notna()]
     if len(untested):
-        made.add_trace(
-            _points(
-                untested,
-                "too rarely active to be tested",
-                {"color": "#9aa0a6", "size": 4, "opacity": 0.6},
-            )
-        )
+        marker = {"color": "#9aa0a6", "size": 4, "opacity": 0.6}
+        made.add("scatter", **_points(untested, "too rarely active to be tested", marker))
     if len(tested):
         strength = -np.log10(np.maximum(tested["q"].to_numpy(float), 1e-12))
         scale = [[0.0, "#9aa0a6"], [0.3, "#56b4e9"], [0.65, "#7b5cc4"], [1.0, "#d55e00"]]
@@ -483,7 +481,7 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             "colorbar": bar,
             "size": 6,
         }
-        made.add_trace(_points(tested, "tested", marker))
+        made.add("scatter", **_points(tested, "tested", marker))
     listed = points.set_index("latent")
     chosen = [f["latent"] for role in ROLES for f in features.get(role, ())]
     labels = labelled(listed.loc[[latent for latent in chosen if latent in listed.index]], single)
@@ -499,8 +497,9 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             }
             trace = _points(listed.loc[mine].reset_index(), f"listed as {role}", marker)
             names = [str(latent) if latent in labels else "" for latent in mine]
-            made.add_trace(trace.update(mode="markers+text", text=names, textposition="top center"))
-    made.add_hline(y=0, line_width=1, line_color="#7f868f")
+            named = {"mode": "markers+text", "text": names, "textposition": "top center"}
+            made.add("scatter", **trace | named)
+    made.hline(0, {"color": "#7f868f", "width": 1})
     shown = (
         f"{len(single):,} of them as points, the others as counts"
         if len(rest)
@@ -518,12 +517,12 @@ def effects(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     return [Plot("effects", "Effect and activity of every latent", told, made, origin=origin)]
 
 
-def _points(table: pd.DataFrame, name: str, marker: dict[str, Any]) -> go.Scatter:
+def _points(table: pd.DataFrame, name: str, marker: dict[str, Any]) -> dict[str, Any]:
     details = [
         [int(i), general(None if math.isnan(q) else q), general(w), role]
         for i, q, w, role in table[["latent", "q", "weight", "role"]].itertuples(index=False)
     ]
-    return go.Scatter(
+    return dict(
         x=table["activity"].to_numpy(np.float32),
         y=table["effect"].to_numpy(np.float32),
         mode="markers",
@@ -537,11 +536,11 @@ def _points(table: pd.DataFrame, name: str, marker: dict[str, Any]) -> go.Scatte
     )
 
 
-def _counts(table: pd.DataFrame) -> go.Heatmap:
+def _counts(table: pd.DataFrame) -> dict[str, Any]:
     """Latents a cell of the effect plot, the activity in logarithmic steps."""
     x, y = np.log10(table["activity"].to_numpy(float)), table["effect"].to_numpy(float)
     counts, x_edges, y_edges = np.histogram2d(x, y, bins=GRID)
-    return go.Heatmap(
+    return dict(
         x=10 ** ((x_edges[1:] + x_edges[:-1]) / 2),
         y=(y_edges[1:] + y_edges[:-1]) / 2,
         z=np.where(counts > 0, np.log10(np.maximum(counts, 1)), np.nan).T.astype(np.float32),
@@ -617,18 +616,20 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
         }
         if arm == "base":
             x, y = np.r_[off, centres], np.r_[silent, shares].astype(np.float32)
-            made.add_bar(
+            made.add(
+                "bar",
                 x=x,
                 y=y,
                 width=[3 * width, *[width] * N_BINS],
-                marker_color=looks.colour,
+                marker={"color": looks.colour},
                 opacity=0.55,
                 hovertemplate=hover,
                 **shared,
             )
         else:
             line = {"color": looks.colour, "dash": looks.dash, "width": 2, "shape": "hvh"}
-            made.add_scatter(
+            made.add(
+                "scatter",
                 x=centres,
                 y=shares.astype(np.float32),
                 mode="lines",
@@ -638,7 +639,8 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
             )
             marker = {"color": looks.colour, "symbol": looks.symbol, "size": 10}
             hover = f"{name}, off: %{{y:.1%}}<extra></extra>"
-            made.add_scatter(
+            made.add(
+                "scatter",
                 x=[off],
                 y=[silent],
                 mode="markers",
@@ -647,17 +649,10 @@ def _histogram(unsafe: pd.DataFrame, latent: int, tau: float) -> Plot:
                 **(shared | {"showlegend": False}),
             )
         told.append(f"{name} {fixed(float((z > tau).mean()), 3)} of {len(z):,}")
-    made.add_vline(
-        x=tau,
-        line_width=2,
-        line_dash="dash",
-        line_color="#b3261e",
-        annotation_text=f"τ = {plain(tau)}",
-        annotation_position="top right",
-    )
-    made.update_yaxes(range=[0, 1.2 * tallest or 1])  # room for tau's name above the bars
+    made.vline(tau, {"color": "#b3261e", "dash": "dash", "width": 2}, f"τ = {plain(tau)}")
+    made.yaxis(range=[0, 1.2 * tallest or 1])  # room for tau's name above the bars
     ticks = np.linspace(0, top, 4)
-    made.update_xaxes(
+    made.xaxis(
         tickvals=[off, *ticks], ticktext=["off", *(general(float(t)) for t in ticks)], tickangle=0
     )
     return Plot(
@@ -717,7 +712,8 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             if np.isfinite(value).all()
             else {"array": []}
         )
-        made.add_scatter(
+        made.add(
+            "scatter",
             x=value,
             y=[row[0] for row in known],
             error_x={"type": "data", "symmetric": False, **whiskers},
@@ -727,8 +723,8 @@ def steering(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             customdata=[interval(a, b, 4) for a, b in zip(low, high, strict=True)],
             hovertemplate="%{y}: %{x:+.4f} %{customdata}<extra></extra>",
         )
-    made.update_yaxes(categoryorder="array", categoryarray=names[::-1])
-    made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
+    made.yaxis(categoryorder="array", categoryarray=names[::-1])
+    made.vline(0, {"color": "#7f868f", "width": 1.5})
     told = (
         "Delta of each data set's mean reward and margin, r(chosen) - r(rejected), with 95 %"
         " intervals by a bootstrap over prompts. It is of the reward model on fixed texts, of no"
@@ -759,7 +755,8 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
             if need in row:
                 lines_x += [start[row[need]] + length[row[need]], start[i], None]
                 lines_y += [row[need], i, None]
-    made.add_scatter(
+    made.add(
+        "scatter",
         x=lines_x,
         y=lines_y,
         mode="lines",
@@ -770,13 +767,14 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     for state, colour in STATES.items():
         mine = [i for i, unit in enumerate(units) if unit["status"] == state]
         if mine and state == "done":
-            made.add_bar(
+            made.add(
+                "bar",
                 x=[length[i] for i in mine],
                 y=mine,
                 base=[start[i] for i in mine],
                 orientation="h",
                 name=state,
-                marker_color=colour,
+                marker={"color": colour},
                 customdata=[
                     [
                         names[i],
@@ -793,7 +791,8 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 ),
             )
         elif mine:
-            made.add_scatter(
+            made.add(
+                "scatter",
                 x=[0.0] * len(mine),
                 y=mine,
                 mode="markers+text",
@@ -807,7 +806,7 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 name=state,
                 hovertemplate=f"{state}<extra></extra>",
             )
-    made.update_yaxes(
+    made.yaxis(
         tickvals=list(range(len(names))), ticktext=names, autorange="reversed", showgrid=False
     )
     counts = {state: sum(unit["status"] == state for unit in units) for state in STATES}

@@ -26,6 +26,7 @@ from sarm.threads import bound_threads
 from serving.protocol import Refused
 
 Send = Callable[[dict[str, Any]], None]
+READ_BYTES = 1 << 20
 
 
 class Waiting(NamedTuple):
@@ -56,7 +57,7 @@ def main(fd: int) -> int:
         send({"failed": told or described(error)})
         return 2
     send({"ready": about(scorer)})
-    incoming: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    incoming: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
     threading.Thread(target=receive, args=(lines, incoming), daemon=True).start()
     for done in work(scorer, incoming, send):
         send(done)
@@ -95,14 +96,19 @@ def sender(channel: socket.socket) -> Send:
     return send
 
 
-def receive(lines: Any, incoming: queue.SimpleQueue[dict[str, Any]]) -> None:
-    for line in lines:
-        incoming.put(json.loads(line))
+def receive(lines: Any, incoming: queue.SimpleQueue[list[dict[str, Any]]]) -> None:
+    """What has arrived at once is passed on at once, so that no job is begun of which the next line
+    says that nobody waits for it any more.
+    """
+    rest = b""
+    while data := lines.read1(READ_BYTES):
+        *whole, rest = (rest + data).split(b"\n")
+        incoming.put([json.loads(line) for line in whole])
     os._exit(0)  # also in the middle of a pass: nobody is there to answer
 
 
 def work(
-    scorer: Any, incoming: queue.SimpleQueue[dict[str, Any]], send: Send
+    scorer: Any, incoming: queue.SimpleQueue[list[dict[str, Any]]], send: Send
 ) -> Iterator[dict[str, Any]]:
     """Messages about jobs. Each round takes the oldest jobs that fit into one batch of
     `tokens_per_batch`; a larger job is a round of its own, in several batches.
@@ -112,14 +118,15 @@ def work(
         block = not waiting
         with contextlib.suppress(queue.Empty):
             while True:
-                message, block = incoming.get(block=block), False
-                if "cancel" in message:
-                    waiting.pop(message["cancel"], None)
-                    continue
-                try:
-                    waiting[message["job"]] = Waiting(message, scorer.read(message))
-                except Exception as error:
-                    yield {"job": message["job"], **refusal(error)}
+                messages, block = incoming.get(block=block), False
+                for message in messages:
+                    if "cancel" in message:
+                        waiting.pop(message["cancel"], None)
+                        continue
+                    try:
+                        waiting[message["job"]] = Waiting(message, scorer.read(message))
+                    except Exception as error:
+                        yield {"job": message["job"], **refusal(error)}
         if waiting:
             batch = first_that_fit(waiting, scorer.reward.tokens_per_batch)
             send({"started": batch})

@@ -7,6 +7,7 @@ key that a later version adds is none of them, and counts as unchanged while it 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Any
@@ -113,6 +114,7 @@ of these makes nothing be done again; `tests/jobs/test_reads.py` names the funct
 MISSING: Any = object()
 
 
+@functools.cache  # asked of every key, for every manifest that is read or written
 def is_read(phase: str, key: str) -> bool:
     """Whether a phase reads a dotted key, or something within it."""
     entries = READS[phase]

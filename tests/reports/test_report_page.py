@@ -17,6 +17,7 @@ import pytest
 
 from reports import evidence, plots
 from reports.blocks import Table
+from reports.chart import Chart
 from reports.figures import figures
 from reports.findings import FINDINGS, NOT_RUN, finding
 from reports.frames import Frames, read_run
@@ -310,12 +311,37 @@ def test_each_plot_has_its_data_and_a_sentence(finished):
         assert data and json.loads(data.group(1))["data"] and plot.told
 
 
+def checked(plot: Plot) -> go.Figure:
+    """By Plotly's own classes, which raise ValueError on what its script does not know."""
+    return go.Figure({"data": plot.figure.data, "layout": plot.figure.layout})
+
+
+def test_plotly_knows_all_that_plots_say(finished, tmp_path):
+    _, found, read = finished
+    sweep = {"tau": [1.0], "alpha": [0.5, 2.0], "seeds": [0, 1]}
+    run = run_kept_at_distances(tmp_path / "run", seeds=(0, 1), sections={"sweep": sweep})
+    (run.folder("evaluate", "random-seed0") / "manifest.json").unlink()
+    _, more, kept = page_of(run)
+    more["sweep"] = sweep_figures(run, kept)
+    seen = set()
+    for known, frames in ((found, read), (more, kept)):
+        for section, make in plots.PLOTS.items():
+            for plot in make(known, frames):
+                figure = checked(plot)
+                seen.add(section)
+                # numbers, as bytes in the page, are those that Plotly would have written itself
+                assert (
+                    json.loads(plot.figure.json())["data"] == json.loads(figure.to_json())["data"]
+                )
+    assert seen == set(plots.PLOTS)
+
+
 def test_bands_span_the_seeds_and_lines_are_their_mean(finished):
     _, found, read = finished
     curve = next(
         plot for plot in plots.training(found, read) if plot.title == "Reward, without penalty"
-    ).figure
-    penalty = [trace for trace in curve.data if trace.legendgroup == "penalty"]
+    )
+    penalty = [trace for trace in checked(curve).data if trace.legendgroup == "penalty"]
     mine = read.training[read.training["arm"] == "penalty"].pivot(
         index="step", columns="seed", values="objective/scores"
     )
@@ -326,9 +352,9 @@ def test_bands_span_the_seeds_and_lines_are_their_mean(finished):
 
 def test_every_latent_is_drawn_as_a_point_or_counted(finished):
     _, found, read = finished
-    (effects,) = plots.effects(found, read)
-    counted = next(trace for trace in effects.figure.data if trace.type == "heatmap")
-    points = next(trace for trace in effects.figure.data if trace.name == "tested")
+    (effects,) = map(checked, plots.effects(found, read))
+    counted = next(trace for trace in effects.data if trace.type == "heatmap")
+    points = next(trace for trace in effects.data if trace.name == "tested")
     assert (
         len(points.x) == plots.MAX_POINTS
         and np.asarray(counted.customdata).sum() == 70_000 - plots.MAX_POINTS
@@ -341,8 +367,8 @@ def test_every_latent_is_drawn_as_a_point_or_counted(finished):
 
 def test_roles_can_be_seen_and_labels_do_not_overlap(finished):
     _, found, read = finished
-    (effects,) = plots.effects(found, read)
-    listed = [t for t in effects.figure.data if t.name.startswith("listed as")]
+    (effects,) = map(checked, plots.effects(found, read))
+    listed = [t for t in effects.data if t.name.startswith("listed as")]
     assert {t.name: t.marker.color for t in listed} == {
         "listed as promoting": plots.ROLES["promoting"][0],
         "listed as harming": plots.ROLES["harming"][0],
@@ -350,8 +376,8 @@ def test_roles_can_be_seen_and_labels_do_not_overlap(finished):
     }
     assert len({t.marker.symbol for t in listed}) == 3
     assert all(t.marker.symbol.endswith("-open") for t in listed)
-    assert effects.figure.layout.xaxis.ticktext[1] == "0.01%"
-    assert effects.figure.layout.yaxis.exponentformat == "power"
+    assert effects.layout.xaxis.ticktext[1] == "0.01%"
+    assert effects.layout.yaxis.exponentformat == "power"
 
 
 def test_a_label_stands_where_it_overlaps_no_larger_ones():
@@ -367,7 +393,8 @@ def test_a_histograms_shares_add_up_to_one(finished):
     _, found, read = finished
     histogram = next(
         plot for plot in plots.histograms(found, read) if plot.id == f"latent-{HARMING[0]}"
-    ).figure
+    )
+    histogram = checked(histogram)
     base = next(trace for trace in histogram.data if trace.name == "base")
     assert float(sum(base.y)) == pytest.approx(1) and float(base.y[0]) == pytest.approx(0.1)
     assert any(shape.x0 == 3.0 for shape in histogram.layout.shapes)
@@ -386,7 +413,8 @@ def test_every_source_is_named_with_manifest_commit_and_image(finished):
 
 @pytest.mark.parametrize("label", ["<!-- demo", "</script>", "<!--<script>", "a\\u003cb\u2028"])
 def test_a_label_cannot_break_out_of_a_plots_json(label):
-    figure = go.Figure(go.Scatter(x=[1], y=[1], name=label))
+    figure = Chart()
+    figure.add("scatter", x=[1], y=[1], name=label)
     text = environment().filters["plot_json"](Plot("x", "t", "t", figure))
     assert "<" not in text and json.loads(text)["data"][0]["name"] == label
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from plotly.offline import get_plotlyjs
 
 from jobs.__main__ import run_unit
 from reports.cards import cards_page
-from reports.page import _inline_script
+from reports.page import plotly_script
 from reports.texts import LEFT_OUT, shown_cards, shown_cause, shown_generations
 from sarm.config import ReportConfig, UserError, config_yaml
 from sarm.run import RunDir
@@ -95,16 +95,39 @@ def as_read(file: Path) -> str:
     """Without what HTML and JSON do to quotes, unpacked, on one line, and without Plotly's own
     megabytes.
     """
-    text = html.unescape(file.read_text().replace(_inline_script(get_plotlyjs()), ""))
+    text = html.unescape(file.read_text().replace(plotly_script(), ""))
     text += " ".join(json.dumps(data, ensure_ascii=False) for data in unpacked(text))
     return " ".join(text.replace('\\"', '"').replace("\\'", "'").split())
 
 
-def passages(text: str) -> Iterator[str]:
+def passages(text: str) -> Iterator[list[str]]:
     words = text.split()
     n = min(WORDS, len(words))
     for i in range(len(words) - n + 1):
-        yield " ".join(words[i : i + n])
+        yield words[i : i + n]
+
+
+class Content:
+    """A file's text, its words found by the two in the middle of a passage: looking through
+    megabytes for each passage takes most of a minute.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.words = text, text.split()
+        self.places: dict[tuple[str, str], list[int]] = {}
+        for i, pair in enumerate(pairwise(self.words)):
+            self.places.setdefault(pair, []).append(i)
+
+    def __contains__(self, passage: list[str]) -> bool:
+        """Whether the passage stands in the text, the ends of its first and last word free."""
+        if len(passage) != WORDS:
+            return " ".join(passage) in self.text
+        first, second, third, last = passage
+        return any(
+            self.words[i - 1].endswith(first) and self.words[i + 2].startswith(last)
+            for i in self.places.get((second, third), ())
+            if 0 < i < len(self.words) - 2
+        )
 
 
 def texts_of(run: RunDir, source: str) -> dict[str, str]:
@@ -121,11 +144,12 @@ def texts_of(run: RunDir, source: str) -> dict[str, str]:
 
 def leaks(run: RunDir, source: str, files: dict[str, str]) -> set[tuple[str, str]]:
     """(which text, in which file) of those that stand somewhere, in part at least."""
+    contents = [(Path(file).name, Content(text)) for file, text in files.items()]
     return {
-        (name, Path(file).name)
+        (name, file)
         for name, text in texts_of(run, source).items()
         for passage in passages(text)
-        for file, content in files.items()
+        for file, content in contents
         if passage in content
     }
 

@@ -85,7 +85,14 @@ class Server:
         raise AssertionError("no scoring process")
 
     def signal_worker(self, number: int) -> None:
-        os.kill(self.worker(), number)
+        """A stop is waited for: until then its threads may take another job."""
+        pid = self.worker()
+        os.kill(pid, number)
+        while number == signal.SIGSTOP and any(
+            stat.read_text().rpartition(")")[2].split()[0] != "T"
+            for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+        ):
+            time.sleep(0.01)
 
     def stop(self) -> int:
         self.client.close()

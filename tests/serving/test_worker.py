@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import subprocess
+import sys
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -43,13 +45,35 @@ class Scorer:
 
 
 def messages(jobs: list[dict[str, Any]], n: int) -> tuple[list[dict[str, Any]], Scorer]:
-    incoming: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    for job in jobs:
-        incoming.put(job)
+    incoming: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
+    incoming.put(jobs[:1])
+    incoming.put(jobs[1:])
     scorer, sent = Scorer(), []
     for message in islice(work(scorer, incoming, sent.append), n):
         sent.append(message)
     return [m for m in sent if "job" in m], scorer
+
+
+def test_what_arrives_at_once_is_passed_on_at_once() -> None:
+    """So a job that lies before its own withdrawal is never begun; a line that comes in two pieces
+    is read as one.
+    """
+    code = """
+import queue, socket, threading
+from serving import worker
+ours, theirs = socket.socketpair()
+incoming = queue.SimpleQueue()
+threading.Thread(target=worker.receive, args=(theirs.makefile("rb"), incoming), daemon=True).start()
+for sent in (b'{"job": 1}\\n{"cancel": 1}\\n{"jo', b'b": 2}\\n'):
+    ours.sendall(sent)
+    print(incoming.get(timeout=60))
+ours.close()
+threading.Event().wait(60)
+print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[{'job': 1}, {'cancel': 1}]", "[{'job': 2}]"], done.stderr
+    assert done.returncode == 0
 
 
 def test_the_oldest_jobs_that_fit_are_scored_together_and_a_large_one_by_itself() -> None:
