@@ -7,6 +7,7 @@ transformers and DeepSpeed takes longer than most tests' steps.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -51,10 +52,16 @@ def process_context() -> Any:
 
 
 def run_interpreted(code: str) -> None:
-    """Run Python code in a process in which Triton interprets kernels: it decides on import. Raises
-    what the code raises.
+    """Run Python code where Triton interprets kernels, with random numbers of its own. Triton
+    decides on import: here, where conftest had it interpret, otherwise in a process of its own.
+    Raises what the code raises.
     """
     pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            exec(code, {})
+        return
     with (
         pytest.MonkeyPatch.context() as patch,
         ProcessPoolExecutor(1, mp_context=process_context()) as pool,
@@ -117,6 +124,7 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    gc.freeze()  # ZeRO collects garbage again and again: what was imported is none
     from sarm.ppo.learner.distributed import start_world
 
     worker(start_world(), *args)
