@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import httpx
 
 from sarm.config import ROOT
-from tests.ranks import process_context
 
 TOKEN = "a-token-of-the-tests-0123456789"
 PENALISED = "[{latent: 3, tau: 0.0, alpha: 0.5}, {latent: 10, tau: 0.2, alpha: 0.25}]"
@@ -128,6 +127,8 @@ class Forked:
     """The same as `Command`, by forks."""
 
     def __init__(self, words: list[str], environment: dict[str, str], log: Path) -> None:
+        from tests.ranks import process_context  # imports torch, which not all of this folder needs
+
         log.touch()
         self.process = process_context().Process(
             target=_serve, args=(words, environment, log), daemon=True
