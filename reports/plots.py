@@ -338,7 +338,7 @@ def training(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     ]
     listed = figures["penalty"]["latents"]
     rates = sorted(
-        (name for name in table if str(name).startswith("rate/")),
+        (name for name in map(str, table) if name.startswith("rate/")),
         key=lambda name: (int(name[5:]) not in listed, int(name[5:])),
     )
     for name in rates:
@@ -740,12 +740,12 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     units = figures["phases"]
     names = [u["phase"] if u["unit"] == "all" else f"{u['phase']}/{u['unit']}" for u in units]
     row = {f"{u['phase']}/{u['unit']}": i for i, u in enumerate(units)}
-    began = [datetime.fromisoformat(u["started"]) for u in units if u["started"]]
-    first = min(began) if began else None
+    began = {i: datetime.fromisoformat(u["started"]) for i, u in enumerate(units) if u["started"]}
+    first = min(began.values(), default=None)
     start = [
-        (datetime.fromisoformat(u["started"]) - first).total_seconds() / 60 if u["started"] else 0.0
-        for u in units
-    ]  # type: ignore[operator]
+        (began.get(i, first) - first).total_seconds() / 60 if first else 0.0
+        for i in range(len(units))
+    ]
     length = [(u["seconds"] or 0.0) / 60 for u in units]
     made = figure("minutes", "", 90 + 24 * len(units), legend=ABOVE)
     lines_x: list[float | None] = []

@@ -167,7 +167,7 @@ def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
         else (frames.generations)
     )
     kl = {
-        arm: mean(mine["kl"])
+        str(arm): mean(mine["kl"])
         for arm, mine in table[table["policy"].isin(trained)].groupby("arm", sort=False)
     }
     evaluated = [policy for policy in trained if policy in set(frames.every["policy"])]

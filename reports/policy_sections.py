@@ -124,9 +124,9 @@ def change_name(change: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
     name = MEASURES[change["measure"]]
     if change["arm"] == "penalty - random":
         name += ", vs. random"
-    kl = [compared["kl"].get(arm, math.nan) for arm in (compared["arm"], change["against"])]
-    known = all(map(math.isfinite, kl))
-    apart = known and unequal(*kl, compared["tolerance"])
+    one, other = (compared["kl"].get(a, math.nan) for a in (compared["arm"], change["against"]))
+    known = math.isfinite(one) and math.isfinite(other)
+    apart = known and unequal(one, other, compared["tolerance"])
     return f"{name} (not at equal KL)" if apart else name
 
 
