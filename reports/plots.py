@@ -20,6 +20,7 @@ from reports.chart import Chart
 from reports.frames import Frames, arm_rank
 from reports.numbers import MEASURES, arm_name, fixed, general, interval, percentage, plain
 from reports.origins import CHANGES, GENERATIONS, MANIFEST, STEER, count_of, on_prompts
+from reports.policies import NOT_AT_EQUAL_KL, at_unequal_kl
 from sarm.run import many
 
 MAX_POINTS = 5000
@@ -149,6 +150,7 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         looks = style("penalty" if arm == "penalty - random" else arm)
         mine = [c for c in rows if c["arm"] == arm]
         shift = (len(arms) - 1) / 2 - i
+        unequal = [at_unequal_kl(c, figures["compared"]) for c in mine]
         value, low, high = (np.array([100 * c[m] for c in mine]) for m in ("change", "low", "high"))
         made.add(
             "scatter",
@@ -160,7 +162,10 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 "array": high - value,
                 "arrayminus": value - low,
             },
-            mode="markers",
+            mode="markers+text",
+            text=[NOT_AT_EQUAL_KL if apart else "" for apart in unequal],
+            textposition="top center",
+            textfont={"size": 10},
             name=(
                 "penalty - random" if arm == "penalty - random" else f"{arm_name(arm)} - no penalty"
             ),
