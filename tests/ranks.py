@@ -7,7 +7,6 @@ transformers and DeepSpeed takes longer than most tests' steps.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import socket
@@ -28,17 +27,6 @@ from sarm.ppo.reward import CompoundReward, Penalised
 from sarm.reward_model.scoring import Encoded
 from tests.tiny import tiny_tokenizer
 
-IMPORTED = [
-    "deepspeed",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.modeling_auto",
-    "peft",
-    "sarm.ppo.trainer",
-    "serving.__main__",
-    "serving.scorer",
-    __name__,
-]
-
 WORDS = ("help", "make", "steps", "harm", "people", "safe", "thing", "please")
 
 
@@ -47,7 +35,7 @@ def process_context() -> Any:
     GPU by a spawn, as a process that has used one cannot be forked.
     """
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload(["tests.forked"])
     return context
 
 
@@ -124,7 +112,6 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    gc.freeze()  # ZeRO collects garbage again and again: what was imported is none
     from sarm.ppo.learner.distributed import start_world
 
     worker(start_world(), *args)
