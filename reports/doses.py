@@ -46,7 +46,8 @@ def random_sets(run: RunDir, frames: Frames) -> dict[str, Any]:
 
 def doses(base: pd.DataFrame, entries: Entries, penalty: str) -> dict[str, float]:
     """By kind of prompt."""
-    return {kind: dose(base[base["kind"] == kind], entries, penalty) for kind in ("unsafe", "safe")}
+    parts = {kind: base[base["kind"] == kind] if len(base) else base for kind in ("unsafe", "safe")}
+    return {kind: dose(rows, entries, penalty) for kind, rows in parts.items()}
 
 
 def dose(rows: pd.DataFrame, entries: Entries, penalty: str) -> float:
