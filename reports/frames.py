@@ -17,6 +17,7 @@ import pandas as pd
 
 from reports.distances import Compared, compared_distance, rows_at
 from sarm.config import ARMS, PHASES, ROOT, Phase, UserError, arm_and_seed
+from sarm.launched import latest
 from sarm.records import (
     Calibration,
     Cards,
@@ -32,7 +33,7 @@ from sarm.records import (
     Steering,
     read_training_log,
 )
-from sarm.run import Published, RunDir, holds_tensors, latest, without_progress
+from sarm.run import Published, RunDir, holds_tensors, without_progress
 
 LOG_TAIL_BYTES = 65_536
 ERROR_LINE = re.compile(

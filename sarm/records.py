@@ -56,7 +56,13 @@ def json_text(value: Any, indent: int | None = 1) -> str:
 class Record(BaseModel):
     """Frozen, no unknown keys, no coercion; NaN is None."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        defer_build=True,  # until the first of its class: most programs use one or two of them
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -20,22 +20,14 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.config import ROOT, Config, Phase, UserError, config_yaml, load_config
 from sarm.config.reading import stored_tree
 from sarm.config.reads import READS, changed, values, values_sha256
+from sarm.launched import ATTEMPT, JOB, PATIENCE, now
 from sarm.records import Manifest, Output, json_text
-
-JOB, ATTEMPT, PATIENCE = "SARM_JOB", "SARM_ATTEMPT", "SARM_PATIENCE_S"
-"""Variables by which a launcher says which job this is (`12`, or `12_3` of an array's element),
-how the names of its files begin (job, try and rank), and how long a finished unit's manifest may
-lag behind on a network file system.
-"""
-BEGAN = "=== job "
-"""How the line begins with which a submitted job opens its part of a unit's log."""
 
 
 def _is_runs(name: str) -> bool:
@@ -591,14 +583,6 @@ PROGRESS_BAR = re.compile(
 `10it [00:01, 9.8it/s]`."""
 
 
-def latest(lines: list[str]) -> list[str]:
-    """Of a log's lines those of the last job that wrote there; all, where none says that it
-    began.
-    """
-    began = max((i for i, line in enumerate(lines) if line.startswith(BEGAN)), default=-1)
-    return lines[began + 1 :]
-
-
 def without_progress(lines: list[str]) -> list[str]:
     """A log's lines but for progress bars, which are no cause of anything; what was written into
     the line of one stays.
@@ -618,10 +602,6 @@ def attempt_id() -> str:
 def patience_s() -> float:
     """How long to look for a manifest whose job has ended well."""
     return float(os.environ.get(PATIENCE, "0"))
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sarm.run import ATTEMPT, BEGAN, JOB, PATIENCE, now
+from sarm.launched import ATTEMPT, BEGAN, JOB, PATIENCE, now
 from slurm.joblogs import complaint, job_logs
 from slurm.ranks import Ranks
 

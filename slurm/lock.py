@@ -19,7 +19,8 @@ from pathlib import Path
 
 from sarm.cli import ended
 from sarm.config import UserError
-from sarm.run import now, write_atomic
+from sarm.launched import now
+from sarm.run import write_atomic
 from slurm.words import made
 
 LOCKS = ("run.lock", "submit.lock")

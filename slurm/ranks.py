@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sarm.run import latest
+from sarm.launched import latest
 
 PATIENCE_S = 5.0
 """How long rank 0's entry waits for the note of whichever died first."""

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from sarm.cli import ended
 from sarm.config import PHASES, Config, UserError
-from sarm.run import RunDir, config_of, git_commit, many, now
+from sarm.launched import now
+from sarm.run import RunDir, config_of, git_commit, many
 from slurm import queue
 from slurm.checks import check_batches, check_card, check_named, check_token, own_run, umask
 from slurm.cost import check_limit

@@ -19,7 +19,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sarm.run import RunDir, latest, without_progress
+from sarm.launched import latest
+from sarm.run import RunDir, without_progress
 from slurm.dag import Node
 
 PLAIN_EVERY_S = 20.0

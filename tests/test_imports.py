@@ -10,6 +10,7 @@ from sarm.config import ROOT
 LIGHT = (
     "sarm.cli",
     "sarm.config",
+    "sarm.launched",
     "sarm.records",
     "sarm.run",
     "sarm.threads",

@@ -41,6 +41,7 @@ from sarm.config import (
     set_key,
 )
 from sarm.config.reads import values, values_sha256
+from sarm.launched import latest
 from sarm.records import json_text
 from sarm.run import (
     Attempt,
@@ -49,7 +50,6 @@ from sarm.run import (
     config_of,
     differences,
     exact_cover,
-    latest,
     without_progress,
     write_atomic,
 )
