@@ -12,20 +12,20 @@ controller), {"elapsed": 9} (seconds, to accounting), {"sinfo": "main|main*|gpu:
 TEXT, "nvidia-smi": TEXT, "srun": TEXT}, {"sacctmgr": {"assoc": TEXT, "qos": TEXT}}. As the real
 ones, its commands hear SQUEUE_*, SBATCH_*, SLURM_CLUSTERS and SCANCEL_STATE.
 
-Tests call it some thousands of times, and most of a call would be Python's start. So a command is a
-few words of bash that tell their process id to a server, which forks a process that has the
-command's words, environment, folder and files. A server is started once by each process that
-installs commands, and ends with it.
+Tests call it some thousands of times, and most of a call would be Python's start. So a command is
+a few words of bash that tell their process id to a server, which takes words, environment and
+folder from there, does what the command does and tells what to say. A server is started once by
+each process that installs commands, and ends with it.
 """
 
 import atexit
+import contextlib
 import fcntl
 import functools
 import io
 import marshal
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -81,20 +81,15 @@ def serve() -> None:
     """Until nobody holds the other end of its standard input."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=100)
     print(listener.getsockname()[1], flush=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no child is waited for
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     poll.register(0, select.POLLHUP)
     while all(file == listener.fileno() for file, _ in poll.poll()):
         client, _ = listener.accept()
-        if not os.fork():
-            listener.close()
-            with client, client.makefile("rb") as asked:
-                name, pid, length = asked.readline().split()
-                given = asked.read(int(length))
-                client.sendall(become(name.decode(), f"/proc/{int(pid)}", given))
-            os._exit(0)
-        client.close()
+        with client, client.makefile("rb") as asked, contextlib.suppress(OSError, ValueError):
+            name, pid, length = asked.readline().split()  # ValueError: it was killed before
+            given = asked.read(int(length))
+            client.sendall(become(name.decode(), f"/proc/{int(pid)}", given))
 
 
 def become(name: str, process: str, given: bytes) -> bytes:
