@@ -27,16 +27,17 @@ def philox(counter: Sequence[Word], key: tuple[Word, Word]) -> tuple[Tensor, ...
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # modulo 2^64, which holds every bit of both halves
+        # modulo 2^64, which holds every bit of both halves; of the second and fourth word only the
+        # lower half counts, which is cut off where it enters another
         first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
-            (second >> 32 & MASK) ^ c1 ^ k0,
-            second & MASK,
-            (first >> 32 & MASK) ^ c3 ^ k1,
-            first & MASK,
+            (second >> 32 ^ c1 ^ k0) & MASK,
+            second,
+            (first >> 32 ^ c3 ^ k1) & MASK,
+            first,
         )
         k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return tuple(torch.broadcast_tensors(*map(torch.as_tensor, (c0, c1, c2, c3))))
+    return tuple(torch.broadcast_tensors(*map(torch.as_tensor, (c0, c1 & MASK, c2, c3 & MASK))))
 
 
 def words_of(key: Word) -> tuple[Word, Word]:

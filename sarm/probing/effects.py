@@ -272,7 +272,8 @@ def latent_table(
                 device,
             )
         suffix = "" if part == "discovery" else f"_{part}"
-        table[[f"{column}{suffix}" for column in PER_PART]] = part_table[list(PER_PART)]
+        part_table = part_table[list(PER_PART)].add_suffix(suffix)
+        table = pd.concat([table, part_table], axis=1)
     if len(sources) == 2:
         first, second = (table[f"effect_{config.select.effect}_{part}"] for part in PARTS[2:])
         table["p"] = partial_conjunction(

@@ -74,7 +74,7 @@ def matched_null(
     return rows
 
 
-def _nearest(targets: Ints, pool: Ints, features: Floats) -> list[Ints]:
+def _nearest(targets: Ints, pool: Ints, features: Floats) -> list[list[int]]:
     """For each target the `NEAREST` of the pool most like it, every feature in units of its
     spread.
     """
@@ -84,17 +84,17 @@ def _nearest(targets: Ints, pool: Ints, features: Floats) -> list[Ints]:
             np.argsort(np.square(scaled[pool] - scaled[target]).sum(axis=1), kind="stable")[
                 :NEAREST
             ]
-        ]
+        ].tolist()
         for target in targets
     ]
 
 
-def _one_each(nearest: Sequence[Ints], rng: np.random.Generator) -> list[int]:
+def _one_each(nearest: Sequence[list[int]], rng: np.random.Generator) -> list[int]:
     """One latent for each target, none twice while there are others."""
     drawn: list[int] = []
     for latents in nearest:
-        free = latents[~np.isin(latents, drawn)]
-        drawn.append(int(rng.choice(free if len(free) else latents)))
+        free = [latent for latent in latents if latent not in drawn] or latents
+        drawn.append(free[rng.integers(len(free))])
     return drawn
 
 

@@ -109,7 +109,7 @@ SIZES = [
     (3, 130, 300),  # neither whole tiles nor whole steps
     (32, 256, 1100),
     (70, 130, 1024),  # two blocks of rows
-    (33, 70, 4200),  # several programs a tile
+    (33, 70, 2200),  # several programs a tile
     (256, 128, 512),
 ]
 

@@ -18,12 +18,12 @@ def test_sampling_has_the_softmax_distribution(temperature: float, top_p: float)
         kept = next(n for n in range(1, 7) if float(p[order[:n]].sum()) >= top_p)
         p[order[kept:]] = 0
         p /= p.sum()
-    n = 100_000
+    n = 25_000
     # each 1/n of the unit interval once: counts are exact
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     got = sample(logits.expand(n, -1), u, temperature, top_p)
     counts = torch.bincount(got.tokens, minlength=6).double()
-    assert float((counts / n - p).abs().max()) < 2e-5
+    assert float((counts / n - p).abs().max()) < 2 / n
     assert counts[3] == 0
     torch.testing.assert_close(got.logprobs, torch.log_softmax(logits / temperature, 0)[got.tokens])
 

@@ -136,5 +136,5 @@ def test_of_latents_as_near_the_first_of_the_pool_are_taken() -> None:
     features[2::2], features[1] = [3.0, -5.0], [3.0, -5.0]
     targets, pool = np.array([0, 1]), np.arange(401, 1, -1)
     near, other = nulls._nearest(targets, pool, features)
-    assert near.tolist() == list(range(401, 401 - 2 * nulls.NEAREST, -2))
-    assert other.tolist() == list(range(400, 400 - 2 * nulls.NEAREST, -2))
+    assert near == list(range(401, 401 - 2 * nulls.NEAREST, -2))
+    assert other == list(range(400, 400 - 2 * nulls.NEAREST, -2))
