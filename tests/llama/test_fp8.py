@@ -210,7 +210,7 @@ def test_a_tiling_covers_the_product_in_one_wave_of_programs() -> None:
                     # numbers that a thread holds, of the 65536 registers that all have
                     threads = 32 * tiling.channel_warps * tiling.input_warps
                     held = 4 * tiling.row_tiles * tiling.channel_tiles
-                    assert 256 <= threads and held <= 128 and held * threads <= 32768
+                    assert threads >= 256 and held <= 128 and held * threads <= 32768
     assert found > 300
     assert fp8_wide.cut(32, 960, 576, 132) is None and fp8_wide.cut(32, 4096, 4096, 0) is None
     assert fp8_wide.cut(32, 4096 + 16, 4096, 132) is None  # 257 tiles of 16, a prime
