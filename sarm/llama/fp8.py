@@ -108,7 +108,7 @@ def plain(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def product(x: Tensor, weight: Fp8) -> Tensor:
-    """x (b, in) to (b, out), in x's dtype."""
+    """x (b, in), each row contiguous, to (b, out) in x's dtype."""
     if x.is_cuda and x.dtype == torch.bfloat16:
         from sarm.llama import fp8_kernels, fp8_wide
 

@@ -229,7 +229,6 @@ def test_what_hoppers_kernel_does_not_take_is_left_to_the_other(
         rows[:0, :1024],
         rows[:32, 4:1028],  # beside the 16 bytes that a thread copies
         torch.zeros(32, 1028, dtype=torch.bfloat16)[:, :1024],
-        torch.zeros(1024, 32, dtype=torch.bfloat16).T,
     ):
         assert fp8_wide.tiling_for(x, weight) is None
     monkeypatch.setattr(fp8_wide, "multiprocessors", lambda device: 0)
@@ -475,8 +474,8 @@ def test_hoppers_kernel_is_the_product_of_float64(
 
 @pytest.mark.gpu
 @needs_hopper
-def test_a_layer_of_8b_decodes_in_a_graph_as_without() -> None:
-    """To the bit, and each of its four products by Hopper's kernel."""
+def test_a_layer_of_8b_decodes_in_a_graph_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and its products by Hopper's kernel."""
     from sarm.llama.graph_decoder import GraphDecoder
 
     config = llama_config(
@@ -490,9 +489,17 @@ def test_a_layer_of_8b_decodes_in_a_graph_as_without() -> None:
     torch.manual_seed(3)
     with torch.device(DEVICE):
         model = LlamaForCausalLM(config).eval().bfloat16()
+    product, multiplied = fp8_wide.product, set()
+
+    def seen(x: Tensor, weight: fp8.Fp8, tiling: fp8_wide.Tiling) -> Tensor:
+        multiplied.add(tuple(weight.values.shape))
+        return product(x, weight, tiling)
+
+    monkeypatch.setattr(fp8_wide, "product", seen)
     said = [run(GraphDecoder(model, quantised=True, graphs=g)) for g in (True, False)]
     assert said[0].responses.tolist() == said[1].responses.tolist()
     assert torch.equal(said[0].logprobs, said[1].logprobs)
+    assert multiplied == set(LLAMA_8B) or fp8_wide.multiprocessors(DEVICE) != 132
 
 
 @pytest.mark.gpu
