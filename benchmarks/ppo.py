@@ -6,7 +6,9 @@ On several GPUs `torchrun --nproc-per-node 2 benchmarks/ppo.py ...`; memory is t
 --new 32 --set samples_per_prompt=4` is an arm of the demo on a CPU core: its policy, SARM, prompts
 and settings, its responses again of exactly `--new` tokens. `python benchmarks/ppo.py --scaling` on
 1, 2, 4 ... GPUs, as many as there are, at `--batch` sequences a GPU: a table of step, tokens/s per
-GPU, efficiency, memory and where the time goes, for each of `--ways`.
+GPU, efficiency, memory and where the time goes, for each of `--ways`. `python benchmarks/ppo.py
+--shape 135m --batch 128 --new 64 --set samples_per_prompt=4 --set gpu_gib=8 --beside 9` starts nine
+such trainings on one GPU, which take turns on it, and with `--mps` nine whose kernels run at once.
 
 The real `Trainer` on a policy and a SARM of the given shapes with random bf16 weights, prompts of
 exactly `--prompt` tokens and responses of exactly `--new`: no token ends them. Medians over
@@ -17,6 +19,7 @@ copy rate and bf16 matrix rate measured in the same run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -48,6 +51,8 @@ from sarm.ppo.learner.distributed import start_world  # noqa: E402
 from sarm.ppo.reward import CompoundReward, Penalised  # noqa: E402
 from sarm.ppo.trainer import Trainer  # noqa: E402
 from sarm.reward_model.model import SarmModel, SarmModelConfig, load_sarm  # noqa: E402
+from sarm.threads import given_cpus  # noqa: E402
+from slurm.mps import served  # noqa: E402
 
 SPECIAL = ("<bos>", "<eot>", "<pad>")
 TEMPLATE = "<bos> {% for m in messages %}{{ m['content'] | trim }} <eot> {% endfor %}"
@@ -82,7 +87,21 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+}
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "135m": (
+        {**SMOLLM2, "num_hidden_layers": 30, "tie_word_embeddings": True},
+        {**SMOLLM2, "num_hidden_layers": 20, "d_sae": 4608, "k": 32},
+    ),
     "1b": (
         {**LLAMA_1B, "num_hidden_layers": 16, "tie_word_embeddings": True},
         {**LLAMA_1B, "num_hidden_layers": 8, "d_sae": 16384, "k": 64},
@@ -387,10 +406,17 @@ def main() -> None:
         default=["lora", "compact"],
         help=f"of {', '.join(WAYS)} (default: lora,compact)",
     )
+    parser.add_argument(
+        "--beside", type=int, help="so many trainings at once on the first GPU, one rank each"
+    )
+    parser.add_argument("--mps", action="store_true", help="with --beside, through NVIDIA's MPS")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--together", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.scaling:
         return scaling(args)
+    if args.beside:
+        return beside(args)
     warnings.filterwarnings("ignore", category=FutureWarning)
     world = start_world()
     if world.rank:
@@ -411,6 +437,8 @@ def main() -> None:
     )
     lines = [trainer.run_step() for _ in range(args.warmup)]
     print("warm-up steps: " + ", ".join(f"{line['time/step']:.2f} s" for line in lines))
+    if args.together:
+        wait_for_others(args.together, args.record.name)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     lines = [trainer.run_step() for _ in range(args.steps)]
@@ -455,7 +483,7 @@ def main() -> None:
     if args.profile:
         profile(trainer)
     if args.record:
-        found = record(trainer, median)
+        found = record(trainer, median, alone=args.together is None)
         if world.rank == 0:
             args.record.write_text(json.dumps(found))
 
@@ -464,8 +492,10 @@ def main() -> None:
 # ----------------------------------------------------------------------------------------------
 
 
-def record(trainer: Trainer, median: dict[str, float]) -> dict[str, float]:
-    """What a row of the table says of this run; a collective."""
+def record(trainer: Trainer, median: dict[str, float], alone: bool) -> dict[str, float]:
+    """What a row of the table says of this run; a collective. A profile, from which communication
+    is told, only where it is `alone`.
+    """
     world, cuda = trainer.learner.world, trainer.learner.world.device.type == "cuda"
     peaks = world.gather_texts(str(median.get("gpu/reserved_peak_gib", float("nan"))))
     shares = {
@@ -477,7 +507,7 @@ def record(trainer: Trainer, median: dict[str, float]) -> dict[str, float]:
         "tokens_per_s": median["tokens_per_s"],
         "peak_gib": max(map(float, peaks)),
         **shares,
-        "communicating": communicating(trainer) if cuda else float("nan"),
+        "communicating": communicating(trainer) if cuda and alone else float("nan"),
     }
 
 
@@ -514,6 +544,66 @@ def scaling(args: argparse.Namespace) -> None:
     print(*failed, sep="\n")
 
 
+def wait_for_others(folder: Path, name: str) -> None:
+    """Until every training beside this one is as far."""
+    (folder / f"{name}.ready").touch()
+    while not (folder / "all").exists():
+        time.sleep(0.01)
+
+
+def beside(args: argparse.Namespace) -> None:
+    """Several trainings at once, begun together; what each took and all made. Each has an equal
+    share of the CPUs.
+    """
+    command = [sys.executable, __file__, *one_of_several(args)]
+    threads = max(1, given_cpus(os.environ) // args.beside)
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        served() if args.mps else contextlib.nullcontext({}) as env,
+    ):
+        if args.mps and not env:
+            raise SystemExit("no MPS of its own to compare with")
+        folder = Path(temporary)
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
+        started = []
+        for i in range(args.beside):
+            paths = ["--record", str(folder / str(i)), "--together", temporary]
+            with open(folder / f"{i}.log", "w") as log:
+                started.append(
+                    subprocess.Popen([*command, *paths], env=env, stdout=log, stderr=log)
+                )
+        while len(list(folder.glob("*.ready"))) < args.beside:
+            if any(one.poll() for one in started):
+                break
+            time.sleep(0.05)
+        (folder / "all").touch()
+        failed = [i for i, one in enumerate(started) if one.wait()]
+        for i in failed[:1]:
+            print((folder / f"{i}.log").read_text()[-3000:])
+        found = [
+            json.loads((folder / str(i)).read_text()) for i in range(args.beside) if i not in failed
+        ]
+        if not failed:
+            print((folder / "0.log").read_text())
+    steps = [one["step_s"] for one in found]
+    made = sum(args.batch / step for step in steps)
+    print(
+        f"{len(found)} of {args.beside} {args.shape} trainings at once,"
+        f" {'through MPS' if args.mps else 'in turns'},"
+        f" {threads} threads each: {made:.0f} sequences/s together, steps of {min(steps):.3f} to"
+        f" {max(steps):.3f} s, {max(one['peak_gib'] for one in found):.2f} GiB each at most; "
+        + ", ".join(f"{kind} {statistics.median(one[kind] for one in found):.0%}" for kind in KINDS)
+    )
+
+
+def one_of_several(args: argparse.Namespace) -> list[str]:
+    """The words that describe the same work to a benchmark of its own."""
+    words = ["--shape", args.shape, "--mode", args.mode]
+    for name in ("batch", "prompt", "new", "steps", "warmup"):
+        words += [f"--{name}", str(getattr(args, name))]
+    return words + [word for setting in args.set for word in ("--set", setting)]
+
+
 def run_apart(args: argparse.Namespace, way: str, gpus: int) -> tuple[dict[str, float] | None, str]:
     """(this benchmark's record on so many ranks, or None; the last line of what it printed)."""
     mode, settings = WAYS[way]
@@ -525,20 +615,9 @@ def run_apart(args: argparse.Namespace, way: str, gpus: int) -> tuple[dict[str, 
         "--nproc-per-node",
         str(gpus),
         __file__,
-        "--shape",
-        args.shape,
-        "--mode",
-        mode,
     ]
-    for name, value in (
-        ("batch", args.batch * gpus),
-        ("prompt", args.prompt),
-        ("new", args.new),
-        ("steps", args.steps),
-        ("warmup", args.warmup),
-    ):
-        command += [f"--{name}", str(value)]
-    command += [word for setting in (*settings, *args.set) for word in ("--set", setting)]
+    each = {"mode": mode, "batch": args.batch * gpus, "set": [*settings, *args.set]}
+    command += one_of_several(argparse.Namespace(**{**vars(args), **each}))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "record.json")
         done = subprocess.run(

@@ -134,17 +134,19 @@ def add_labels(
             rows = label_rows(
                 active[card["latent"]], encoded, config.cards, label.held_out, config.seed
             )
-            examples = [
+            shown, silent, held_active, held_silent = (
                 [
                     Example(texts[row].messages[-2]["content"], texts[row].messages[-1]["content"])
                     for row in kind
                 ]
                 for kind in rows
-            ]
+            )
             held = read([texts[row] for row in rows.held_active], [card["latent"]])
             tokens = [
                 Tokens(one.tokens, np.flatnonzero(one.kept[:, 0] & (one.a[:, 0] > 0)).tolist())
                 for one in held
             ]
-            card["label"] = labelled(endpoint, *examples, tokens, config.seed)
+            card["label"] = labelled(
+                endpoint, shown, silent, held_active, held_silent, tokens, config.seed
+            )
     found["labels"] = {"endpoint": label.url, "model": label.model}

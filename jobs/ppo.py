@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.ppo_log import Log
 from sarm.config import Config, UserError, arm_and_seed
@@ -27,6 +27,9 @@ from sarm.evaluation.early import check_labels, check_prompted
 from sarm.evaluation.verdict import rule_sha256
 from sarm.records import Calibration, Features, RatedLatent, Readings
 from sarm.run import Attempt, RunDir
+
+if TYPE_CHECKING:
+    from sarm.ppo.kept import Kept
 
 STOPPED = 75
 """Exit code of a job that was asked to stop and can go on: EX_TEMPFAIL."""
@@ -80,7 +83,7 @@ class Training:
         if self.parent:
             self.parent.check_penalty(arm_penalty(self.arm, reward, self.readings))
             attempt.note_file(self.parent.manifest_file)
-        self.rule_sha256 = rule_sha256(config)
+        self.rule_sha256: str | None = rule_sha256(config)
         self.made_with = made_with(config, attempt, self.parent)
         self.checkpoints = attempt.folder / "checkpoints"
         loaded = checkpoint.load(self.checkpoints, world=world, made_with=self.made_with)
@@ -98,7 +101,8 @@ class Training:
             self.trainer.restore(loaded.state["trainer"], loaded)
         self.trainer.reward = reward
         self.held_out = held_out_of(config, self.trainer, self.readings)
-        self.log = self.kept = None
+        self.log: Log | None = None
+        self.kept: Kept | None = None
         if world.rank == 0:
             self.begin(unit, loaded)
 
@@ -156,8 +160,9 @@ class Training:
         def write(folder: Path) -> None:
             self.write_policy(found, folder, folder / "adapter" if found.adapter else None)
 
-        for distance in distances if self.kept else ():
-            self.kept.add(distance, step=progress.step, kl=progress.drift.mean, write=write)
+        if self.kept:
+            for distance in distances:
+                self.kept.add(distance, step=progress.step, kl=progress.drift.mean, write=write)
 
     def evaluate(self) -> None:
         """On held-out prompts. A collective."""
@@ -187,6 +192,7 @@ class Training:
         if self.world.rank == 0:
             if ppo.keeps_state:
                 attempt.directory("state")
+            assert self.log is not None and self.kept is not None
             self.log.close()
             adapter = attempt.directory("adapter") if found.adapter else None
             self.write_policy(found, attempt.directory("policy"), adapter)

@@ -7,13 +7,14 @@ Each file begins with the lines of the checkpoint that the attempt goes on from.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sarm.config import LEFT_OUT, Config, UserError
 from sarm.config.reads import values_sha256
 from sarm.evaluation.held_out import Evaluated
-from sarm.records import Completion, File, HeldOutMetrics, StepMetrics, plain
+from sarm.records import Completion, HeldOutMetrics, Line, StepMetrics, plain
 from sarm.run import Attempt
 
 COMPLETION_COLUMNS = [name for name in Completion.model_fields if name != "schema_number"]
@@ -22,8 +23,8 @@ COMPLETION_COLUMNS = [name for name in Completion.model_fields if name != "schem
 class Lines:
     """A JSONL file of records, begun with some lines."""
 
-    def __init__(self, path: Path, record: type[File], lines: list[dict[str, Any]]) -> None:
-        self.record, self.lines = record, []
+    def __init__(self, path: Path, record: type[Line], lines: list[dict[str, Any]]) -> None:
+        self.record, self.lines = record, list[dict[str, Any]]()
         self.file = path.open("w", encoding="utf-8")
         self.write(*lines)
 
@@ -41,7 +42,7 @@ class Log:
 
     def __init__(self, config: Config, unit: str, attempt: Attempt, state: dict[str, Any]) -> None:
         self.config, self.attempt = config, attempt
-        records = {"metrics": StepMetrics}
+        records: dict[str, type[Line]] = {"metrics": StepMetrics}
         if config.ppo.held_out.every:
             records |= {"held_out": HeldOutMetrics, "completions": Completion}
         self.files = {
@@ -87,9 +88,11 @@ class Log:
         if self.wandb and completions:
             import wandb
 
-            rows = [[str(c[name]) for name in COMPLETION_COLUMNS] for c in completions]
+            rows: list[Iterable[str]] = [
+                [str(c[name]) for name in COMPLETION_COLUMNS] for c in completions
+            ]
             self.wandb.log(
-                {"completions": wandb.Table(columns=COMPLETION_COLUMNS, data=rows)}, step=step
+                {"completions": wandb.Table(columns=[*COMPLETION_COLUMNS], data=rows)}, step=step
             )
         self._numbers({"step": step, **found.metrics})
 

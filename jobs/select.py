@@ -106,7 +106,7 @@ def directions_summary(
         counts = [manifest["c"][f"{c:g}"] for manifest in manifests]
         rows.append(
             {
-                "c": float(c),
+                "c": float(c),  # type: ignore[arg-type]
                 "part": manifests[0]["part"],
                 "texts": manifests[0]["texts"],
                 "latents": len(mine),

@@ -20,14 +20,20 @@ class Prose(NamedTuple):
     """One paragraph."""
 
     text: str
-    kind = "prose"
+
+    @property
+    def kind(self) -> str:
+        return "prose"
 
 
 class Items(NamedTuple):
     """A list; what follows an item's first line, such as a path, is not wrapped."""
 
     items: Sequence[str]
-    kind = "items"
+
+    @property
+    def kind(self) -> str:
+        return "items"
 
 
 class Table(NamedTuple):
@@ -44,7 +50,10 @@ class Table(NamedTuple):
     """By row: of how many prompts, seeds or steps."""
     unknown: Mapping[str, str] = MappingProxyType({})
     """By column: why a figure is n/a."""
-    kind = "table"
+
+    @property
+    def kind(self) -> str:
+        return "table"
 
     def hover(self, row: int, column: int) -> str:
         """Where a cell comes from, in words; empty where that is not said."""

@@ -293,7 +293,8 @@ def change_plot(runs: Sequence[Compared]) -> list[Plot]:
             np.array([100 * found[m][key] for m in mine], float)
             for key in ("change", "low", "high")
         )
-        made.add_scatter(
+        made.add(
+            "scatter",
             x=value,
             y=[-measures.index(m) - 0.6 * position / len(runs) for m in mine],
             error_x={
@@ -314,12 +315,12 @@ def change_plot(runs: Sequence[Compared]) -> list[Plot]:
     if not shown:
         return []
     middle = 0.3 * (len(runs) - 1) / len(runs)
-    made.update_yaxes(
+    made.yaxis(
         tickvals=[-measures.index(m) - middle for m in shown],
         ticktext=[MEASURES[m] for m in shown],
         showgrid=False,
     )
-    made.add_vline(x=0, line_width=1.5, line_color="#7f868f")
+    made.vline(0, {"color": "#7f868f", "width": 1.5})
     return [
         Plot(
             "changes",
@@ -342,7 +343,8 @@ def curves(runs: Sequence[Compared]) -> list[Plot]:
             mine = table[table["arm"] == "penalty"]
             mean = pd.to_numeric(mine[metric], errors="coerce").groupby(mine["step"]).mean()
             line = {"color": looks(position).colour, "dash": looks(position).dash, "width": 1.8}
-            made.add_scatter(
+            made.add(
+                "scatter",
                 x=mean.index.to_numpy(np.int32),
                 y=mean.to_numpy(np.float32),
                 mode="lines",

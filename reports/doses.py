@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -17,39 +17,48 @@ from reports.numbers import fixed
 from sarm.run import RunDir, listed
 
 Entries = Sequence[Mapping[str, Any]]
+COSTS: dict[str, Callable[[pd.Series, float], pd.Series]] = {
+    "threshold": lambda z, tau: z > tau,
+    "hinge": lambda z, tau: (z - tau).clip(lower=0),
+    "density": lambda z, _: z > 0,
+}
+"""By kind of penalty what a latent's value in a response costs it, for alpha 1, as `doses` of
+`sarm.ppo.penalties` has it for the random arm's matching, which needs torch.
+"""
 
 
 def random_sets(run: RunDir, frames: Frames) -> dict[str, Any]:
     """`penalised`: the dose of the penalty arm. `random`: of each trained seed of the random arm
-    its latents and dose. A dose, unsafe and safe, is the sum of alpha times the latent's rate in
-    the base policy's responses to the evaluation's prompts; NaN where that is not known, and in a
-    penalty that no threshold sets off.
+    its latents and dose. A dose, unsafe and safe, is what the penalty costs the base policy's
+    responses to the evaluation's prompts on average, `COSTS`; NaN where that is not known.
     """
     base = frames.generations[frames.generations["arm"] == "base"]
-    whole = run.config.ppo.penalty.kind == "threshold"
+    kind = run.config.ppo.penalty.kind
     penalised = penalised_latents(run, frames.features)
     sets = []
     for seed in run.config.ppo.seeds:
         entries = frames.calibrations.get(f"random-seed{seed}", {}).get("penalised", [])
         if entries:
             latents = [entry["latent"] for entry in entries]
-            sets.append({"seed": seed, "latents": latents, **doses(base, entries, whole)})
-    return {"penalised": doses(base, penalised, whole), "random": sets}
+            sets.append({"seed": seed, "latents": latents, **doses(base, entries, kind)})
+    return {"penalised": doses(base, penalised, kind), "random": sets}
 
 
-def doses(base: pd.DataFrame, entries: Entries, whole: bool) -> dict[str, float]:
-    """By kind of prompt; NaN of all kinds unless `whole`, and where a latent was not watched."""
-    return {
-        kind: dose(base[base["kind"] == kind], entries) if whole and len(base) else math.nan
-        for kind in ("unsafe", "safe")
-    }
+def doses(base: pd.DataFrame, entries: Entries, penalty: str) -> dict[str, float]:
+    """By kind of prompt."""
+    parts = {kind: base[base["kind"] == kind] if len(base) else base for kind in ("unsafe", "safe")}
+    return {kind: dose(rows, entries, penalty) for kind, rows in parts.items()}
 
 
-def dose(rows: pd.DataFrame, entries: Entries) -> float:
-    """sum of alpha x P(z > tau) over the rows."""
-    if not len(rows) or not entries or any(f"z_{e['latent']}" not in rows for e in entries):
+def dose(rows: pd.DataFrame, entries: Entries, penalty: str) -> float:
+    """sum of alpha x mean cost over the rows; NaN without rows or latents, where a latent was not
+    watched, and of a penalty that `COSTS` does not name.
+    """
+    watched = all(f"z_{e['latent']}" in rows for e in entries)
+    if not len(rows) or not entries or not watched or penalty not in COSTS:
         return math.nan
-    return float(sum(e["alpha"] * (rows[f"z_{e['latent']}"] > e["tau"]).mean() for e in entries))
+    cost = COSTS[penalty]
+    return float(sum(e["alpha"] * cost(rows[f"z_{e['latent']}"], e["tau"]).mean() for e in entries))
 
 
 def random_entries(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
@@ -94,8 +103,8 @@ def random_sentences(sets: Mapping[str, Any]) -> list[Block]:
         )
         blocks.append(
             Prose(
-                "Dose, the sum of alpha times the rate in the base policy's responses to these"
-                f" prompts: {told}."
+                "Dose, what the penalty costs the base policy's responses to these prompts on"
+                f" average: {told}."
             )
         )
     return blocks

@@ -100,7 +100,7 @@ def explorer_data(generations: pd.DataFrame, latents: Sequence[dict[str, Any]]) 
             "trained": arm not in ARMS or ARMS[arm].trained,
         }
         for policy, arm, seed in sorted(
-            found.itertuples(index=False), key=lambda row: (arm_rank(row.arm), row.seed)
+            found.itertuples(index=False), key=lambda row: (arm_rank(str(row.arm)), row.seed)
         )
     ]
     place = {policy["name"]: i for i, policy in enumerate(policies)}

@@ -193,8 +193,8 @@ def _progression(training: pd.DataFrame, policy: str) -> list[dict[str, Any]]:
             "step": step,
             **{
                 short: (
-                    float(rows.at[step, name])
-                    if name in rows and pd.notna(rows.at[step, name])
+                    float(value)
+                    if name in rows and pd.notna(value := rows[name].loc[step])
                     else math.nan
                 )
                 for short, name in names.items()
@@ -218,13 +218,13 @@ def _failures(run: RunDir, phases: pd.DataFrame) -> list[dict[str, Any]]:
     missing = phases[phases["status"] != "done"]
     told = [shown_cause(cause, run.config.report) for cause in missing["cause"]]
     missing = missing.assign(cause=told)
-    return missing[["phase", "unit", "status", "cause", "log"]].to_dict("records")
+    return missing[["phase", "unit", "status", "cause", "log"]].to_dict("records")  # type: ignore[return-value]
 
 
 def _phases(phases: pd.DataFrame) -> list[dict[str, Any]]:
     """A row per unit: what became of it, when, on what, and the units whose outputs it read."""
     names = ["phase", "unit", "status", "started", "ended", "seconds", "device", "host", "needs"]
-    return phases[names].astype(object).where(phases[names].notna(), None).to_dict("records")
+    return phases[names].astype(object).where(phases[names].notna(), None).to_dict("records")  # type: ignore[return-value]
 
 
 def _training(frames: Frames) -> list[dict[str, Any]]:

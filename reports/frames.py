@@ -178,8 +178,8 @@ def _read_outputs(
     monitors = usable_monitors(every, monitor_latents(features), run.config.verdict.monitor_rates)
     every = _with_firing(every, penalised, monitors)
     compared = compared_distance(run.config, every)
-    at = rows_at(every, compared.distance)
-    swept = at["policy"].isin(list(points))
+    here = rows_at(every, compared.distance)
+    swept = here["policy"].isin(list(points))
     return Frames(
         phases=phases,
         manifests=manifests,
@@ -189,12 +189,12 @@ def _read_outputs(
         calibrations=calibrations,
         evaluations=evaluations,
         training=_joined(training, "step"),
-        generations=at[~swept].reset_index(drop=True),
+        generations=here[~swept].reset_index(drop=True),
         probe=probe,
         models=models,
         cards=cards,
         steered=steered,
-        sweep=at[swept].reset_index(drop=True),
+        sweep=here[swept].reset_index(drop=True),
         compared=compared,
         every=every,
         kept=kept,
@@ -311,7 +311,8 @@ def _metrics(path: Path, unit: str) -> pd.DataFrame:
 def _with_policy(table: pd.DataFrame, unit: str) -> pd.DataFrame:
     arm, seed = arm_and_seed(unit)
     table = table.reset_index(drop=True)
-    for position, (name, value) in enumerate((("policy", unit), ("arm", arm), ("seed", seed))):
+    added: dict[str, Any] = {"policy": unit, "arm": arm, "seed": seed}
+    for position, (name, value) in enumerate(added.items()):
         table.insert(position, name, value)
     return table
 

@@ -28,6 +28,7 @@ def monitor_choice(run: RunDir, frames: Frames) -> dict[str, Any]:
     known = {c.latent: (c.tau, c.rate) for c in readings.candidates} if readings else {}
     dropped = []
     for candidate in features.monitor_features if features else ():
+        assert features is not None
         if candidate.latent in counted:
             continue
         if candidate.latent not in features.monitors:

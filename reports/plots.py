@@ -20,6 +20,7 @@ from reports.chart import Chart
 from reports.frames import Frames, arm_rank
 from reports.numbers import MEASURES, arm_name, fixed, general, interval, percentage, plain
 from reports.origins import CHANGES, GENERATIONS, MANIFEST, STEER, count_of, on_prompts
+from reports.policies import NOT_AT_EQUAL_KL, at_unequal_kl
 from sarm.run import many
 
 MAX_POINTS = 5000
@@ -149,6 +150,7 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
         looks = style("penalty" if arm == "penalty - random" else arm)
         mine = [c for c in rows if c["arm"] == arm]
         shift = (len(arms) - 1) / 2 - i
+        unequal = [at_unequal_kl(c, figures["compared"]) for c in mine]
         value, low, high = (np.array([100 * c[m] for c in mine]) for m in ("change", "low", "high"))
         made.add(
             "scatter",
@@ -160,7 +162,10 @@ def changes(figures: dict[str, Any], frames: Frames) -> list[Plot]:
                 "array": high - value,
                 "arrayminus": value - low,
             },
-            mode="markers",
+            mode="markers+text",
+            text=[NOT_AT_EQUAL_KL if apart else "" for apart in unequal],
+            textposition="top center",
+            textfont={"size": 10},
             name=(
                 "penalty - random" if arm == "penalty - random" else f"{arm_name(arm)} - no penalty"
             ),
@@ -338,7 +343,7 @@ def training(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     ]
     listed = figures["penalty"]["latents"]
     rates = sorted(
-        (name for name in table if str(name).startswith("rate/")),
+        (name for name in map(str, table) if name.startswith("rate/")),
         key=lambda name: (int(name[5:]) not in listed, int(name[5:])),
     )
     for name in rates:
@@ -740,12 +745,12 @@ def run_graph(figures: dict[str, Any], frames: Frames) -> list[Plot]:
     units = figures["phases"]
     names = [u["phase"] if u["unit"] == "all" else f"{u['phase']}/{u['unit']}" for u in units]
     row = {f"{u['phase']}/{u['unit']}": i for i, u in enumerate(units)}
-    began = [datetime.fromisoformat(u["started"]) for u in units if u["started"]]
-    first = min(began) if began else None
+    began = {i: datetime.fromisoformat(u["started"]) for i, u in enumerate(units) if u["started"]}
+    first = min(began.values(), default=None)
     start = [
-        (datetime.fromisoformat(u["started"]) - first).total_seconds() / 60 if u["started"] else 0.0
-        for u in units
-    ]  # type: ignore[operator]
+        (began.get(i, first) - first).total_seconds() / 60 if first else 0.0
+        for i in range(len(units))
+    ]
     length = [(u["seconds"] or 0.0) / 60 for u in units]
     made = figure("minutes", "", 90 + 24 * len(units), legend=ABOVE)
     lines_x: list[float | None] = []

@@ -20,6 +20,21 @@ from sarm.evaluation.intervals import two_way
 from sarm.run import RunDir
 
 KINDS = ("unsafe", "safe")
+NOT_AT_EQUAL_KL = "not at equal KL"
+
+
+def unequal(one: float, other: float, tolerance: float) -> bool:
+    """Whether two KLs are further apart than the rule compares."""
+    return not 0 < max(one, other) <= (1 + tolerance) * min(one, other)
+
+
+def at_unequal_kl(change: Mapping[str, Any], compared: Mapping[str, Any]) -> bool:
+    """Whether a change's two arms are; not where the KL of one is not known."""
+    penalty = change["arm"] in ("penalty", "penalty - random")
+    arms = compared["arm"] if penalty else change["arm"], change["against"]
+    one, other = (compared["kl"].get(arm, math.nan) for arm in arms)
+    known = math.isfinite(one) and math.isfinite(other)
+    return known and unequal(one, other, compared["tolerance"])
 
 
 def policy_table(generations: pd.DataFrame) -> pd.DataFrame:
@@ -167,7 +182,7 @@ def compared_figures(run: RunDir, frames: Frames) -> dict[str, Any]:
         else (frames.generations)
     )
     kl = {
-        arm: mean(mine["kl"])
+        str(arm): mean(mine["kl"])
         for arm, mine in table[table["policy"].isin(trained)].groupby("arm", sort=False)
     }
     evaluated = [policy for policy in trained if policy in set(frames.every["policy"])]

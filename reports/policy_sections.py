@@ -35,7 +35,7 @@ from reports.origins import (
     columns,
     count_of,
 )
-from reports.policies import parts_of_change
+from reports.policies import NOT_AT_EQUAL_KL, at_unequal_kl, parts_of_change, unequal
 from sarm.config import ARMS
 from sarm.run import many
 
@@ -124,10 +124,7 @@ def change_name(change: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
     name = MEASURES[change["measure"]]
     if change["arm"] == "penalty - random":
         name += ", vs. random"
-    kl = [compared["kl"].get(arm, math.nan) for arm in (compared["arm"], change["against"])]
-    known = all(map(math.isfinite, kl))
-    apart = known and unequal(*kl, compared["tolerance"])
-    return f"{name} (not at equal KL)" if apart else name
+    return f"{name} ({NOT_AT_EQUAL_KL})" if at_unequal_kl(change, compared) else name
 
 
 def policy_evaluation(figures: dict[str, Any]) -> list[Block]:
@@ -406,11 +403,6 @@ def changes(figures: dict[str, Any]) -> list[Block]:
             Prose("In the row `vs. random`, before is the random arm and after the penalty arm.")
         )
     return blocks
-
-
-def unequal(one: float, other: float, tolerance: float) -> bool:
-    """Whether two KLs are further apart than the rule compares."""
-    return not 0 < max(one, other) <= (1 + tolerance) * min(one, other)
 
 
 def unequal_sentence(kl: Mapping[str, float], tolerance: float) -> list[Block]:

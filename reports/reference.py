@@ -59,9 +59,9 @@ def discovery(features: dict[str, Any] | None) -> list[str]:
 
 def controls(figures: dict[str, Any]) -> list[str]:
     penalty, rows = figures["penalty"], figures["progression"]
-    names = ", ".join(str(latent) for latent in penalty["latents"]) or "none"
+    latents = ", ".join(str(latent) for latent in penalty["latents"]) or "none"
     top = f" (top {len(penalty['latents'])} safety-harming)" if penalty["top_harming"] else ""
-    lines = [f"Features Penalized: {names}{top}"]
+    lines = [f"Features Penalized: {latents}{top}"]
     if not penalty["has_tau"]:
         lines += [
             f"Penalty Threshold (tau): none ({penalty['words']} penalty)",

@@ -80,7 +80,7 @@ def latent_rows(seed: SeedReport, frames: Frames) -> list[dict[str, Any]]:
                     if feature.latent == latent:
                         row |= {"list": mine, "rank": at, "confirmed": feature.confirmed}
             if "latent" in table and latent in table.index:
-                here = table.loc[latent]
+                here: Any = table.loc[latent]
                 row |= {"role": str(here["role"]), "effect": float(here["effect"])}
                 row["overall"] = int(order[latent]) if order[latent] == order[latent] else None
                 if row["confirmed"] is None and "confirmed" in table:

@@ -23,7 +23,7 @@ from sarm.ppo.learner.memory_plan import (
     Shape,
     find_shape,
     make_plan,
-    sampling_time,
+    sampling_parts,
     score_time,
 )
 from sarm.records import Manifest
@@ -177,7 +177,8 @@ def scoring_s(sarm: Sarm, texts: float, tokens: float = TEXT_TOKENS) -> float:
 def sampling_s(policy: Shape, responses: int, prompt_tokens: int, tokens: int) -> float:
     """Of a phase that samples as many rows at once as suit the decoder."""
     at_once = min(responses, rows_at_once(prompt_tokens + tokens))
-    return sampling_time(policy, responses, at_once, prompt_tokens, tokens, H100)
+    parts = sampling_parts(policy, responses, at_once, prompt_tokens, tokens, H100)
+    return sum(parts.values())
 
 
 def reading_s(policy: Shape, tokens: float) -> float:

@@ -79,7 +79,8 @@ class File(Record):
     REDO: ClassVar[str]
     """The job that writes it."""
 
-    schema_number: int = Field(alias="schema")
+    schema_number: int = Field(default=1, alias="schema")
+    """That of the class, wherever none is given."""
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**{"schema": self.SCHEMA, **values})

@@ -94,7 +94,8 @@ def plan_costs(config: Config, profile: Profile, run: RunDir) -> list[Cost] | No
     found = fetched(run)
     data = counts(found.data.pairs, found.data.prompts) if found else counts(None, None)
     ppo = resources(profile, "ppo")
-    return planned(config, policy, sarm, data, Gpus(max(1, ppo.gpus * ppo.nodes), 80))
+    gpus = Gpus(max(1, ppo.gpus) * ppo.nodes, 80, ppo.nodes)
+    return planned(config, policy, sarm, data, gpus)
 
 
 def check_limit(config: Config, profile: Profile, run: RunDir) -> None:

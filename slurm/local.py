@@ -2,13 +2,14 @@
 --run R`.
 
 Jobs go through submitit's local executor, each with a log of its own and on one GPU, where there
-are any: the one with fewest jobs. What is done is skipped; Ctrl-C leaves a run that the same
-command resumes.
+are any: the one with fewest jobs; several on one share it through NVIDIA's MPS (`slurm/mps.py`).
+What is done is skipped; Ctrl-C leaves a run that the same command resumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from slurm.dag import Node, Task, tasks
 from slurm.entry import GRACE_S, run_spec
 from slurm.left import Rest
 from slurm.lock import held
+from slurm.mps import served
 from slurm.state import write_local_states
 from slurm.view import Unit, View, last_lines, span
 from slurm.words import made, report_of
@@ -78,8 +80,11 @@ def run_here(args: argparse.Namespace) -> int:
     """0 where all went well, 1 where a task failed, 130 where it was stopped."""
     run = RunDir.create(args.run, config_of(args.run, args.config, args.overrides))
     try:
-        with held(run.path / "run.lock", f"a run in {run.path}"):
-            state = run_all(run, workers=args.workers)
+        with (
+            held(run.path / "run.lock", f"a run in {run.path}"),
+            shared_gpus(args.workers) as given,
+        ):
+            state = run_all(run, workers=args.workers, given=given)
     except KeyboardInterrupt:
         print(
             f"\nstopped; the same command goes on from here, logs are in {run.path / 'logs'}",
@@ -104,9 +109,14 @@ def run_here(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def run_all(run: RunDir, *, workers: int) -> State:
-    """Run every task that is not done; returns what became of each. On Ctrl-C tells the jobs to
-    stop, then raises.
+def shared_gpus(workers: int) -> contextlib.AbstractContextManager[Mapping[str, str]]:
+    """MPS where so many tasks share a GPU; the variables that tasks need for it."""
+    return served() if 0 < len(visible_gpus(os.environ)) < workers else contextlib.nullcontext({})
+
+
+def run_all(run: RunDir, *, workers: int, given: Mapping[str, str] | None = None) -> State:
+    """Run every task that is not done, with the variables `given`; returns what became of each. On
+    Ctrl-C tells the jobs to stop, then raises.
     """
     plan = tasks(run.config)
     state, rest = State({task.node: "waiting" for task in plan}), Rest(run)
@@ -140,7 +150,8 @@ def run_all(run: RunDir, *, workers: int) -> State:
                         gpu = least_used(gpus, [gpu_of[node] for node in jobs if node in gpu_of])
                         if gpu is not None:
                             gpu_of[task.node] = gpu
-                        jobs[task.node] = _submit(run, task, folder, threads, gpu)
+                        env = {**(given or {}), "OMP_NUM_THREADS": str(threads)}
+                        jobs[task.node] = _submit(run, task, folder, env, gpu)
                         state.word[task.node], state.began[task.node] = "running", time.monotonic()
                 write_local_states(run, state.word, workers)
                 shown = units_of(run, state)
@@ -188,23 +199,30 @@ def least_used(gpus: list[str], used: list[str]) -> str | None:
     return min(gpus, key=lambda gpu: running[gpu], default=None)
 
 
-def _submit(run: RunDir, task: Task, folder: Path, threads: int, gpu: str | None) -> Any:
+def _submit(run: RunDir, task: Task, folder: Path, env: Mapping[str, str], gpu: str | None) -> Any:
+    """Start a task with these variables and those that every task has; submitit's job."""
     phase, unit = task.node
     run.progress_file(phase, unit).unlink(missing_ok=True)  # an earlier attempt's
     force = ["--force"] if task.when == "afterany" else []
     # submitit's local executor hides all GPUs from what it starts.
-    env = {
-        "OMP_NUM_THREADS": str(threads),
+    variables: dict[str, str | None] = {
+        **env,
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": gpu or os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
     if phase != "fetch":
-        env |= {"HF_HUB_OFFLINE": "1", "HF_TOKEN": None, "HUGGING_FACE_HUB_TOKEN": None}
+        variables |= {"HF_HUB_OFFLINE": "1", "HF_TOKEN": None, "HUGGING_FACE_HUB_TOKEN": None}
     command = {
         "argv": ["-m", "jobs", phase, "--run", str(run.path), "--unit", unit, *force],
         "log": str(run.log(phase, unit)),
     }
-    spec = {"commands": [command], "cwd": str(ROOT), "env": env, "ranks": False, "grace_s": GRACE_S}
+    spec = {
+        "commands": [command],
+        "cwd": str(ROOT),
+        "env": variables,
+        "ranks": False,
+        "grace_s": GRACE_S,
+    }
     path = folder / f"{phase}.{unit}.json"
     write_atomic(path, json.dumps(spec).encode())
     executor = submitit.LocalExecutor(folder)

@@ -5,6 +5,7 @@ Imports no torch: a test file of light modules is collected in a second.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,28 @@ if "OMP_NUM_THREADS" not in os.environ:
 if not os.path.exists("/dev/nvidiactl"):
     # read when triton is imported, which torch may do: kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Read when hypothesis is imported, which then looks at the metadata of all that is installed.
+os.environ.setdefault("HYPOTHESIS_NO_PLUGINS", "1")
 
 import pytest
 
 from sarm.config import ROOT, load_config
 from sarm.run import RunDir
 from tests.fakes.site import Site
+
+# torch and transformers are a million objects: looked over as often as Python does by itself, they
+# take a tenth of all tests' time.
+gc.set_threshold(20_000, 20, 50)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and is looked over no more."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At its end Python lets go of what it knows of; else triton's bindings complain of leaks."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

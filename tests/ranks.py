@@ -27,15 +27,6 @@ from sarm.ppo.reward import CompoundReward, Penalised
 from sarm.reward_model.scoring import Encoded
 from tests.tiny import tiny_tokenizer
 
-IMPORTED = [
-    "deepspeed",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.modeling_auto",
-    "peft",
-    "sarm.ppo.trainer",
-    __name__,
-]
-
 WORDS = ("help", "make", "steps", "harm", "people", "safe", "thing", "please")
 
 
@@ -44,15 +35,21 @@ def process_context() -> Any:
     GPU by a spawn, as a process that has used one cannot be forked.
     """
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload(["tests.forked"])
     return context
 
 
 def run_interpreted(code: str) -> None:
-    """Run Python code in a process in which Triton interprets kernels: it decides on import. Raises
-    what the code raises.
+    """Run Python code where Triton interprets kernels, with random numbers of its own. Triton
+    decides on import: here, where conftest had it interpret, otherwise in a process of its own.
+    Raises what the code raises.
     """
     pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            exec(code, {})
+        return
     with (
         pytest.MonkeyPatch.context() as patch,
         ProcessPoolExecutor(1, mp_context=process_context()) as pool,

@@ -29,6 +29,7 @@ LIGHT = (
     "slurm.left",
     "slurm.local",
     "slurm.lock",
+    "slurm.mps",
     "slurm.plan",
     "slurm.profile",
     "slurm.profile_file",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -357,7 +357,7 @@ def _overall(found: Sequence[Found]) -> tuple[float, float] | None:
 
 
 def likeliest(
-    card: SarmCard, facts: Facts, tried: dict[str, Sequence[Found]], check: SarmCheck
+    card: SarmCard, facts: Facts, tried: Mapping[str, Sequence[Found]], check: SarmCheck
 ) -> list[str]:
     """Causes in words, those first for which something speaks. `tried`: what was found under each
     other way of reading, named so that `with ...` goes on.

@@ -12,14 +12,24 @@ controller), {"elapsed": 9} (seconds, to accounting), {"sinfo": "main|main*|gpu:
 TEXT, "nvidia-smi": TEXT, "srun": TEXT}, {"sacctmgr": {"assoc": TEXT, "qos": TEXT}}. As the real
 ones, its commands hear SQUEUE_*, SBATCH_*, SLURM_CLUSTERS and SCANCEL_STATE.
 
-Tests call it some thousands of times, and most of a call is Python's start: so it imports nothing
-that Python does not start with, neither json nor re nor pathlib.
+Tests call it some thousands of times, and most of a call would be Python's start. So a command is
+a few words of bash that tell their process id to a server, which takes words, environment and
+folder from there, does what the command does and tells what to say. A server is started once by
+each process that installs commands, and ends with it.
 """
 
+import atexit
+import contextlib
 import fcntl
+import functools
+import io
 import marshal
 import os
+import select
+import socket
+import subprocess
 import sys
+import traceback
 
 NAMES = (
     "sbatch",
@@ -36,21 +46,79 @@ NAMES = (
 )
 
 
+CLIENT = """#!/bin/bash -p
+LC_ALL=C  # lengths are of bytes
+exec 3<>/dev/tcp/127.0.0.1/{port} || exit 97
+[[ " $* " != *" --test-only "* ]] || IFS= read -r -d "" text
+printf "%s\\n" "{name} $$ ${{#text}}" "$text" >&3
+read -r code out err <&3
+IFS= read -r -N $out text <&3 && printf %s "$text"
+IFS= read -r -N $err text <&3 && printf %s "$text" >&2
+exit $code
+"""
+
+
 def install(folder):  # type: ignore[no-untyped-def]
-    """A folder of executables that act as Slurm's commands."""
+    """A folder of executables that act as Slurm's commands while this process lives."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
         script = folder / name
-        lines = (
-            f"#!{sys.executable} -SE",
-            "import sys",
-            f"sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})",
-            "import slurm",
-            f"sys.exit(slurm.main({name!r}, sys.argv[1:]))",
-        )
-        script.write_text("\n".join(lines) + "\n")
+        script.write_text(CLIENT.format(port=served(os.getpid()), name=name))
         script.chmod(0o755)
     return folder
+
+
+@functools.cache
+def served(owner: int) -> int:
+    """The port of this process's server."""
+    words = [sys.executable, "-SE", __file__]
+    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    atexit.register(lambda: os.getpid() == owner and server.kill())
+    return int(server.stdout.readline())
+
+
+def serve() -> None:
+    """Until nobody holds the other end of its standard input."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+    print(listener.getsockname()[1], flush=True)
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    poll.register(0, select.POLLHUP)
+    while all(file == listener.fileno() for file, _ in poll.poll()):
+        client, _ = listener.accept()
+        with client, client.makefile("rb") as asked, contextlib.suppress(OSError, ValueError):
+            name, pid, length = asked.readline().split()  # ValueError: it was killed before
+            given = asked.read(int(length))
+            client.sendall(become(name.decode(), f"/proc/{int(pid)}", given))
+
+
+def become(name: str, process: str, given: bytes) -> bytes:
+    """What the command that a process of bash stands for exits with and says: a line of the code
+    and both lengths, its output and its errors.
+    """
+    said = [io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape") for _ in range(2)]
+    sys.stdout, sys.stderr = said
+    sys.stdin = io.StringIO(given.decode("utf-8", "surrogateescape"))
+    code = 97
+    try:
+        os.chdir(f"{process}/cwd")
+        os.environ.clear()
+        for pair in words(f"{process}/environ"):
+            key, _, value = pair.partition("=")
+            os.environ[key] = value
+        code = main(name, words(f"{process}/cmdline")[3:])  # after bash, -p and the script
+    except Exception:
+        traceback.print_exc()
+    for text in said:
+        text.flush()
+    out, err = (text.buffer.getvalue() for text in said)
+    return b"%d %d %d\n%b%b" % (code, len(out), len(err), out, err)
+
+
+def words(file: str) -> list[str]:
+    """Of a file of /proc."""
+    with open(file, "rb") as opened:
+        return [os.fsdecode(word) for word in opened.read().split(b"\0")[:-1]]
 
 
 def read(home, name: str, default=None):  # type: ignore[no-untyped-def]
@@ -274,3 +342,6 @@ COMMANDS = {
     "srun": srun,
     "apptainer": refuse,
 }
+
+if __name__ == "__main__":
+    serve()

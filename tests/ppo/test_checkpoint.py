@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,7 +23,14 @@ from sarm.ppo.learner.checkpoint import Piece
 from sarm.ppo.learner.distributed import World
 from sarm.ppo.learner.optimizer import State, compacted, expanded
 from sarm.ppo.learner.shards import engine_pieces
-from tests.ranks import PlantedReward, join_ranks, start_ranks, tiny_ppo, tiny_trainer
+from tests.ranks import (
+    PlantedReward,
+    join_ranks,
+    process_context,
+    start_ranks,
+    tiny_ppo,
+    tiny_trainer,
+)
 from tests.tiny import tiny_tokenizer
 
 ALONE = World()
@@ -206,31 +211,32 @@ def test_what_another_version_wrote_is_neither_read_nor_swept_away(tmp_path: Pat
     assert newest(tmp_path) == 2
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from sarm.ppo.learner import checkpoint
-from sarm.ppo.learner.distributed import World
-pieces = [checkpoint.Piece("x", 0, torch.arange(300_000.0))]
-print("ready", flush=True)
-for step in range(1, 10_000):
-    checkpoint.save(Path(sys.argv[1]), step, {"step": step}, pieces, world=World(),
-                    made_with="c", attempt=sys.argv[2], keep_last=1)
-"""
+def writer(folder: Path, attempt: str) -> None:
+    pieces = [Piece("x", 0, torch.arange(300_000.0))]
+    for step in range(1, 10_000):
+        checkpoint.save(
+            folder,
+            step,
+            {"step": step},
+            pieces,
+            world=ALONE,
+            made_with="c",
+            attempt=attempt,
+            keep_last=1,
+        )
 
 
 def test_killed_at_any_point_a_complete_checkpoint_is_left(tmp_path: Path) -> None:
     last = 0
     for attempt, delay_s in enumerate((0.05, 0.173)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), f"a{attempt}"], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process = process_context().Process(target=writer, args=(tmp_path, f"a{attempt}"))
+        process.start()
         while not checkpoint.complete(tmp_path, "c"):
+            assert process.is_alive()
             time.sleep(0.005)
         time.sleep(delay_s)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         loaded = checkpoint.load(tmp_path, world=ALONE, made_with="c")
         assert loaded is not None
         with loaded.tensors as tensors:
@@ -344,6 +350,7 @@ def two_rank_cases(world: World, policy: Path, folder: Path) -> None:
     for stage in (2, 3):
         uninterrupted_and_resumed(world, policy, folder / f"zero{stage}", {"zero_stage": stage})
     uninterrupted_and_resumed(world, policy, folder / "fp8", FP8 | {"zero_stage": 3})
+    assert "torch._inductor.compile_fx" not in sys.modules, "seconds of every rank's start"
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(tiny_policy: Path, tmp_path: Path) -> None:

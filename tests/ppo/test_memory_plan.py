@@ -14,14 +14,16 @@ from sarm.ppo.learner.memory_plan import (
     KNOWN,
     LLAMA_8B,
     Gpus,
+    Plan,
     Sarm,
     Shape,
+    bounds,
     main,
     make_plan,
     parse_gpus,
     score_time,
     shape_of,
-    step_time,
+    step_parts,
 )
 
 REFERENCE_JOB = PpoConfig(batch_size=32, max_prompt_tokens=64, max_new_tokens=128)
@@ -189,19 +191,58 @@ def test_the_plan_is_within_a_tenth_of_what_was_measured(
 @pytest.mark.parametrize(
     "weights, gpus, stage, moved, received",
     [
-        ("compact", 1, 0, 12e9, 0),
-        ("compact", 2, 0, 12e9, 2e9),  # an all-reduce of 2 GB: half of it twice
-        ("float32_master", 1, 0, 30e9, 0),
-        ("float32_master", 4, 2, 15.5e9, 3e9),  # a quarter of the states; buckets
-        ("float32_master", 4, 3, 15.5e9, 6e9),
+        ("compact", Gpus(1, 80), 0, 12e9, 0),
+        ("compact", Gpus(2, 80), 0, 12e9, 2e9),  # an all-reduce of 2 GB: half of it twice
+        ("float32_master", Gpus(1, 80), 0, 30e9, 0),
+        ("float32_master", Gpus(4, 80), 2, 15.5e9, 3e9),  # a quarter of the states; buckets
+        ("float32_master", Gpus(4, 80), 3, 15.5e9, 6e9),
+        # Two nodes of two: two adapters of 25 GB/s, a fifth of the 250 GB/s within a node.
+        ("float32_master", Gpus(4, 80, 2), 2, 15.5e9, 5 * 3e9),
+        # Two of eight: 200 GB/s; sixteen adapters of four nodes are no more, each node has four.
+        ("compact", Gpus(16, 80, 2), 0, 12e9, 1.25 * 3.75e9),
+        ("compact", Gpus(16, 80, 4), 0, 12e9, 2.5 * 3.75e9),
+        # Twelve adapters a node: the wires within it are the bound.
+        ("compact", Gpus(24, 80, 2), 0, 12e9, 4e9 * 23 / 24),
     ],
 )
 def test_an_optimizer_step_by_hand(
-    weights: str, gpus: int, stage: int, moved: float, received: float
+    weights: str, gpus: Gpus, stage: int, moved: float, received: float
 ) -> None:
     """Of 1 B parameters, in bytes of each GPU."""
-    found = step_time(10**9, weights, gpus, stage, H100)
-    assert found == pytest.approx(moved / 2.3e12 + received / 2.5e11)
+    found = step_parts(10**9, weights, gpus, stage, H100)
+    assert found == {
+        "memory of the optimizer": pytest.approx(moved / 2.3e12),
+        "transfers between GPUs": pytest.approx(received / 2.5e11),
+    }
+
+
+def test_adapters_are_averaged_and_zero_3_hands_the_policy_round() -> None:
+    """Of two GPUs each receives half of the adapters' float32 gradients twice. In ZeRO 3 also half
+    of the policy for the reference, judging, forward and backward passes and the decoder; of two
+    epochs with two minibatches each those are more, the gradients' sums four.
+    """
+    part = "transfers between GPUs"
+    lora = 4 * LLAMA_8B.lora(16)
+    alone, two = (make_plan(REFERENCE_JOB, LLAMA_8B, SARM_BYTES, Gpus(n, 80)) for n in (1, 2))
+    assert part not in alone.train_parts
+    assert two.train_parts[part] == pytest.approx(lora / 2.5e11)
+    over_two = make_plan(REFERENCE_JOB, LLAMA_8B, SARM_BYTES, Gpus(2, 80, 2))
+    assert over_two.train_parts[part] == pytest.approx(lora / 2.5e10)
+    more = {"zero_stage": 3, "num_ppo_epochs": 2, "num_mini_batches": 2, "batch_size": 8}
+    sharded = make_plan(REFERENCE_JOB.model_copy(update=more), LLAMA_8B, SARM_BYTES, Gpus(2, 80))
+    assert sharded.checkpointed_layers == 0
+    handed = 2 * LLAMA_8B.parameters * (1 + 1 + 2 * 2 + 1) / 2
+    assert sharded.train_parts[part] == pytest.approx((handed + 4 * lora) / 2.5e11)
+
+
+def test_what_bounds_a_step_is_named_until_four_fifths_of_it_are() -> None:
+    plan = make_plan(REFERENCE_JOB, LLAMA_8B, SARM_BYTES, Gpus(1, 80))
+    by_hand = plan._replace(
+        rollout_parts={"reading": 5.0, "small": 0.5}, train_parts={"products": 2.0, "merging": 0.5}
+    )
+    assert isinstance(by_hand, Plan) and by_hand.rollout_s == 5.5 and by_hand.train_s == 2.5
+    assert bounds(by_hand, 2.0) == "reading 50%, products 20%, products of scoring 20%"
+    assert bounds(by_hand._replace(rollout_parts={"reading": 45.5}), 2.0) == "reading 91%"
 
 
 def test_rows_are_decoded_together_where_there_is_room() -> None:
@@ -238,9 +279,26 @@ def test_several_arms_share_a_card() -> None:
 
 
 def test_other_sizes() -> None:
-    assert parse_gpus("4x80") == (4, 80) and parse_gpus("2X141.5") == (2, 141.5)
-    with pytest.raises(UserError, match="4x80"):
-        parse_gpus("many")
+    assert parse_gpus("4x80") == Gpus(4, 80) and parse_gpus("2X141.5") == Gpus(2, 141.5)
+    assert parse_gpus("3") == Gpus(3, 80) and parse_gpus("1x8x80") == Gpus(8, 80)
+    assert (
+        parse_gpus("2x8x141") == Gpus(16, 141, 2)
+        and str(Gpus(16, 141, 2)) == "2 nodes of 8 x 141 GiB"
+    )
+    for text in (
+        "many",
+        "",
+        "0x80",
+        "4x",
+        "4x1",
+        "0x8x80",
+        "2x0x80",
+        "2x2x8x80",
+        "-1x80",
+        "-1x-8x80",
+    ):
+        with pytest.raises(UserError, match="such as 4x80, or nodes"):
+            parse_gpus(text)
     assert (
         Shape(8, 16, 1, 2, 1, 4, 10, True).parameters
         == 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16 + 16 + 80 + 8
@@ -256,6 +314,11 @@ def test_the_command_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> No
         and "GPU-hours" in out
         and "disk: 32.1 GB of policies" in out
     )
+    assert "bound by " in out and "several nodes" not in out
+    config = ["--config", str(ROOT / "configs/llama31-8b.yaml")]
+    assert main([*config, "--gpus", "2x8x80", "ppo.lora=null"]) == 0
+    out = capsys.readouterr().out
+    assert "on 2 nodes of 8 x 80 GiB" in out and "assuming 25 GB/s between nodes" in out
     assert main(["--config", str(ROOT / "configs/llama31-8b.yaml"), "--gpus", "1x16"]) == 2
     assert "does not fit" in capsys.readouterr().err
 

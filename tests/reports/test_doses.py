@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from reports.blocks import Block, Prose, Table
 from reports.doses import dose, doses, random_entries, random_sentences, random_sets, sharing
 from reports.figures import latent_table
 from reports.frames import read_run
 from reports.policy_sections import latents
+from sarm.ppo.penalties import PENALTIES, Penalised
 from tests.runs import RANDOM_LATENT, evaluated_run
 
 SETS = [
@@ -26,8 +28,10 @@ def told(blocks: list[Block]) -> list[str]:
     return [block.text for block in blocks if isinstance(block, Prose)]
 
 
-def test_a_dose_is_the_sum_of_alphas_times_rates() -> None:
-    """2 * 3/4 + 0.5 * 1/4 on unsafe prompts, 2 * 1/2 on safe ones."""
+def test_a_dose_is_what_the_penalty_costs_on_average() -> None:
+    """Thresholds: 2 * 3/4 + 0.5 * 1/4 on unsafe prompts, 2 * 1/2 on safe ones. Hinges: 2 * (0.5 +
+    1.5 + 2.5) / 4 + 0.5 * 1/4, 2 * 0.5/2. Density ratios: 2 * 4/4 + 0.5 * 1/4, 2 * 1/2.
+    """
     base = pd.DataFrame(
         {
             "kind": ["unsafe"] * 4 + ["safe"] * 2,
@@ -36,11 +40,18 @@ def test_a_dose_is_the_sum_of_alphas_times_rates() -> None:
         }
     )
     entries = [{"latent": 1, "tau": 0.5, "alpha": 2.0}, {"latent": 2, "tau": 0.0, "alpha": 0.5}]
-    assert doses(base, entries, True) == pytest.approx({"unsafe": 1.625, "safe": 1.0})
-    assert all(map(math.isnan, doses(base, entries, False).values()))
-    assert all(map(math.isnan, doses(base.iloc[:0], entries, True).values()))
-    assert math.isnan(dose(base, [*entries, {"latent": 3, "tau": 0.0, "alpha": 1.0}]))
-    assert math.isnan(dose(base, []))
+    by_hand = {"threshold": (1.625, 1.0), "hinge": (2.375, 0.5), "density": (2.125, 1.0)}
+    assert set(by_hand) == set(PENALTIES)
+    for kind, (unsafe, safe) in by_hand.items():
+        assert doses(base, entries, kind) == pytest.approx({"unsafe": unsafe, "safe": safe})
+        z = torch.tensor(base[["z_1", "z_2"]].to_numpy()[:4], dtype=torch.float32)
+        matched = PENALTIES[kind].doses(z, [Penalised(**entry) for entry in entries])
+        assert float(matched.sum()) == pytest.approx(unsafe), "what the random arm is matched on"
+    assert all(map(math.isnan, doses(base, entries, "one of a user's").values()))
+    assert all(map(math.isnan, doses(base.iloc[:0], entries, "hinge").values()))
+    one_more = [*entries, {"latent": 3, "tau": 0.0, "alpha": 1.0}]
+    assert math.isnan(dose(base, one_more, "threshold"))
+    assert math.isnan(dose(base, [], "threshold"))
 
 
 def test_seeds_that_share_latents_are_named_and_doses_stand_side_by_side() -> None:

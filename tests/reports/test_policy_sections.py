@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from reports import plots
 from reports.blocks import Block, Prose, Table
 from reports.frames import read_run
 from reports.page import headlines
@@ -245,6 +246,27 @@ def test_a_row_of_arms_that_are_not_at_equal_kl_is_marked_in_the_verdicts_table(
     found["compared"]["kl"] = {"no_penalty": 2.44, "penalty": 2.5, "sweep-a": 3.0}
     table = next(b for b in verdict_figures(found) if isinstance(b, Table))
     assert table.rows[0][0] == "penalised, unsafe (not at equal KL)"
+
+
+def test_the_plot_of_changes_marks_what_is_not_at_equal_kl() -> None:
+    """2.44 / 1.95 = 1.25: the random arm's own changes are marked, the penalty's are not."""
+    rows = [
+        row("penalised_fired", 0.5, 0.4, -0.1),
+        row("refused", 0.1, 0.2, 0.1),
+        row("penalised_fired", 0.5, 0.5, 0.0, arm="random"),
+        row("penalised_fired", 0.5, 0.4, -0.1, arm="penalty - random", against="random"),
+    ]
+    found = figures(*rows)
+    kl = {"no_penalty": 2.44, "penalty": 2.77, "random": 1.95}
+    found["compared"] |= {"kl": kl, "tolerance": 0.15}
+    (plot,) = plots.changes(found, None)  # type: ignore[arg-type]
+    marked = {trace["name"]: trace["text"] for trace in plot.figure.data}
+    told = "not at equal KL"
+    assert marked == {
+        "penalty - no penalty": ["", ""],
+        "random - no penalty": [told],
+        "penalty - random": [told],
+    }
 
 
 def test_what_the_reward_pays_for_refusing_is_within_prompt_and_policy() -> None:

@@ -230,7 +230,7 @@ def test_what_waits_when_the_scoring_process_dies_is_scored_by_the_next(server: 
 
 def test_no_log_holds_a_token_or_a_text(tiny_policy: Path, tiny_sarm: Path, tmp_path: Path) -> None:
     # of its own: one that has refused much in this minute logs no more of it
-    server = Server(tmp_path, settings(tiny_policy, tiny_sarm), TOKEN)
+    server = Server(tmp_path, settings(tiny_policy, tiny_sarm), TOKEN, command=True)
     for path, content in (
         ("/score", json.dumps({"items": [{"prompt": SECRET, "response": 1}]})),
         ("/score", json.dumps({"items": [{"prompt": SECRET + "\x00", "response": SECRET}]})),

@@ -2,6 +2,7 @@
 second.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -164,6 +165,28 @@ def test_jobs_side_by_side_get_a_gpu_each(
     given = dict(line.rsplit(" ", 1) for line in (fake_run.path / "gpus").read_text().splitlines())
     shards = [gpu for unit, gpu in given.items() if unit.startswith("probe/")]
     assert sorted(shards) == ["5", "5", "GPU-8a"]
+
+
+def test_jobs_that_share_a_gpu_are_told_of_the_service_that_lets_them(
+    fake_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def served() -> contextlib.AbstractContextManager[dict[str, str]]:
+        asked.append("MPS")
+        return contextlib.nullcontext({"CUDA_MPS_PIPE_DIRECTORY": "/srv/mps"})
+
+    monkeypatch.setattr(local, "served", served)
+    for gpus, shared in (("5", True), ("5,6", False)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        shutil.rmtree(fake_run.path / "submitit")
+        undo(fake_run, ("steer", "all"))
+        assert local.main(["--run", str(fake_run.path), "--workers", "2"]) == 0
+        [spec] = fake_run.path.glob("submitit/*/steer.all.json")
+        env = json.loads(spec.read_text())["env"]
+        assert env.get("CUDA_MPS_PIPE_DIRECTORY") == ("/srv/mps" if shared else None)
+        assert env["CUDA_VISIBLE_DEVICES"] == "5" and int(env["OMP_NUM_THREADS"]) >= 1
+    assert asked == ["MPS"]
 
 
 def test_the_least_used_gpu_is_the_first_of_equals() -> None:

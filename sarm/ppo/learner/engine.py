@@ -4,6 +4,8 @@ ZeRO where they share it.
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -159,6 +161,7 @@ class ZeroEngine:
     ) -> None:
         import deepspeed
 
+        _import_muon()
         cuda = world.device.type == "cuda"
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
@@ -204,6 +207,20 @@ class ZeroEngine:
     def step(self) -> Tensor:
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
+
+
+def _import_muon() -> None:
+    """DeepSpeed looks whether the optimizer is its Muon, which as it is imported has functions
+    compiled that nothing here calls: torch's compiler alone takes a rank seconds to import.
+    """
+    kept = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if kept is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = kept
 
 
 def start_engine(actor: Actor, ppo: PpoConfig, seed: int, world: World) -> Engine:

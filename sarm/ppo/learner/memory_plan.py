@@ -73,6 +73,8 @@ class Rates(NamedTuple):
 H100, H200 = Rates("H100", 2.94e12, 2.2e12), Rates("H200", 4.07e12, 2.6e12)
 WIRE = 2.5e11
 """Bytes/s that a GPU receives from the others of its node (benchmarks/sharding.py)."""
+BETWEEN_NODES = 2.5e10
+"""Bytes/s that a node receives for each of its GPUs, one 200 Gbit/s adapter each: assumed."""
 FP8_WIDENED = 2.9e11
 """Weights a second that become bf16 before prompts are read."""
 
@@ -152,13 +154,28 @@ class Sarm(NamedTuple):
 
 class Gpus(NamedTuple):
     number: int
+    """On all nodes."""
     gib: float
     """Memory of each."""
+    nodes: int = 1
+
+    def __str__(self) -> str:
+        each = f"{self.number // self.nodes} x {self.gib:g} GiB"
+        return each if self.nodes == 1 else f"{self.nodes} nodes of {each}"
 
     @property
     def rates(self) -> Rates:
         """An H200's where there is more memory than an H100 has, else an H100's."""
         return H200 if self.gib > 100 else H100
+
+    @property
+    def wire(self) -> float:
+        """Bytes/s of each in a sum over all. Of several nodes every GPU hands a share of the sum to
+        the next node, so that a node's adapters work side by side.
+        """
+        if self.nodes == 1:
+            return WIRE
+        return min(WIRE, BETWEEN_NODES * self.number / self.nodes)
 
     @property
     def usable_gib(self) -> float:
@@ -185,16 +202,24 @@ class Plan(NamedTuple):
     """GiB per GPU, persistent."""
     transient_gib: dict[str, float]
     """Peak transient GiB per GPU in each phase of a step."""
-    rollout_s: float
-    """Of a step's sampling."""
-    train_s: float
-    """Of a step: reference, forward, update, optimizer."""
+    rollout_parts: dict[str, float]
+    """Seconds of a step's sampling, by what takes them."""
+    train_parts: dict[str, float]
+    """Likewise of reference, forward, update and optimizer."""
     recorded: bool
     """Whether the pass over the batch becomes CUDA graphs (`cuda_graphs.py`), which keep its
     memory for themselves.
     """
     decode_rows: int | None
     """Rows of a rank sampled at once; None: as many as suit the decoder."""
+
+    @property
+    def rollout_s(self) -> float:
+        return sum(self.rollout_parts.values())
+
+    @property
+    def train_s(self) -> float:
+        return sum(self.train_parts.values())
 
     @property
     def peak_gib(self) -> float:
@@ -224,8 +249,8 @@ def unplanned(ppo: PpoConfig, layers: int) -> Plan:
         0,
         {},
         {},
-        0.0,
-        0.0,
+        {},
+        {},
         False,
         None,
     )
@@ -255,7 +280,7 @@ def make_plan(
                 ppo,
                 policy,
                 sarm_bytes,
-                gpus.number,
+                gpus,
                 stage,
                 weights,
                 fused and stage < 3,
@@ -298,8 +323,7 @@ def make_plan(
         f"{kind} of {policy.parameters / 1e9:.2f} B parameters does not fit: it takes"
         f" {best.peak_gib:.1f} GiB per GPU at least"
         f" ({parts}, {most} {best.transient_gib[most]:.1f})"
-        f" and {MARGIN:.0%} of {gpus.usable_gib:.1f} GiB can be planned with on {gpus.number} x"
-        f" {gpus.gib:g} GiB; "
+        f" and {MARGIN:.0%} of {gpus.usable_gib:.1f} GiB can be planned with on {gpus}; "
         + (
             "use more or larger GPUs or lower ppo.max_new_tokens"
             if ppo.lora
@@ -357,7 +381,7 @@ def _plan(
     ppo: PpoConfig,
     policy: Shape,
     sarm_bytes: float,
-    gpus: int,
+    gpus: Gpus,
     stage: int,
     weights: str,
     fused: bool,
@@ -370,14 +394,14 @@ def _plan(
 ) -> Plan:
     """One way of cutting the work, with its memory and time; `micro_tokens` of a micro-batch."""
     p, full = policy.parameters, ppo.lora is None
-    rows = math.ceil(ppo.batch_size / gpus)
+    rows = math.ceil(ppo.batch_size / gpus.number)
     longest = ppo.max_prompt_tokens + ppo.max_new_tokens
     padded = math.ceil(longest / RECORDED_POSITIONS) * RECORDED_POSITIONS if recorded else longest
     tokens = micro_tokens * padded / longest
     responses = micro_tokens * ppo.max_new_tokens / longest + (
         RECORDED_TOKENS - 1 if recorded else 0
     )
-    share = gpus if stage == 3 else 1
+    share = gpus.number if stage == 3 else 1
     layer_bytes = 2 * policy.layer
     fp8 = ppo.rollout_dtype is not None
     persistent = {
@@ -390,7 +414,7 @@ def _plan(
             else layer_bytes * policy.layers + (2 * policy.embedding if stage == 3 else 0)
         ),
         "KV cache": decode_rows * cached_positions(longest) * policy.kv_bytes,
-        "optimizer": _optimizer_bytes(ppo, policy, weights, gpus, stage),
+        "optimizer": _optimizer_bytes(ppo, policy, weights, gpus.number, stage),
         "reference": 2 * p - offloaded * layer_bytes if full else 0,
         "SARM": sarm_bytes,
         "overhead": OVERHEAD_GIB * GIB,
@@ -409,7 +433,7 @@ def _plan(
         kept += 4 * responses * policy.hidden
     # Of one chunk the gradient itself, of several a float32 sum and a term of it besides.
     head_gradient = policy.embedding * (2 if responses <= LOGITS else 8) if full else 0
-    gradients = _gradient_bytes(p, weights, gpus, stage) if full else 0
+    gradients = _gradient_bytes(p, weights, stage) if full else 0
     fetched = offloaded * layer_bytes
     transient = {
         "rollout": (
@@ -446,12 +470,27 @@ def _plan(
     )
     # each micro-batch reads all weights a few times
     small = 6 * p * micros * ppo.num_ppo_epochs / rates.copy
-    step = updates * step_time(p, weights, gpus, stage, rates) if full else 0.0
-    merging = 0.0 if full else 6 * p / rates.copy  # of adapters into the decoder's copy
+    computing = {"products of training": (1 + passes) * forward, "weights read to train": small}
+    if full:
+        computing |= {
+            name: updates * seconds
+            for name, seconds in step_parts(p, weights, gpus, stage, rates).items()
+        }
+    elif gpus.number > 1:
+        # Adapters' gradients are averaged; ZeRO 3 hands the policy's weights round for reference,
+        # forward and backward passes, and once for the decoder.
+        handed = 2 * p * (passes + 2) if stage == 3 else 0.0
+        averaged = 2 * updates * 4 * policy.lora(ppo.lora.rank) if ppo.lora else 0.0
+        computing["transfers between GPUs"] = (
+            (handed + averaged) * (1 - 1 / gpus.number) / gpus.wire
+        )
+    launching = 0.0 if recorded else LAUNCH_S * (policy.layers + checkpointed / 4) * micros
+    if launching > sum(computing.values()):
+        computing = {"launches of training's kernels": launching}
+    # adapters into the decoder's copy
+    merging = 0.0 if full else 6 * p / rates.copy
     if fp8:  # read for the scales, which leaves a channel in the cache, and written
         merging += 3 * p / rates.copy
-    launching = 0.0 if recorded else LAUNCH_S * (policy.layers + checkpointed / 4) * micros
-    train_s = max((1 + passes) * forward + small + step, launching) + merging
     in_gib = lambda parts: {name: size / GIB for name, size in parts.items()}  # noqa: E731
     return Plan(
         stage,
@@ -461,10 +500,10 @@ def _plan(
         offloaded,
         in_gib(persistent),
         in_gib(transient),
-        sampling_time(
+        sampling_parts(
             policy, rows, decode_rows, ppo.max_prompt_tokens, ppo.max_new_tokens, rates, fp8=fp8
         ),
-        train_s,
+        computing | {"weights taken over by the decoder": merging},
         recorded,
         decode_rows,
     )
@@ -481,20 +520,23 @@ def _optimizer_bytes(ppo: PpoConfig, policy: Shape, weights: str, gpus: int, sta
     )
 
 
-def step_time(p: int, weights: str, gpus: int, stage: int, rates: Rates) -> float:
+def step_parts(p: int, weights: str, gpus: Gpus, stage: int, rates: Rates) -> dict[str, float]:
     """Seconds in which the gradients of p parameters are averaged over the GPUs and the optimizer
     steps: 8-bit states alike on every GPU, or float32 ones, of which ZeRO gives each GPU a part and
     hands the new weights round.
     """
     # read and written: states of 8 bits and bf16 halves; else gradient, weight, both moments, bf16
-    states = 12 if weights == "compact" else 30 / gpus ** (stage > 0)
+    states = 12 if weights == "compact" else 30 / gpus.number ** (stage > 0)
     buckets = 8 if stage > 0 else 0  # gradients copied into ZeRO's and out of them
     # A sum over all is a part for each, handed round; ZeRO 3 hands weights round twice more.
-    sent = 2 * p * (1 - 1 / gpus) * (4 if stage == 3 else 2)
-    return p * (states + buckets) / rates.copy + sent / WIRE
+    sent = 2 * p * (1 - 1 / gpus.number) * (4 if stage == 3 else 2)
+    return {
+        "memory of the optimizer": p * (states + buckets) / rates.copy,
+        "transfers between GPUs": sent / gpus.wire,
+    }
 
 
-def _gradient_bytes(p: int, weights: str, gpus: int, stage: int) -> float:
+def _gradient_bytes(p: int, weights: str, stage: int) -> float:
     """bf16 gradients on their way to the optimizer. ZeRO 2 and 3 pass them on in buckets."""
     return 2 * p if weights == "compact" or stage <= 1 else 4e9
 
@@ -549,20 +591,23 @@ def find_shape(model: str, revision: str | None) -> Shape | Sarm:
 
 
 def parse_gpus(text: str) -> Gpus:
-    """`4x80`: four GPUs of 80 GiB. Raises UserError."""
-    count, _, gib = text.lower().partition("x")
+    """`4x80`: four GPUs of 80 GiB; `2x8x80`: two nodes of eight. Raises UserError."""
+    words = text.lower().split("x")
     try:
-        found = Gpus(int(count), float(gib or 80))
+        *counts, gib = words if len(words) > 1 else [*words, "80"]
+        nodes, each = [1, *map(int, counts)][-2:]
+        found = Gpus(nodes * each, float(gib), nodes)
     except ValueError:
         found = Gpus(0, 0)
-    if found.number < 1 or found.gib <= OUTSIDE_GIB:
+    if found.nodes < 1 or found.number < 1 or found.gib <= OUTSIDE_GIB or len(words) > 3:
         raise UserError(
-            f"GPUS={text} says nothing; write how many and how much memory each has, such as 4x80"
+            f"GPUS={text} says nothing; write how many and how much memory each has, such as 4x80,"
+            " or nodes, GPUs of each and memory, such as 2x8x80"
         )
     return found
 
 
-def sampling_time(
+def sampling_parts(
     policy: Shape,
     responses: int,
     at_once: int,
@@ -571,12 +616,12 @@ def sampling_time(
     rates: Rates,
     *,
     fp8: bool = False,
-) -> float:
+) -> dict[str, float]:
     """Seconds of sampling in waves. Each token of a wave reads the weights, and the keys and values
     of its rows so far; the prompts are read in one forward, for which weights in fp8 are widened.
     """
     if not responses:
-        return 0.0
+        return {}
     so_far = at_once * (prompt_tokens + new_tokens / 2) * policy.kv_bytes
     waves = math.ceil(responses / at_once)
     tokens = waves * new_tokens
@@ -588,7 +633,12 @@ def sampling_time(
     if fp8:
         of_layers = policy.fp8_bytes / rates.fp8_read
         of_weights = of_layers + 2 * policy.embedding / rates.read
-    return reading + tokens * (of_weights + so_far / rates.read + small)
+    return {
+        "weights read to decode": tokens * of_weights,
+        "keys and values read": tokens * so_far / rates.read,
+        "small kernels of decoding": tokens * small,
+        "prompts read": reading,
+    }
 
 
 def score_time(ppo: PpoConfig, sarm: Sarm, gpus: Gpus) -> float:
@@ -596,6 +646,18 @@ def score_time(ppo: PpoConfig, sarm: Sarm, gpus: Gpus) -> float:
     rows = math.ceil(ppo.batch_size / gpus.number)
     longest = ppo.max_prompt_tokens + ppo.max_new_tokens
     return 2 * sarm.trunk.layers * sarm.trunk.layer * rows * longest / gpus.rates.score
+
+
+def bounds(plan: Plan, score_s: float) -> str:
+    """What takes most of a step, in words: parts that together are at least four fifths of it."""
+    parts = plan.rollout_parts | plan.train_parts | {"products of scoring": score_s}
+    whole, told, words = sum(parts.values()), 0.0, []
+    for name, seconds in sorted(parts.items(), key=lambda part: -part[1]):
+        if told >= 0.8 * whole:
+            break
+        told += seconds
+        words.append(f"{name} {seconds / whole:.0%}")
+    return ", ".join(words)
 
 
 def report(config: Config, gpus: Gpus) -> str:
@@ -628,7 +690,7 @@ def report(config: Config, gpus: Gpus) -> str:
         (
             f"{config.policy.model}, {policy.parameters / 1e9:.2f} B parameters,"
             f" {'LoRA of rank ' + str(ppo.lora.rank) if ppo.lora else 'in full'}, {ppo.batch_size}"
-            f" sequences of at most {longest} tokens a step, on {gpus.number} x {gpus.gib:g} GiB"
+            f" sequences of at most {longest} tokens a step, on {gpus}"
         ),
         "",
         "persistent, GiB per GPU",
@@ -649,6 +711,7 @@ def report(config: Config, gpus: Gpus) -> str:
             f" {plan.rollout_s:.2f}, score"
             f" {score_s:.2f}, training {plan.train_s:.2f}"
         ),
+        "bound by " + bounds(plan, score_s),
         (
             f"{units} policies of {ppo.steps} steps: {hours:.1f} GPU-hours, starting up and"
             " checkpoints aside"
@@ -663,6 +726,11 @@ def report(config: Config, gpus: Gpus) -> str:
             "more than two GPUs: by arithmetic; on four only full fine-tuning in ZeRO-2 was"
             " measured, on more nothing"
         )
+    if gpus.nodes > 1:
+        lines.append(
+            f"several nodes: by arithmetic, assuming {BETWEEN_NODES / 1e9:g} GB/s between nodes for"
+            " each GPU; nothing was measured"
+        )
     return "\n".join(lines)
 
 
@@ -674,7 +742,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, type=Path)
     parser.add_argument(
-        "--gpus", default="1x80", help="how many and how much memory each has: 4x80"
+        "--gpus", default="1x80", help="how many and how much memory each has: 4x80, 2x8x80"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
