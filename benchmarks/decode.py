@@ -10,7 +10,8 @@ weights, prompts of exactly so many tokens, no stop token. One run prints: the f
 but the input embedding, and the cache, read once a token at the copy bandwidth measured here), all
 matrix products of a step alone in a CUDA graph, our step (sampling included, reading the prompts
 not), a whole rollout, `generate`, and the warm-up of a new and of a known shape. With `--fp8` the
-same of weights in fp8 besides, step by step in turns with those in bf16.
+same of weights in fp8 besides, step by step in turns with those in bf16; with `--triton` also by
+the kernel that GPUs other than Hopper multiply few rows with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from sarm.config import ROOT
 from sarm.data.conversations import prompt_ids
 from sarm.hub import local_model
+from sarm.llama import fp8_wide
 from sarm.llama.decoders import CacheDecoder, Decoder, LlamaDecoder, Sampling
 from sarm.llama.fp8 import Weight, tensors_of
 from sarm.llama.graph_decoder import GraphDecoder, Shape, Slots
@@ -119,6 +122,14 @@ def products_ms(decoder: GraphDecoder, rows: int) -> float:
     return median_ms(lambda: [graph.replay() for _ in range(8)]) / 8
 
 
+@contextmanager
+def by_triton() -> Iterator[None]:
+    """Within, what is captured multiplies weights in fp8 by Triton's kernel."""
+    most, fp8_wide.MOST_ROWS = fp8_wide.MOST_ROWS, 0
+    yield
+    fp8_wide.MOST_ROWS = most
+
+
 def multiplied(decoder: GraphDecoder) -> list[Weight]:
     """Every weight that a step multiplies with."""
     of_layers = [w for x in decoder.weights.layers for w in (x.qkv, x.o, x.gate_up, x.down)]
@@ -173,6 +184,7 @@ def main() -> None:
         "--profile", action="store_true", help="also list the kernels of a step, fp8's if asked for"
     )
     parser.add_argument("--fp8", action="store_true", help="also from weights in fp8, in turns")
+    parser.add_argument("--triton", action="store_true", help="fp8 also by Triton's kernel")
     parser.add_argument("--cpu", action="store_true", help="the embedded SmolLM2 on a CPU")
     parser.add_argument("--samples", type=int, default=1, help="answers to a prompt, on a CPU")
     args = parser.parse_args()
@@ -183,6 +195,8 @@ def main() -> None:
     decoders = {"bf16": GraphDecoder(model)}
     if args.fp8:
         decoders["fp8"] = GraphDecoder(model, quantised=True)
+    if args.triton:
+        decoders["fp8, Triton"] = GraphDecoder(model, quantised=True)
     prompts = torch.randint(10, model.config.vocab_size, (args.rows, args.prompt)).tolist()
     sampling = Sampling(args.new, 1.0, 1.0, (0,))
     noise = row_keys(0, 0, [str(i) for i in range(args.rows)])
@@ -207,16 +221,18 @@ def main() -> None:
         read = of_norms + sum(t.nbytes for m in multiplied(decoder) for t in tensors_of(m)[:2])
         cached = 2 * len(w.layers) * w.kv_heads * w.head_dim * 2
         cache_bytes = cached * args.rows * (args.prompt + args.new / 2)
+        with by_triton() if name == "fp8, Triton" else nullcontext():
+            products = products_ms(decoder, args.rows)
+            whole = [
+                seconds(lambda d=decoder: d.decode(prompts, noise, sampling, args.rows))
+                for _ in range(4)
+            ]
         print(
             f"{name}: floor {1e3 * (read + cache_bytes) / bandwidth:.2f} ms a token; matrix"
-            f" products of a step alone {products_ms(decoder, args.rows):.2f} ms; weights taken"
-            f" over in {median_ms(decoder.refresh):.1f} ms",
+            f" products of a step alone {products:.2f} ms; weights taken over in"
+            f" {median_ms(decoder.refresh):.1f} ms",
             flush=True,
         )
-        whole = [
-            seconds(lambda d=decoder: d.decode(prompts, noise, sampling, args.rows))
-            for _ in range(4)
-        ]
         print(
             f"{name}: warm-up of a new shape {whole[0] - min(whole):.1f} s, of a shape seen before"
             f" {whole[1] - min(whole):.2f} s; a whole rollout {1e3 * sorted(whole[1:])[1]:.0f} ms",

@@ -23,8 +23,8 @@ from torch import Tensor
 LARGEST = 448.0
 """Of e4m3."""
 FEW_ROWS = 256
-"""Up to so many rows go through the kernel, which reads the weights for each 64 of them and is
-bound by that; more through a bf16 copy of the weight.
+"""Up to so many rows go through a kernel of ours, which reads the weights for each 64 of them and
+is bound by that; more through a bf16 copy of the weight.
 """
 ROW_BLOCK, CHANNEL_BLOCK = 64, 64
 """Rows and output channels of one of the kernel's tiles."""
@@ -108,10 +108,14 @@ def plain(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def product(x: Tensor, weight: Fp8) -> Tensor:
-    """x (b, in) to (b, out), in x's dtype."""
-    if x.is_cuda and x.dtype == torch.bfloat16 and len(x) <= FEW_ROWS:
-        from sarm.llama import fp8_kernels
+    """x (b, in), each row contiguous, to (b, out) in x's dtype."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        from sarm.llama import fp8_kernels, fp8_wide
 
+        if len(x) > FEW_ROWS:
+            return F.linear(x, fp8_kernels.widened(weight))
+        if tiling := fp8_wide.tiling_for(x, weight):
+            return fp8_wide.product(x, weight, tiling)
         return fp8_kernels.product(x, weight)
     # The scales, powers of two, may be multiplied in afterwards: no other number comes out.
     return F.linear(x, weight.values.to(x.dtype)) * weight.scales.to(x.dtype)

@@ -176,3 +176,24 @@ def quantise(weight: Tensor, into: Fp8) -> None:
     n, k = weight.shape
     block = min(4096, triton.next_power_of_2(k))
     _quantise[(n,)](weight, into.values, into.scales, weight.stride(0), k, block, num_warps=8)
+
+
+@triton.jit
+def _widen(values, scales, out, k, BLOCK: tl.constexpr):
+    """One output channel."""
+    channel = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scales + channel)
+    for at in range(0, k, BLOCK):
+        c = at + tl.arange(0, BLOCK)
+        weight = tl.load(values + channel * k + c, mask=c < k, other=0.0)
+        wide = weight.to(tl.float16).to(tl.float32) * scale
+        tl.store(out + channel * k + c, wide.to(out.dtype.element_ty), mask=c < k)
+
+
+def widened(weight: Fp8) -> Tensor:
+    """`fp8.dequantised` to bf16, each number read and written once."""
+    n, k = weight.values.shape
+    out = torch.empty(n, k, dtype=torch.bfloat16, device=weight.values.device)
+    block = min(4096, triton.next_power_of_2(k))
+    _widen[(n,)](weight.values, weight.scales, out, k, block)
+    return out

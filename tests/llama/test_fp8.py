@@ -6,10 +6,12 @@ On a CPU Triton's interpreter runs the kernels; on a GPU everything is as users 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from sarm.llama import fp8
+from sarm.llama import fp8, fp8_wide
 from sarm.llama.decoders import Decoder, LlamaDecoder, decoder_for
 from sarm.llama.generate import generate, response_logprobs
 from tests.tiny import llama_config
@@ -95,13 +97,26 @@ def test_the_kernel_rounds_so_too() -> None:
         check_rounding(given, found)
 
 
-def test_nothing_is_lost_of_what_e4m3_holds() -> None:
-    """Every one of its numbers, at a scale for each channel, comes back to the bit."""
+def all_numbers() -> Tensor:
+    """Every one of e4m3's, at a scale for each channel."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64)
     every = every[every.isfinite()]
-    weight = every[None] * 2.0 ** torch.arange(-30, 31, 10, dtype=torch.float64)[:, None]
-    found = fp8.quantised(weight.bfloat16().to(DEVICE))
-    assert torch.equal(fp8.dequantised(found, torch.float32).double().cpu(), weight)
+    return every[None] * 2.0 ** torch.arange(-30, 31, 10, dtype=torch.float64)[:, None]
+
+
+def test_nothing_is_lost_of_what_e4m3_holds() -> None:
+    found = fp8.quantised(all_numbers().bfloat16().to(DEVICE))
+    assert torch.equal(fp8.dequantised(found, torch.float32).double().cpu(), all_numbers())
+
+
+def test_nothing_is_lost_by_the_kernel_that_widens() -> None:
+    pytest.importorskip("triton")
+    from sarm.llama import fp8_kernels
+
+    for weight in (all_numbers().bfloat16().to(DEVICE), channels(40, 5000, seed=9)):
+        found = fp8.quantised(weight)
+        wide = fp8_kernels.widened(found)
+        assert torch.equal(wide, fp8.dequantised(found, torch.bfloat16))
 
 
 SIZES = [
@@ -150,6 +165,90 @@ def test_the_parts_of_a_sum_are_added_in_their_order() -> None:
     for other in (tiling._replace(programs=1), fp8_kernels.WIDE, fp8_kernels.NARROW):
         alone = fp8_kernels.product(x, weight, other)
         torch.testing.assert_close(first.float(), alone.float(), rtol=2**-10, atol=1e-2)
+
+
+# The kernel of Hopper
+
+LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+"""(out, in) of Llama-3.1-8B's projections."""
+
+
+@pytest.mark.parametrize(
+    "width, channels, parts, warps, stages",
+    [
+        (LLAMA_8B[0], 48, 1, (1, 8), 4),
+        (LLAMA_8B[1], 64, 2, (2, 4), 6),
+        (LLAMA_8B[2], 224, 1, (2, 4), 3),
+        (LLAMA_8B[3], 64, 2, (2, 4), 6),
+    ],
+)
+def test_an_8b_policy_is_cut_as_was_quickest(
+    width: tuple[int, int], channels: int, parts: int, warps: tuple[int, int], stages: int
+) -> None:
+    """At 32 rows, on the 132 multiprocessors of an H100 or H200 (docs/experiments.md)."""
+    tiling = fp8_wide.cut(32, *width, 132)
+    assert tiling and tiling.channels == channels and tiling.parts == parts
+    assert (tiling.channel_warps, tiling.input_warps) == warps and tiling.stages == stages
+
+
+def test_a_tiling_covers_the_product_in_one_wave_of_programs() -> None:
+    found = 0
+    for n in (576, 960, 2048, 3072, 4096, 5120, 6144, 16384, 28672):
+        for k in (576, 1536, 2048, 4096, 8192, 14336):
+            for b in (1, 8, 9, 32, 33, 64):
+                for multiprocessors in (78, 114, 132):
+                    tiling = fp8_wide.cut(b, n, k, multiprocessors)
+                    if tiling is None:
+                        continue
+                    found += 1
+                    assert n % tiling.channels == 0 and k % (tiling.parts * tiling.inputs) == 0
+                    programs = n // tiling.channels * tiling.parts
+                    assert 0.75 * multiprocessors < programs <= multiprocessors
+                    assert b <= 8 * tiling.row_tiles < b + 8
+                    assert 8 * tiling.row_tiles % tiling.parts == 0
+                    assert tiling.shared_bytes <= 227 * 1024 and tiling.stages >= 3
+                    # numbers that a thread holds, of the 65536 registers that all have
+                    threads = 32 * tiling.channel_warps * tiling.input_warps
+                    held = 4 * tiling.row_tiles * tiling.channel_tiles
+                    assert threads >= 256 and held <= 128 and held * threads <= 32768
+    assert found > 300
+    assert fp8_wide.cut(32, 960, 576, 132) is None and fp8_wide.cut(32, 4096, 4096, 0) is None
+    assert fp8_wide.cut(32, 4096 + 16, 4096, 132) is None  # 257 tiles of 16, a prime
+
+
+def test_what_hoppers_kernel_does_not_take_is_left_to_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fp8_wide, "multiprocessors", lambda device: 132)
+    weight = fp8.empty_like(torch.empty(4096, 1024))
+    rows = torch.zeros(49, 4096, dtype=torch.bfloat16)
+    assert fp8_wide.tiling_for(rows[:32, 8:1032], weight) == fp8_wide.cut(32, 4096, 1024, 132)
+    assert fp8_wide.tiling_for(rows[:48, :1024], weight) is not None
+    for x in (
+        rows[:49, :1024],  # too many
+        rows[:0, :1024],
+        rows[:32, 4:1028],  # beside the 16 bytes that a thread copies
+        torch.zeros(32, 1028, dtype=torch.bfloat16)[:, :1024],
+    ):
+        assert fp8_wide.tiling_for(x, weight) is None
+    monkeypatch.setattr(fp8_wide, "multiprocessors", lambda device: 0)
+    assert fp8_wide.tiling_for(rows[:32, :1024], weight) is None
+
+
+def test_only_hopper_with_the_bindings_has_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_device = fp8_wide.multiprocessors.__wrapped__
+
+    def on(major: int, minor: int) -> int:
+        of = SimpleNamespace(major=major, minor=minor, multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of)
+        return of_device(DEVICE)
+
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert on(9, 0) == 132
+    assert on(8, 9) == on(10, 0) == on(12, 0) == 0  # no `mma` of its own, or not measured
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    assert on(9, 0) == 0
 
 
 # Decoders
@@ -288,8 +387,11 @@ def test_head_embedding_and_norms_are_the_models_own(model) -> None:  # type: ig
 
 # On a GPU
 
-REAL = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (960, 576), (49152, 576)]
-"""(out, in) of Llama-3.1-8B's projections, and of SmolLM2's first and last."""
+REAL = [*LLAMA_8B, (960, 576), (49152, 576)]
+"""(out, in), the last two of SmolLM2's first and last."""
+needs_hopper = pytest.mark.skipif(
+    not (CUDA and fp8_wide.multiprocessors(DEVICE)), reason="needs a Hopper GPU and cuda.bindings"
+)
 
 
 @contextmanager
@@ -308,7 +410,7 @@ def test_real_shapes_on_a_gpu(n: int, k: int) -> None:
     torch.manual_seed(n + k)
     weight = fp8.quantised(torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) * 0.02)
     plain = fp8.dequantised(weight, torch.bfloat16).double()
-    for b in (1, 8, 32, 33, 64, 128, 256, 257):
+    for b in (1, 7, 8, 31, 32, 33, 64, 128, 256, 257):
         x = torch.randn(b, k, device=DEVICE, dtype=torch.bfloat16)
         with poisoned():
             got = fp8.product(x, weight)
@@ -318,6 +420,87 @@ def test_real_shapes_on_a_gpu(n: int, k: int) -> None:
         assert float((error / expected.abs().clamp(min=expected.std())).max()) < 2**-7
         assert torch.equal(got, fp8.product(x, weight))
     assert not weight.tickets.any()
+
+
+WIDE_CASES = [
+    *((n, k, None) for n, k in LLAMA_8B),
+    # row tiles, channel tiles, warps by channels and by inputs, parts, stages
+    (48, 512, (3, 1, 8, 1, 6)),  # one step, fewer than stages
+    (144, 3072, (3, 1, 8, 2, 4)),
+    (64, 512, (2, 2, 4, 2, 6)),
+    (256, 2048, (4, 2, 4, 1, 3)),
+    (448, 1280, (2, 7, 2, 1, 5)),
+]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("n, k, given", WIDE_CASES)
+def test_hoppers_kernel_is_the_product_of_float64(
+    n: int, k: int, given: tuple[int, ...] | None
+) -> None:
+    """Of numbers of all sizes, rows that lie apart among NaN, into memory that is NaN; the same
+    to the bit again, and in a graph that follows the rows.
+    """
+    weight = fp8.quantised(channels(n, k, seed=n))
+    plain = fp8.dequantised(weight, torch.float64)
+    for b in (1, 7, 8, 9, 16, 31, 32, 33, 64):
+        room = torch.full((b + 64, k + 24), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+        sizes = torch.logspace(-20, 15, b, dtype=torch.float64, device=DEVICE)[:, None]
+        x = room[:b, 8 : 8 + k].copy_(random(b, k, seed=b).to(DEVICE) * sizes)
+        if given is None:
+            multiprocessors = fp8_wide.multiprocessors(x.device)
+            tiling = fp8_wide.cut(b, n, k, multiprocessors)
+            assert tiling is not None or multiprocessors != 132
+        else:
+            tiling = fp8_wide.Tiling(-(-b // 8), *given)
+        if tiling is None or tiling.shared_bytes > fp8_wide.SHARED_BYTES:
+            continue
+        with poisoned():
+            got = fp8_wide.product(x, weight, tiling)
+        expected, of_sizes = x.double() @ plain.T, x.double().abs() @ plain.abs().T
+        error = (got.double() - expected).abs()
+        assert bool((error <= 2**-8 * expected.abs() + 1e-5 * of_sizes).all())
+        assert not got[:, n // 2].any()
+        for _ in range(20):
+            assert torch.equal(fp8_wide.product(x, weight, tiling), got)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = fp8_wide.product(x, weight, tiling)
+        for factor in (1, 0.5):
+            x.mul_(factor)
+            graph.replay()
+            assert torch.equal(again, got * factor)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_layer_of_8b_decodes_in_a_graph_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and its products by Hopper's kernel."""
+    from sarm.llama.graph_decoder import GraphDecoder
+
+    config = llama_config(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=1,
+        initializer_range=0.02,
+    )
+    torch.manual_seed(3)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).eval().bfloat16()
+    product, multiplied = fp8_wide.product, set()
+
+    def seen(x: Tensor, weight: fp8.Fp8, tiling: fp8_wide.Tiling) -> Tensor:
+        multiplied.add(tuple(weight.values.shape))
+        return product(x, weight, tiling)
+
+    monkeypatch.setattr(fp8_wide, "product", seen)
+    said = [run(GraphDecoder(model, quantised=True, graphs=g)) for g in (True, False)]
+    assert said[0].responses.tolist() == said[1].responses.tolist()
+    assert torch.equal(said[0].logprobs, said[1].logprobs)
+    assert multiplied == set(LLAMA_8B) or fp8_wide.multiprocessors(DEVICE) != 132
 
 
 @pytest.mark.gpu

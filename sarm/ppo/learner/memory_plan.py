@@ -61,7 +61,8 @@ class Rates(NamedTuple):
     """Bytes/s where decoding reads weights and cache."""
     fp8_read: float
     """Bytes/s in fp8 at which the planned token comes out as measured: the products alone read 1.9
-    and 2.3 TB/s, and the small kernels are planned too slow by as much.
+    and 2.6 TB/s, and the small kernels are planned too slow by as much. An H100's is Triton's
+    kernel's; `fp8_wide.cu` was measured on an H200 alone.
     """
     train: float = 560e12
     """FLOP/s of forward and backward."""
@@ -70,13 +71,13 @@ class Rates(NamedTuple):
     """Bytes/s in the optimizer's step and where adapters are merged."""
 
 
-H100, H200 = Rates("H100", 2.94e12, 2.2e12), Rates("H200", 4.07e12, 2.6e12)
+H100, H200 = Rates("H100", 2.94e12, 2.2e12), Rates("H200", 4.07e12, 3.0e12)
 WIRE = 2.5e11
 """Bytes/s that a GPU receives from the others of its node (benchmarks/sharding.py)."""
 BETWEEN_NODES = 2.5e10
 """Bytes/s that a node receives for each of its GPUs, one 200 Gbit/s adapter each: assumed."""
-FP8_WIDENED = 2.9e11
-"""Weights a second that become bf16 before prompts are read."""
+FP8_WIDENED = 1.5e12
+"""Weights a second that become bf16 before prompts are read, on an H200."""
 
 
 class Shape(NamedTuple):
