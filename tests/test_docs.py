@@ -8,12 +8,17 @@ can be read.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -67,6 +72,24 @@ def test_commands_are_found_and_none_hides_in_another_block():
             ), f"{page}: fence commands as bash"
 
 
+@functools.cache  # pages share commands
+def ended(module: str, *arguments: str) -> tuple[int, str]:
+    """The exit code of `python -m MODULE` and what it says, without a Python of its own."""
+    said = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)  # that the module has been imported before
+        patch.setattr(sys, "argv", [module, *arguments])
+        with pytest.raises(SystemExit) as raised:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return raised.value.code or 0, said.getvalue()
+
+
+@functools.cache
 def recipe(command: str) -> list[str]:
     """The commands that `make` would run, without those that make an environment."""
     done = subprocess.run(
@@ -100,15 +123,10 @@ def test_a_command_is_one_that_its_program_takes(page, command):
             assert (ROOT / shlex.split(line)[1]).is_file(), line
             continue
         arguments = shlex.split(at.group(2))
-        done = subprocess.run(
-            [sys.executable, "-m", at.group(1), *arguments, "--help"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+        code, said = ended(at.group(1), *arguments, "--help")
+        assert code == 0 and "usage:" in said, said
         flags = [word for word in arguments if word.startswith("--")]
-        assert all(flag in done.stdout for flag in flags), line
+        assert all(flag in said for flag in flags), line
         if at.group(1) == "jobs":
             assert arguments[0] in (*PHASES, "train_sarm", "train_refusals", "export"), line
         for config in re.findall(r"configs/\S+\.yaml", line):
