@@ -85,6 +85,7 @@ class RunDir:
     def __init__(self, path: str | Path, config: Config) -> None:
         self.path = Path(path).absolute()
         self.config = config
+        self._today: tuple[Config, dict[str, dict[str, Any]]] = (config, {})
 
     @staticmethod
     def open(path: str | Path) -> RunDir:
@@ -261,8 +262,20 @@ class RunDir:
             made_with = self.stored_configs().get(manifest.config_sha256)
         if made_with is None:
             return "made by an earlier version with a config that is no longer in this run"
+        if made_with == self._values_today(phase):  # as nearly always, and quickly told
+            return None
         keys = changed(phase, made_with, self.config)
         return f"made with another config ({listed(keys, 3)})" if keys else None
+
+    def _values_today(self, phase: str) -> dict[str, Any]:
+        """What a phase reads of this config; made once, as it is asked for every manifest."""
+        config, found = self._today
+        if config is not self.config:
+            found = {}
+            self._today = (self.config, found)
+        if phase not in found:
+            found[phase] = values(phase, self.config)
+        return found[phase]
 
     def stored_configs(self) -> dict[str, dict[str, Any]]:
         """The configs that this run has had, as stored, by the hash that manifests of schema 1 have

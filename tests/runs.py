@@ -513,15 +513,12 @@ def evaluated_run(
     """The reference run with policies of every arm and seed evaluated; each arm's rates are those
     that reach control, but for the changes given.
     """
-    ppo = {"seeds": list(seeds)} | changes.pop("ppo", {})
-    run = reference_run(path, ppo=ppo, **changes)
+    run = _with_base(path, seeds=seeds, n=n, n_safe=n_safe, judge=judge, **changes)
     arms = {
         "penalty": SAFER | (penalty or {}),
         "no_penalty": BASE | (no_penalty or {}),
         "random": ALIKE | (random or {}),
     }
-    base = BASE | {"kl": 0.0, "penalised": 0.55, "tokens": 44.0}
-    publish_evaluation(run, "base", generations(base, n=n, n_safe=n_safe), judge=judge)
     for unit in run.config.units("ppo"):
         arm, seed = arm_and_seed(unit)
         if unit != "penalty-seed0" and arm in arms:
@@ -530,6 +527,23 @@ def evaluated_run(
         if arm in arms:
             table = generations(arms[arm], seed=seed, n=n, n_safe=n_safe)
             publish_evaluation(run, unit, table, judge=judge)
+    return run
+
+
+def _with_base(
+    path: Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    n: int = 120,
+    n_safe: int = 90,
+    judge: str | None = "a/judge",
+    **changes: Any,
+) -> RunDir:
+    """The reference run with these seeds and the base policy evaluated."""
+    ppo = {"seeds": list(seeds)} | changes.pop("ppo", {})
+    run = reference_run(path, ppo=ppo, **changes)
+    base = BASE | {"kl": 0.0, "penalised": 0.55, "tokens": 44.0}
+    publish_evaluation(run, "base", generations(base, n=n, n_safe=n_safe), judge=judge)
     return run
 
 
@@ -550,7 +564,7 @@ def run_kept_at_distances(
     """
     reached, rates = reached or {}, rates or {}
     ppo = {"kl_distances": list(DISTANCES)} | changes.pop("ppo", {})
-    run = evaluated_run(path, ppo=ppo, **changes)
+    run = _with_base(path, ppo=ppo, **changes)
     arms = {"penalty": SAFER, "no_penalty": BASE, "random": ALIKE}
     at = {
         0.5: {"penalised": 0.52, "monitors": 0.44, "refused": 0.3, "over_refused": 0.06, "kl": 0.6},

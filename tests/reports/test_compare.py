@@ -5,7 +5,9 @@ things are refused.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,31 @@ from tests.reports.test_report_page import Outline, visible
 from tests.runs import evaluated_run, generations, publish_evaluation
 
 
-@pytest.fixture(autouse=True)
-def calibrated(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def calibrated():
     """An instrument that works, as a calibration would have found it."""
     found = evidence.instrument
-    monkeypatch.setattr(
-        evidence, "instrument", lambda *args: found(*args)._replace(**runs.CALIBRATED)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            evidence, "instrument", lambda *args: found(*args)._replace(**runs.CALIBRATED)
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(calibrated, tmp_path_factory):
+    """A finished run with its report; read only."""
+    return reported(tmp_path_factory.mktemp("whole") / "run")
+
+
+def linked(run: Path, path: Path) -> Path:
+    """A copy by hard links: its policy, of thirty gigabytes, is one only by its size."""
+    return shutil.copytree(run, path, symlinks=True, copy_function=os.link)
+
+
+@pytest.fixture
+def one(whole, tmp_path):
+    return linked(whole, tmp_path / "one")
 
 
 def reported(path: Path, changes: dict | None = None, monkeypatch=None, **more) -> Path:
@@ -53,8 +73,7 @@ def reported(path: Path, changes: dict | None = None, monkeypatch=None, **more) 
     return run.path
 
 
-def test_figures_are_those_of_the_reports(tmp_path, capsys, monkeypatch):
-    one = reported(tmp_path / "one")
+def test_figures_are_those_of_the_reports(one, tmp_path, capsys, monkeypatch):
     two = reported(
         tmp_path / "two", {"ppo.learning_rate": 0.5}, monkeypatch, penalty={"monitors": 0.45}
     )
@@ -77,28 +96,19 @@ def test_figures_are_those_of_the_reports(tmp_path, capsys, monkeypatch):
     assert Outline(page).open == [] and "evasion" in visible(page)
 
 
-def test_different_penalised_latents_are_pointed_out(tmp_path, capsys):
+def test_different_penalised_latents_are_pointed_out(one, tmp_path, capsys):
     found = runs.features(
         penalised=[{"latent": i, "tau": 2.0, "alpha": 0.1} for i in runs.HARMING[:3]]
     )
-    assert (
-        main(
-            [
-                str(reported(tmp_path / "a")),
-                str(reported(tmp_path / "b")),
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
+    alike, out = linked(one, tmp_path / "alike"), str(tmp_path / "out")
+    assert main([str(one), str(alike), "--out", out]) == 0
     assert "its own measure" not in capsys.readouterr().out
     other = evaluated_run(tmp_path / "c", features=found)
     runs.publish_ppo(
         other, "penalty-seed0", runs.metrics(runs.PROGRESSION), penalised=found.tree()["penalised"]
     )
     assert jobs_main(["report", "--run", str(other.path)]) == 0
-    assert main([str(tmp_path / "a"), str(other.path), "--out", str(tmp_path / "out")]) == 0
+    assert main([str(one), str(other.path), "--out", out]) == 0
     assert "its own measure" in capsys.readouterr().out
 
 
@@ -121,9 +131,9 @@ def test_different_penalised_latents_are_pointed_out(tmp_path, capsys):
     ],
 )
 def test_runs_about_different_things_are_refused_by_name(
-    tmp_path, capsys, monkeypatch, key, value, named
+    one, tmp_path, capsys, monkeypatch, key, value, named
 ):
-    one, two = reported(tmp_path / "one"), reported(tmp_path / "two", {key: value}, monkeypatch)
+    two = reported(tmp_path / "two", {key: value}, monkeypatch)
     capsys.readouterr()
     assert main([str(one), str(two), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
@@ -143,8 +153,7 @@ def test_the_same_names_with_other_files_are_refused(tmp_path, capsys):
     assert "reward model's files: model.safetensors aa and bb" in capsys.readouterr().err
 
 
-def test_a_run_without_a_report_that_stands_is_refused_with_the_command(tmp_path, capsys):
-    one = reported(tmp_path / "one")
+def test_a_run_without_a_report_that_stands_is_refused_with_the_command(one, tmp_path, capsys):
     bare = evaluated_run(tmp_path / "bare").path
     assert main([str(one), str(bare)]) == 2
     assert f"make report RUN={bare}" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import sarm.run
 from reports import blocks, evidence, frames, numbers, probe_sections, reference
 from reports.blocks import Table
 from reports.figures import figures, hardware, histogram, latent_table, shown_steps
-from reports.frames import penalised_latents, read_run
+from reports.frames import Frames, penalised_latents, read_run
 from reports.policies import distinct, policy_table
 from reports.text import RULE, final_report
 from sarm.evaluation.verdict import LEADS, Verdict, decide
@@ -51,13 +51,13 @@ DATE = "2026-01-31 12:00:00 UTC"
 def report_of(run: RunDir, **known: Any) -> str:
     """The text report, with what a calibration would have found of the instrument."""
     read = read_run(run)
-    found = figures(run, read, verdict_of(run, **known).record(), DATE)
+    found = figures(run, read, verdict_of(run, read, **known).record(), DATE)
     json.dumps(plain(found), allow_nan=False)
     return final_report(found)
 
 
-def verdict_of(run: RunDir, **known: Any) -> Verdict:
-    read = read_run(run)
+def verdict_of(run: RunDir, read: Frames | None = None, **known: Any) -> Verdict:
+    read = read or read_run(run)
     instrument = evidence.instrument(run, read)._replace(**CALIBRATED | known)
     return decide(evidence.compared_arms(run, read), run.config.verdict, instrument)
 

@@ -50,26 +50,46 @@ def config() -> Config:
     )
 
 
-# Stands in for `python -m jobs`: publishes a file, or does what the run's `faults.json` says of the
-# unit.
+# Stands in for `python -m jobs`: has a file published, or does what the run's `faults.json` says of
+# the unit.
 FAKE_JOBS = """
-import json, os, sys, time
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from sarm.run import Attempt, RunDir
-phase, run, unit = sys.argv[1], RunDir.open(sys.argv[3]), sys.argv[5]
-fault = json.loads((run.path / "faults.json").read_text()).get(f"{{phase}}/{{unit}}")
-with open(run.path / "order", "a") as order:
+import json, os, socket, sys, time
+phase, run, unit = sys.argv[1], sys.argv[3], sys.argv[5]
+with open(run + "/faults.json") as faults:
+    fault = json.load(faults).get(f"{{phase}}/{{unit}}")
+with open(run + "/order", "a") as order:
     order.write(f"{{phase}}/{{unit}}\\n")
-with open(run.path / "gpus", "a") as gpus:
+with open(run + "/gpus", "a") as gpus:
     gpus.write(f"{{phase}}/{{unit}} {{os.environ.get('CUDA_VISIBLE_DEVICES')}}\\n")
 if fault == "fail":
     print("error: the disk of the moon is full"); sys.exit(2)
 if fault == "sleep":
     time.sleep(600)
-attempt = Attempt(run, phase, unit)
-attempt.path("final_report.txt").write_text("report")
-attempt.publish()
+with socket.socket(socket.AF_UNIX) as publisher:
+    publisher.connect({socket!r})
+    publisher.sendall(json.dumps([phase, run, unit, dict(os.environ)]).encode())
+    publisher.shutdown(socket.SHUT_WR)
+    assert publisher.recv(1)
+"""
+# Publishes for them all, each in the environment of its job: to import `sarm.run` takes longer than
+# all else that a job does.
+PUBLISHER = """
+import json, os, socket, sys
+from sarm.run import Attempt, RunDir
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print("up", flush=True)
+while True:
+    job, _ = listener.accept()
+    with job:
+        phase, run, unit, environment = json.load(job.makefile())
+        os.environ.clear()
+        os.environ.update(environment)
+        attempt = Attempt(RunDir.open(run), phase, unit)
+        attempt.path("final_report.txt").write_text("report")
+        attempt.publish()
+        job.sendall(b"1")
 """
 
 
@@ -77,7 +97,8 @@ attempt.publish()
 def fake_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Jobs are FAKE_JOBS."""
     script = tmp_path_factory.mktemp("fake") / "fake_jobs.py"
-    script.write_text(FAKE_JOBS.format(root=str(ROOT)))
+    publisher = script.with_name("socket")
+    script.write_text(FAKE_JOBS.format(socket=str(publisher)))
     true_write = local.write_atomic
 
     def redirect(path: Path, data: bytes) -> None:
@@ -86,9 +107,15 @@ def fake_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             command["argv"] = [str(script), *command["argv"][2:]]
         true_write(path, json.dumps(spec).encode())
 
-    with pytest.MonkeyPatch.context() as patch:
+    words = [sys.executable, "-c", PUBLISHER, str(publisher)]
+    with (
+        subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as process,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        assert process.stdout and process.stdout.readline() == b"up\n"
         patch.setattr(local, "write_atomic", redirect)
         yield
+        process.kill()
 
 
 def new_run(path: Path, config: Config) -> RunDir:
