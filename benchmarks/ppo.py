@@ -564,34 +564,38 @@ def beside(args: argparse.Namespace) -> None:
         if args.mps and not env:
             raise SystemExit("no MPS of its own to compare with")
         folder = Path(temporary)
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
-        started = []
-        for i in range(args.beside):
-            paths = ["--record", str(folder / str(i)), "--together", temporary]
-            with open(folder / f"{i}.log", "w") as log:
-                started.append(
-                    subprocess.Popen([*command, *paths], env=env, stdout=log, stderr=log)
-                )
-        while len(list(folder.glob("*.ready"))) < args.beside:
-            if any(one.poll() for one in started):
-                break
-            time.sleep(0.05)
-        (folder / "all").touch()
-        failed = [i for i, one in enumerate(started) if one.wait()]
-        for i in failed[:1]:
-            print((folder / f"{i}.log").read_text()[-3000:])
-        found = [
-            json.loads((folder / str(i)).read_text()) for i in range(args.beside) if i not in failed
-        ]
-        if not failed:
-            print((folder / "0.log").read_text())
+        # in turns also where a service of the machine's would be found
+        way = env if args.mps else {"CUDA_MPS_PIPE_DIRECTORY": temporary}
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), **way}
+        started: list[subprocess.Popen[bytes]] = []
+        try:
+            for i in range(args.beside):
+                paths = ["--record", str(folder / str(i)), "--together", temporary]
+                with open(folder / f"{i}.log", "w") as log:
+                    started.append(
+                        subprocess.Popen([*command, *paths], env=env, stdout=log, stderr=log)
+                    )
+            while len(list(folder.glob("*.ready"))) < args.beside:
+                if any(one.poll() for one in started):
+                    break
+                time.sleep(0.05)
+            (folder / "all").touch()
+            for i, one in enumerate(started):
+                if one.wait():
+                    raise SystemExit(f"{i} failed\n{(folder / f'{i}.log').read_text()[-3000:]}")
+        finally:
+            for one in started:
+                one.kill()
+                one.wait()
+        found = [json.loads((folder / str(i)).read_text()) for i in range(args.beside)]
+        print((folder / "0.log").read_text())
     steps = [one["step_s"] for one in found]
     made = sum(args.batch / step for step in steps)
     print(
-        f"{len(found)} of {args.beside} {args.shape} trainings at once,"
-        f" {'through MPS' if args.mps else 'in turns'},"
-        f" {threads} threads each: {made:.0f} sequences/s together, steps of {min(steps):.3f} to"
-        f" {max(steps):.3f} s, {max(one['peak_gib'] for one in found):.2f} GiB each at most; "
+        f"{args.beside} {args.shape} trainings at once,"
+        f" {'through MPS' if args.mps else 'in turns'}, {threads} threads each: {made:.0f}"
+        f" sequences/s together, steps of {min(steps):.3f} to {max(steps):.3f} s,"
+        f" {max(one['peak_gib'] for one in found):.2f} GiB each at most; "
         + ", ".join(f"{kind} {statistics.median(one[kind] for one in found):.0%}" for kind in KINDS)
     )
 

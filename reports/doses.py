@@ -17,20 +17,20 @@ from reports.numbers import fixed
 from sarm.run import RunDir, listed
 
 Entries = Sequence[Mapping[str, Any]]
-COSTS: dict[str, Callable[[pd.Series, float], pd.Series]] = {
+DOSES: dict[str, Callable[[pd.Series, float], pd.Series]] = {
     "threshold": lambda z, tau: z > tau,
     "hinge": lambda z, tau: (z - tau).clip(lower=0),
     "density": lambda z, _: z > 0,
 }
-"""By kind of penalty what a latent's value in a response costs it, for alpha 1, as `doses` of
-`sarm.ppo.penalties` has it for the random arm's matching, which needs torch.
+"""By kind of penalty, of a latent's values: as `doses` of `sarm.ppo.penalties`, which needs torch,
+has it for the random arm's matching. What a density ratio costs may be 0 on average.
 """
 
 
 def random_sets(run: RunDir, frames: Frames) -> dict[str, Any]:
     """`penalised`: the dose of the penalty arm. `random`: of each trained seed of the random arm
-    its latents and dose. A dose, unsafe and safe, is what the penalty costs the base policy's
-    responses to the evaluation's prompts on average, `COSTS`; NaN where that is not known.
+    its latents and dose. A dose, unsafe and safe, is the sum of alpha times the mean of `DOSES`
+    over the base policy's responses to the evaluation's prompts; NaN where that is not known.
     """
     base = frames.generations[frames.generations["arm"] == "base"]
     kind = run.config.ppo.penalty.kind
@@ -51,14 +51,18 @@ def doses(base: pd.DataFrame, entries: Entries, penalty: str) -> dict[str, float
 
 
 def dose(rows: pd.DataFrame, entries: Entries, penalty: str) -> float:
-    """sum of alpha x mean cost over the rows; NaN without rows or latents, where a latent was not
-    watched, and of a penalty that `COSTS` does not name.
+    """sum of alpha x mean over the rows; NaN without rows or latents, where a latent was not
+    watched, and of a penalty that `DOSES` does not name.
     """
     watched = all(f"z_{e['latent']}" in rows for e in entries)
-    if not len(rows) or not entries or not watched or penalty not in COSTS:
+    if not len(rows) or not entries or not watched or penalty not in DOSES:
         return math.nan
-    cost = COSTS[penalty]
-    return float(sum(e["alpha"] * cost(rows[f"z_{e['latent']}"], e["tau"]).mean() for e in entries))
+    of = DOSES[penalty]
+    # in float64, as there: a tau between two float32 values stays between them
+    values = (rows[f"z_{e['latent']}"].astype(float) for e in entries)
+    return float(
+        sum(e["alpha"] * of(z, e["tau"]).mean() for z, e in zip(values, entries, strict=True))
+    )
 
 
 def random_entries(run: RunDir, frames: Frames) -> list[dict[str, Any]]:
@@ -103,8 +107,8 @@ def random_sentences(sets: Mapping[str, Any]) -> list[Block]:
         )
         blocks.append(
             Prose(
-                "Dose, what the penalty costs the base policy's responses to these prompts on"
-                f" average: {told}."
+                "Dose, on which the random arm is matched, in the base policy's responses to these"
+                f" prompts: {told}."
             )
         )
     return blocks

@@ -116,7 +116,7 @@ def shared_gpus(workers: int) -> contextlib.AbstractContextManager[Mapping[str, 
 
 def run_all(run: RunDir, *, workers: int, given: Mapping[str, str] | None = None) -> State:
     """Run every task that is not done, with the variables `given`; returns what became of each. On
-    Ctrl-C tells the jobs to stop, then raises.
+    Ctrl-C, or an error of its own, tells the jobs to stop, then raises.
     """
     plan = tasks(run.config)
     state, rest = State({task.node: "waiting" for task in plan}), Rest(run)
@@ -158,7 +158,7 @@ def run_all(run: RunDir, *, workers: int, given: Mapping[str, str] | None = None
                 view.update(shown, str(rest.left(shown, workers) or ""))
                 if jobs:
                     time.sleep(POLL_S)
-    except KeyboardInterrupt:
+    except BaseException:  # what shares a GPU, for one, ends with this call
         _stop(jobs)
         raise
     return state

@@ -19,6 +19,8 @@ from pathlib import Path
 CONTROL = "nvidia-cuda-mps-control"
 TIMEOUT_S = 60.0
 """For the service to answer, and for a first task to reach its GPU through it."""
+PATIENCE_S = 10
+"""How long the service waits for tasks that still use it before it ends them."""
 USUAL_PIPES = Path("/tmp/nvidia-mps")
 """Where a service that an administrator started listens."""
 TRIAL = """
@@ -46,7 +48,7 @@ def served(environ: Mapping[str, str] = os.environ) -> Iterator[dict[str, str]]:
             yield {} if said else own
         finally:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                called([CONTROL], {**environ, **own}, "quit\n")
+                called([CONTROL], {**environ, **own}, f"quit -t {PATIENCE_S}\n")
 
 
 def runs(environ: Mapping[str, str]) -> bool:

@@ -7,12 +7,14 @@ transformers and DeepSpeed takes longer than most tests' steps.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -184,14 +186,19 @@ def tiny_trainer(
     dtype: str = "float32",
     trim: bool = False,
 ) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from sarm.ppo.trainer import Trainer
 
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
+    model = copy.deepcopy(_opened(policy, dtype))
     return Trainer(
         ppo, model, tiny_tokenizer(), reward, some_prompts(), seed=seed, world=world, trim=trim
     )
+
+
+@lru_cache
+def _opened(policy: Path, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
 
 
 def gradients(trainer: Any) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import argparse
 import json
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -102,25 +103,44 @@ def write_tiny_policy(path: str | Path, seed: int = 0) -> Path:
     """A random two-layer causal model and its tokenizer. It ends its turn on about one token in
     ten.
     """
-    path = Path(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(llama_config())
-        with torch.no_grad():
-            model.lm_head.weight.normal_(0, 0.1)
-            model.lm_head.weight[tiny_tokenizer().eos_token_id] *= 6
-    model.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return _written(path, _policy_files(seed))
 
 
 def write_tiny_sarm(path: str | Path, seed: int = 0, d_sae: int = 64, k: int = 8) -> Path:
     """A random SARM in upstream's layout: `model_type: llama`, nested `sarm_param`, the unused
     final norm included.
     """
+    return _written(path, _sarm_files(seed, d_sae, k))
+
+
+def _written(path: str | Path, files: dict[str, bytes]) -> Path:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
+    for name, data in files.items():
+        (path / name).write_bytes(data)
+    return path
+
+
+def _files(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@lru_cache
+def _policy_files(seed: int) -> dict[str, bytes]:
+    with torch.random.fork_rng(devices=[]), TemporaryDirectory() as folder:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(llama_config())
+        with torch.no_grad():
+            model.lm_head.weight.normal_(0, 0.1)
+            model.lm_head.weight[tiny_tokenizer().eos_token_id] *= 6
+        model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return _files(folder)
+
+
+@lru_cache
+def _sarm_files(seed: int, d_sae: int, k: int) -> dict[str, bytes]:
+    with torch.random.fork_rng(devices=[]), TemporaryDirectory() as folder:
         torch.manual_seed(1000 + seed)
         config = llama_config(num_hidden_layers=SOURCE_LAYER)
         backbone = LlamaModel(config)
@@ -133,20 +153,20 @@ def write_tiny_sarm(path: str | Path, seed: int = 0, d_sae: int = 64, k: int = 8
             "sae.decoder.weight": encoder.T.contiguous(),
             "score.weight": 0.2 * torch.randn(1, d_sae),
         }
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    keys = config.to_dict() | {
-        "architectures": ["LlamaSARM"],
-        "sarm_param": {
-            "sae_source_layer": SOURCE_LAYER,
-            "sae_latent_size": d_sae,
-            "sae_k": k,
-            "sae_use_sequence_level": True,
-            "sarm_use_activation": True,
-        },
-    }
-    (path / "config.json").write_text(json.dumps(keys, indent=1))
-    tiny_tokenizer().save_pretrained(path)
-    return path
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        keys = config.to_dict() | {
+            "architectures": ["LlamaSARM"],
+            "sarm_param": {
+                "sae_source_layer": SOURCE_LAYER,
+                "sae_latent_size": d_sae,
+                "sae_k": k,
+                "sae_use_sequence_level": True,
+                "sarm_use_activation": True,
+            },
+        }
+        (Path(folder) / "config.json").write_text(json.dumps(keys, indent=1))
+        tiny_tokenizer().save_pretrained(folder)
+        return _files(folder)
 
 
 def tiny_config(tmp_path: str | Path, **overrides: Any) -> Config:

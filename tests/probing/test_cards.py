@@ -669,10 +669,10 @@ def test_the_phase_labels_every_card_and_writes_no_key(
     config: Config = selected_run.config.model_copy(
         update={"cards": CardsConfig(top=3, controls=2, label=label)}
     )
+    shutil.copytree(selected_run.path, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
     run = RunDir.create(tmp_path / "run", config)
-    for phase in ("fetch", "encode", "probe", "select", "cards"):
-        for unit in config.units(phase):  # type: ignore[arg-type]
-            run_unit(run, phase, unit)
+    run_unit(run, "cards", "all")
     found = run.read("cards").json("cards.json")
     assert found["labels"] == {"endpoint": server.url, "model": "judge"}
     assert all(card["label"]["text"] == "Texts with bread in them" for card in found["cards"])

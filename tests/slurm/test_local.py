@@ -3,6 +3,7 @@ second.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -290,6 +291,23 @@ def test_ctrl_c_stops_the_jobs_and_leaves_a_run_that_goes_on(fake_run: RunDir) -
     again = local.run_all(fake_run, workers=2)
     assert again.word[Node("probe", "shard-0000-of-0003")] == "skipped"
     assert again.word[Node("report", "all")] == "done"
+
+
+def test_an_error_of_the_launchers_own_stops_the_jobs_too(
+    fake_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would go on without the service by which they share a GPU."""
+    (fake_run.path / "faults.json").write_text(json.dumps({"select/all": "sleep"}))
+    undo(fake_run, ("select", "all"))
+
+    def full(*_: object) -> None:
+        if "select" in (fake_run.path / "order").read_text():
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(local, "write_local_states", full)
+    with pytest.raises(OSError, match="no space left"):
+        local.run_all(fake_run, workers=2)
+    assert subprocess.run(["pgrep", "-f", f"select --run {fake_run.path}"]).returncode == 1
 
 
 def test_status_tells_done_from_undone(

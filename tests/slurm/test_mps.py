@@ -53,7 +53,7 @@ def test_the_service_lasts_as_long_as_the_block_and_is_shown_all_gpus(control: P
         with pytest.raises(RuntimeError), mps.served(environ) as other:
             assert other["CUDA_MPS_PIPE_DIRECTORY"] != folder, "of another run of the same user"
             raise RuntimeError
-    assert [call[0] for call in calls(control)] == ["-d", "-d", "quit", "quit"]
+    assert [call[0] for call in calls(control)] == ["-d", "-d", "quit -t 10", "quit -t 10"]
     assert calls(control)[-1][1] == folder and not Path(folder).exists()
 
 
@@ -83,7 +83,7 @@ def test_where_it_does_not_work_tasks_take_turns(
         assert given == {}
     [told] = capsys.readouterr().err.splitlines()
     assert told.startswith("no MPS, so tasks take turns on a GPU: ") and said in told
-    assert [call[0] for call in calls(control)] == ["-d", "quit"], "no service is left behind"
+    assert [call[0] for call in calls(control)] == ["-d", "quit -t 10"], "no service is left behind"
 
 
 def test_another_service_is_left_alone(control: Path) -> None:

@@ -75,9 +75,9 @@ H100, H200 = Rates("H100", 2.94e12, 2.2e12), Rates("H200", 4.07e12, 3.0e12)
 WIRE = 2.5e11
 """Bytes/s that a GPU receives from the others of its node (benchmarks/sharding.py)."""
 BETWEEN_NODES = 2.5e10
-"""Bytes/s that a node receives for each of its GPUs, one 200 Gbit/s adapter each: assumed."""
+"""Bytes/s that a node receives for each of its GPUs, by an adapter of 200 Gbit/s each: assumed."""
 FP8_WIDENED = 1.5e12
-"""Weights a second that become bf16 before prompts are read, on an H200."""
+"""Weights a second that become bf16 before prompts are read; measured on an H200 alone."""
 
 
 class Shape(NamedTuple):
