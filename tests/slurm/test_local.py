@@ -367,6 +367,8 @@ def start_entry(
 
 
 SLEEPS = "import time; print('up', flush=True); time.sleep(2)"
+WAITS = SLEEPS.replace("2)", "300)")
+"""Until it is ended."""
 
 
 def test_a_shard_ignores_the_signal_for_those_that_checkpoint(tmp_path: Path) -> None:
@@ -384,12 +386,12 @@ def test_a_rank_that_is_told_says_so_and_a_cancelled_one_does_not(tmp_path: Path
         "SLURM_NTASKS": "1",
         "SLURM_RESTART_COUNT": "2",
     }
-    process = start_entry(tmp_path, SLEEPS, ranks=True, **rank)
+    process = start_entry(tmp_path, WAITS, ranks=True, **rank)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
     assert not list(tmp_path.glob("signalled.*"))
     (tmp_path / "log").unlink()
-    process = start_entry(tmp_path, SLEEPS, ranks=True, **rank)
+    process = start_entry(tmp_path, WAITS, ranks=True, **rank)
     process.send_signal(signal.SIGUSR2)
     assert process.wait(timeout=20) == 128 + signal.SIGUSR2
     assert [path.name for path in tmp_path.glob("signalled.*")] == ["signalled.5.2"]
