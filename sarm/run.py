@@ -30,10 +30,13 @@ from sarm.launched import ATTEMPT, JOB, PATIENCE, now
 from sarm.records import Manifest, Output, json_text
 
 
-def _is_runs(name: str) -> bool:
+def _is_runs(path: Path) -> bool:
     """Whether a run's folder may hold this before it has a config."""
+    name = path.name
     return (
         name in READS
+        # a stand-alone script's, which is there before its phase is
+        or (name == "submissions" and {p.name for p in path.iterdir()} <= {"by-hand"})
         or name in ("logs", "progress", "configs")
         or name.endswith(".lock")
         or name.startswith(".config.yaml.")  # a creation that was killed
@@ -123,7 +126,7 @@ class RunDir:
             raise UserError(
                 f"{self.path} can be no run's folder ({error.strerror}); use another RUN"
             ) from None
-        foreign = sorted(p.name for p in self.path.iterdir() if not _is_runs(p.name))
+        foreign = sorted(p.name for p in self.path.iterdir() if not _is_runs(p))
         if foreign:
             raise UserError(
                 f"{self.path} holds {listed(foreign)} and no config.yaml, so it is no run; give a"

@@ -635,6 +635,18 @@ def test_a_writer_killed_at_any_step_of_doing_a_unit_again_leaves_the_old_one(
     assert n > 10
 
 
+def test_a_stand_alone_script_may_have_begun_the_folder(tmp_path: Path) -> None:
+    """It notes its ranks there before its phase makes the run; submissions of a run whose config is
+    gone are another matter.
+    """
+    (tmp_path / "new/submissions/by-hand").mkdir(parents=True)
+    assert RunDir.create(tmp_path / "new", config()).config == config()
+    (tmp_path / "lost/submissions/20261128-1").mkdir(parents=True)
+    (tmp_path / "lost/submissions/by-hand").mkdir()
+    with pytest.raises(UserError, match=r"holds submissions and no config\.yaml"):
+        RunDir.create(tmp_path / "lost", config())
+
+
 def test_a_folder_that_is_no_runs_does_not_become_one(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / "ppo").mkdir(parents=True)
