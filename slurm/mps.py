@@ -1,8 +1,8 @@
 """NVIDIA's Multi-Process Service (MPS) for tasks that share a GPU on this machine, whose kernels
 then run at once instead of in turns: `with served() as env: ...start tasks with env...`
 
-The service ends with the block. Where one runs already, or none can be had, `env` is empty and
-tasks take turns. Imports no torch.
+The service ends with the block. `env` is empty where one runs already, which tasks then find by
+themselves, and where none can be had, so that they take turns. Imports no torch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def runs(environ: Mapping[str, str]) -> bool:
 
 def start(environ: Mapping[str, str], own: Mapping[str, str]) -> str:
     """Start the service and try it; what went wrong, empty where nothing did."""
-    # It numbers what it is shown anew, tasks name GPUs as this process does: it is shown all.
+    # A service that sees only some GPUs renumbers them, while tasks use this process's numbers: so
+    # it sees all.
     shown = {name: value for name, value in environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     try:
         done = called([CONTROL, "-d"], {**shown, **own})
